@@ -1,0 +1,43 @@
+# make demo | test | test-slow | test-fast | lint | bench; everything is installed into .venv from constraints.txt.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
+
+.PHONY: demo test test-slow test-fast lint bench clean
+
+demo: $(VENV)/.train
+	$(PY) -m flwr_hpc.run
+
+test: $(VENV)/.dev
+	$(PY) -m pytest -m "not slow" --numprocesses=2 --dist=worksteal
+
+test-slow: $(VENV)/.dev
+	$(PY) -m pytest -m slow
+
+test-fast: $(VENV)/.dev
+	$(PY) -m pytest -m "not slow" tests/unit tests/contract
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(VENV)/.dev
+	for script in benchmarks/[a-z]*.py; do $(PY) $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flwr-hpc needs Python 3.11 or newer, found " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(PY) pyproject.toml constraints.txt
+	$(PIP) --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(PIP) --editable '.[train,wandb,test,dev]'
+	touch $@
