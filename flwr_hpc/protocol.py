@@ -1,0 +1,210 @@
+"""What a strategy and a site say to each other: message types, order and status records.
+
+An *order* asks a site for one piece of work and is idempotent: its id is (run key, facility,
+sequence number), so an order sent twice is trained once. Every message may carry ``wait_s``;
+it is then answered after that many seconds at the latest with the state reached so far, and
+asked again with `COLLECT`. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast
+
+__all__ = [
+    "ACQUIRE",
+    "ARRAYS",
+    "COLLECT",
+    "DESCRIBE",
+    "EVALUATE",
+    "METRICS",
+    "ORDER",
+    "PROTOCOL_VERSION",
+    "RELEASE",
+    "STATUS",
+    "TRAIN",
+    "WAIT",
+    "WEIGHT_KEY",
+    "Order",
+    "OrderKind",
+    "Result",
+    "SiteState",
+    "Status",
+    "from_json",
+    "to_json",
+]
+
+T = TypeVar("T")
+
+PROTOCOL_VERSION = 1
+
+# Flower message types.
+TRAIN = "train"
+EVALUATE = "evaluate"
+DESCRIBE = "query.describe"
+ACQUIRE = "query.acquire"
+COLLECT = "query.collect"
+RELEASE = "query.release"
+
+# Keys of the records in a message.
+ARRAYS = "arrays"  # ArrayRecord: weights of the global model, or of the trained one
+METRICS = "metrics"  # MetricRecord of a finished order
+ORDER = "order"  # ConfigRecord {"json": Order}
+STATUS = "status"  # ConfigRecord {"json": Status}
+WAIT = "wait"  # ConfigRecord {"wait_s": float}; absent: block until done
+
+WEIGHT_KEY = "num-examples"  # Flower's own name for the weight of a reply
+
+OrderKind = Literal["initialize", "train", "evaluate"]
+SiteState = Literal["idle", "queued", "starting", "ready", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """One request to an allocation.
+
+    Parameters
+    ----------
+    run_key : str
+        Names the training run; the same after a resume.
+    facility : str
+    seq : int
+        Counts the orders of one facility from 0.
+    kind : str
+        ``initialize`` (return the initial weights and the model's small files), ``train``
+        or ``evaluate``.
+    version : int
+        Version of the global model the order starts from.
+    steps : int
+        Optimizer steps to train.
+    evaluate : bool
+        Evaluate the received weights on the held-out data before training.
+    options : dict of str to scalar
+        What the strategy's train config adds, e.g. ``proximal-mu``.
+    """
+
+    run_key: str
+    facility: str
+    seq: int
+    kind: OrderKind
+    version: int = 0
+    steps: int = 0
+    evaluate: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """Reproducible from the strategy's checkpoint."""
+        return f"{self.run_key}-{self.facility}-{self.seq:06d}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an allocation wrote for an order; ``state`` is ``done`` or ``failed``.
+
+    Attributes
+    ----------
+    steps, tokens, examples : int
+        What was really trained (an order may be cut short by the walltime) or, for
+        ``evaluate``, evaluated. ``tokens`` counts the tokens the loss was taken on.
+    metrics : dict of str to float
+        ``train_loss``, ``held_out_loss`` (nats per token), ``grad_norm``, ``tokens_per_s``,
+        ``mfu``, ``peak_memory_gb``, ... Only finite numbers.
+    weights : str or None
+        File name of the trained weights in the order's folder.
+    sha256 : str
+        Of that file.
+    files : dict of str to str
+        Small text files that make the weights a Hugging Face directory (``initialize``).
+    seconds : dict of str to float
+        Time by phase on the worker's own clock: ``read``, ``train``, ``evaluate``, ``write``,
+        and ``first_step`` (from order seen to first optimizer step begun).
+    error : str
+        What went wrong; set when ``state`` is ``failed``.
+    fatal : bool
+        The error will not mend by trying again (bad data, bad configuration).
+    """
+
+    order_id: str
+    state: Literal["done", "failed"]
+    steps: int = 0
+    tokens: int = 0
+    examples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    weights: str | None = None
+    sha256: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    fatal: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """A site's answer to any message.
+
+    Attributes
+    ----------
+    state : str
+        ``queued`` and ``starting`` tell of the allocation, ``ready`` answers `ACQUIRE`,
+        ``running``, ``done`` and ``failed`` tell of the order.
+    allocation : str
+        Name of the allocation that works, or waits, for this site; empty if there is none.
+    walltime_left_s, queue_wait_s : float or None
+        Walltime left of a started allocation; forecast of the wait of a queued one.
+    step, steps, loss, tokens_per_s :
+        Progress of a running order.
+    result : Result or None
+        Of a finished order, without the weights, which travel as the reply's arrays.
+    ledger : dict of str to dict of str to float
+        Per allocation: seconds so far in ``queue``, ``startup``, ``load``, ``train``,
+        ``evaluate``, ``transfer``, ``idle``.
+    seconds : float
+        How long the site took to answer, on the site's clock.
+    error, fatal :
+        As in `Result`.
+    """
+
+    state: SiteState
+    facility: str = ""
+    order_id: str = ""
+    allocation: str = ""
+    walltime_left_s: float | None = None
+    queue_wait_s: float | None = None
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    result: Result | None = None
+    ledger: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+    fatal: bool = False
+
+
+def to_json(record: Any) -> str:
+    """Encode a dataclass as strict JSON (NaN and infinity are refused)."""
+    return json.dumps(dataclasses.asdict(record), allow_nan=False, sort_keys=True)
+
+
+def from_json(cls: type[T], text: str) -> T:
+    """Decode what `to_json` wrote; unknown fields are ignored, so versions can differ.
+
+    Raises
+    ------
+    ValueError
+        If the text is not a JSON object or lacks a required field.
+    """
+    raw = json.loads(text)
+    if not isinstance(raw, dict):
+        raise ValueError(f"expected a JSON object for {cls.__name__}, found {text[:80]!r}")
+    known = {f.name for f in dataclasses.fields(cast(Any, cls))}
+    values = {k: v for k, v in raw.items() if k in known}
+    if cls is Status and isinstance(values.get("result"), dict):
+        values["result"] = from_json(Result, json.dumps(values["result"]))
+    try:
+        return cls(**values)
+    except TypeError as exc:
+        raise ValueError(f"not a {cls.__name__} record: {exc}") from None
