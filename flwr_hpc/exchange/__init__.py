@@ -1,0 +1,1 @@
+"""How weights travel: codecs over stores, behind Flower's Grid."""

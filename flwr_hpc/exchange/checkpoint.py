@@ -1,0 +1,96 @@
+"""The server's state on disk: sets of tensors and a small record of everything else.
+
+Any moment may be the last: what `restore` finds is the state of the last `commit`, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+
+from flwr_hpc.exchange.codec import write_stream
+from flwr_hpc.exchange.records import lazy_record
+from flwr_hpc.exchange.tensors import TensorFile
+from flwr_hpc.spool import publish, read_json
+
+__all__ = ["FileCheckpoints"]
+
+
+class FileCheckpoints:
+    """Checkpoints in one folder.
+
+    ::
+
+        FOLDER/state.json                    {"state": ..., "files": {name: file name}}
+              /<name>-<random>.safetensors   never overwritten: a name that is put again
+                                             gets another file until the next commit
+
+    Parameters
+    ----------
+    folder : Path
+        Used by nothing else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = self._committed()[1]
+
+    def put(self, name: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> ArrayRecord:
+        """Write a set of tensors, one at a time, and return it as a lazy record.
+
+        It survives this process only if the next `commit` names it.
+
+        Raises
+        ------
+        ValueError
+            If the name is not fit for a file name, or a tensor comes twice.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+            raise ValueError(f"'{name}' may hold letters, digits, '.', '_' and '-' only")
+        file = f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
+        write_stream(self._folder / file, tensors)
+        self._files[name] = file
+        return self.get(name)
+
+    def get(self, name: str) -> ArrayRecord:
+        """Return what was put last, or restored, under a name; KeyError if nothing was."""
+        return lazy_record(TensorFile(self._folder / self._files[name]))
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Make `state` and the tensor sets in ``state["tensors"]`` what `restore` finds.
+
+        Sets that it does not name are deleted; records that were read from them stay good.
+
+        Raises
+        ------
+        KeyError
+            If it names a set that does not exist.
+        """
+        files = {name: self._files[name] for name in state.get("tensors", [])}
+        body = json.dumps({"state": state, "files": files}, allow_nan=False)
+        publish(self._folder / "state.json", body)
+        self._files = files
+        self._clean()
+
+    def restore(self) -> dict[str, Any] | None:
+        """Return the state of the last commit, or None if there was none."""
+        state, self._files = self._committed()
+        return state
+
+    def _committed(self) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        saved = read_json(self._folder / "state.json")
+        return (saved["state"], dict(saved["files"])) if saved else (None, {})
+
+    def _clean(self) -> None:
+        """Delete what no state needs, remains of killed processes included."""
+        keep = {"state.json", *self._files.values()}
+        for path in self._folder.iterdir():
+            if path.name not in keep:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,179 @@
+"""What every store must do."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import uuid
+
+import pytest
+
+from flwr_hpc.exchange.codec import BadPayload
+from flwr_hpc.exchange.store import Reference, Store
+
+DATA = b"weights" * 400_000
+
+
+@pytest.fixture(params=["path", "file", "memory"])
+def store(request, tmp_path):
+    """Each kind of place: a row here is what a new one needs."""
+    return Store(
+        {
+            "path": str(tmp_path / "store"),
+            "file": f"file://{tmp_path}/store",
+            "memory": f"memory://{uuid.uuid4().hex}",
+        }[request.param]
+    )
+
+
+@pytest.fixture
+def payload(tmp_path):
+    path = tmp_path / "payload"
+    path.write_bytes(DATA)
+    return path
+
+
+def spoil(store, ref, data):
+    """Replace a payload behind the store's back."""
+    fs, root = store._place
+    fs.rm_file(f"{root}/{ref.key}")
+    with fs.open(f"{root}/{ref.key}", "wb") as f:
+        f.write(data)
+
+
+def test_a_payload_comes_back_as_it_was(store, payload, tmp_path):
+    """The bytes, the hash and the size survive."""
+    ref = store.put(payload, "site_a")
+    assert ref.sha256 == hashlib.sha256(DATA).hexdigest()
+    assert (ref.bytes, ref.folder) == (len(DATA), "site_a")
+    store.get(ref, tmp_path / "new" / "target")
+    assert (tmp_path / "new" / "target").read_bytes() == DATA
+
+
+def test_putting_and_getting_again_changes_nothing(store, payload, tmp_path):
+    """An order that is sent again puts its result again."""
+    assert store.put(payload) == store.put(payload)
+    for _ in range(2):
+        store.get(store.put(payload), tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == DATA
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_missing_payload_is_a_bad_payload(store, payload, tmp_path):
+    """Deleted is deleted, also a second time; the reader is told, and no target appears."""
+    ref = store.put(payload)
+    store.delete(ref)
+    store.delete(ref)
+    with pytest.raises(BadPayload, match="not in the store"):
+        store.get(ref, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    assert payload.read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [(DATA[:-1] + b"x", "sha256"), (DATA[:-1], "bytes"), (b"", "bytes")],
+)
+def test_what_is_not_what_was_put_is_refused(store, payload, tmp_path, spoiled, says):
+    """A flipped bit or a cut transfer never reaches the target."""
+    ref = store.put(payload)
+    spoil(store, ref, spoiled)
+    with pytest.raises(BadPayload, match=says):
+        store.get(ref, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_half_uploaded_payload_is_put_again(store, payload, tmp_path):
+    """A killed upload does not stand in the way of the next."""
+    ref = store.put(payload)
+    spoil(store, ref, DATA[:100])
+    store.get(store.put(payload), tmp_path / "target")
+
+
+def test_sweep_removes_payloads_and_nothing_else(store, payload):
+    """A new session starts with an empty store, and leaves foreign files alone."""
+    store.sweep()
+    ref = store.put(payload, "global")
+    fs, root = store._place
+    with fs.open(f"{root}/README", "wb") as f:
+        f.write(b"mine")
+    store.sweep()
+    assert not fs.exists(f"{root}/{ref.key}")
+    assert fs.exists(f"{root}/README")
+
+
+def test_concurrent_puts_of_the_same_content_are_fine(store, payload, tmp_path):
+    """Two sites may send the same weights at once."""
+    threads = [threading.Thread(target=store.put, args=(payload,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.get(store.put(payload), tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../{}.safetensors",
+        "a/../{}.safetensors",
+        "/etc/{}.safetensors",
+        "{}.safetensors",
+        ".a/{}.safetensors",
+        "a/{}",
+        "a/b/{}.safetensors",
+        "a/{}.safetensors\n",
+    ],
+)
+def test_a_reference_cannot_leave_the_store(key):
+    """Keys come from other sites."""
+    with pytest.raises(BadPayload):
+        Reference(key.format("0" * 64), "0" * 64, 1)
+
+
+def test_a_reference_survives_its_record_and_nothing_else_passes():
+    """What a message carries is checked field by field."""
+    ref = Reference(f"a/{'0' * 64}.safetensors", "0" * 64, 5)
+    assert Reference.from_record(ref.to_record()) == ref
+    record = ref.to_record()
+    record["bytes"] = "many"
+    for wrong in (None, record):
+        with pytest.raises(BadPayload):
+            Reference.from_record(wrong)
+
+
+def test_local_payloads_are_linked_and_not_copied(payload, tmp_path):
+    """On a shared file system a model of many gigabytes is moved in no time."""
+    store = Store(str(tmp_path / "store"))
+    store.get(store.put(payload), tmp_path / "target")
+    assert (tmp_path / "target").stat().st_ino == payload.stat().st_ino
+
+
+def test_without_hard_links_payloads_are_copied(payload, tmp_path, monkeypatch):
+    """Some file systems have none."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    store = Store(str(tmp_path / "store"))
+    store.get(store.put(payload), tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == DATA
+    assert (tmp_path / "target").stat().st_ino != payload.stat().st_ino
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(payload, tmp_path, monkeypatch):
+    """No space is not the payload's fault."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    store = Store(f"memory://{uuid.uuid4().hex}")
+    ref = store.put(payload)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        store.get(ref, tmp_path / "new" / "target")
+    assert not isinstance(caught.value, BadPayload)
+    assert list((tmp_path / "new").iterdir()) == []
