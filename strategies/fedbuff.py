@@ -1,0 +1,87 @@
+"""FedBuff: buffered asynchronous aggregation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from strategies import rules
+from strategies.asynchronous import AsyncStrategy
+from strategies.rules import STALENESS, Tensors
+from strategies.sites import Arrival
+
+__all__ = ["FedBuff"]
+
+
+class FedBuff(AsyncStrategy):
+    """FedBuff (arXiv 2106.06639): every K arrivals one step along their mean pseudo-gradient.
+
+    ``theta <- theta - eta / K  sum_k s(tau_k) delta_k`` with ``delta_k = theta_base - theta_k``
+    against the version site k started from and tau_k the versions made since then. Arrivals
+    of one site fill the buffer like those of many.
+
+    Parameters
+    ----------
+    buffer_size : int
+        K.
+    outer_lr : float
+        eta.
+    staleness : str
+        s(tau): ``polynomial`` (1 + tau)^-a, ``constant`` or ``hinge``; see
+        `strategies.rules.staleness_weight`.
+    exponent : float
+        a of the polynomial; 0.5 is the paper's 1 / sqrt(1 + tau).
+    """
+
+    def __init__(
+        self,
+        *,
+        buffer_size: int = 10,
+        outer_lr: float = 1.0,
+        staleness: str = "polynomial",
+        exponent: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if buffer_size < 1:
+            raise ValueError(f"buffer_size={buffer_size} must be at least 1")
+        if staleness not in STALENESS:
+            raise ValueError(f"staleness='{staleness}' is not known. Valid: {', '.join(STALENESS)}")
+        self.buffer_size = buffer_size
+        self.outer_lr = outer_lr
+        self.staleness = staleness
+        self.exponent = exponent
+        self._buffer: list[tuple[str, float, ArrayRecord]] = []  # name, s(tau), delta
+
+    def staleness_weight(self, staleness: int) -> float:
+        """Return s(tau)."""
+        parameters = {"a": self.exponent} if self.staleness == "polynomial" else {}
+        return rules.staleness_weight(self.staleness, staleness, **parameters)
+
+    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+        """Buffer the pseudo-gradient; the K-th makes a new version."""
+        assert arrival.base is not None
+        assert arrival.arrays is not None
+        name = f"delta-{arrival.order.id}"
+        delta = self.runtime.checkpoints.put(name, rules.record_delta(arrival.base, arrival.arrays))
+        self._buffer.append((name, self.staleness_weight(staleness), delta))
+        if len(self._buffer) < self.buffer_size:
+            return None
+        full, self._buffer = self._buffer, []
+        return rules.buffered_step(
+            self.arrays, [d for _, _, d in full], [s for _, s, _ in full], self.outer_lr
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffer: names of the pseudo-gradients and their weights."""
+        return {
+            "tensors": [name for name, _, _ in self._buffer],
+            "weights": [weight for _, weight, _ in self._buffer],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the buffer."""
+        get = self.runtime.checkpoints.get
+        pairs = zip(state["tensors"], state["weights"], strict=True)
+        self._buffer = [(name, weight, get(name)) for name, weight in pairs]

@@ -1,0 +1,126 @@
+"""Building the messages of `flwr_hpc.protocol` and reading the replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from flwr_hpc import protocol
+from flwr_hpc.protocol import Order, Status
+
+__all__ = [
+    "arrays_of",
+    "error_reply",
+    "flat_metrics",
+    "hand_in",
+    "options_of",
+    "query",
+    "read_status",
+    "with_common_metrics",
+]
+
+CONFIG = "config"  # Flower's own key of a train config
+
+
+def query(
+    kind: str,
+    node_id: int,
+    ttl: float,
+    *,
+    order: Order | None = None,
+    wait: Mapping[str, float | bool] | None = None,
+) -> Message:
+    """Return a message without weights: DESCRIBE, ACQUIRE, COLLECT or RELEASE."""
+    content = RecordDict()
+    if order is not None:
+        content[protocol.ORDER] = ConfigRecord({"json": protocol.to_json(order)})
+    if wait is not None:
+        content[protocol.WAIT] = ConfigRecord(dict(wait))
+    return Message(content, node_id, kind, ttl=ttl)
+
+
+def hand_in(
+    order: Order,
+    content: RecordDict,
+    node_id: int,
+    ttl: float,
+    *,
+    wait_s: float | None,
+) -> Message:
+    """Return the message that hands an order in; `wait_s` None: to an ordinary ClientApp."""
+    records: dict[str, Any] = dict(content)
+    if wait_s is not None:
+        records[protocol.ORDER] = ConfigRecord({"json": protocol.to_json(order)})
+        records[protocol.WAIT] = ConfigRecord({"wait_s": float(wait_s)})
+    kind = protocol.EVALUATE if order.kind == "evaluate" else protocol.TRAIN
+    return Message(RecordDict(records), node_id, kind, ttl=ttl, group_id=str(order.version))
+
+
+def plain_content(arrays: ArrayRecord | None, options: Mapping[str, Any]) -> RecordDict:
+    """Return what an ordinary Flower message carries: arrays and config."""
+    content = RecordDict({CONFIG: ConfigRecord(dict(options))})
+    if arrays is not None:
+        content[protocol.ARRAYS] = arrays
+    return content
+
+
+def options_of(content: RecordDict) -> dict[str, Any]:
+    """Return the scalars of a message's config records, as an order's options."""
+    return {
+        key: value
+        for record in content.config_records.values()
+        for key, value in record.items()
+        if isinstance(value, bool | int | float | str)
+    }
+
+
+def read_status(message: Message) -> Status | None:
+    """Return the status in a reply, or None if it carries none that can be read."""
+    record = message.content.get(protocol.STATUS) if message.has_content() else None
+    if not isinstance(record, ConfigRecord) or "json" not in record:
+        return None
+    try:
+        return protocol.from_json(Status, str(record["json"]))
+    except ValueError:
+        return None
+
+
+def arrays_of(message: Message) -> ArrayRecord | None:
+    """Return the weights in a reply."""
+    return next(iter(message.content.array_records.values()), None)
+
+
+def flat_metrics(message: Message) -> dict[str, float]:
+    """Return the finite scalar metrics of a reply."""
+    return {
+        key: float(value)
+        for record in message.content.metric_records.values()
+        for key, value in record.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def error_reply(sent: Message, reason: str) -> Message:
+    """Return the error a strategy sees in place of a reply that did not come."""
+    return Message(Error(0, reason), reply_to=sent)
+
+
+def with_common_metrics(replies: list[Message]) -> list[Message]:
+    """Drop the metrics that not every reply has: Flower's strategies demand equal keys."""
+    good = [r for r in replies if r.has_content() and len(r.content.metric_records) == 1]
+    if not good:
+        return replies
+    common = set.intersection(*(set(_metrics(r)[1]) for r in good))
+    for reply in good:
+        name, record = _metrics(reply)
+        if set(record) != common:
+            kept = MetricRecord({k: v for k, v in record.items() if k in common})
+            reply.content = RecordDict({**reply.content, name: kept})
+    return replies
+
+
+def _metrics(reply: Message) -> tuple[str, MetricRecord]:
+    return next(iter(reply.content.metric_records.items()))

@@ -1,0 +1,287 @@
+"""The life of a request: acquire, hand in, collect, arrived; with deadlines and retries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flwr.app import Message
+
+from flwr_hpc import protocol
+from flwr_hpc.protocol import Order, Status
+from strategies import messages
+from strategies.courier import NODE_UNAVAILABLE
+from strategies.runtime import FatalSiteError, Runtime
+from strategies.sites import Arrival, Event, Failure, Flight, Memory, Site, Work
+from strategies.telemetry import Telemetry
+
+__all__ = ["Desk"]
+
+MAX_REFUSALS = 10  # pushes of one request that the SuperLink refused, before it has failed once
+
+WARM = ("ready", "running", "done")
+
+
+class Desk:
+    """Decides what each site is sent next and what a reply means."""
+
+    def __init__(self, runtime: Runtime, memory: Memory) -> None:
+        self.works: dict[str, Work] = {}
+        self.new_orders = False
+        self._runtime = runtime
+        self._settings = runtime.settings
+        self._memory = memory
+        self._telemetry = Telemetry(runtime.emit)
+        self._news: list[Event] = []
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def take(self, work: Work, site: Site) -> None:
+        """Begin a request; an order of an interrupted run that fits is taken up again."""
+        self.works[work.facility] = work
+        known = self._memory.orders.get(work.facility)
+        if known is not None and known.kind == work.kind:
+            version, arrays = work.weights()
+            if version == known.version:
+                work.order, work.base = known, arrays
+        asks = site.launcher and not site.warm
+        work.phase = "acquire" if asks and work.order is None else "hand_in"
+
+    def claimed(self, kind: str) -> bool:
+        """Return whether an order of this kind is on its way."""
+        return any(w.kind == kind and w.order is not None for w in self.works.values())
+
+    def collect(self) -> list[Event]:
+        """Return and forget what is to be reported."""
+        news, self._news = self._news, []
+        return news
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something is to be reported."""
+        return bool(self._news)
+
+    def settle(self, facility: str | None = None) -> None:
+        """Forget finished orders."""
+        names = list(self.works) if facility is None else [facility]
+        for name in names:
+            if name in self.works and self.works[name].phase == "arrived":
+                self.forget(name)
+        if facility is None:  # orders of an interrupted run that nobody asked for again
+            left = set(self._memory.orders) - set(self.works)
+            for name in left:
+                del self._memory.orders[name]
+
+    def forget(self, facility: str) -> None:
+        """Drop a request and its order."""
+        self.works.pop(facility, None)
+        self._memory.orders.pop(facility, None)
+
+    def forget_requests(self, kind: str) -> None:
+        """Drop the requests of a kind that have not become orders."""
+        for work in [w for w in self.works.values() if w.kind == kind and w.order is None]:
+            self.forget(work.facility)
+
+    def send_again(self, facility: str) -> None:
+        """Hand in again what was in flight to a node that is gone."""
+        work = self.works.get(facility)
+        if work is not None and work.phase != "arrived":
+            self._rewind(work, 0.0)
+
+    # ---- outgoing ---------------------------------------------------------------------------
+
+    def next_message(self, site: Site) -> tuple[Message, Work | None] | None:
+        """Return what a free site is sent next, if anything."""
+        ttl = self._settings.ttl_s
+        if site.release:
+            site.release = False
+            return messages.query(protocol.RELEASE, site.node_id, ttl, wait={"cancel": True}), None
+        work = self.works.get(site.facility)
+        if work is None or work.phase == "arrived" or self._now() < work.not_before:
+            return None
+        wait_s = self._settings.wait_s
+        if work.phase == "acquire":
+            wait = {"wait_s": wait_s}
+            return messages.query(protocol.ACQUIRE, site.node_id, ttl, wait=wait), work
+        if work.order is None and work.kind == "initialize" and self.claimed("initialize"):
+            self.forget(site.facility)  # another site was ready first
+            return None
+        if work.order is None and self._news:
+            return None  # what has just arrived may make newer weights
+        order = work.order or self._bind(work, site)
+        if work.phase == "collect":
+            wait = {"wait_s": wait_s}
+            return messages.query(protocol.COLLECT, site.node_id, ttl, order=order, wait=wait), work
+        content = work.content
+        if content is None:
+            options = {**work.options, **({"steps": work.steps} if work.steps else {})}
+            content = messages.plain_content(work.base, options)
+        wait_or_none = wait_s if site.launcher else None
+        return messages.hand_in(order, content, site.node_id, ttl, wait_s=wait_or_none), work
+
+    def _bind(self, work: Work, site: Site) -> Order:
+        """Late binding: the newest weights and the next number become an order."""
+        version, work.base = work.weights()
+        seq = self._memory.seq.get(site.facility, 0)
+        self._memory.seq[site.facility] = seq + 1
+        every = self._settings.evaluate_every
+        work.order = Order(
+            run_key=self._runtime.run_key,
+            facility=site.facility,
+            seq=seq,
+            kind=work.kind,
+            version=version,
+            steps=work.steps,
+            evaluate=work.kind == "train"
+            and every > 0
+            and version % every == 0
+            and site.evaluated != version,
+            options=work.options,
+        )
+        self._memory.orders[site.facility] = work.order
+        self.new_orders = True
+        return work.order
+
+    def pushed(self, message: Message, work: Work | None, taken: bool) -> None:
+        """Note that a message was sent, or refused by the SuperLink."""
+        if work is None:
+            return
+        if not taken:
+            work.refusals += 1
+            work.not_before = self._now() + self._settings.retry_delay_s
+            if work.refusals > MAX_REFUSALS:
+                work.refusals = 0
+                self.fail(work, "the SuperLink refuses the message (node gone, or too large)")
+            return
+        work.refusals = 0
+        order = work.order
+        if order is None or work.phase != "hand_in":
+            return
+        work.handed_in = self._now() if work.handed_in is None else work.handed_in
+        self._telemetry.sent(order, work.attempts + 1)
+
+    # ---- incoming ---------------------------------------------------------------------------
+
+    def receive(self, site: Site, flight: Flight, message: Message) -> None:
+        """Take a reply; one to a request that is forgotten tells of the allocation only."""
+        status = messages.read_status(message)
+        site.warm = status is not None and status.state in WARM and bool(status.allocation)
+        if status is not None:
+            self._telemetry.allocation(site, status)
+        work = flight.work
+        if work is None or self.works.get(site.facility) is not work or work.phase == "arrived":
+            return
+        if message.has_error():
+            self._error(work, message)
+        elif not site.launcher:
+            self._arrive(site, work, message, None)
+        elif status is None:
+            self.fail(work, "a reply without a status")
+        elif status.state == "failed":
+            self._failed(work, status)
+        elif work.phase == "acquire":
+            if status.state in ("ready", "running", "done"):
+                work.phase = "hand_in"
+            else:
+                self._pause(work, flight)
+        elif status.state == "done":
+            self._arrive(site, work, message, status)
+        elif status.state in ("running", "queued", "starting"):
+            self._telemetry.progress(work, status)
+            work.phase = "collect"
+            self._pause(work, flight)
+        else:  # idle, ready: the site knows nothing of the order
+            self.fail(work, f"the site is {status.state} and has lost the order")
+
+    def _error(self, work: Work, message: Message) -> None:
+        if message.error.code == NODE_UNAVAILABLE:  # the site's absence, not the order's fault
+            self._rewind(work, self._settings.retry_delay_s)
+            return
+        reason = (message.error.reason or "").strip()
+        self.fail(work, f"error {message.error.code}: {reason}")
+
+    def _failed(self, work: Work, status: Status) -> None:
+        result = status.result
+        reason = status.error or (result.error if result else "") or "failed without a reason"
+        if status.fatal or (result is not None and result.fatal):
+            self._telemetry.failed(work, reason, fatal=True)
+            raise FatalSiteError(f"{work.facility}: {reason}")
+        self.fail(work, reason)
+
+    def _pause(self, work: Work, flight: Flight) -> None:
+        """Keep a site that answers at once from being asked without end."""
+        work.not_before = flight.sent_at + self._settings.poll_s
+
+    def _arrive(self, site: Site, work: Work, message: Message, status: Status | None) -> None:
+        order = work.order
+        assert order is not None  # only a handed-in request is answered so
+        arrays = messages.arrays_of(message)
+        wrong = self._check(work, arrays, site.launcher)
+        if wrong:
+            self._telemetry.rejected(order, wrong)
+            self.fail(work, f"rejected: {wrong}")
+            return
+        work.phase = "arrived"
+        metrics = messages.flat_metrics(message)
+        if status is not None and status.result is not None:
+            metrics = {**metrics, **status.result.metrics}
+        round_trip_s = self._now() - (self._now() if work.handed_in is None else work.handed_in)
+        self._telemetry.done(order, metrics, status, round_trip_s)
+        self._evaluated(site, order, metrics)
+        self._news.append(Arrival(order, work.base, arrays, metrics, message, status))
+
+    def _check(self, work: Work, arrays: object, launcher: bool) -> str | None:
+        if work.kind == "evaluate" or not (launcher or work.checked):
+            return None
+        if not isinstance(arrays, Mapping):
+            return "no weights in the reply"
+        if self._runtime.check is None:
+            return None
+        return self._runtime.check(arrays if work.base is None else work.base, arrays)
+
+    def _evaluated(self, site: Site, order: Order, metrics: Mapping[str, float]) -> None:
+        loss = metrics.get("held_out_loss")
+        if order.kind != "evaluate" and (not order.evaluate or loss is None):
+            return
+        site.evaluated = max(site.evaluated, order.version)
+        self._memory.evaluated[site.facility] = site.evaluated
+        if loss is not None:
+            self._telemetry.evaluated(order, loss)
+
+    # ---- failures ---------------------------------------------------------------------------
+
+    def fail(self, work: Work, reason: str, *, final: bool = False) -> None:
+        """Count a failed attempt: the same order is sent again, or given up."""
+        if self.works.get(work.facility) is not work:
+            return
+        work.attempts += 1
+        self._telemetry.failed(work, reason)
+        if final or work.attempts > self._settings.retries:
+            self.forget(work.facility)
+            self._news.append(Failure(work.facility, work.kind, reason, work.order_id))
+        else:
+            self._rewind(work, self._settings.retry_delay_s)
+
+    def _rewind(self, work: Work, delay_s: float) -> None:
+        if work.order is not None:
+            work.phase = "hand_in"
+        work.not_before = self._now() + delay_s
+
+    def expire(self, sites: Mapping[str, Site]) -> None:
+        """Give up what has waited for too long."""
+        now, s = self._now(), self._settings
+        for work in [w for w in self.works.values() if w.phase != "arrived"]:
+            site = sites[work.facility]
+            if not site.reachable(now, s.offline_grace_s):
+                self.fail(work, f"offline for more than {s.offline_grace_s:g} s", final=True)
+            elif _over(s.acquire_deadline_s, now, work.created) and work.phase == "acquire":
+                site.release = site.launcher
+                self.fail(work, f"no allocation within {s.acquire_deadline_s:g} s", final=True)
+            elif work.handed_in is not None and _over(s.order_deadline_s, now, work.handed_in):
+                self.fail(work, f"not done within {s.order_deadline_s:g} s", final=True)
+
+    def _now(self) -> float:
+        return self._runtime.clock.now()
+
+
+def _over(deadline_s: float | None, now: float, since: float) -> bool:
+    return deadline_s is not None and now - since > deadline_s

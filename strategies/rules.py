@@ -1,0 +1,196 @@
+"""Aggregation rules: pure functions, one tensor at a time, on numpy arrays.
+
+No rule needs the whole model in memory: the arrays may be memory-mapped, and the functions over
+records are generators of (name, tensor). Notation: theta are the global weights,
+``delta_k = theta_base - theta_k`` the pseudo-gradient of site k against the version it STARTED
+from, tau its staleness in versions. Arithmetic is float32 (float64 where a tensor is); results
+have the dtype of the global tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "STALENESS",
+    "Record",
+    "Tensor",
+    "Tensors",
+    "buffered_step",
+    "combined_delta",
+    "momentum_step",
+    "nesterov_step",
+    "normalised",
+    "pseudo_gradient",
+    "record_delta",
+    "record_mean",
+    "staleness_weight",
+    "tensors",
+    "weighted_mean",
+]
+
+Tensor = NDArray[Any]
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+class _Array(Protocol):
+    def numpy(self) -> Tensor: ...
+
+
+Record = Mapping[str, _Array]  # an ArrayRecord, lazy or not
+
+
+# ---- one tensor -----------------------------------------------------------------------------
+
+
+def _math(x: Tensor) -> Tensor:
+    """Return `x` in the type the arithmetic runs in."""
+    return np.asarray(x, dtype=np.result_type(np.float32, x.dtype)) if _real(x) else _f32(x)
+
+
+def _real(x: Tensor) -> bool:
+    return x.dtype in (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def _f32(x: Tensor) -> Tensor:
+    return np.asarray(x, dtype=np.float32)
+
+
+def _like(x: Tensor, reference: Tensor) -> Tensor:
+    """Return `x` in the dtype of the global tensor (integers are rounded)."""
+    if np.issubdtype(reference.dtype, np.integer):
+        x = np.rint(x)
+    return np.asarray(x, dtype=reference.dtype)
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Return weights that sum to 1.
+
+    Raises
+    ------
+    ValueError
+        If one is negative or not finite, or all are zero.
+    """
+    total = float(sum(weights))
+    if not np.isfinite(total) or total <= 0 or min(weights) < 0:
+        raise ValueError(f"weights must be finite, not negative and not all zero: {weights}")
+    return [w / total for w in weights]
+
+
+def weighted_mean(arrays: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_k w_k x_k`` with the weights normalised (FedAvg, arXiv 1602.05629)."""
+    total: Tensor | None = None
+    for x, w in zip(arrays, normalised(weights), strict=True):
+        term = _math(x) * np.float32(w) if x.dtype != np.float64 else x * w
+        total = term if total is None else np.add(total, term, out=total)
+    if total is None:
+        raise ValueError("the mean of no arrays")
+    return _like(total, arrays[0])
+
+
+def pseudo_gradient(base: Tensor, trained: Tensor) -> Tensor:
+    """Return ``delta = theta_base - theta_k``, never in less than float32."""
+    return _math(base) - _math(trained)
+
+
+def momentum_step(momentum: Tensor | None, delta: Tensor, beta: float) -> Tensor:
+    """Return ``m <- beta m + delta``; without a momentum it starts at zero."""
+    return delta if momentum is None else momentum * delta.dtype.type(beta) + delta
+
+
+def nesterov_step(theta: Tensor, delta: Tensor, momentum: Tensor, lr: float, beta: float) -> Tensor:
+    """Return ``theta - lr (delta + beta m)`` with the momentum already updated.
+
+    Together with `momentum_step` the outer step of DiLoCo (arXiv 2311.08105); lr = 1 and
+    beta = 0 give FedAvg.
+    """
+    kind = delta.dtype.type
+    return _like(_math(theta) - kind(lr) * (delta + kind(beta) * momentum), theta)
+
+
+# ---- staleness ------------------------------------------------------------------------------
+
+
+def _constant(tau: float) -> float:
+    return 1.0
+
+
+def _polynomial(tau: float, a: float = 0.5) -> float:
+    return float((1.0 + tau) ** -a)
+
+
+def _hinge(tau: float, a: float = 10.0, b: float = 4.0) -> float:
+    return 1.0 if tau <= b else 1.0 / (a * (tau - b) + 1.0)
+
+
+STALENESS: dict[str, Callable[..., float]] = {
+    "constant": _constant,
+    "polynomial": _polynomial,
+    "hinge": _hinge,
+}
+
+
+def staleness_weight(kind: str, tau: float, **parameters: float) -> float:
+    """Return s(tau): how much an update counts that started `tau` versions ago.
+
+    ``constant`` 1; ``polynomial`` (1 + tau)^-a, a = 0.5 being FedBuff's 1/sqrt(1 + tau);
+    ``hinge`` 1 up to b, then 1 / (a (tau - b) + 1), a = 10, b = 4 (FedAsync, arXiv 1903.03934).
+
+    Raises
+    ------
+    ValueError
+        If the kind is not known or tau is negative.
+    """
+    if kind not in STALENESS:
+        raise ValueError(f"staleness '{kind}' is not known. Valid: {', '.join(STALENESS)}")
+    if tau < 0:
+        raise ValueError(f"staleness cannot be negative: {tau}")
+    return STALENESS[kind](tau, **parameters)
+
+
+# ---- whole records, tensor by tensor --------------------------------------------------------
+
+
+def tensors(record: Record) -> Tensors:
+    """Yield the (name, tensor) pairs of a record, loading one at a time."""
+    for name, array in record.items():
+        yield name, array.numpy()
+
+
+def record_mean(records: Sequence[Record], weights: Sequence[float]) -> Tensors:
+    """Yield the weighted mean of records."""
+    for name in records[0]:
+        yield name, weighted_mean([r[name].numpy() for r in records], weights)
+
+
+def record_delta(base: Record, trained: Record) -> Tensors:
+    """Yield the pseudo-gradient of a record against its base."""
+    for name, array in base.items():
+        yield name, pseudo_gradient(array.numpy(), trained[name].numpy())
+
+
+def combined_delta(
+    name: str, base: Record, trained: Sequence[Record], weights: Sequence[float]
+) -> Tensor:
+    """Return ``sum_k w_k (theta - theta_k)`` of one tensor, weights normalised."""
+    theta = base[name].numpy()
+    return weighted_mean([pseudo_gradient(theta, r[name].numpy()) for r in trained], weights)
+
+
+def buffered_step(
+    theta: Record, deltas: Sequence[Record], weights: Sequence[float], lr: float
+) -> Tensors:
+    """Yield ``theta - lr / K sum_k s(tau_k) delta_k`` over a buffer of K (FedBuff, 2106.06639).
+
+    The sum is divided by K and by nothing else: weights below 1 shorten the step.
+    """
+    for name, array in theta.items():
+        here = array.numpy()
+        total = np.zeros(here.shape, dtype=_math(here).dtype)
+        for delta, weight in zip(deltas, weights, strict=True):
+            total += delta[name].numpy() * total.dtype.type(weight)
+        yield name, _like(_math(here) - total.dtype.type(lr / len(deltas)) * total, here)

@@ -1,0 +1,214 @@
+"""What a strategy's loop lives in: clock, event sink, checkpoints, settings.
+
+Everything has a working default, so that a strategy of ours runs under plain Flower; the server
+application and the simulator put their own in.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+__all__ = [
+    "CheckpointStore",
+    "Clock",
+    "FatalSiteError",
+    "MemoryCheckpoints",
+    "RunFailed",
+    "Runtime",
+    "Settings",
+    "Stopped",
+    "SystemClock",
+    "check_reply",
+]
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message is for the user."""
+
+
+class FatalSiteError(RunFailed):
+    """A site reported an error that will not mend by trying again (bad data, bad settings)."""
+
+
+class Stopped(Exception):
+    """The stop flag was raised."""
+
+
+class Clock(Protocol):
+    """Time, real or virtual."""
+
+    def now(self) -> float:
+        """Return monotonic seconds."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+
+
+class SystemClock:
+    """The real clock."""
+
+    def now(self) -> float:
+        """Return monotonic seconds."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+class CheckpointStore(Protocol):
+    """Where the server's state survives."""
+
+    def put(self, name: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> ArrayRecord:
+        """Store tensors under a name, one at a time, and return them (maybe lazy)."""
+
+    def get(self, name: str) -> ArrayRecord:
+        """Return what was put; KeyError or FileNotFoundError if there is none."""
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Make `state` (JSON) the one `restore` returns, atomically.
+
+        Tensors that ``state["tensors"]`` does not name are forgotten.
+        """
+
+    def restore(self) -> dict[str, Any] | None:
+        """Return the last committed state."""
+
+
+class MemoryCheckpoints:
+    """Checkpoints in memory; they survive nothing but a new loop in the same process."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, ArrayRecord] = {}
+        self._state: str | None = None
+
+    def put(self, name: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> ArrayRecord:
+        """Store copies."""
+        record = ArrayRecord({key: Array(np.asarray(tensor)) for key, tensor in tensors})
+        self._records[name] = record
+        return record
+
+    def get(self, name: str) -> ArrayRecord:
+        """Return what was put, or raise KeyError."""
+        return self._records[name]
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """Replace the state and forget the tensors it does not name."""
+        text = json.dumps(state, allow_nan=False)
+        self._records = {name: self._records[name] for name in state["tensors"]}
+        self._state = text
+
+    def restore(self) -> dict[str, Any] | None:
+        """Return a copy of the last committed state."""
+        if self._state is None:
+            return None
+        state: dict[str, Any] = json.loads(self._state)
+        return state
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How patient a run is. Times are seconds of the injected clock; None: wait for ever.
+
+    Attributes
+    ----------
+    wait_s : float
+        Longest time a launcher site holds a message.
+    acquire_deadline_s, order_deadline_s : float or None
+        Give up on an allocation that has not started, or on an order handed in, by then.
+    offline_grace_s : float
+        How long a site may be unreachable before its order is given up.
+    retries : int
+        How often an order that failed is sent again.
+    reply_grace_s : float
+        A reply later than `wait_s` by so much is taken for lost.
+    poll_s, retry_delay_s : float
+        Pause of the loop when nothing happened; pause before something is tried again.
+    ttl_s : float
+        Flower's time to live of every message.
+    evaluate_every : int
+        Evaluate every so many versions together with training (0: never).
+    final_evaluation_s : float
+        Time for the evaluation of the last version (0: none).
+    round_deadline_s : float or None
+        A synchronous round aggregates what has arrived by then.
+    min_sites : int
+        A synchronous round with fewer results has failed.
+    max_failed_rounds : int
+        So many failed rounds in a row (asynchronous: failures of every site) end the run.
+    backoff_s, backoff_max_s : float
+        First and longest pause of a failing site in an asynchronous loop.
+    """
+
+    wait_s: float = 60.0
+    acquire_deadline_s: float | None = None
+    order_deadline_s: float | None = None
+    offline_grace_s: float = 600.0
+    retries: int = 2
+    reply_grace_s: float = 900.0
+    poll_s: float = 1.0
+    retry_delay_s: float = 5.0
+    ttl_s: float = 7 * 86400.0
+    evaluate_every: int = 1
+    final_evaluation_s: float = 600.0
+    round_deadline_s: float | None = None
+    min_sites: int = 1
+    max_failed_rounds: int = 3
+    backoff_s: float = 30.0
+    backoff_max_s: float = 900.0
+
+
+def _no_event(event: str, **fields: Any) -> None:
+    """Drop the event."""
+
+
+def check_reply(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with trained weights (names, shapes, finiteness), or None."""
+    if set(base) != set(trained):
+        odd = sorted(set(base) ^ set(trained))[:3]
+        return f"names of tensors differ from the model's, e.g. {', '.join(odd)}"
+    for name, array in base.items():
+        tensor = trained[name].numpy()
+        if tuple(tensor.shape) != tuple(array.shape):
+            return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(array.shape)}"
+        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
+            return f"{name} is not finite"
+    return None
+
+
+@dataclass
+class Runtime:
+    """Surroundings of one run.
+
+    Attributes
+    ----------
+    clock : Clock
+    emit : callable
+        ``emit(event, **fields)``: one line of the event log.
+    checkpoints : CheckpointStore
+    run_key : str
+        Names the training run in the ids of its orders; the same after a resume.
+    settings : Settings
+    check : callable or None
+        ``check(base, trained) -> what is wrong or None``: guards the model against a launcher
+        site's weights. None where the exchange has checked them already.
+    stop : threading.Event
+        Once set, the loop ends with `Stopped`.
+    """
+
+    clock: Clock = field(default_factory=SystemClock)
+    emit: Callable[..., object] = _no_event
+    checkpoints: CheckpointStore = field(default_factory=MemoryCheckpoints)
+    run_key: str = "run"
+    settings: Settings = field(default_factory=Settings)
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = check_reply
+    stop: threading.Event = field(default_factory=threading.Event)

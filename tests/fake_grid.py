@@ -1,0 +1,320 @@
+"""A Flower Grid in one process and virtual time, with scripted sites.
+
+Everything is computed when a message is pushed: a site answers one message at a time, its
+allocation waits in a queue, loads, and trains so many seconds per step. No threads, no sleep.
+Faults are scripted per node: offline intervals, restarts as another node, lost messages, error
+replies, refused pushes, duplicated replies, weights with NaN.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from flwr_hpc import protocol
+from flwr_hpc.protocol import Order, Result, Status
+
+NAMES = ("layer.weight", "layer.bias")
+
+
+def initial_arrays(dtype: str = "float32") -> ArrayRecord:
+    """Weights of a model with two tensors."""
+    rng = np.random.default_rng(0)
+    return ArrayRecord(
+        {
+            NAMES[0]: _array(rng.normal(size=(3, 4)).astype(dtype)),
+            NAMES[1]: _array(rng.normal(size=(5,)).astype(dtype)),
+        }
+    )
+
+
+def _array(x: np.ndarray) -> Any:
+    return next(iter(ArrayRecord([x]).values()))
+
+
+def as_numpy(arrays: ArrayRecord) -> dict[str, np.ndarray]:
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def pull_towards(target: float, rate: float = 0.1) -> Callable[[dict, int], dict]:
+    """Training on a quadratic: every step moves the weights a little towards `target`."""
+
+    def train(weights: dict[str, np.ndarray], steps: int) -> dict[str, np.ndarray]:
+        keep = (1.0 - rate) ** max(1, steps)
+        return {
+            k: (w * w.dtype.type(keep) + w.dtype.type((1.0 - keep) * target))
+            for k, w in weights.items()
+        }
+
+    return train
+
+
+class VirtualClock:
+    def __init__(self) -> None:
+        self.t = 0.0
+
+    def now(self) -> float:
+        return self.t
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.t += seconds
+
+
+@dataclass
+class FakeSite:
+    """A facility with a launcher, or (`plain`) an ordinary ClientApp."""
+
+    name: str
+    target: float = 0.0
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    step_s: float = 1.0
+    examples: int = 10
+    plain: bool = False
+    fail: Status | None = None  # answers every ACQUIRE and order with this
+    nan: bool = False
+    extra_metrics: dict[str, float] = field(default_factory=dict)
+    trained: dict[str, int] = field(default_factory=dict)  # order id -> how often
+    orders: list[Order] = field(default_factory=list)
+    finish: dict[str, tuple[float, Order, dict]] = field(default_factory=dict)
+    alloc_ready: float | None = None
+    alloc_busy: float = 0.0
+    alloc_number: int = 0
+    cancelled: int = 0
+    released: int = 0
+
+    def answer(self, message: Message, now: float) -> tuple[float, RecordDict | Error]:
+        """Return when and what this site answers to a message that it begins to handle now."""
+        kind = message.metadata.message_type
+        if self.plain:
+            return self._plain(message, now)
+        if kind == protocol.DESCRIBE:
+            return now, self._status(Status("idle"))
+        if kind == protocol.RELEASE:
+            self.alloc_ready = None
+            self.released += 1
+            self.cancelled += bool(message.content.get(protocol.WAIT, {}).get("cancel"))
+            return now, self._status(Status("idle"))
+        if self.fail is not None:
+            return now, self._status(self.fail)
+        wait_s = float(message.content[protocol.WAIT]["wait_s"])
+        ready = self._allocate(now)
+        if kind == protocol.ACQUIRE:
+            state = "ready" if ready <= now + wait_s else "queued"
+            return min(ready, now + wait_s), self._status(Status(state))
+        order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+        if kind != protocol.COLLECT:
+            self._hand_in(order, message, max(now, ready))
+        return self._collect(order, now, wait_s)
+
+    def _allocate(self, now: float) -> float:
+        if self.alloc_ready is None:
+            self.alloc_ready = now + self.queue_s + self.load_s
+            self.alloc_number += 1
+        return self.alloc_ready
+
+    def _hand_in(self, order: Order, message: Message, begin: float) -> None:
+        if order.id in self.finish:  # idempotent: the order re-attaches
+            return
+        begin = max(begin, self.alloc_busy)
+        steps = order.steps if order.kind == "train" else 1
+        self.alloc_busy = begin + steps * self.step_s
+        self.trained[order.id] = self.trained.get(order.id, 0) + 1
+        self.orders.append(order)
+        self.finish[order.id] = (self.alloc_busy, order, self._work(order, message))
+
+    def _work(self, order: Order, message: Message) -> dict[str, np.ndarray]:
+        if order.kind == "initialize":
+            return as_numpy(initial_arrays())
+        weights = as_numpy(next(iter(message.content.array_records.values())))
+        if order.kind == "evaluate":
+            return weights
+        return pull_towards(self.target)(weights, order.steps)
+
+    def _collect(self, order: Order, now: float, wait_s: float) -> tuple[float, RecordDict]:
+        if order.id not in self.finish:
+            return now, self._status(Status("ready", order_id=order.id))
+        done, order, weights = self.finish[order.id]
+        if done > now + wait_s:
+            step = int(order.steps - (done - now - wait_s) / self.step_s)
+            running = Status("running", order_id=order.id, step=step, steps=order.steps, loss=1.0)
+            return now + wait_s, self._status(running)
+        return max(now, done), self._result(order, weights)
+
+    def _result(self, order: Order, weights: dict[str, np.ndarray]) -> RecordDict:
+        metrics = {"train_loss": 1.0, **self.extra_metrics}
+        if order.evaluate or order.kind == "evaluate":
+            metrics["held_out_loss"] = float(np.square(weights[NAMES[0]]).mean())
+        files = {"config.json": "{}"} if order.kind == "initialize" else {}
+        result = Result(order.id, "done", order.steps, 100, self.examples, metrics, "w", "", files)
+        content = self._status(Status("done", order_id=order.id, result=result))
+        content[protocol.METRICS] = MetricRecord({protocol.WEIGHT_KEY: self.examples, **metrics})
+        if order.kind != "evaluate":
+            if self.nan:
+                weights = {k: w * np.float32("nan") for k, w in weights.items()}
+            content[protocol.ARRAYS] = ArrayRecord({k: _array(w) for k, w in weights.items()})
+        return content
+
+    def _status(self, status: Status) -> RecordDict:
+        allocation = "" if self.alloc_ready is None else f"{self.name}-{self.alloc_number}"
+        full = Status(**{**vars(status), "facility": self.name, "allocation": allocation})
+        return RecordDict({protocol.STATUS: ConfigRecord({"json": protocol.to_json(full)})})
+
+    def _plain(self, message: Message, now: float) -> tuple[float, RecordDict | Error]:
+        kind = message.metadata.message_type
+        if kind not in ("train", "evaluate"):
+            return now, Error(2, f"ValueError: No query function registered with name '{kind}'")
+        weights = as_numpy(next(iter(message.content.array_records.values())))
+        config = next(iter(message.content.config_records.values()), {})
+        metrics = MetricRecord({protocol.WEIGHT_KEY: self.examples, "loss": 1.0 + self.target})
+        done = now + self.step_s
+        if kind == "evaluate":
+            return done, RecordDict({"metrics": metrics})
+        trained = pull_towards(self.target)(weights, int(config.get("steps", 1)))
+        arrays = ArrayRecord({k: _array(w) for k, w in trained.items()})
+        return done, RecordDict({"arrays": arrays, "metrics": metrics})
+
+
+@dataclass
+class _Reply:
+    at: float
+    message: Message
+    node_id: int
+
+
+class FakeGrid(Grid):
+    """The SuperLink and its nodes. `violations` lists what must never happen."""
+
+    def __init__(self, sites: Iterable[FakeSite], clock: VirtualClock | None = None) -> None:
+        _name_this_process()
+        self.clock = clock or VirtualClock()
+        self.nodes: dict[int, FakeSite] = {}
+        self.offline: dict[int, list[tuple[float, float]]] = {}
+        self.free_at: dict[int, float] = {}
+        self.lose: dict[str, int] = {}  # message type -> how many replies are lost
+        self.errors: dict[str, list[int]] = {}  # message type -> codes of error replies
+        self.refuse = 0  # pushes answered with ""
+        self.duplicate = False
+        self.violations: list[str] = []
+        self.pushed: list[Message] = []
+        self._pending: dict[str, _Reply] = {}
+        self._receiver: dict[str, int] = {}
+        self._ids = itertools.count(1)
+        self._node_ids = itertools.count(101)
+        for site in sites:
+            self.join(site)
+
+    def join(self, site: FakeSite) -> int:
+        node_id = next(self._node_ids)
+        self.nodes[node_id] = site
+        return node_id
+
+    def node_of(self, name: str) -> int:
+        return max(n for n, s in self.nodes.items() if s.name == name)
+
+    def away(self, name: str, begin: float, end: float = float("inf")) -> None:
+        """Take a node off the network for a while."""
+        self.offline.setdefault(self.node_of(name), []).append((begin, end))
+
+    def restart(self, name: str, *, at: float | None = None) -> int:
+        """Replace a SuperNode by another node: what it was handling is lost."""
+        old = self.node_of(name)
+        now = self.clock.now() if at is None else at
+        self.offline.setdefault(old, []).append((now, float("inf")))
+        lost = [i for i, r in self._pending.items() if r.node_id == old and r.at > now]
+        for message_id in lost:
+            del self._pending[message_id]
+        return self.join(self.nodes[old])
+
+    def new_run(self) -> None:
+        """Begin another Flower run: messages of the last one are gone, the sites' jobs are not."""
+        self._pending.clear()
+        self.free_at.clear()
+
+    def is_online(self, node_id: int) -> bool:
+        now = self.clock.now()
+        return not any(a <= now < b for a, b in self.offline.get(node_id, []))
+
+    # ---- Flower's Grid ----------------------------------------------------------------------
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        return None
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> list[int]:
+        return [n for n in self.nodes if self.is_online(n)]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        return [self._push(m) for m in messages]
+
+    def _push(self, message: Message) -> str:
+        node_id, kind = message.metadata.dst_node_id, message.metadata.message_type
+        if self.refuse > 0:
+            self.refuse -= 1
+            return ""
+        if not self.is_online(node_id):
+            return ""
+        flying = [r for r in self._pending.values() if r.node_id == node_id]
+        if any(r.at > self.clock.now() for r in flying) and kind != protocol.RELEASE:
+            self.violations.append(f"two messages in flight to node {node_id}")
+        message_id = f"m{next(self._ids)}"
+        message.metadata.__dict__["_message_id"] = message_id
+        self.pushed.append(message)
+        self._receiver[message_id] = node_id
+        begin = max(self.clock.now(), self.free_at.get(node_id, 0.0))
+        if self.lose.get(kind, 0) > 0:
+            self.lose[kind] -= 1
+            return message_id
+        codes = self.errors.get(kind, [])
+        at, content = (begin, Error(codes.pop(0), "scripted")) if codes else (None, None)
+        if content is None:
+            # The network copies; a site never sees the server's own objects.
+            at, content = self.nodes[node_id].answer(copy.deepcopy(message), begin)
+        self.free_at[node_id] = at
+        self._pending[message_id] = _Reply(at, Message(content, reply_to=message), node_id)
+        return message_id
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for message_id in message_ids:
+            if not self.is_online(self._receiver[message_id]):
+                self.violations.append(f"polled the offline node {self._receiver[message_id]}")
+                self._pending.pop(message_id, None)
+                continue
+            reply = self._pending.get(message_id)
+            if reply is None or reply.at > self.clock.now():
+                continue
+            del self._pending[message_id]
+            replies += [reply.message] * (2 if self.duplicate else 1)
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        ids = set(self.push_messages(messages))
+        replies: list[Message] = []
+        while ids:
+            found = self.pull_messages(sorted(ids))
+            ids -= {m.metadata.reply_to_message_id for m in found}
+            replies += found
+            self.clock.sleep(1.0)
+        return replies
+
+
+def _name_this_process() -> None:
+    """Do what Flower does when it starts a process; without it no Message can be made."""
+    identity = Message.__init__.__globals__["TaskIdentity"]
+    identity.task_id, identity.run_id, identity.node_id = 1, 1, 1

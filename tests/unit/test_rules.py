@@ -1,0 +1,138 @@
+"""The aggregation rules against hand computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_grid import as_numpy, initial_arrays, pull_towards
+from flwr.app import ArrayRecord
+
+from strategies import rules
+
+
+def f32(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def record(*tensors: np.ndarray) -> ArrayRecord:
+    return ArrayRecord(list(tensors))
+
+
+def only(pairs: rules.Tensors) -> np.ndarray:
+    return next(iter(dict(pairs).values()))
+
+
+def test_weighted_mean_by_hand():
+    """(1*2 + 3*6) / 4 = 5."""
+    np.testing.assert_array_equal(rules.weighted_mean([f32(2), f32(6)], [1, 3]), f32(5))
+
+
+def test_weighted_mean_keeps_its_inputs_and_dtype():
+    """Inputs may be mapped read-only; float16 models stay float16, the sum is float32."""
+    x = np.full(3, 60000, dtype=np.float16)
+    x.flags.writeable = False
+    mean = rules.weighted_mean([x, x], [1, 1])
+    assert mean.dtype == np.float16
+    np.testing.assert_array_equal(mean, x)
+
+
+def test_integer_tensors_are_rounded():
+    """Counters in a model stay integers."""
+    mean = rules.weighted_mean([np.array([1]), np.array([2])], [1, 3])
+    assert mean.dtype == np.array([1]).dtype
+    assert mean[0] == 2
+
+
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]])
+def test_bad_weights_are_refused(weights):
+    """A site that claims nonsense must not silently scale the model."""
+    with pytest.raises(ValueError, match="weights must be"):
+        rules.weighted_mean([f32(1), f32(2)], weights)
+
+
+def test_nesterov_outer_steps_by_hand():
+    """Two steps of DiLoCo with eta = 0.5, beta = 0.9."""
+    theta, m = f32(10), None
+    # step 1: delta = 2, m = 2, theta = 10 - 0.5 (2 + 0.9*2) = 8.1
+    delta = rules.pseudo_gradient(theta, f32(8))
+    m = rules.momentum_step(m, delta, 0.9)
+    theta = rules.nesterov_step(theta, delta, m, 0.5, 0.9)
+    np.testing.assert_allclose(theta, [8.1], rtol=1e-6)
+    # step 2: delta = 1, m = 0.9*2 + 1 = 2.8, theta = 8.1 - 0.5 (1 + 0.9*2.8) = 6.34
+    delta = rules.pseudo_gradient(theta, f32(7.1))
+    m = rules.momentum_step(m, delta, 0.9)
+    theta = rules.nesterov_step(theta, delta, m, 0.5, 0.9)
+    np.testing.assert_allclose(theta, [6.34], rtol=1e-6)
+
+
+def test_nesterov_without_momentum_is_fedavg():
+    """eta = 1, beta = 0: theta - sum w (theta - theta_k) = sum w theta_k."""
+    base = initial_arrays()
+    trained = [record_like(base, pull_towards(t)(as_numpy(base), 3)) for t in (1.0, -2.0)]
+    mean = dict(rules.record_mean(trained, [1, 3]))
+    for name, array in base.items():
+        delta = rules.combined_delta(name, base, trained, [1, 3])
+        got = rules.nesterov_step(array.numpy(), delta, delta, 1.0, 0.0)
+        np.testing.assert_allclose(got, mean[name], rtol=1e-6, atol=1e-7)
+
+
+def record_like(base: ArrayRecord, arrays: dict[str, np.ndarray]) -> ArrayRecord:
+    values = ArrayRecord(list(arrays.values())).values()
+    return ArrayRecord(dict(zip(base, values, strict=True)))
+
+
+def test_buffered_step_by_hand():
+    """FedBuff divides by K once, and not by the sum of the weights or the number of sites."""
+    theta = record(f32(10))
+    deltas = [record(f32(2)), record(f32(4))]
+    # 10 - 1/2 (1*2 + 0.5*4) = 8
+    assert only(rules.buffered_step(theta, deltas, [1.0, 0.5], 1.0)) == pytest.approx(8.0)
+    assert only(rules.buffered_step(theta, deltas, [1.0, 0.5], 0.5)) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tau", "parameters", "value"),
+    [
+        ("constant", 7, {}, 1.0),
+        ("polynomial", 0, {}, 1.0),
+        ("polynomial", 3, {}, 0.5),
+        ("polynomial", 3, {"a": 1.0}, 0.25),
+        ("hinge", 4, {}, 1.0),
+        ("hinge", 5, {}, 1 / 11),
+        ("hinge", 3, {"a": 2.0, "b": 1.0}, 0.2),
+    ],
+)
+def test_staleness_weights_by_hand(kind, tau, parameters, value):
+    """The forms and defaults of FedAsync and FedBuff."""
+    assert rules.staleness_weight(kind, tau, **parameters) == pytest.approx(value)
+
+
+def test_unknown_staleness_names_the_choices():
+    """The message teaches."""
+    with pytest.raises(ValueError, match="constant, polynomial, hinge"):
+        rules.staleness_weight("linear", 1)
+    with pytest.raises(ValueError, match="negative"):
+        rules.staleness_weight("constant", -1)
+
+
+def test_rules_load_one_tensor_at_a_time():
+    """No rule needs the whole model in memory: arrays are asked for as the output is consumed."""
+    loaded: list[str] = []
+
+    class Lazy:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def numpy(self) -> np.ndarray:
+            loaded.append(self.name)
+            return f32(1)
+
+    lazy = {name: Lazy(name) for name in ("a", "b")}
+    for pairs in (
+        rules.record_mean([lazy, lazy], [1, 1]),
+        rules.record_delta(lazy, lazy),
+        rules.buffered_step(lazy, [lazy], [1], 1.0),
+    ):
+        loaded.clear()
+        assert next(pairs)[0] == "a"
+        assert set(loaded) == {"a"}
