@@ -1,0 +1,1 @@
+"""From a facility to jobs: rendering, submitting, watching, and an allocation's life."""

@@ -1,0 +1,59 @@
+"""When to stop replacing allocations that end; counted in files, so by any process."""
+
+from __future__ import annotations
+
+from flwr_hpc.jobs.watch import Verdict, verdict
+from flwr_hpc.protocol import Result
+from flwr_hpc.spool import AllocationDir, Spool
+
+__all__ = ["barren", "forget", "give_up"]
+
+
+def barren(spool: Spool, retries: int) -> Verdict | None:
+    """Return the last verdict if allocations keep ending before they are ready, else None.
+
+    Each is held against one answer only: asked again, the site tries again.
+    """
+    lost: list[tuple[AllocationDir, Verdict]] = []
+    for alloc in reversed(spool.allocations()):
+        how = verdict(alloc)
+        if how is None or how.ready or how.why not in ("failed", "died"):
+            break
+        if (alloc.path / "reported").exists():
+            break
+        lost.append((alloc, how))
+    if not lost or not (lost[0][1].fatal or len(lost) > retries):
+        return None
+    for alloc, _ in lost:
+        (alloc.path / "reported").touch()
+    return lost[0][1]
+
+
+def give_up(spool: Spool, order_id: str, retries: int) -> Result | None:
+    """Write and return a failed result if the order's allocations ended too often, else None."""
+    ends = [how for alloc in _with(spool, order_id) if (how := verdict(alloc)) is not None]
+    bad = [how for how in ends if how.why in ("failed", "died")]
+    closed = sum(how.why == "closed" for how in ends)
+    # One that closed just as the order came in is nobody's fault.
+    lost = len(bad) + max(0, closed - 1)
+    fatal = bool(bad) and bad[-1].fatal
+    if not fatal and lost <= retries:
+        return None
+    reason = bad[-1].reason if bad else "allocations end without working on the order"
+    text = reason if fatal else f"gave up after {lost} allocations. The last one: {reason}"
+    result = Result(order_id, "failed", error=text, fatal=fatal)
+    spool.order(order_id).write_result(result)
+    return result
+
+
+def forget(spool: Spool, order_id: str) -> None:
+    """Make a failed order as good as new, for an allocation that knows nothing of it."""
+    for alloc in _with(spool, order_id):
+        alloc.release()  # its worker takes no order twice
+        (alloc.path / "inbox" / order_id).unlink()
+    folder = spool.order(order_id).path
+    (folder / "result.json").replace(folder / "result.failed.json")
+
+
+def _with(spool: Spool, order_id: str) -> list[AllocationDir]:
+    return [alloc for alloc in spool.allocations() if order_id in alloc.inbox()]

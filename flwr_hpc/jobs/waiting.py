@@ -1,0 +1,60 @@
+"""Long polls on an injected clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from flwr_hpc.protocol import Status
+
+__all__ = ["Clock", "SystemClock", "wait"]
+
+FIRST_PAUSE_S = 0.05
+LONGEST_PAUSE_S = 0.5
+
+
+class Clock(Protocol):
+    """Time as the launcher sees it."""
+
+    def now(self) -> float:
+        """Return monotonic seconds."""
+
+    def wall(self) -> float:
+        """Return seconds since the epoch."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+
+class SystemClock:
+    """The real clock."""
+
+    def now(self) -> float:
+        """Return monotonic seconds."""
+        return time.monotonic()
+
+    def wall(self) -> float:
+        """Return seconds since the epoch."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+def wait(
+    poll: Callable[[], Status], wait_s: float | None, until: Collection[str], clock: Clock
+) -> Status:
+    """Poll until the state is one of `until`, or for `wait_s` seconds (None: without limit).
+
+    The pauses grow from 0.05 s to 0.5 s.
+    """
+    began, pause = clock.now(), FIRST_PAUSE_S
+    while True:
+        status = poll()
+        left = LONGEST_PAUSE_S if wait_s is None else wait_s - (clock.now() - began)
+        if status.state in until or left <= 0:
+            return status
+        clock.sleep(min(pause, left))
+        pause = min(1.3 * pause, LONGEST_PAUSE_S)

@@ -1,0 +1,112 @@
+"""A Slurm of one host that really runs jobs: sbatch, srun, squeue, sacct and scancel.
+
+Which of them it is tells the name it was called by. Everything is kept in ``$FAKE_SLURM``;
+a file ``down`` there makes every command fail as if slurmctld did not answer.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HOME = Path(os.environ["FAKE_SLURM"])
+
+
+def jobs():
+    return [json.loads(p.read_text()) for p in sorted(HOME.glob("*.json"))]
+
+
+def save(job):
+    draft = HOME / f".{job['id']}.tmp"
+    draft.write_text(json.dumps(job))
+    draft.replace(HOME / f"{job['id']}.json")
+
+
+def sbatch(args):
+    text = Path(args[-1]).read_text()
+    lines = re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M)
+    options = {key: "".join(shlex.split(value)) for key, value in lines}
+    if options.get("partition") == "refused":
+        sys.exit("sbatch: error: invalid partition specified: refused")
+    job_id = str(len(jobs()) + 1)
+    env = {
+        **os.environ,
+        "SLURM_JOB_ID": job_id,
+        "SLURM_NTASKS": options["ntasks-per-node"],
+        "SLURM_JOB_NUM_NODES": options["nodes"],
+    }
+    outputs = [options[k].replace("%j", job_id) for k in ("output", "error")]
+    with open(outputs[0], "ab") as out, open(outputs[1], "ab") as err:
+        batch = subprocess.Popen(
+            ["bash", args[-1]], stdin=-3, stdout=out, stderr=err, env=env, start_new_session=True
+        )
+    now = int(time.time())
+    state = {"id": job_id, "name": options["job-name"], "pid": batch.pid, "submit": now}
+    save({**state, "start": now, "state": "RUNNING"})
+    print(f"Submitted batch job {job_id}")
+
+
+def srun(args):
+    command = args[next(i for i, a in enumerate(args) if not a.startswith("-")) :]
+    options = dict(a[2:].split("=", 1) for a in args if a.startswith("--") and "=" in a)
+    tasks = []
+    for rank in range(int(os.environ["SLURM_NTASKS"])):
+        env = {**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        env["SLURM_NODEID"] = "0"
+        names = [options[k].replace("%j", env["SLURM_JOB_ID"]) for k in ("output", "error")]
+        out, err = (open(n.replace("%t", str(rank)), "ab") for n in names)  # noqa: SIM115
+        tasks.append(subprocess.Popen(command, env=env, stdout=out, stderr=err))
+    while any(t.poll() is None for t in tasks) and not any(t.poll() for t in tasks):
+        time.sleep(0.05)
+    for task in tasks:
+        task.kill()
+    sys.exit(max(abs(t.wait()) for t in tasks))
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def select(args):
+    job_id = args[args.index("-j") + 1] if "-j" in args else None
+    name = args[args.index("--name") + 1] if "--name" in args else None
+    for job in jobs():
+        if job["state"] == "RUNNING" and not alive(job["pid"]):
+            save(job | {"state": "COMPLETED"})
+    return [j for j in jobs() if job_id in (None, j["id"]) and name in (None, j["name"])]
+
+
+def squeue(args):
+    found = select(args)
+    if "-j" in args and not found:
+        sys.exit("slurm_load_jobs error: Invalid job id specified")
+    for j in found:
+        print(f"{j['id']}|{j['name']}|{j['state']}|{j['submit']}|{j['start']}|None")
+
+
+def sacct(args):
+    sys.exit("Slurm accounting storage is disabled")
+
+
+def scancel(args):
+    name = next(a for a in args if a.startswith("--jobname=")).split("=", 1)[1]
+    for job in jobs():
+        if job["id"] == args[-1] and job["name"] == name and alive(job["pid"]):
+            save(job | {"state": "CANCELLED"})
+            os.killpg(job["pid"], signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    if (HOME / "down").exists():
+        sys.exit("error: Unable to contact slurm controller (connect failure)")
+    {f.__name__: f for f in (sbatch, srun, squeue, sacct, scancel)}[Path(sys.argv[0]).name](
+        sys.argv[1:]
+    )

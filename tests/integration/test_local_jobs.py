@@ -1,0 +1,217 @@
+"""Allocations of real processes on this host, with a worker that needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_worker
+import psutil
+import pytest
+from job_tools import TESTS, processes_of, until
+
+from flwr_hpc.config import AllocationConfig, FacilityConfig
+from flwr_hpc.jobs.allocation import Site
+from flwr_hpc.jobs.local import LocalScheduler
+from flwr_hpc.jobs.waiting import SystemClock
+from flwr_hpc.protocol import Order, Status
+from flwr_hpc.spool import Spool
+
+FINAL = {"done", "failed"}
+
+
+class Home:
+    """A site in a folder; every call of `site` is like a new process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run_key = uuid.uuid4().hex[:8]
+        self.spec: dict[str, object] = {}
+
+    def site(self, retries: int = 2, walltime: str = "01:00:00") -> Site:
+        facility = FacilityConfig(
+            scheduler="local", ranks_per_node=2, walltime=walltime, env={"PYTHONPATH": str(TESTS)}
+        )
+        return Site(
+            Spool(self.root),
+            self.run_key,
+            "here",
+            facility,
+            AllocationConfig(retries=retries),
+            LocalScheduler(),
+            self.spec,
+            SystemClock(),
+            entry=fake_worker.run,
+        )
+
+    def order(self, seq: int = 0, **options: object) -> Order:
+        return Order(self.run_key, "here", seq, "train", steps=5, options=options)
+
+    def name(self, number: int = 0) -> str:
+        return f"{self.run_key}-here-a{number:04d}"
+
+    def ranks(self, number: int = 0) -> list[psutil.Process]:
+        return [p for p in processes_of(self.name(number)) if "_submit" in " ".join(p.cmdline())]
+
+    def controller(self) -> psutil.Process:
+        job = json.loads((self.root / "allocations" / "a0000" / "job.json").read_text())
+        return psutil.Process(int(job["id"]))
+
+    def trained(self) -> list[str]:
+        return (self.root / "trained.log").read_text().splitlines()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    home = Home(tmp_path / "site")
+    yield home
+    for number in range(4):
+        for process in processes_of(home.name(number)):
+            process.kill()
+
+
+def acquire(site: Site) -> Status:
+    status = site.wait(site.acquire, 30, {"ready", "failed"})
+    assert status.state == "ready", status
+    return status
+
+
+def finish(site: Site, order: Order) -> Status:
+    return site.wait(lambda: site.collect(order.id), 30, FINAL)
+
+
+def begun(home: Home, site: Site, order: Order) -> None:
+    site.hand_in(order, None)
+    until(lambda: site.collect(order.id).step > 0)
+
+
+def test_one_allocation_for_many_orders(home: Home) -> None:
+    """Protects warmth: the job lives on across orders and across launchers."""
+    acquire(home.site())
+    pids = {p.pid for p in home.ranks()}
+    assert len(pids) == 2
+    for seq in range(3):
+        site = home.site()
+        site.hand_in(home.order(seq), None)
+        assert finish(site, home.order(seq)).state == "done"
+    assert {p.pid for p in home.ranks()} == pids
+    assert len(home.trained()) == 3
+
+
+def test_job_survives_the_process_that_submitted_it(home: Home) -> None:
+    """Protects running work from kill -9 of the ClientApp and its whole process group."""
+    code = (
+        "import sys, pathlib; from test_local_jobs_child import main;"
+        "main(pathlib.Path(sys.argv[1]), sys.argv[2])"
+    )
+    helper = home.root.parent / "test_local_jobs_child.py"
+    helper.write_text(
+        "import time\n"
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('jobs_test', {__file__!r})\n"
+        "jobs_test = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['jobs_test'] = jobs_test\n"
+        "spec.loader.exec_module(jobs_test)\n"
+        "def main(root, key):\n"
+        "    home = jobs_test.Home(root)\n"
+        "    home.run_key = key\n"
+        "    home.site().hand_in(home.order(seconds=3), None)\n"
+        "    print('handed in', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    path = f"{helper.parent}:{TESTS}:{TESTS.parent}"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(home.root), home.run_key],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "handed in\n"
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.communicate()
+    site = home.site()
+    assert site.hand_in(home.order(seconds=3), None).state in ("starting", "running")
+    assert finish(site, home.order()).state == "done"
+    assert home.trained() == [f"{home.order().id} a0000"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank(home: Home, rank: int) -> None:
+    """Protects an order from kill -9 of a rank: replaced, done, nothing left of the first."""
+    site = home.site()
+    begun(home, site, home.order(seconds=1))
+    first = home.ranks()
+    victim = [p for p in first if p.environ()["SUBMITIT_LOCAL_LOCALID"] == str(rank)]
+    victim[0].kill()
+    status = finish(site, home.order())
+    assert status.state == "done"
+    if rank == 0:
+        assert home.trained() == [f"{home.order().id} a0001"]
+    until(lambda: not processes_of(home.name(0)))
+
+
+def test_killed_controller_takes_its_ranks_along(home: Home) -> None:
+    """Protects the host from orphans that work on an order somebody else now has."""
+    site = home.site()
+    begun(home, site, home.order(seconds=1))
+    home.controller().kill()
+    until(lambda: not home.ranks(0))
+    assert finish(site, home.order()).state == "done"
+    assert home.trained() == [f"{home.order().id} a0001"]
+
+
+def test_limit_and_reason(home: Home) -> None:
+    """Protects the user: a worker that cannot start fails with its own words, once."""
+    home.spec = {"fail": "no data in /nowhere", "fatal": True}
+    site = home.site()
+    site.hand_in(home.order(), None)
+    status = finish(site, home.order())
+    assert (status.state, status.fatal, status.error) == ("failed", True, "no data in /nowhere")
+    assert not (home.root / "allocations" / "a0001").exists()
+    until(lambda: not processes_of(home.name()))
+
+
+def test_cancel_all_from_another_process(home: Home) -> None:
+    """Protects Ctrl-C of the driver, which submitted nothing itself."""
+    begun(home, home.site(), home.order(seconds=60))
+    other = home.site()
+    assert len(other.live_jobs()) == 1
+    other.cancel_all()
+    assert processes_of(home.name()) == []
+    assert other.live_jobs() == []
+
+
+def test_stubborn_ranks_are_killed(home: Home) -> None:
+    """Protects cancel from a controller that does not answer SIGTERM."""
+    site = home.site()
+    acquire(site)
+    home.controller().suspend()
+    site.cancel_all()
+    assert processes_of(home.name()) == []
+
+
+def test_release_ends_an_idle_worker(home: Home) -> None:
+    """Protects the facility's budget once the run is over."""
+    site = home.site()
+    acquire(site)
+    site.release()
+    until(lambda: not processes_of(home.name()))
+    assert site.live_jobs() == []
+
+
+def test_walltime_ends_the_job(home: Home) -> None:
+    """Protects the walltime, which no scheduler enforces here."""
+    site = home.site(walltime="00:02")
+    acquire(site)
+    until(lambda: not processes_of(home.name()), 15)
+    assert site.status().state == "idle"
+    log = home.root / "allocations" / "a0000" / "job" / "controller.err"
+    assert "exited" in log.read_text() or "walltime" in log.read_text()

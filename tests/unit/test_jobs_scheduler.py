@@ -1,0 +1,61 @@
+"""What all schedulers share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flwr_hpc.config import FacilityConfig
+from flwr_hpc.jobs.entry import work
+from flwr_hpc.jobs.scheduler import JobSpec, heal_pickle, job_env, rank_command, stderr_tail
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_facilitys_environment_wins_over_defaults_but_not_over_the_name() -> None:
+    """Protects the user's settings, and the name by which a job is found again."""
+    facility = FacilityConfig(cpus_per_rank=4, env={"A": "1", "FLWR_HPC_JOB": "x"})
+    env = job_env(JobSpec("n", Path("/f"), facility, work, env={"A": "2"}))
+    assert (env["OMP_NUM_THREADS"], env["A"], env["FLWR_HPC_JOB"]) == ("4", "2", "n")
+    assert env["FLWR_HPC_WALLTIME_S"] == "3600"
+
+
+def test_container_command_quotes_and_binds() -> None:
+    """Protects ranks in containers: devices, folders, paths with spaces."""
+    facility = FacilityConfig(container="/im age.sif", gpus_per_node=1)
+    command = rank_command(JobSpec("n", Path("/f f"), facility, work, binds=("/s",)))
+    assert command == (
+        "apptainer exec --nv --bind /s '/im age.sif' python3 -u -m submitit.core._submit '/f f'"
+    )
+
+
+def test_last_words_are_those_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    """Protects the cause of a failure from the noise of the ranks it took along."""
+    job = {"id": "5", "folder": str(tmp_path)}
+    assert stderr_tail(job) == ""
+    for rank, text in enumerate(["", "warning\n", "ValueError: cause", "RuntimeError: peer"]):
+        (tmp_path / f"5_{rank}_log.err").write_text(text)
+        os.utime(tmp_path / f"5_{rank}_log.err", (rank, rank))
+    assert stderr_tail(job) == "ValueError: cause"
+
+
+def test_only_a_nameless_pickle_is_healed(tmp_path: Path) -> None:
+    """Protects results and other jobs' pickles from being renamed."""
+    (tmp_path / "4_0_result.pkl").write_bytes(b"r")
+    heal_pickle(tmp_path, "5")
+    assert [p.name for p in tmp_path.iterdir()] == ["4_0_result.pkl"]
+    (tmp_path / "aa.pkl").write_bytes(b"p")
+    heal_pickle(tmp_path, "5")
+    assert (tmp_path / "5_submitted.pkl").read_bytes() == b"p"
+
+
+def test_jobs_import_no_torch() -> None:
+    """Protects the login node: launching needs a few dozen megabytes."""
+    code = (
+        "import sys, flwr_hpc.jobs.allocation, flwr_hpc.jobs.local, flwr_hpc.jobs.slurm;"
+        "print([m for m in ('torch', 'wandb', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert out.strip() == "[]"
