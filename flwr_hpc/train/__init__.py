@@ -1,0 +1,1 @@
+"""What runs inside a batch job: the FSDP trainer and its worker."""
