@@ -1,0 +1,117 @@
+"""The trainer's state on disk: sharded (torch DCP), published whole, the last few kept.
+
+::
+
+    SITE/checkpoints/<order id>@<cumulative step>/   DCP files and meta.json
+
+A checkpoint can be loaded at another world size than it was saved at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+
+from flwr_hpc.spool import publish, read_json, sync_dir
+from flwr_hpc.train.rendezvous import Group
+
+__all__ = ["Checkpoints", "Saved"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint: its folder and what was noted with it."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def order_id(self) -> str:
+        """Which order was running."""
+        return self.path.name.rpartition("@")[0]
+
+
+class Checkpoints:
+    """The checkpoints of one site.
+
+    Parameters
+    ----------
+    root : Path
+    group : Group
+        The ranks that save and load together.
+    keep : int
+        How many complete checkpoints stay.
+    """
+
+    def __init__(self, root: Path, group: Group, keep: int = 2) -> None:
+        self._root = root
+        self._group = group
+        self._keep = keep
+
+    def newest(self, order_id: str | None = None) -> Saved | None:
+        """Return the newest complete checkpoint (of an order); the same on every rank."""
+        saved = None
+        if self._group.ranks.rank == 0:
+            found = [p for p in self._all() if order_id in (None, p.name.rpartition("@")[0])]
+            if found:
+                saved = Saved(found[-1], read_json(found[-1] / "meta.json") or {})
+        agreed: Saved | None = self._group.broadcast(saved)
+        return agreed
+
+    def save(self, order_id: str, step: int, tensors: dict[str, Tensor], meta: Any) -> float:
+        """Publish a checkpoint and return the seconds it took; a collective call.
+
+        Parameters
+        ----------
+        order_id : str
+            The order that was running.
+        step : int
+            Cumulative step of the facility.
+        tensors : dict of str to Tensor
+            This rank's view: DTensors, or tensors that are the same on every rank.
+        meta : dict
+            JSON.
+        """
+        began = time.perf_counter()
+        target = self._root / f"{order_id}@{step:010d}"
+        draft = target.with_name(f".{target.name}.tmp")
+        first = self._group.ranks.rank == 0
+        exists = first and target.exists()
+        if first and not exists:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        if self._group.broadcast(exists):  # saved before by a job that died afterwards
+            return time.perf_counter() - began
+        state_dict_saver.save(tensors, checkpoint_id=draft)
+        if first:
+            publish(draft / "meta.json", json.dumps(meta, allow_nan=False))
+            draft.rename(target)
+            sync_dir(self._root)
+            self._prune()
+        return time.perf_counter() - began
+
+    def load(self, saved: Saved, tensors: dict[str, Tensor]) -> None:
+        """Fill `tensors` in place; a collective call."""
+        state_dict_loader.load(tensors, checkpoint_id=saved.path)
+
+    def _all(self) -> list[Path]:
+        """Return the complete ones, oldest first: ids of orders sort by sequence number."""
+        if not self._root.is_dir():
+            return []
+        names = sorted(n for n in os.listdir(self._root) if not n.startswith("."))
+        return [self._root / n for n in names if "@" in n]
+
+    def _prune(self) -> None:
+        for path in self._all()[: -self._keep]:
+            # Rename first: a half-removed checkpoint must not look complete.
+            waste = path.with_name(f".{path.name}.old")
+            path.rename(waste)
+            shutil.rmtree(waste, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""Which order an allocation takes next, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from flwr_hpc.spool import AllocationDir, Spool
+
+__all__ = ["Inbox"]
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
+
+
+class Inbox:
+    """Waits for orders in the allocation's folder.
+
+    Parameters
+    ----------
+    allocation : AllocationDir
+    spool : Spool
+    idle_timeout_s : float
+    must_end : callable
+        True once a signal came or the walltime is about over.
+    clock, sleep : callable
+    """
+
+    def __init__(
+        self,
+        allocation: AllocationDir,
+        spool: Spool,
+        idle_timeout_s: float,
+        must_end: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._allocation = allocation
+        self._spool = spool
+        self._idle_timeout_s = idle_timeout_s
+        self._must_end = must_end
+        self._clock = clock
+        self._sleep = sleep
+        self._done: set[str] = set()
+
+    def next(self) -> str | None:
+        """Return the id of the next order without a result, or None when it is time to end."""
+        began = self._clock()
+        pause = FIRST_PAUSE_S
+        while not self._must_end():
+            # Before the inbox: an order assigned ahead of the release is still done.
+            released = self._allocation.released
+            if order_id := self._assigned():
+                return order_id
+            if released or self._clock() - began >= self._idle_timeout_s:
+                return None
+            self._sleep(pause)
+            pause = min(1.2 * pause, LONGEST_PAUSE_S)
+        return None
+
+    def _assigned(self) -> str | None:
+        for order_id in self._allocation.inbox():
+            if order_id in self._done:
+                continue
+            if self._spool.order(order_id).result() is None:
+                return order_id
+            self._done.add(order_id)
+        return None

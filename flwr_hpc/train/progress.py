@@ -1,0 +1,61 @@
+"""How far an order got, and what may end it early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["CUT", "GO", "INTERRUPTED", "Evaluated", "Progress", "Proximal", "Trained"]
+
+GO, CUT, INTERRUPTED = 0, 1, 2  # what may end an order early: the walltime, a signal
+
+Progress = Callable[[int, Callable[[], float]], None]
+
+
+@dataclass
+class Trained:
+    """How far an order got; survives in a checkpoint of that order.
+
+    Attributes
+    ----------
+    steps, tokens, sequences : int
+        Done in this order, over all ranks; `tokens` are those the loss was taken on.
+    loss_sum : float
+        Summed loss of these tokens, in nats.
+    last_loss, last_grad_norm : float
+        Of the last step.
+    seconds : float
+    ended : int
+        ``GO`` if all steps were done, else why not.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    sequences: int = 0
+    loss_sum: float = 0.0
+    last_loss: float = 0.0
+    last_grad_norm: float = 0.0
+    seconds: float = 0.0
+    ended: int = GO
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Held-out loss in nats per token, on how many tokens and sequences of all ranks."""
+
+    loss: float
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """FedProx (arXiv 1812.06127): adds ``mu (w - anchor)`` to the gradient.
+
+    ``anchor`` holds this rank's shards; see `Trainer.proximal`.
+    """
+
+    mu: float
+    anchor: list[Tensor]

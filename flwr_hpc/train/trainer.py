@@ -1,0 +1,262 @@
+"""Training and evaluating one model on the ranks of an allocation, with torch and FSDP2."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flwr_hpc.config import TrainConfig
+from flwr_hpc.errors import UserError
+from flwr_hpc.train.data import Batch, Corpus
+from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
+from flwr_hpc.train.models import Built, exchanged
+from flwr_hpc.train.optimizer import adamw, clip, gradient
+from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
+from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Evaluated, Progress, Proximal, Trained
+from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.schedule import learning_rate
+from flwr_hpc.train.tensorfile import check_names, open_tensors, write_tensors
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """A sharded model, its inner optimizer and the facility's place in data and schedule.
+
+    Parameters
+    ----------
+    built : Built
+        Model on the CPU; sharded in place.
+    corpus : Corpus
+    config : TrainConfig
+    total_steps : int
+        Cumulative step at which the schedule ends.
+    group : Group
+    one_unit_below : int
+        See `parallel.shard`.
+
+    Attributes
+    ----------
+    step : int
+        Cumulative step of this facility: cursor of the data and of the schedule.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        corpus: Corpus,
+        config: TrainConfig,
+        total_steps: int,
+        group: Group,
+        one_unit_below: int = ONE_UNIT_BELOW,
+    ) -> None:
+        self.step = 0
+        self._model = built.model
+        self._corpus = corpus
+        self._config = config
+        self._total_steps = total_steps
+        self._group = group
+        shard(built.model, group.ranks.world_size, group.device, config.precision, one_unit_below)
+        tensors = exchanged(built.model)
+        self._exchanged = {file: tensors[name] for name, file in built.names.items()}
+        self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
+        self._optimizer = adamw(list(self._trained.values()), config)
+        self._held_out: list[Batch] | None = None
+
+    # Weights
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Return names and shapes of the weights that travel."""
+        return {name: list(t.shape) for name, t in self._exchanged.items()}
+
+    def load_weights(self, path: Path) -> None:
+        """Take over weights; each rank reads the file and keeps its shard.
+
+        Raises
+        ------
+        UserError
+            If the file does not fit the model or holds numbers that are not finite.
+        """
+        reshard(self._model)
+        with open_tensors(path) as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            check_names(found, self.shapes(), path)
+            for name, target in self._exchanged.items():
+                value = file.get_tensor(name)
+                # Checked on the whole tensor, so that all ranks refuse together.
+                if not torch.isfinite(value).all():
+                    raise UserError(f"weights {path.name}: {name} holds NaN or infinity")
+                put(value, target)
+
+    def save_weights(self, path: Path) -> str:
+        """Publish the weights in float32; return the sha256 on rank 0. A collective call."""
+        reshard(self._model)
+        tensors = (full(t) for t in self._exchanged.values())
+        if self._group.ranks.rank == 0:
+            return write_tensors(path, self.shapes(), tensors)
+        for _ in tensors:  # take part in gathering
+            pass
+        return ""
+
+    # Training
+
+    def reset_optimizer(self) -> None:
+        """Forget the inner optimizer's state (not the place in data and schedule)."""
+        for state in self._optimizer.state.values():
+            for tensor in state.values():
+                local(tensor).zero_()
+
+    def train(
+        self,
+        steps: int,
+        so_far: Trained | None = None,
+        may_go: Callable[[], int] = lambda: GO,
+        report: Progress = lambda step, loss: None,
+        proximal: Proximal | None = None,
+    ) -> Trained:
+        """Take optimizer steps until the order has `steps`.
+
+        Parameters
+        ----------
+        steps : int
+        so_far : Trained or None
+            Where an interrupted order goes on.
+        may_go : callable
+            Asked on every rank before each step; any rank's ``CUT`` or ``INTERRUPTED`` ends
+            the order there on all of them.
+        report : callable
+            Called after each step with the order's step and a function that returns the loss;
+            calling that one waits for the device.
+        proximal : Proximal or None
+            Pull towards the weights the order started from.
+
+        Raises
+        ------
+        UserError
+            If loss or gradient norm is no longer finite.
+        """
+        done = dataclasses.replace(so_far or Trained(), ended=GO)
+        stats: list[Tensor] = []
+        tokens = 0
+        began = time.perf_counter()
+        self._model.train()
+        while done.steps < steps:
+            batch = self._next_batch()
+            counted, done.ended = self._agree(batch, may_go())
+            if done.ended:
+                break
+            tokens = counted
+            stats.append(self._train_step(batch, tokens, proximal))
+            done.steps += 1
+            done.tokens += tokens
+            done.sequences += len(batch.input_ids) * self._group.ranks.world_size
+            report(done.steps, lambda at=tokens: float(stats[-1][0]) / max(1, at))  # type: ignore[misc]
+        self._account(done, stats, tokens)
+        done.seconds += time.perf_counter() - began
+        return done
+
+    def proximal(self, mu: float) -> Proximal:
+        """Anchor a proximal term at the present weights."""
+        return Proximal(mu, [local(p).detach().clone() for p in self._parameters()])
+
+    def _parameters(self) -> list[Tensor]:
+        return list(self._trained.values())
+
+    def _next_batch(self) -> Batch:
+        sequences = self._config.micro_batch * self._config.accumulation
+        ranks = self._group.ranks
+        return self._corpus.batch(self.step, ranks.world_size, ranks.rank, sequences)
+
+    def _agree(self, batch: Batch, ended: int) -> tuple[int, int]:
+        """Return the tokens of the global batch, and whether any rank wants to end here."""
+        votes = [float(ended == CUT), float(ended == INTERRUPTED)]
+        tokens, cut, interrupted = self._group.total([float(count_tokens(batch.labels)), *votes])
+        return int(tokens), INTERRUPTED if interrupted else CUT if cut else GO
+
+    def _train_step(self, batch: Batch, tokens: int, proximal: Proximal | None) -> Tensor:
+        """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
+        config, device = self._config, self._group.device
+        # FSDP averages over the ranks; the loss is to be averaged over all tokens.
+        scale = self._group.ranks.world_size / max(1, tokens)
+        loss_sum = torch.zeros((), device=device)
+        for i in range(config.accumulation):
+            part = slice(i * config.micro_batch, (i + 1) * config.micro_batch)
+            self._model.set_requires_gradient_sync(i == config.accumulation - 1)  # type: ignore[operator]
+            loss = self._loss(batch.input_ids[part], batch.labels[part])
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            loss_sum += loss.detach()
+        if proximal is not None:
+            for parameter, start in zip(self._parameters(), proximal.anchor, strict=True):
+                pull = local(parameter).detach() - start
+                gradient(parameter).add_(pull, alpha=proximal.mu)
+        stats = clip(self._parameters(), config.clip, loss_sum)
+        for options in self._optimizer.param_groups:
+            options["lr"] = learning_rate(self.step, config, self._total_steps)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return stats
+
+    def _loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        device = self._group.device
+        output = self._model(input_ids=input_ids.to(device, non_blocking=True))
+        return summed_loss(output.logits, labels.to(device, non_blocking=True))
+
+    def _account(self, done: Trained, stats: list[Tensor], last_tokens: int) -> None:
+        if not stats:
+            return
+        losses, norms = torch.stack(stats).double().cpu().unbind(1)
+        done.loss_sum += float(losses.sum())
+        done.last_loss = float(losses[-1]) / max(1, last_tokens)
+        done.last_grad_norm = float(norms[-1])
+        if not math.isfinite(done.loss_sum) or not bool(norms.isfinite().all()):
+            raise UserError(
+                f"training diverged: loss or gradient norm is not finite within the "
+                f"{len(stats)} steps up to step {self.step}. Lower train.lr="
+                f"{self._config.lr} or train.clip={self._config.clip}."
+            )
+
+    # Evaluation
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluated:
+        """Return the token-weighted loss on the held-out set; a collective call.
+
+        Raises
+        ------
+        UserError
+            If the held-out set has no tokens.
+        """
+        if self._held_out is None:
+            # Equally many on every rank: a forward pass gathers parameters from all of them.
+            ranks = self._group.ranks
+            self._held_out = list(self._corpus.held_out(ranks.rank, ranks.world_size))
+        self._model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in self._held_out:
+            loss = self._loss(batch.input_ids, batch.labels)
+            counted = (batch.labels[:, 1:] != IGNORED).any(dim=1).sum()
+            sums += torch.tensor([float(loss), count_tokens(batch.labels), float(counted)])
+        reshard(self._model)
+        self._model.train()
+        loss_sum, tokens, sequences = self._group.total(sums.tolist())
+        if not tokens:
+            raise UserError("the held-out set has no tokens; raise data.held_out_fraction")
+        return Evaluated(loss_sum / tokens, int(tokens), int(sequences))
+
+    # Checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a checkpoint holds besides `step`; loading fills them in place."""
+        reshard(self._model)
+        found = {f"model.{name}": p.detach() for name, p in self._trained.items()}
+        for name, parameter in self._trained.items():
+            for key, value in self._optimizer.state[parameter].items():
+                found[f"optimizer.{name}.{key}"] = value
+        return found

@@ -1,0 +1,215 @@
+"""The trainer computes the same numbers however the work is split over ranks and time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numerics_scenarios as scenario
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from torch_helpers import Team, start_team
+
+KINDS = [
+    pytest.param({"tied": tied, "lora": lora}, id=f"{'tied' if tied else 'untied'}-{name}")
+    for tied in (True, False)
+    for lora, name in ((False, "full"), (True, "lora"))
+]
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]:
+    """One process alone, and two together; started once, as importing torch takes longest."""
+    teams = {size: start_team(tmp_path_factory.mktemp(f"team{size}"), size) for size in (1, 2)}
+    yield teams
+    for team in teams.values():
+        team.close()
+
+
+@pytest.fixture
+def solo(teams: dict[int, Team]) -> Team:
+    return teams[1]
+
+
+@pytest.fixture
+def pair(teams: dict[int, Team]) -> Team:
+    return teams[2]
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-5) -> None:
+    """Compare tensor by tensor, relative to its norm."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = np.linalg.norm(found[name].astype(np.float64) - value)
+        assert difference <= rtol * np.linalg.norm(value), (name, difference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one_process(
+    solo: Team, pair: Team, tmp_path: Path, kind: dict[str, bool]
+) -> None:
+    """Sharding changes no number: loss, gradient norm, held-out loss, weights after k steps."""
+    one = solo.run(scenario.trained, tmp_path / "1", micro_batch=8, **kind)
+    two = pair.run(scenario.trained, tmp_path / "2", micro_batch=4, **kind)
+    for key in ("losses", "train_loss", "last_loss", "grad_norm", "held_out"):
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
+    assert two["tokens"] == one["tokens"]
+    assert two["held_out_counts"] == one["held_out_counts"]
+    assert len(one["losses"]) == 4
+    assert_same(two["weights"], one["weights"])
+
+
+def test_a_small_model_as_one_unit_equals_a_unit_per_layer(pair: Team, tmp_path: Path) -> None:
+    """The shortcut for small models is a matter of speed alone."""
+    layered = pair.run(scenario.trained, tmp_path / "1")
+    whole = pair.run(scenario.trained, tmp_path / "2", one_unit_below=10**9)
+    assert_same(whole["weights"], layered["weights"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_averaged_and_not_summed(
+    solo: Team, pair: Team, kind: dict[str, bool]
+) -> None:
+    """Guards against pytorch#162338: gloo once took AVG for SUM, silently; AdamW hides it."""
+    one = solo.run(scenario.gradients, micro_batch=8, **kind)
+    two = pair.run(scenario.gradients, micro_batch=4, **kind)
+    assert any(np.abs(g).max() > 1e-4 for g in one.values())
+    assert_same(two, one)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulation_equals_a_large_batch(
+    teams: dict[int, Team], tmp_path: Path, size: int
+) -> None:
+    """Micro batches are weighted by their tokens, although these are uneven."""
+    splits = {"micro_batch": 8}, {"micro_batch": 2, "accumulation": 4}
+    whole, parts = (teams[size].run(scenario.gradients, **split) for split in splits)
+    assert_same(parts, whole, rtol=2e-6)
+    large = teams[size].run(scenario.trained, tmp_path / "1", micro_batch=8)
+    small = teams[size].run(scenario.trained, tmp_path / "2", micro_batch=2, accumulation=4)
+    np.testing.assert_allclose(small["losses"], large["losses"], rtol=1e-5)
+    assert_same(small["weights"], large["weights"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_orders_in_a_row_equal_uninterrupted_training(
+    pair: Team, tmp_path: Path, kind: dict[str, bool]
+) -> None:
+    """One facility whose weights come back as they went is plain training, to the last bit:
+    optimizer state, schedule and data go on across orders."""
+    at_once = pair.run(scenario.in_orders, tmp_path / "1", [6], **kind)
+    in_three = pair.run(scenario.in_orders, tmp_path / "2", [2, 3, 1], **kind)
+    assert_same(in_three, at_once, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_interrupted_equals_uninterrupted(pair: Team, tmp_path: Path, lora: bool) -> None:
+    """A signal at one rank ends the order on all; restored, it gives the same bits."""
+    once, once_loss = pair.run(scenario.uninterrupted, tmp_path / "1", 4, lora=lora)
+    again, again_loss = pair.run(scenario.interrupted, tmp_path / "2", 2, 4, lora=lora)
+    assert_same(again, once, rtol=0)
+    assert again_loss == pytest.approx(once_loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_checkpoint_of_two_ranks_is_restored_on_one(
+    solo: Team, pair: Team, tmp_path: Path, lora: bool
+) -> None:
+    """The next allocation may have another shape."""
+    expected = pair.run(scenario.save_then_go_on, tmp_path, micro_batch=4, lora=lora)
+    found = solo.run(scenario.restore_then_go_on, tmp_path, micro_batch=8, lora=lora)
+    assert_same(found, expected)
+
+
+def test_the_last_two_checkpoints_stay(pair: Team, tmp_path: Path) -> None:
+    """Nothing half-written is left behind, and saving again is harmless."""
+    names = pair.run(scenario.saved_thrice, tmp_path)
+    assert names == ["run-a-000001@0000000002", "run-a-000001@0000000003"]
+
+
+def test_activation_checkpointing_changes_nothing(pair: Team, tmp_path: Path) -> None:
+    """It trades time for memory only."""
+    plain = pair.run(scenario.trained, tmp_path / "1")
+    saving = pair.run(scenario.trained, tmp_path / "2", activation_checkpointing="full")
+    assert_same(saving["weights"], plain["weights"], rtol=1e-6)
+
+
+def test_bf16_trains_float32_weights(pair: Team, tmp_path: Path) -> None:
+    """Mixed precision follows fp32 to bf16's accuracy; what is exchanged stays float32."""
+    exact = pair.run(scenario.trained, tmp_path / "1")
+    rough = pair.run(scenario.trained, tmp_path / "2", precision="bf16")
+    np.testing.assert_allclose(rough["losses"], exact["losses"], rtol=2e-2)
+    assert rough["losses"] != exact["losses"]
+    assert {v.dtype for v in rough["weights"].values()} == {np.dtype(np.float32)}
+
+
+def test_proximal_term_keeps_near_the_start(pair: Team, tmp_path: Path) -> None:
+    """FedProx: the larger mu, the shorter the way from the received weights."""
+    start = pair.run(scenario.trained, tmp_path / "0", steps=0 + 1, lr=0.0)["weights"]
+
+    def distance(mu: float) -> float:
+        weights = pair.run(scenario.trained, tmp_path / "1", mu=mu, clip=0.0)["weights"]
+        return float(sum(np.square(weights[n] - start[n]).sum() for n in start))
+
+    assert distance(1.0) < 0.9 * distance(0.0)
+
+
+def test_optimizer_can_be_reset(pair: Team) -> None:
+    """``train.reset_optimizer`` forgets moments and their step count."""
+    before, after = pair.run(scenario.moments)
+    assert before > 0
+    assert after == 0
+
+
+def test_divergence_is_named(pair: Team) -> None:
+    """Weights that are no numbers are not sent; the error says what to change."""
+    error = pair.run(scenario.diverging)
+    assert error.startswith("UserError: training diverged")
+    assert "train.lr" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "1 tensors missing (model.norm.weight)"),
+        (lambda w: w.update(extra=np.zeros(2, np.float32)), "not in the model (extra)"),
+        (lambda w: w.update({"model.norm.weight": np.zeros(3, np.float32)}), "has shape [3]"),
+        (lambda w: w["model.norm.weight"].fill(np.nan), "NaN"),
+    ],
+    ids=["missing", "extra", "shape", "nan"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    pair: Team, tmp_path: Path, change: Any, message: str
+) -> None:
+    """Nothing is loaded in part or by broadcasting; every rank refuses."""
+    weights = pair.run(scenario.trained, tmp_path, steps=1)["weights"]
+    change(weights)
+    save_file(weights, tmp_path / "bad.safetensors")
+    error = pair.run(scenario.load_error, tmp_path / "bad.safetensors")
+    assert error.startswith("UserError")
+    assert message in error
+
+
+def test_weights_and_files_are_a_hugging_face_directory(pair: Team, tmp_path: Path) -> None:
+    """``from_pretrained`` takes the trained model and the trained adapter."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    pair.run(scenario.hub_directory, base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    exchanged = load_file(base / "model.safetensors")
+    assert "lm_head.weight" not in exchanged
+    parameters = dict(model.named_parameters())
+    assert_same({n: p.detach().numpy() for n, p in parameters.items()}, exchanged, rtol=0)
+
+    pair.run(scenario.hub_directory, adapter, lora=True, path=str(base))
+    ids = torch.arange(8).reshape(1, 8)
+    plain = model(ids).logits.detach().numpy()
+    adapted = peft.PeftModel.from_pretrained(model, str(adapter))(ids).logits.detach().numpy()
+    assert np.abs(adapted - plain).max() > 1e-4

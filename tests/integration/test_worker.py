@@ -1,0 +1,389 @@
+"""Real worker processes, reached through the files of a spool as the launcher does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from torch_helpers import LLAMA
+
+from flwr_hpc.config import DataConfig, ModelConfig, TrainConfig
+from flwr_hpc.protocol import Order, Result
+from flwr_hpc.spool import AllocationDir, OrderDir, Spool, publish
+
+RUN = "import sys; from flwr_hpc.train.worker import run; run(sys.argv[1])"
+PATIENCE_S = 90.0
+FAST = TrainConfig(steps=4, micro_batch=2, lr=1e-2, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"{i} bottles of {i * i} on the wall\n" for i in range(900)))
+    return path
+
+
+@pytest.fixture
+def site(tmp_path: Path, text: Path) -> Iterator[Site]:
+    site = Site(Spool(tmp_path / "site"), text)
+    yield site
+    site.close()
+
+
+class Site:
+    """A spool, the allocations on it and their processes."""
+
+    def __init__(self, spool: Spool, text: Path) -> None:
+        self.spool = spool
+        self.text = text
+        self.processes: list[list[subprocess.Popen[bytes]]] = []
+
+    def start(
+        self, ranks: int = 2, train: TrainConfig = FAST, program: str = RUN, **spec: Any
+    ) -> AllocationDir:
+        """Start the ranks of a new allocation."""
+        allocation = self.spool.allocation(f"job-{len(self.processes)}")
+        publish(allocation.path / "spec.json", json.dumps(self._spec(train) | spec))
+        env = os.environ | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        log = open(allocation.path / "log", "wb")  # noqa: SIM115
+        self.processes.append(
+            [
+                subprocess.Popen(
+                    [sys.executable, "-c", program, str(allocation.path)],
+                    env=env | {"RANK": str(rank)}, stdout=log, stderr=log,
+                )
+                for rank in range(ranks)
+            ]
+        )  # fmt: skip
+        log.close()
+        return allocation
+
+    def _spec(self, train: TrainConfig) -> dict[str, Any]:
+        data = DataConfig(kind="text", paths={"a": [str(self.text)]}, seq_len=32)
+        return {
+            "facility": "a", "facilities": ["a"], "seed": 0, "spool": str(self.spool.root),
+            "model": dataclasses.asdict(ModelConfig(config=LLAMA)),
+            "data": dataclasses.asdict(data), "train": dataclasses.asdict(train),
+            "rounds": 3, "idle_timeout_s": 120.0, "walltime_s": 3600.0,
+            "peak_tflops": 1.0, "internet": False,
+        }  # fmt: skip
+
+    def order(self, allocation: AllocationDir, seq: int, **fields: Any) -> OrderDir:
+        """Hand in an order; ``start`` is the file of the weights it starts from."""
+        start = fields.pop("start", None)
+        order = Order("run", "a", seq, **fields)
+        folder = self.spool.order(order.id)
+        folder.write_order(order, start)
+        allocation.assign(order.id)
+        return folder
+
+    def done(self, folder: OrderDir) -> Result:
+        self.wait(lambda: folder.result() is not None)
+        result = folder.result()
+        assert result is not None
+        assert result.state == "done", result.error
+        return result
+
+    def wait(self, reached: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+        end = time.monotonic() + patience_s
+        while not reached():
+            assert time.monotonic() < end, self.logs()
+            time.sleep(0.02)
+
+    def ended(self, index: int = -1, patience_s: float = PATIENCE_S) -> list[int]:
+        """Wait until an allocation's processes are gone and return their exit codes."""
+        self.wait(lambda: all(p.poll() is not None for p in self.processes[index]), patience_s)
+        return [p.returncode for p in self.processes[index]]
+
+    def logs(self) -> str:
+        return "\n".join((a.path / "log").read_text() for a in self.spool.allocations())
+
+    def close(self) -> None:
+        for process in (p for ranks in self.processes for p in ranks):
+            process.kill()
+            process.wait()
+
+
+def assert_equal(found: Path, expected: Path) -> None:
+    a, b = load_file(found), load_file(expected)
+    assert a.keys() == b.keys()
+    for name in b:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Site]:
+    """A site whose allocation did: initialize, train, train, evaluate, and was released."""
+    site = Site(Spool(tmp_path_factory.mktemp("undisturbed")), text)
+    allocation = site.start()
+    first = site.order(allocation, 0, kind="initialize")
+    site.done(first)
+    second = site.order(allocation, 1, kind="train", steps=4, evaluate=True, start=first.weights)
+    site.done(second)
+    third = site.order(allocation, 2, kind="train", steps=4, start=second.weights)
+    site.done(third)
+    site.done(site.order(allocation, 3, kind="evaluate", start=third.weights))
+    allocation.release()
+    site.ended()
+    yield site
+    site.close()
+
+
+def result_of(site: Site, seq: int) -> Result:
+    result = site.spool.order(f"run-a-{seq:06d}").result()
+    assert result is not None
+    return result
+
+
+def weights_of(site: Site, seq: int) -> Path:
+    return site.spool.order(f"run-a-{seq:06d}").weights
+
+
+def test_a_released_allocation_ends_in_order(undisturbed: Site) -> None:
+    """All ranks leave with exit code 0 and the state says so."""
+    assert [p.returncode for p in undisturbed.processes[0]] == [0, 0], undisturbed.logs()
+    state = undisturbed.spool.allocations()[0].state()
+    assert state is not None
+    assert (state.state, state.error) == ("closed", "")
+    assert set(state.seconds) == {"startup", "load", "train", "evaluate", "transfer", "idle"}
+    assert state.seconds["startup"] > 0.5
+    assert state.seconds["train"] > 0
+
+
+def test_initialize_answers_with_a_hugging_face_directory(undisturbed: Site) -> None:
+    """Initial weights, and the small files that go with them."""
+    result = result_of(undisturbed, 0)
+    assert {"config.json", "generation_config.json"} <= set(result.files)
+    assert json.loads(result.files["config.json"])["architectures"] == ["LlamaForCausalLM"]
+    assert any("tokenizer" in name for name in result.files)
+    assert "model.embed_tokens.weight" in load_file(weights_of(undisturbed, 0))
+
+
+def test_training_learns_and_is_measured(undisturbed: Site) -> None:
+    """The second order starts better than the first did; its numbers are complete."""
+    first, second, evaluated = (result_of(undisturbed, seq) for seq in (1, 2, 3))
+    assert (first.steps, first.examples, first.tokens) == (4, 16, 16 * 31)
+    assert {
+        "train_loss", "last_loss", "held_out_loss", "held_out_tokens", "grad_norm",
+        "tokens_per_s", "mfu", "peak_memory_gb",
+    } <= set(first.metrics)  # fmt: skip
+    assert evaluated.metrics["held_out_loss"] < first.metrics["held_out_loss"]
+    assert "held_out_loss" not in second.metrics  # was not asked for
+    assert {"read", "train", "write", "first_step"} <= set(second.seconds)
+    assert len(second.sha256) == 64
+
+
+def test_kill_of_one_rank_ends_all_and_the_order_is_finished_elsewhere(
+    site: Site, undisturbed: Site
+) -> None:
+    """kill -9 in the middle of an order: no rank hangs, the next allocation starts from the
+    last checkpoint, and the weights are those of a run in which nothing happened."""
+    allocation = site.start()
+    start = weights_of(undisturbed, 0)
+    site.done(site.order(allocation, 1, kind="train", steps=4, evaluate=True, start=start))
+    long = site.order(allocation, 2, kind="train", steps=100_000, start=weights_of(site, 1))
+    site.wait(lambda: bool(long.progress()))
+    site.processes[0][1].kill()
+    codes = site.ended(patience_s=15)
+    assert codes[0] not in (0, None)
+    assert long.result() is None
+
+    # The same order with the steps it has in the undisturbed run.
+    (long.path / "order.json").unlink()
+    allocation = site.start()
+    again = site.order(allocation, 2, kind="train", steps=4, start=weights_of(site, 1))
+    site.done(again)
+    allocation.release()
+    assert site.ended() == [0, 0]
+    assert_equal(again.weights, weights_of(undisturbed, 2))
+
+
+def test_kill_of_an_idle_rank_ends_all(site: Site) -> None:
+    """Also when no order runs and nobody is in a collective that could fail."""
+    allocation = site.start()
+    site.wait(lambda: (s := allocation.state()) is not None and s.state == "ready")
+    site.processes[0][1].kill()
+    site.ended(patience_s=15)
+
+
+def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
+    """A preempted job saves in the middle of an order; the next one goes on from there, on
+    another number of ranks if need be, and no step is trained twice."""
+    allocation = site.start(train=dataclasses.replace(FAST, schedule_steps=3000))
+    order = site.order(
+        allocation, 1, kind="train", steps=3000, evaluate=True, start=weights_of(undisturbed, 0)
+    )
+    site.wait(lambda: order.progress().get("step", 0) > 3)
+    site.processes[0][0].send_signal(signal.SIGTERM)
+    assert site.ended() == [0, 0], site.logs()
+    assert order.result() is None
+    (saved,) = site.spool.checkpoints.iterdir()
+    meta = json.loads((saved / "meta.json").read_text())
+    assert 3 < meta["step"] < 3000
+    assert meta["trained"]["steps"] == meta["step"]
+
+    steps = meta["step"] + 2
+    (order.path / "order.json").unlink()
+    allocation = site.start(ranks=1, train=dataclasses.replace(FAST, micro_batch=4))
+    result = site.done(site.order(allocation, 1, kind="train", steps=steps, evaluate=True))
+    assert result.steps == steps
+    assert result.tokens == steps * 4 * 31
+    assert "held_out_loss" in result.metrics  # measured before the signal
+    allocation.release()
+    assert site.ended() == [0]
+
+
+def test_a_finished_checkpoint_without_result_is_only_written_out(
+    site: Site, undisturbed: Site
+) -> None:
+    """A job that dies between checkpoint and result has trained: the next one just answers."""
+    allocation = site.start(ranks=1)
+    start = weights_of(undisturbed, 0)
+    order = site.order(allocation, 1, kind="train", steps=4, start=start)
+    before = site.done(order)
+    allocation.release()
+    site.ended()
+    kept = order.weights.rename(order.path / "kept.safetensors")
+    (order.path / "result.json").unlink()
+
+    allocation = site.start(ranks=1)
+    allocation.assign("run-a-000001")
+    after = site.done(order)
+    assert "train" not in after.seconds
+    assert (after.steps, after.tokens, after.sha256) == (before.steps, before.tokens, before.sha256)
+    assert after.metrics["train_loss"] == before.metrics["train_loss"]
+    assert_equal(order.weights, kept)
+
+
+HURRIED = """
+import sys, time
+from flwr_hpc.train import trainer, worker
+endings, init, step = [], worker.Ending.__init__, trainer.Trainer._train_step
+def noted(self, walltime_s):
+    init(self, walltime_s)
+    endings.append(self)
+def hurried(self, *args):
+    if self.step == 3:
+        endings[0]._end = time.monotonic() + endings[0].reserve_s + 0.5
+    return step(self, *args)
+worker.Ending.__init__, trainer.Trainer._train_step = noted, hurried
+worker.run(sys.argv[1])
+"""
+
+
+def test_an_order_is_cut_to_the_walltime(site: Site) -> None:
+    """With the walltime nearly over the order ends early, with what it did, and the job too.
+    (The walltime is cut short at a step, so that a slow start does not use it up.)"""
+    allocation = site.start(ranks=1, program=HURRIED)
+    order = site.order(allocation, 0, kind="train", steps=10**6)
+    result = site.done(order)
+    assert 3 < result.steps < 10**6
+    assert site.ended() == [0]
+    state = allocation.state()
+    assert state is not None
+    assert state.state == "closed"
+    assert state.walltime_left_s is not None
+    assert state.walltime_left_s > 0
+
+
+def test_bad_weights_fail_the_order_and_not_the_allocation(site: Site, tmp_path: Path) -> None:
+    """What a strategy sent is refused with a reason; the allocation stays warm and intact."""
+    (tmp_path / "bad.safetensors").write_text("no weights at all")
+    allocation = site.start(ranks=1)
+    bad = site.order(allocation, 0, kind="train", steps=1, start=tmp_path / "bad.safetensors")
+    site.wait(lambda: bad.result() is not None)
+    result = bad.result()
+    assert result is not None
+    assert (result.state, result.fatal) == ("failed", True)
+    assert "cannot be read" in result.error
+    site.done(site.order(allocation, 1, kind="train", steps=1))
+
+
+def test_bad_data_fails_the_allocation_for_good(site: Site) -> None:
+    """The launcher must not try again, and gets the reason; every rank ends."""
+    data = DataConfig(kind="text", paths={"a": ["/does/not/exist.txt"]})
+    allocation = site.start(data=dataclasses.asdict(data))
+    assert all(site.ended())
+    state = allocation.state()
+    assert state is not None
+    assert (state.state, state.fatal) == ("failed", True)
+    assert "/does/not/exist.txt" in state.error
+
+
+def test_idle_allocation_ends(site: Site) -> None:
+    """An allocation nobody needs gives its nodes back."""
+    site.start(ranks=1, idle_timeout_s=0.2)
+    assert site.ended() == [0]
+
+
+COUNTING = """
+import sys
+from flwr_hpc.train.worker import Worker, run
+carry_out = Worker._carry_out
+def counted(self, *task):
+    before = set(sys.modules)
+    done = carry_out(self, *task)
+    print("NEW", sorted(set(sys.modules) - before), flush=True)
+    return done
+Worker._carry_out = counted
+run(sys.argv[1])
+"""
+
+
+def test_warm_orders_load_nothing(site: Site) -> None:
+    """From the second order on no module is imported any more, and the first step begins
+    within a fraction of what a cold start takes."""
+    allocation = site.start(ranks=1, program=COUNTING)
+    results = [
+        site.done(site.order(allocation, seq, kind="train", steps=2, evaluate=True))
+        for seq in range(3)
+    ]
+    allocation.release()
+    assert site.ended() == [0]
+    imported = [line for line in site.logs().splitlines() if line.startswith("NEW")]
+    assert imported[1:] == ["NEW []", "NEW []"], imported
+    state = allocation.state()
+    assert state is not None
+    cold = state.seconds["startup"] + state.seconds["load"]
+    assert results[2].seconds["first_step"] < 0.2 * cold
+
+
+FAILING = """
+import os, sys
+from flwr_hpc.train import rendezvous, trainer, worker
+rendezvous.PATIENCE_S = 1.0
+step = trainer.Trainer._train_step
+def failing(self, *args):
+    if self.step == 1 and os.environ["RANK"] in {ranks}:
+        raise RuntimeError("out of luck")
+    return step(self, *args)
+trainer.Trainer._train_step = failing
+worker.run(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("ranks", ["1", "01"])
+def test_an_unexpected_error_is_told_and_ends_all_ranks(site: Site, ranks: str) -> None:
+    """Whether one rank fails while the others wait for it, or all do: the order's result has
+    the reason, may be tried again, and nobody hangs."""
+    allocation = site.start(program=FAILING.replace("{ranks}", repr(ranks)))
+    order = site.order(allocation, 0, kind="train", steps=4)
+    assert all(site.ended())
+    result = order.result()
+    assert result is not None
+    assert (result.state, result.fatal) == ("failed", False)
+    assert "RuntimeError: out of luck" in result.error
+    state = allocation.state()
+    assert state is not None
+    assert state.state == ("failed" if ranks == "01" else "running")
