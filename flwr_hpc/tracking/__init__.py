@@ -1,0 +1,1 @@
+"""Event log, live view, report, summary, Weights & Biases."""

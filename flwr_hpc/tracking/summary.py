@@ -1,0 +1,64 @@
+"""summary.json: what a run came to, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr_hpc.tracking.records import FacilityState, RunState
+
+__all__ = ["summarize"]
+
+
+def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the summary of a run.
+
+    Parameters
+    ----------
+    state : RunState
+    extra : dict, optional
+        Further keys, e.g. ``model`` (where the trained model lies); they win over those of the
+        state, a None does not.
+
+    Returns
+    -------
+    dict
+        JSON types only. Losses are in nats per token, ``seconds`` by phase; what is unknown is
+        None. ``held_out_loss_first`` and ``_last`` are of the first and last global model that
+        the facility evaluated, ``steps``, ``tokens`` and ``orders`` of finished training
+        orders, ``staleness`` the mean over the replies that were aggregated.
+    """
+    curve = state.held_out_curve()
+    base: dict[str, Any] = {
+        "status": state.status,
+        "error": state.error or None,
+        "run_key": state.run_key or None,
+        "strategy": state.strategy or None,
+        "rounds": state.rounds or None,
+        "versions": state.version,
+        "wall_s": round(state.wall_s, 3),
+        "sessions": len(state.sessions),
+        "model": None,
+        "held_out_loss_first": curve[0][2] if curve else None,
+        "held_out_loss_last": curve[-1][2] if curve else None,
+        "facilities": {n: _facility(f) for n, f in state.facilities.items()},
+    }
+    return base | {k: v for k, v in (extra or {}).items() if v is not None}
+
+
+def _facility(f: FacilityState) -> dict[str, Any]:
+    curve = f.held_out_curve
+    seconds = f.seconds()
+    return {
+        "held_out_loss_first": curve[0][2] if curve else None,
+        "held_out_loss_last": curve[-1][2] if curve else None,
+        "train_loss_last": f.train_loss[-1][2] if f.train_loss else None,
+        "steps": f.steps,
+        "tokens": f.tokens,
+        "orders": f.orders,
+        "rejected": f.rejected,
+        "failed": f.failed,
+        "staleness": f.staleness / f.merged if f.merged else None,
+        "allocations": len(f.ledger) or None,
+        "seconds": {k: round(v, 3) for k, v in seconds.items()} if seconds else None,
+    }

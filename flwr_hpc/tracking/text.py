@@ -1,0 +1,126 @@
+"""Events and quantities as short text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flwr_hpc.tracking.events import Event
+
+__all__ = ["compact", "describe", "duration"]
+
+ALLOCATION_STATES = {
+    "queued": "waits in the queue",
+    "starting": "starts",
+    "loading": "loads the model",
+    "ready": "is ready",
+    "ended": "has ended",
+}
+
+
+def duration(seconds: float) -> str:
+    """Return ``12 s``, ``3 min 05 s``, ``2 h 07 min`` or ``3 d 04 h``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def compact(number: float | None) -> str:
+    """Return three digits and a unit prefix, ``1.23M``; a dash for None."""
+    if number is None:
+        return "–"  # noqa: RUF001
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size * 0.9995:
+            return f"{number / size:.3g}{prefix}"
+    return f"{number:.3g}"
+
+
+def describe(event: Event) -> str | None:
+    """Return an event as one line, or None if it is not worth one."""
+    tell = LINES.get(event["event"])
+    line = tell(event) if tell else None
+    return " ".join(line.split()) if line else None
+
+
+def _run_started(e: Event) -> str:
+    names = ", ".join(str(n) for n in e.get("facilities") or [])
+    verb = f"run resumed at version {e.get('version')}" if e.get("resumed") else "run started"
+    return f"{verb}: {e.get('strategy')}, {e.get('rounds')} rounds, facilities {names}"
+
+
+def _allocation(e: Event) -> str | None:
+    state = ALLOCATION_STATES.get(str(e.get("state")))
+    if state is None:
+        return None
+    line = f"{e.get('facility')}: allocation {e.get('allocation')} {state}"
+    if e.get("queue_wait_s") is not None:
+        line += f", forecast {duration(e['queue_wait_s'])}"
+    if e.get("walltime_left_s") is not None:
+        line += f", walltime left {duration(e['walltime_left_s'])}"
+    return line
+
+
+def _order_done(e: Event) -> str:
+    metrics = e.get("metrics") or {}
+    line = f"{e.get('facility')}: "
+    if e.get("kind", "train") == "train":
+        line += f"{e.get('steps')} steps from version {e.get('version')}"
+    else:
+        line += f"{e.get('kind')} at version {e.get('version')}"
+    for key, name, form in (
+        ("train_loss", "loss", "{:.3f}"),
+        ("held_out_loss", "held-out", "{:.3f}"),
+        ("tokens_per_s", "tokens/s", "{}"),
+    ):
+        value = metrics.get(key)
+        if value is not None:
+            shown = form.format(compact(value) if key == "tokens_per_s" else value)
+            line += f", {name} {shown}"
+    trip = e.get("round_trip_s")
+    return f"{line}, in {duration(trip)}" if trip is not None else line
+
+
+def _order_progress(e: Event) -> str:
+    line = f"{e.get('facility')}: step {e.get('step')}/{e.get('steps')}"
+    if e.get("loss") is not None:
+        line += f", loss {e['loss']:.3f}"
+    rate = e.get("tokens_per_s")
+    return f"{line}, {compact(rate)} tokens/s" if rate is not None else line
+
+
+def _evaluated(e: Event) -> str | None:
+    loss = e.get("held_out_loss")
+    if loss is None:
+        return None
+    return f"{e.get('facility')}: held-out loss {loss:.3f} at version {e.get('version')}"
+
+
+def _run_finished(e: Event) -> str:
+    error = f": {e['error']}" if e.get("error") else ""
+    return f"run {e.get('status')}{error}"
+
+
+LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "run_started": _run_started,
+    "site_online": lambda e: f"{e.get('facility')}: site online",
+    "site_offline": lambda e: f"{e.get('facility')}: site offline",
+    "allocation": _allocation,
+    "order_progress": _order_progress,
+    "order_done": _order_done,
+    "order_rejected": lambda e: f"{e.get('facility')}: reply rejected: {e.get('reason')}",
+    "order_failed": lambda e: f"{e.get('facility')}: order failed: {e.get('reason')}",
+    "evaluated": _evaluated,
+    "aggregated": lambda e: (
+        f"version {e.get('version')} aggregated from {', '.join(e.get('facilities') or [])}"
+    ),
+    "run_finished": _run_finished,
+}
