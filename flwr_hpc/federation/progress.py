@@ -1,0 +1,59 @@
+"""Progress of running orders, read from the spools for the live view alone.
+
+Sites tell it too, but only as often as they answer a message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from flwr_hpc.spool import Spool
+from flwr_hpc.tracking.events import Event
+
+__all__ = ["SpoolProgress"]
+
+EVERY_S = 1.0
+
+
+class SpoolProgress:
+    """Looks at the newest allocation of each facility about once a second.
+
+    Parameters
+    ----------
+    sites : mapping of str to Path
+        Folder of each facility's site.
+    clock : callable
+        Monotonic seconds.
+    """
+
+    def __init__(
+        self, sites: Mapping[str, Path], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._spools = {facility: Spool(root) for facility, root in sites.items()}
+        self._clock = clock
+        self._next = clock()
+        self._told: dict[str, tuple[str, int]] = {}
+
+    def poll(self) -> list[Event]:
+        """Return an ``order_progress`` for every order that has got on."""
+        if self._clock() < self._next:
+            return []
+        self._next = self._clock() + EVERY_S
+        found = [self._look(facility, spool) for facility, spool in self._spools.items()]
+        return [event for event in found if event is not None]
+
+    def _look(self, facility: str, spool: Spool) -> Event | None:
+        try:
+            allocations = spool.allocations()
+            state = allocations[-1].state() if allocations else None
+            order_id = state.order_id if state and state.state == "running" else ""
+            progress = spool.order(order_id).progress() if order_id else {}
+        except (OSError, ValueError):
+            return None  # the file system is away for a moment
+        now = (order_id, int(progress.get("step", 0)))
+        if not progress or self._told.get(facility) == now:
+            return None
+        self._told[facility] = now
+        return {"event": "order_progress", "facility": facility, "order_id": order_id, **progress}

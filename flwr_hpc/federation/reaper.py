@@ -1,0 +1,58 @@
+"""End every process of a session once its driver is gone, however it went.
+
+Run as ``python -S reaper.py TOKEN`` with a pipe from the driver as standard input. When the
+pipe closes (the driver closed it, or died), every process of this user whose environment
+holds ``FLWR_HPC_SESSION=TOKEN`` gets SIGTERM and, if it lingers, SIGKILL. Batch jobs do not
+carry the token and live on. Standard library only: it costs a few megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+MARK = "FLWR_HPC_SESSION"
+GRACE_S = 4.0
+GIVE_UP_S = 20.0
+
+
+def marked(token: str) -> list[int]:
+    """Return the live processes that carry the token, this one excepted."""
+    needle = f"{MARK}={token}".encode()
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        if int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as f:
+                if needle in f.read().split(b"\0"):
+                    found.append(int(name))
+        except OSError:
+            continue  # gone, or another user's
+    return found
+
+
+def end(token: str) -> bool:
+    """Terminate, then kill, what carries the token; return whether nothing is left."""
+    start = time.monotonic()
+    while pids := marked(token):
+        waited = time.monotonic() - start
+        if waited > GIVE_UP_S:
+            return False
+        number = signal.SIGTERM if waited < GRACE_S else signal.SIGKILL
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except OSError:
+                continue
+        time.sleep(0.2 if number == signal.SIGKILL else 0.5)
+    return True
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while sys.stdin.buffer.read(4096):
+        pass
+    sys.exit(0 if end(sys.argv[1]) else 1)

@@ -1,0 +1,83 @@
+"""``python -m flwr_hpc.run``: train one language model across facilities.
+
+Settings are KEY=VALUE, e.g.
+
+  python -m flwr_hpc.run                                  two facilities on this machine
+  python -m flwr_hpc.run +facility=slurm facilities.slurm.account=PROJECT
+  python -m flwr_hpc.run strategy=fedbuff rounds=20 train.steps=100
+  python -m flwr_hpc.run resume=runs/2026-01-31_12-00-00
+
+The most used: rounds seed strategy model data train.* run_dir resume dry_run tracking.
+All of them, with their values: python -m flwr_hpc.run --cfg job
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flwr_hpc import __version__
+from flwr_hpc.compose import compose_config, resume_config, shown
+from flwr_hpc.config import Config
+from flwr_hpc.errors import UserError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
+    args = _parser().parse_args(argv)
+    try:
+        return _run(args)
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except OSError as exc:  # a full or vanished file system
+        print(f"error: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    config, resumed = _configure(args.overrides, args.config_dir)
+    if args.cfg:
+        print(shown(config), end="")
+        return 0
+    from flwr_hpc import session  # later, so that --cfg and errors answer at once
+
+    if config.dry_run:
+        return session.show_plan(config)
+    return session.run(config, resumed)
+
+
+def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:
+    """Compose the configuration; that of a resumed run comes from its folder."""
+    resume = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
+    if not resume or resume[-1] in ("", "null"):
+        return compose_config(overrides, config_dir), False
+    from flwr_hpc.federation.run_dir import RunDir
+
+    run = RunDir.open(resume[-1])
+    changes = [o for o in overrides if not o.startswith("resume=")]
+    config = resume_config(run.path / "config.yaml", changes)
+    config.resume = str(run.path)
+    return config, True
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flwr_hpc.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
+    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

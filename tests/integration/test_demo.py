@@ -1,0 +1,30 @@
+"""The demo, as a new user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Run
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """Protects the demo's promise: the global model learns both facilities' data."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flwr_hpc.run"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    summary = Run.summary_of(run_dir)
+    for site in summary["facilities"].values():
+        assert site["held_out_loss_last"] < site["held_out_loss_first"]
+        assert site["held_out_loss_last"] < 2.1

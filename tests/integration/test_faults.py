@@ -1,0 +1,134 @@
+"""kill -9 of every part of a run, in the middle of an order."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+from harness import Run, kill
+from safetensors.numpy import load_file
+
+FACILITIES = ("local_a", "local_b")
+
+
+def _assert_as_undisturbed(run: Run, undisturbed: Run) -> None:
+    """The model is the one an undisturbed run ends with, and every order was trained once."""
+    ours = load_file(run.dir / "model" / "model.safetensors")
+    theirs = load_file(undisturbed.dir / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for facility in FACILITIES:
+        assert run.summary()["facilities"][facility]["steps"] == 300
+    assert run.left_behind() == []
+
+
+def _allocations(run: Run, facility: str) -> int:
+    return len(list((run.dir / "facilities" / facility / "allocations").iterdir()))
+
+
+def test_a_rank(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects an order whose job dies: another allocation ends it, from the checkpoint."""
+    run = Run(tmp_path / "run")
+    run.until_training(version=1)
+    ranks = run.until(lambda: run.ranks("local_a"))
+    kill(max(r.pid for r in ranks))
+    assert run.end() == 0, run.said()
+    assert _allocations(run, "local_a") == 2
+    _assert_as_undisturbed(run, undisturbed)
+
+
+def test_the_client_app(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects an order whose ClientApp dies: the job survives and is found again."""
+    run = Run(tmp_path / "run")
+    run.until_training()
+    for victim in run.until(lambda: run.children("flwr-clientapp")):
+        kill(victim.pid)
+    assert run.end() == 0, run.said()
+    assert [_allocations(run, f) for f in FACILITIES] == [1, 1]
+    _assert_as_undisturbed(run, undisturbed)
+
+
+def test_a_supernode(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects an order whose SuperNode dies: the restarted one finds it by the facility."""
+    run = Run(tmp_path / "run")
+    run.until_training()
+    kill(run.until(lambda: run.find("flower-supernode", f"{run.dir}/flower/site-local_a"))[0].pid)
+    assert run.end() == 0, run.said()
+    assert _allocations(run, "local_a") == 1
+    _assert_as_undisturbed(run, undisturbed)
+
+
+def test_the_server_app(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects a run whose ServerApp dies: it goes on from the last aggregation by itself."""
+    run = Run(tmp_path / "run")
+    run.until_training(version=1)
+    kill(run.server_pid())
+    assert run.end() == 0, run.said()
+    assert [_allocations(run, f) for f in FACILITIES] == [1, 1]
+    _assert_as_undisturbed(run, undisturbed)
+
+
+def test_the_superlink(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects a run whose SuperLink dies: it goes on in a new Flower run."""
+    run = Run(tmp_path / "run")
+    run.until_training(version=1)
+    kill(run.children("flower-superlink")[0].pid)
+    assert run.end() == 0, run.said()
+    assert [_allocations(run, f) for f in FACILITIES] == [1, 1]
+    _assert_as_undisturbed(run, undisturbed)
+
+
+def test_the_driver(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects a run whose driver dies: its processes end, jobs live, `resume=` finds them."""
+    run = Run(tmp_path / "run")
+    run.until_training(version=1)
+    kill(run.process.pid)
+    assert run.end() == -signal.SIGKILL
+    again = Run(tmp_path / "run", resume=True)
+    assert again.end() == 0, again.said()
+    assert [_allocations(again, f) for f in FACILITIES] == [1, 1]
+    _assert_as_undisturbed(again, undisturbed)
+
+
+def test_a_corrupt_reply_is_refused(tmp_path: Path) -> None:
+    """Protects the model: weights spoilt at a site are refused, asked for again, counted."""
+    run = Run(tmp_path / "run", "federation.retries=0", "train.steps=100", "rounds=2")
+    order = run.until_training()
+    folder = run.dir / "facilities" / "local_a" / "orders" / order
+    for rank in run.ranks("local_a"):  # so that the result is ours to spoil
+        rank.suspend()
+    spoil(folder)
+    for rank in run.ranks("local_a"):
+        rank.resume()
+    assert run.end() == 0, run.said()
+    assert run.events("order_rejected")
+    assert run.summary()["facilities"]["local_a"]["rejected"] >= 1
+
+
+def spoil(folder: Path) -> None:
+    """Publish a result with NaNs in the order's folder before the worker does."""
+    from flwr_hpc.exchange.codec import sha256_of, write_safetensors
+    from flwr_hpc.protocol import Result
+    from flwr_hpc.spool import OrderDir
+
+    order = OrderDir(folder)
+    _, weights = order.order()
+    assert weights is not None
+    tensors = load_file(weights)
+    bad = [(name, np.full_like(t, np.nan)) for name, t in tensors.items()]
+    write_safetensors(order.weights, bad)
+    metrics = {"train_loss": 1.0}
+    order.write_result(
+        Result(
+            order_id=folder.name,
+            state="done",
+            steps=1,
+            tokens=1,
+            examples=1,
+            metrics=metrics,
+            weights=order.weights.name,
+            sha256=sha256_of(order.weights),
+        )
+    )

@@ -1,0 +1,58 @@
+"""The wheel, installed outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of the sources and install it alone into a folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "wheel", *offline, "-w", str(folder), str(source)], check=True)
+    (wheel,) = folder.glob("flwr_hpc-*.whl")
+    target = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def _run(installed: Path, cwd: Path, *arguments: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=env,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_nothing_lands_beside_the_packages(installed: Path) -> None:
+    """Protects other packages: conf/ and slurm_templates/ are never top-level."""
+    tops = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
+    assert tops == {"flwr_hpc", "strategies"}
+
+
+def test_commands_work_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    """Protects users of the wheel: configuration, templates and strategies are in it."""
+    where = _run(installed, tmp_path, "-c", "import flwr_hpc; print(flwr_hpc.__file__)")
+    assert where.startswith(str(installed))
+    assert "local_a" in _run(installed, tmp_path, "-m", "flwr_hpc.run", "--cfg", "job")
+    assert "#!/bin/bash" in _run(installed, tmp_path, "-m", "flwr_hpc.run", "dry_run=true")
+    slurm = ["+facility=slurm", "facilities.slurm.account=p1", "dry_run=true"]
+    assert "#SBATCH --account=p1" in _run(installed, tmp_path, "-m", "flwr_hpc.run", *slurm)

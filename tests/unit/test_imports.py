@@ -1,0 +1,96 @@
+"""The direction of imports, and what login nodes must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Layer of each part; a part imports from lower layers and from itself.
+LAYERS = {
+    "errors": 0,
+    "protocol": 0,
+    "spool": 1,
+    "facility": 1,
+    "overrides": 1,
+    "checks": 2,
+    "config": 3,
+    "jobs": 4,
+    "exchange": 4,
+    "train": 4,
+    "tracking": 4,
+    "federation": 5,
+    "compose": 5,
+}
+COMMAND = 6
+FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+LIGHT = [
+    "flwr_hpc.run",
+    "flwr_hpc.session",
+    "flwr_hpc.report",
+    "flwr_hpc.federation.client_app",
+    "flwr_hpc.federation.server_app",
+    "flwr_hpc.jobs.entry",
+    "flwr_hpc.train.sources",
+]
+
+
+def _sources() -> list[Path]:
+    return sorted([*(ROOT / "flwr_hpc").rglob("*.py"), *(ROOT / "strategies").rglob("*.py")])
+
+
+def _imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def _part(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    """Protects the layering: lower layers and siblings never reach up or across."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for module in _imports(path):
+        if parts[0] == "strategies":
+            if module.startswith("flwr_hpc"):
+                assert module.startswith("flwr_hpc.protocol"), f"strategies import {module}"
+            continue
+        if module.startswith("strategies"):
+            assert parts[1] == "federation", f"{path} reaches strategies other than by _target_"
+        if not module.startswith("flwr_hpc."):
+            continue
+        here, there = _part(".".join(parts)), _part(module)
+        if there in ("__version__", here):
+            continue
+        assert LAYERS.get(there, COMMAND) < LAYERS.get(here, COMMAND + 1), f"{path}: {module}"
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_flowers_public_api(path: Path) -> None:
+    """Protects against Flower's monthly changes of its private modules."""
+    for module in _imports(path):
+        if module == "flwr" or module.startswith("flwr."):
+            assert module.startswith(FLOWER_PUBLIC), f"{path}: {module}"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_login_node_loads_neither_torch_nor_wandb(module: str) -> None:
+    """Protects login nodes' memory and the commands' answer time."""
+    code = f"import sys, {module}; print([m for m in ('torch', 'wandb') if m in sys.modules])"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert out.stdout.strip() == "[]"
