@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --job-name=2026-run-deucalion-a0000
+#SBATCH --account=project1
+#SBATCH --partition=normal-a100-40
+#SBATCH --gpus=4
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=02:00:00
+#SBATCH --signal=USR2@90
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/me/run/allocations/a0000/job/%j_0_log.out
+#SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
+
+export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=32
+export PYTHONUNBUFFERED=1
+export FLWR_HPC_JOB=2026-run-deucalion-a0000
+export FLWR_HPC_WALLTIME_S=7200
+export SUBMITIT_EXECUTOR=slurm
+
+srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=32 \
+  --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
+  /opt/venv/bin/python -u -m submitit.core._submit /scratch/me/run/allocations/a0000/job

@@ -1,0 +1,27 @@
+#!/bin/bash
+#SBATCH --job-name=2026-run-discoverer-a0000
+#SBATCH --account=project1
+#SBATCH --partition=common
+#SBATCH --qos=project1
+#SBATCH --gres=gpu:8
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=26
+#SBATCH --time=02:00:00
+#SBATCH --signal=USR2@90
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/me/run/allocations/a0000/job/%j_0_log.out
+#SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
+#SBATCH --requeue
+
+export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=26
+export PYTHONUNBUFFERED=1
+export FLWR_HPC_JOB=2026-run-discoverer-a0000
+export FLWR_HPC_WALLTIME_S=7200
+export SUBMITIT_EXECUTOR=slurm
+
+srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=26 \
+  --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
+  /opt/venv/bin/python -u -m submitit.core._submit /scratch/me/run/allocations/a0000/job

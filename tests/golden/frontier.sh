@@ -1,0 +1,31 @@
+#!/bin/bash
+#SBATCH --job-name=2026-run-frontier-a0000
+#SBATCH --account=project1
+#SBATCH --partition=batch
+#SBATCH --gpus-per-task=1
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=7
+#SBATCH --time=02:00:00
+#SBATCH --signal=USR2@90
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/me/run/allocations/a0000/job/%j_0_log.out
+#SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
+
+export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export OMP_NUM_THREADS=7
+export PYTHONUNBUFFERED=1
+export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3
+export FI_CXI_RDZV_PROTO=alt_read
+export http_proxy=http://proxy.ccs.ornl.gov:3128/
+export https_proxy=http://proxy.ccs.ornl.gov:3128/
+export no_proxy='localhost,127.0.0.0/8,*.ccs.ornl.gov'
+export FLWR_HPC_JOB=2026-run-frontier-a0000
+export FLWR_HPC_WALLTIME_S=7200
+export SUBMITIT_EXECUTOR=slurm
+
+srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=7 \
+  --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
+  --gpu-bind=closest \
+  --network=disable_rdzv_get \
+  /opt/venv/bin/python -u -m submitit.core._submit /scratch/me/run/allocations/a0000/job

@@ -1,0 +1,30 @@
+#!/bin/bash
+#SBATCH --job-name=2026-run-leonardo-a0000
+#SBATCH --account=project1
+#SBATCH --partition=boost_usr_prod
+#SBATCH --gres=gpu:4
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=02:00:00
+#SBATCH --signal=USR2@90
+#SBATCH --open-mode=append
+#SBATCH --output=/scratch/me/run/allocations/a0000/job/%j_0_log.out
+#SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
+#SBATCH --exclusive
+#SBATCH --mem=494000M
+
+export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=8
+export PYTHONUNBUFFERED=1
+export NCCL_SOCKET_IFNAME=ib0
+export GLOO_SOCKET_IFNAME=ib0
+export NCCL_NET_GDR_LEVEL=2
+export FLWR_HPC_JOB=2026-run-leonardo-a0000
+export FLWR_HPC_WALLTIME_S=7200
+export SUBMITIT_EXECUTOR=slurm
+
+srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 \
+  --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
+  /opt/venv/bin/python -u -m submitit.core._submit /scratch/me/run/allocations/a0000/job
