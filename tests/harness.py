@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from job_tools import command_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,20 +136,13 @@ class Run:
     def children(self, word: str) -> list[psutil.Process]:
         """Return the driver's descendants whose command line holds a word."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in family if word in _command_line(p)]
+        return [p for p in family if word in command_line(p)]
 
     def left_behind(self) -> list[str]:
         """Return what of this run still lives."""
-        mine = [p for p in self.find(str(self.dir)) if "pytest" not in _command_line(p)]
+        mine = [p for p in self.find(str(self.dir)) if "pytest" not in command_line(p)]
         marked = [p for p in psutil.process_iter() if _in_environment(p, str(self.dir))]
-        return [f"{p.pid} {_command_line(p)}" for p in {*mine, *marked} if p.is_running()]
-
-
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # gone, or a zombie
-        return ""
+        return [f"{p.pid} {command_line(p)}" for p in {*mine, *marked} if p.is_running()]
 
 
 def _in_environment(process: psutil.Process, word: str) -> bool:

@@ -41,6 +41,14 @@ def processes_of(name: str) -> list[psutil.Process]:
     ]
 
 
+def command_line(process: psutil.Process) -> str:
+    """Return a process's command line, empty when it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone, or a zombie
+        return ""
+
+
 def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FacilityConfig:
     """Return a facility of two ranks: ``local``, ``fake_slurm`` or ``slurm``."""
     env = {"PYTHONPATH": str(TESTS)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import fake_worker
 import psutil
 import pytest
-from job_tools import TESTS, processes_of, until
+from job_tools import TESTS, command_line, processes_of, until
 
 from flwr_hpc.config import AllocationConfig, FacilityConfig
 from flwr_hpc.jobs.allocation import Site
@@ -57,7 +57,7 @@ class Home:
         return f"{self.run_key}-here-a{number:04d}"
 
     def ranks(self, number: int = 0) -> list[psutil.Process]:
-        return [p for p in processes_of(self.name(number)) if "_submit" in " ".join(p.cmdline())]
+        return [p for p in processes_of(self.name(number)) if "_submit" in command_line(p)]
 
     def controller(self) -> psutil.Process:
         job = json.loads((self.root / "allocations" / "a0000" / "job.json").read_text())
