@@ -19,6 +19,7 @@ __all__ = [
     "COLLECT",
     "DESCRIBE",
     "EVALUATE",
+    "FORECAST",
     "METRICS",
     "ORDER",
     "PROTOCOL_VERSION",
@@ -27,6 +28,7 @@ __all__ = [
     "TRAIN",
     "WAIT",
     "WEIGHT_KEY",
+    "Forecast",
     "Order",
     "OrderKind",
     "Result",
@@ -46,6 +48,7 @@ EVALUATE = "evaluate"
 DESCRIBE = "query.describe"
 ACQUIRE = "query.acquire"
 COLLECT = "query.collect"
+FORECAST = "query.forecast"
 RELEASE = "query.release"
 
 # Keys of the records in a message.
@@ -82,7 +85,9 @@ class Order:
     evaluate : bool
         Evaluate the received weights on the held-out data before training.
     options : dict of str to scalar
-        What the strategy's train config adds, e.g. ``proximal-mu``.
+        What the strategy's train config adds: ``proximal-mu`` (FedProx), ``lr-scale`` (factor
+        on the learning rate), ``own-share`` (start from the weights plus this share of the
+        site's last update).
     """
 
     run_key: str
@@ -120,7 +125,8 @@ class Result:
         Small text files that make the weights a Hugging Face directory (``initialize``).
     seconds : dict of str to float
         Time by phase on the worker's own clock: ``read``, ``train``, ``evaluate``, ``write``,
-        and ``first_step`` (from order seen to first optimizer step begun).
+        ``first_step`` (from order seen to first optimizer step begun), and ``resumed``: training
+        of an earlier worker that a checkpoint of this order saved.
     error : str
         What went wrong; set when ``state`` is ``failed``.
     fatal : bool
@@ -142,6 +148,39 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """How long a job submitted now would wait in the queue, and what such forecasts were worth.
+
+    Attributes
+    ----------
+    median_s, high_s : float or None
+        Median and upper quantile of the wait; None when nothing is known.
+    quantile : float
+        Which one `high_s` is.
+    source : str
+        ``scheduler`` (its own plan), ``history`` (this facility's past waits), ``both`` or
+        ``none``.
+    waits : int
+        How many past waits went into it.
+    checked : int
+        How many earlier forecasts have since been held against the real wait.
+    error_s : float or None
+        Median absolute error of those forecasts' medians.
+    coverage : float or None
+        Share of those waits that were no longer than forecast by the upper quantile.
+    """
+
+    median_s: float | None = None
+    high_s: float | None = None
+    quantile: float = 0.9
+    source: str = "none"
+    waits: int = 0
+    checked: int = 0
+    error_s: float | None = None
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
 class Status:
     """A site's answer to any message.
 
@@ -152,8 +191,12 @@ class Status:
         ``running``, ``done`` and ``failed`` tell of the order.
     allocation : str
         Name of the allocation that works, or waits, for this site; empty if there is none.
-    walltime_left_s, queue_wait_s : float or None
-        Walltime left of a started allocation; forecast of the wait of a queued one.
+    walltime_left_s : float or None
+        Of a started allocation.
+    queue_wait_s, queue_wait_high_s : float or None
+        Forecast of what a queued allocation has still to wait: median and upper quantile.
+    reason : str
+        Why a queued allocation waits, in the scheduler's own words.
     step, steps, loss, tokens_per_s :
         Progress of a running order.
     result : Result or None
@@ -161,6 +204,12 @@ class Status:
     ledger : dict of str to dict of str to float
         Per allocation: seconds so far in ``queue``, ``startup``, ``load``, ``train``,
         ``evaluate``, ``transfer``, ``idle``.
+    jobs : dict of str to dict
+        Per allocation what the scheduler says of its job: ``id``, ``nodes``, ``restarts``,
+        ``submitted_s``, ``eligible_s``, ``started_s``, ``ended_s`` (Unix seconds) and
+        ``outcome``, as far as known.
+    forecast : Forecast or None
+        Answers `FORECAST`.
     seconds : float
         How long the site took to answer, on the site's clock.
     error, fatal :
@@ -173,12 +222,16 @@ class Status:
     allocation: str = ""
     walltime_left_s: float | None = None
     queue_wait_s: float | None = None
+    queue_wait_high_s: float | None = None
+    reason: str = ""
     step: int = 0
     steps: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
     result: Result | None = None
     ledger: dict[str, dict[str, float]] = field(default_factory=dict)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    forecast: Forecast | None = None
     seconds: float = 0.0
     error: str = ""
     fatal: bool = False
@@ -204,6 +257,8 @@ def from_json(cls: type[T], text: str) -> T:
     values = {k: v for k, v in raw.items() if k in known}
     if cls is Status and isinstance(values.get("result"), dict):
         values["result"] = from_json(Result, json.dumps(values["result"]))
+    if cls is Status and isinstance(values.get("forecast"), dict):
+        values["forecast"] = from_json(Forecast, json.dumps(values["forecast"]))
     try:
         return cls(**values)
     except TypeError as exc:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flwr_hpc.jobs.render import render
 from flwr_hpc.jobs.scheduler import (
     JobInfo,
     JobSpec,
+    Outcome,
     checkout,
     heal_pickle,
     job_env,
@@ -35,6 +37,12 @@ from flwr_hpc.jobs.scheduler import (
 __all__ = ["DetachedExecutor", "LocalScheduler", "kill", "members", "script"]
 
 LOG = "controller.err"
+# Last words of the controller; others tell of a failure.
+OUTCOMES: dict[str, Outcome] = {
+    "cancelled": "cancelled",
+    "completed": "completed",
+    "walltime exceeded": "timeout",
+}
 
 
 def members(name: str, folder: str | Path) -> list[psutil.Process]:
@@ -154,19 +162,32 @@ class LocalScheduler:
                     return _job(spec, process)
         return None
 
-    def info(self, job: dict[str, Any]) -> JobInfo:
-        """Look at the job's processes; ranks without a controller are killed."""
-        times: dict[str, Any] = {
-            "submitted_s": job["submitted_s"],
-            "started_s": job["submitted_s"],
-            "queue_s": 0.0,
-        }
+    def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
+        """Look at the jobs' processes; ranks without a controller are killed."""
+        return {job["name"]: self._info(job) for job in jobs}
+
+    def estimate(self, spec: JobSpec) -> float | None:
+        """Return 0: there is no queue."""
+        return 0.0
+
+    def _info(self, job: dict[str, Any]) -> JobInfo:
+        info = JobInfo(
+            job["id"],
+            job["name"],
+            "running",
+            submitted_s=job["submitted_s"],
+            eligible_s=job["submitted_s"],
+            started_s=job["submitted_s"],
+            nodes=1,
+        )
         if job["host"] != socket.gethostname():
             return JobInfo(job["id"], job["name"], "unknown", reason=f"runs on {job['host']}")
         if _controller(job):
-            return JobInfo(job["id"], job["name"], "running", **times)
+            return info
         kill(members(job["name"], job["folder"]))
-        return JobInfo(job["id"], job["name"], "ended", reason=_last_words(job), **times)
+        said, ended_s = _last_words(job)
+        outcome = OUTCOMES.get(said, "failed")
+        return replace(info, state="ended", ended_s=ended_s, outcome=outcome, reason=said)
 
     def cancel(self, job: dict[str, Any]) -> None:
         """End all processes of the job; returns when they are gone."""
@@ -207,10 +228,13 @@ def _controller(job: dict[str, Any]) -> psutil.Process | None:
         return None
 
 
-def _last_words(job: dict[str, Any]) -> str:
+def _last_words(job: dict[str, Any]) -> tuple[str, float | None]:
+    """Return how the controller says the job ended, and when."""
+    log = Path(job["folder"]) / LOG
     try:
-        lines = (Path(job["folder"]) / LOG).read_text(errors="replace").split("\n")
-    except FileNotFoundError:
-        lines = []
-    words = [line for line in lines if line.strip()]
-    return words[-1] if words else "the job's controller was killed"
+        words = [line for line in log.read_text(errors="replace").split("\n") if line.strip()]
+        if words:
+            return words[-1], log.stat().st_mtime
+    except FileNotFoundError:  # a clean-up removed it, or nothing was started
+        return "the job left no word", None
+    return "the job's controller was killed", None

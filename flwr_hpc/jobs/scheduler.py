@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,6 +16,7 @@ __all__ = [
     "JobInfo",
     "JobSpec",
     "JobState",
+    "Outcome",
     "Scheduler",
     "SchedulerUnavailableError",
     "checkout",
@@ -26,9 +27,13 @@ __all__ = [
     "stderr_tail",
 ]
 
-GPU_FLAG = {"nvidia": "--nv", "amd": "--rocm"}  # of apptainer and singularity
+# Of apptainer and singularity; Intel's devices are in /dev, which they see anyway.
+GPU_FLAG = {"nvidia": ["--nv"], "amd": ["--rocm"], "intel": []}
 
 JobState = Literal["pending", "running", "ended", "unknown"]
+Outcome = Literal[
+    "completed", "failed", "cancelled", "preempted", "timeout", "node_fail", "out_of_memory", "lost"
+]
 
 
 class SchedulerUnavailableError(Exception):
@@ -69,15 +74,49 @@ class JobInfo:
     """What the scheduler says of a job; times are its own, in Unix seconds.
 
     ``unknown`` means that there was no answer; it must never be read as ``ended``.
+
+    Attributes
+    ----------
+    submitted_s, eligible_s, started_s, ended_s : float or None
+        Of the job's latest stay in the queue, if it was put back there.
+    expected_start_s : float or None
+        The scheduler's own plan for a pending job.
+    nodes : int or None
+        How many it has, or asks for.
+    restarts : int
+        How often it was put back in the queue.
+    outcome : str or None
+        How an ended job ended; None if that is not known.
+    suspended : bool
+        A running job stands still: its worker gives no sign of life.
+    stuck : str
+        Why a pending job will not start by itself: ``held`` (somebody, or Slurm after a failed
+        launch, holds it) or ``impossible`` (the account, or a limit). Empty for any other.
+    reason : str
+        The scheduler's own words.
     """
 
     id: str
     name: str
     state: JobState
     submitted_s: float | None = None
+    eligible_s: float | None = None
     started_s: float | None = None
-    queue_s: float | None = None
+    ended_s: float | None = None
+    expected_start_s: float | None = None
+    nodes: int | None = None
+    restarts: int = 0
+    outcome: Outcome | None = None
+    suspended: bool = False
+    stuck: Literal["", "held", "impossible"] = ""
     reason: str = ""
+
+    @property
+    def queue_s(self) -> float | None:
+        """Return how long the job waited, None while it does."""
+        if self.submitted_s is None or self.started_s is None:
+            return None
+        return max(0.0, self.started_s - self.submitted_s)
 
 
 class Scheduler(Protocol):
@@ -86,7 +125,7 @@ class Scheduler(Protocol):
     Attributes
     ----------
     poll_s : float
-        How often the scheduler may be asked about one job.
+        How often the scheduler may be asked about one facility's jobs.
     """
 
     poll_s: float
@@ -111,8 +150,11 @@ class Scheduler(Protocol):
             If that cannot be said now.
         """
 
-    def info(self, job: dict[str, Any]) -> JobInfo:
-        """Ask for the state; never raises for a scheduler that does not answer."""
+    def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
+        """Return the state of every job, by name; never raises for want of an answer.
+
+        As few requests as the batch system allows, however many jobs.
+        """
 
     def cancel(self, job: dict[str, Any]) -> None:
         """End the job; one that has ended is left alone.
@@ -121,6 +163,19 @@ class Scheduler(Protocol):
         ------
         SchedulerUnavailableError
             If the scheduler did not take the request.
+        """
+
+    def estimate(self, spec: JobSpec) -> float | None:
+        """Return the seconds such a job would wait if submitted now; None if it does not tell.
+
+        Submits nothing.
+
+        Raises
+        ------
+        UserError
+            The job would be refused.
+        SchedulerUnavailableError
+            No answer.
         """
 
     def script(self, spec: JobSpec) -> str:
@@ -133,6 +188,10 @@ def make_scheduler(facility: FacilityConfig) -> Scheduler:
         from flwr_hpc.jobs.local import LocalScheduler
 
         return LocalScheduler()
+    if facility.scheduler == "pbs":
+        from flwr_hpc.jobs.pbs import PbsScheduler
+
+        return PbsScheduler(facility)
     from flwr_hpc.jobs.slurm import SlurmScheduler
 
     return SlurmScheduler(facility)
@@ -157,14 +216,14 @@ def checkout() -> str:
     return "" if "site-packages" in root.parts else str(root)
 
 
-def rank_command(spec: JobSpec) -> str:
+def rank_command(spec: JobSpec, module: str = "submitit.core._submit") -> str:
     """Return the shell command of one rank: submitit's, in the facility's container if any."""
     facility = spec.facility
     python = facility.python or ("python3" if facility.container else sys.executable)
-    command = [python, "-u", "-m", "submitit.core._submit", str(spec.folder)]
+    command = [python, "-u", "-m", module, str(spec.folder)]
     if facility.container:
         binds = [part for folder in spec.binds for part in ("--bind", folder)]
-        gpus = [GPU_FLAG[facility.gpu_vendor]] if facility.gpus_per_node else []
+        gpus = GPU_FLAG[facility.gpu_vendor] if facility.gpus_per_node else []
         runtime = [facility.container_runtime, "exec", *gpus, *binds, facility.container]
         command = runtime + command
     return shlex.join(command)

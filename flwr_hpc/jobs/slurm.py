@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,29 @@ from flwr_hpc.jobs.render import render
 from flwr_hpc.jobs.scheduler import (
     JobInfo,
     JobSpec,
-    JobState,
     SchedulerUnavailableError,
     checkout,
     heal_pickle,
     job_env,
     rank_command,
 )
+from flwr_hpc.jobs.slurm_states import SACCT, SQUEUE, merge, read_sacct, read_squeue, read_start
 
-__all__ = ["SlurmScheduler", "TemplateExecutor", "parse_jobs", "script"]
-
-FIELDS = "%i|%j|%T|%V|%S|%r"
-SACCT_FIELDS = "JobID,JobName,State,Submit,Start,Reason"
-
-# Slurm's states; those not listed are "unknown".
-NATIVE: dict[JobState, str] = {
-    "pending": "CONFIGURING PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT",
-    "running": "COMPLETING RESIZING RUNNING SIGNALING STAGE_OUT STOPPED SUSPENDED",
-    "ended": "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED "
-    "REVOKED TIMEOUT",
-}
-STATES: dict[str, JobState] = {word: s for s, words in NATIVE.items() for word in words.split()}
+__all__ = ["SlurmScheduler", "TemplateExecutor", "script"]
 
 # What sbatch says when slurmctld is busy or away, in lower case; all else is a refusal.
 TRANSIENT = (
     "unable to contact slurm controller",
     "socket timed out",
     "temporarily unable",
+    "temporarily unavailable",
     "connection refused",
     "connection timed out",
     "transport endpoint",
     "zero bytes were transmitted",
     "try again",
+    "rate limit",
+    "protocol authentication error",  # munged is being restarted
 )
 
 
@@ -62,7 +54,8 @@ def script(spec: JobSpec) -> str:
     f = spec.facility
     logs = str(spec.folder).replace("%", "%%")
     queue = queue_of(f)
-    options = ({"requeue": ""} if queue and queue.preemptable else {}) | f.sbatch
+    requeue = queue is not None and queue.preemptable and "no-requeue" not in f.sbatch
+    options = ({"requeue": ""} if requeue else {}) | f.sbatch
     offline = {} if f.internet else {"HF_HUB_OFFLINE": "1"}
     fields = {
         "name": spec.name,
@@ -71,6 +64,7 @@ def script(spec: JobSpec) -> str:
         "ranks_per_node": f.ranks_per_node,
         "cpus_per_rank": f.cpus_per_rank,
         "walltime": f.walltime,
+        "signal_s": max(1, min(90, walltime_s(f.walltime) // 10)),
         "options": [f"{k}={v}" if v else k for k, v in options.items()],
         "setup": f.setup,
         "env": offline | job_env(spec),
@@ -128,90 +122,131 @@ class SlurmScheduler:
     Parameters
     ----------
     facility : FacilityConfig
+    sleep, wall : callable
+        Between two attempts; Unix time.
     """
 
-    poll_s = 30.0
     # A job that slurmctld does not know this long after its submission is lost.
     lost_after_s = 60.0
+    # Between attempts at a command that only reads, or may be given twice; those of Slurm try
+    # by themselves for 10 to 20 s when slurmctld is away, and the site is locked meanwhile.
+    pauses_s: tuple[float, ...] = (1.0, 4.0)
+    patience_s = 8.0
 
-    def __init__(self, facility: FacilityConfig) -> None:
-        inside = [k for k in os.environ if k.startswith("SLURM_") and k != "SLURM_CONF"]
+    def __init__(
+        self,
+        facility: FacilityConfig,
+        sleep: Callable[[float], None] = time.sleep,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.poll_s = facility.poll_s
+        self._sleep, self._wall = sleep, wall
         conf = facility.env.get("SLURM_CONF")
-        self._prefix = ["env", *(arg for key in inside for arg in ("-u", key))]
+        self._prefix = ["env", *(arg for key in _foreign(facility) for arg in ("-u", key))]
         self._prefix += ["SLURM_TIME_FORMAT=%s"] + ([f"SLURM_CONF={conf}"] if conf else [])
 
     def submit(self, spec: JobSpec) -> dict[str, Any]:
-        """Submit with sbatch."""
+        """Submit with sbatch, once: without an answer it may have been taken."""
         executor = TemplateExecutor(spec, self._prefix)
         try:
             submitted = executor.submit(spec.function, *spec.args)
         except (FailedJobError, FailedSubmissionError) as exc:
             said = str(exc).strip()
-            if not said or any(word in said.lower() for word in TRANSIENT):
+            if not said or _is_transient(said):
                 raise SchedulerUnavailableError(f"sbatch: {said or 'no answer'}") from None
-            if "'sbatch'" in said.replace("\u2018", "'").replace("\u2019", "'"):  # env: not found
-                raise UserError(
-                    "sbatch was not found on this host. Run this on the facility's login node, "
-                    "or set scheduler: local for this facility."
-                ) from None
-            raise UserError(
-                f"Slurm refused the job '{spec.name}': {said}\n"
-                f"Check account, partition, qos, walltime and sizes of this facility; the script "
-                f"is in {spec.folder}."
-            ) from None
-        return _job(spec, submitted.job_id, time.time())
+            raise _refusal(spec, said) from None
+        return _job(spec, submitted.job_id, self._wall())
 
     def find(self, spec: JobSpec) -> dict[str, Any] | None:
         """Look the name up in the queue, then in the accounting if there is one."""
-        found = parse_jobs(self._ask(self._squeue("--name", spec.name)), spec.name)
+        found = _named(spec, read_squeue(self._squeue("--name", spec.name)))
         if not found:
-            found = parse_jobs(self._accounting("--name", spec.name, "-S", "now-30days"), spec.name)
+            past = self._accounting("--name", spec.name, "-S", "now-30days")
+            found = _named(spec, read_sacct(past))
         if not found:
             return None
-        latest = max(found, key=lambda info: int(info.id))
+        latest = max(found, key=lambda info: (info.submitted_s or 0.0, int(info.id)))
         heal_pickle(spec.folder, latest.id)
-        return _job(spec, latest.id, latest.submitted_s or time.time())
+        return _job(spec, latest.id, latest.submitted_s or self._wall())
 
-    def info(self, job: dict[str, Any]) -> JobInfo:
+    def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
         """Ask slurmctld, which knows what lives, then the accounting, which knows what ended."""
+        if not jobs:
+            return {}
         try:
-            queue = self._ask(self._squeue("-j", job["id"]), missing="Invalid job id")
+            live = read_squeue(self._squeue("--jobs", ",".join(job["id"] for job in jobs)))
         except SchedulerUnavailableError as exc:
-            return JobInfo(job["id"], job["name"], "unknown", reason=str(exc))
-        found = [info for info in parse_jobs(queue, job["name"]) if info.id == job["id"]]
-        if not found:  # what only the accounting takes for alive, slurmctld has lost
-            past = parse_jobs(self._accounting("-j", job["id"]), job["name"])
-            found = [info for info in past if info.id == job["id"] and info.state == "ended"]
-        if found:
-            return found[0]
-        if time.time() - job["submitted_s"] < self.lost_after_s:
-            return JobInfo(job["id"], job["name"], "unknown")
-        return JobInfo(job["id"], job["name"], "ended", reason="Slurm does not know the job")
+            return {
+                j["name"]: JobInfo(j["id"], j["name"], "unknown", reason=str(exc)) for j in jobs
+            }
+        listed = {(info.id, info.name): info.state for info in live}
+        states = [listed.get((job["id"], job["name"])) for job in jobs]
+        rest = [j["id"] for j, state in zip(jobs, states, strict=True) if state in ("ended", None)]
+        # What slurmctld says of an ended job will do; of one it has forgotten it says nothing.
+        told = self._accounting("-j", ",".join(rest), again=None in states) if rest else ""
+        past = read_sacct(told)
+        return {job["name"]: merge(job, live, past) or self._unknown(job) for job in jobs}
 
     def cancel(self, job: dict[str, Any]) -> None:
         """Cancel the job if id and name both match."""
-        command = ["scancel", f"--jobname={job['name']}", job["id"]]
-        self._ask(command, missing="Invalid job id")
+        self._ask(["scancel", f"--jobname={job['name']}", job["id"]], missing="Invalid job id")
+
+    def estimate(self, spec: JobSpec) -> float | None:
+        """Ask ``sbatch --test-only``, which answers on its standard error."""
+        done = self._run(["sbatch", "--test-only"], script(spec))
+        if done.returncode:
+            raise _refusal(spec, done.stderr.strip())
+        start = read_start(done.stderr)
+        return None if start is None else max(0.0, start - self._wall())
 
     def script(self, spec: JobSpec) -> str:
         """Return the batch script."""
         return script(spec)
 
-    def _squeue(self, *which: str) -> list[str]:
-        return ["squeue", "--noheader", "--states=all", f"--format={FIELDS}", *which]
+    def _unknown(self, job: dict[str, Any]) -> JobInfo:
+        said = "Slurm does not know the job"
+        if self._wall() - job["submitted_s"] < self.lost_after_s:
+            return JobInfo(job["id"], job["name"], "unknown", reason=said)
+        return JobInfo(job["id"], job["name"], "ended", outcome="lost", reason=said)
 
-    def _accounting(self, *which: str) -> str:
-        command = ["sacct", "-X", "--noheader", "--parsable2", "-o", SACCT_FIELDS, *which]
+    def _squeue(self, *which: str) -> str:
+        # With a user slurmctld sends that user's jobs alone, not the whole queue.
+        mine = ["squeue", f"--user={os.getuid()}", *SQUEUE, *which]
+        return self._ask(mine, missing="Invalid job id")
+
+    def _accounting(self, *which: str, again: bool = True) -> str:
         try:
-            return self._ask(command)
+            return self._ask(["sacct", *SACCT, *which], again=again)
         except SchedulerUnavailableError:  # many clusters keep none
             return ""
 
-    def _ask(self, command: list[str], missing: str = "") -> str:
+    def _ask(self, command: list[str], missing: str = "", again: bool = True) -> str:
+        done = self._run(command, again=again)
+        if done.returncode == 0:
+            return done.stdout
+        if missing and missing in done.stderr:
+            return ""
+        raise SchedulerUnavailableError(f"{command[0]}: {done.stderr.strip()}")
+
+    def _run(
+        self, command: list[str], stdin: str = "", again: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command, and again while it fails soon and for want of an answer."""
+        began = self._wall()
+        for pause_s in (*(self.pauses_s if again else ()), None):
+            done = self._once(command, stdin)
+            if done.returncode == 0 or not _is_transient(done.stderr):
+                return done
+            if pause_s is None or self._wall() - began > self.patience_s:
+                break
+            self._sleep(pause_s)
+        raise SchedulerUnavailableError(f"{command[0]}: {done.stderr.strip()}")
+
+    def _once(self, command: list[str], stdin: str) -> subprocess.CompletedProcess[str]:
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 self._prefix + command,
-                stdin=subprocess.DEVNULL,
+                input=stdin,
                 capture_output=True,
                 text=True,
                 timeout=60,
@@ -219,35 +254,39 @@ class SlurmScheduler:
             )
         except subprocess.TimeoutExpired:
             raise SchedulerUnavailableError(f"{command[0]}: no answer in 60 s") from None
-        if done.returncode == 0:
-            return done.stdout
-        if missing and missing in done.stderr:
-            return ""
-        raise SchedulerUnavailableError(f"{command[0]}: {done.stderr.strip()}")
 
 
-def parse_jobs(text: str, name: str) -> list[JobInfo]:
-    """Read what squeue or sacct printed; jobs of another name are left out."""
-    jobs = []
-    for line in text.splitlines():
-        fields = line.strip().split("|", 5)
-        if len(fields) == 6 and fields[1] == name:
-            jobs.append(_read(*fields))
-    return jobs
+def _foreign(facility: FacilityConfig) -> list[str]:
+    """Return the variables that would change what a command does.
+
+    Those of a job this runs in, and those that sbatch puts above the script: a user's or site's
+    default stays where the facility says nothing of the kind.
+    """
+    defaults = {f"SBATCH_{key.upper()}" for key in PLACEMENT if not getattr(facility, key)}
+    inside = "SLURM_" if "SLURM_JOB_ID" in os.environ else "SBATCH_"
+    kept = defaults | {"SLURM_CONF", "SLURM_CLUSTERS"}
+    return [k for k in os.environ if k.startswith((inside, "SBATCH_")) and k not in kept]
 
 
-def _read(id_: str, name: str, state: str, submit: str, start: str, reason: str) -> JobInfo:
-    word = (state.split() or [""])[0].rstrip("+")  # "CANCELLED by 1000"
-    known = STATES.get(word, "unknown")
-    submitted = _epoch(submit)
-    started = _epoch(start) if known in ("running", "ended") else None  # else: a forecast
-    waited = None if submitted is None or started is None else max(0.0, started - submitted)
-    said = state if reason in ("", "None") else f"{state} ({reason})"
-    return JobInfo(id_, name, known, submitted, started, waited, said)
+def _is_transient(said: str) -> bool:
+    return any(word in said.lower() for word in TRANSIENT)
 
 
-def _epoch(text: str) -> float | None:
-    return float(text) if text.isdigit() else None
+def _refusal(spec: JobSpec, said: str) -> UserError:
+    if "'sbatch'" in said.replace("\u2018", "'").replace("\u2019", "'"):  # env: not found
+        return UserError(
+            "sbatch was not found on this host. Run this on the facility's login node, "
+            "or set scheduler: local for this facility."
+        )
+    return UserError(
+        f"Slurm refused the job '{spec.name}': {said}\n"
+        f"Check account, partition, qos, walltime and sizes of this facility; dry_run=true shows "
+        f"the script."
+    )
+
+
+def _named(spec: JobSpec, infos: Iterable[JobInfo]) -> list[JobInfo]:
+    return [info for info in infos if info.name == spec.name]
 
 
 def _job(spec: JobSpec, job_id: str, submitted_s: float) -> dict[str, Any]:

@@ -28,26 +28,33 @@ def save(job):
 
 
 def sbatch(args):
-    text = Path(args[-1]).read_text()
+    test = args == ["--test-only"]
+    text = sys.stdin.read() if test else Path(args[-1]).read_text()
     lines = re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.M)
     options = {key: "".join(shlex.split(value)) for key, value in lines}
     if options.get("partition") == "refused":
         sys.exit("sbatch: error: invalid partition specified: refused")
     job_id = str(len(jobs()) + 1)
+    if test:
+        when = f"sbatch: Job {job_id} to start at {int(time.time()) + 60} using 1 processors"
+        sys.stderr.write(f"{when} on nodes n1 in partition debug\n")
+        return
     env = {
         **os.environ,
         "SLURM_JOB_ID": job_id,
+        "SLURM_JOB_END_TIME": str(int(time.time()) + 600),
         "SLURM_NTASKS": options["ntasks-per-node"],
         "SLURM_JOB_NUM_NODES": options["nodes"],
     }
     outputs = [options[k].replace("%j", job_id) for k in ("output", "error")]
+    command = ["bash", "-c", 'bash "$0"; echo $? >"$1"', args[-1], HOME / f"{job_id}.code"]
     with open(outputs[0], "ab") as out, open(outputs[1], "ab") as err:
         batch = subprocess.Popen(
-            ["bash", args[-1]], stdin=-3, stdout=out, stderr=err, env=env, start_new_session=True
+            command, stdin=-3, stdout=out, stderr=err, env=env, start_new_session=True
         )
     now = int(time.time())
-    state = {"id": job_id, "name": options["job-name"], "pid": batch.pid, "submit": now}
-    save({**state, "start": now, "state": "RUNNING"})
+    job = {"id": job_id, "name": options["job-name"], "pid": batch.pid, "submit": now}
+    save({**job, "state": "RUNNING", "nodes": options["nodes"], "end": "N/A"})
     print(f"Submitted batch job {job_id}")
 
 
@@ -76,20 +83,26 @@ def alive(pid):
 
 
 def select(args):
-    job_id = args[args.index("-j") + 1] if "-j" in args else None
+    ids = args[args.index("--jobs") + 1].split(",") if "--jobs" in args else None
     name = args[args.index("--name") + 1] if "--name" in args else None
     for job in jobs():
         if job["state"] == "RUNNING" and not alive(job["pid"]):
-            save(job | {"state": "COMPLETED"})
-    return [j for j in jobs() if job_id in (None, j["id"]) and name in (None, j["name"])]
+            code = HOME / f"{job['id']}.code"
+            well = code.exists() and code.read_text().strip() == "0"
+            state = "COMPLETED" if well else "FAILED"
+            save(job | {"state": state, "end": int(time.time())})
+    found = [j for j in jobs() if name in (None, j["name"]) and (ids is None or j["id"] in ids)]
+    if ids is not None and len(ids) == 1 and not found:  # of several it just leaves some out
+        sys.exit("slurm_load_jobs error: Invalid job id specified")
+    return found
 
 
 def squeue(args):
-    found = select(args)
-    if "-j" in args and not found:
-        sys.exit("slurm_load_jobs error: Invalid job id specified")
-    for j in found:
-        print(f"{j['id']}|{j['name']}|{j['state']}|{j['submit']}|{j['start']}|None")
+    with open(HOME / "asked.log", "a") as log:
+        log.write(" ".join(args) + "\n")
+    for j in select(args):
+        when = f"{j['submit']}|{j['submit']}|{j['submit']}|{j['end']}"
+        print(f"{j['id']}|{j['name']}|{j['state']}|{when}|{j['nodes']}|0|None|")
 
 
 def sacct(args):
@@ -100,7 +113,7 @@ def scancel(args):
     name = next(a for a in args if a.startswith("--jobname=")).split("=", 1)[1]
     for job in jobs():
         if job["id"] == args[-1] and job["name"] == name and alive(job["pid"]):
-            save(job | {"state": "CANCELLED"})
+            save(job | {"state": "CANCELLED", "end": int(time.time()) + 1})
             os.killpg(job["pid"], signal.SIGKILL)
 
 
