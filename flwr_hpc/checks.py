@@ -6,12 +6,14 @@ from operator import attrgetter
 from typing import Any
 
 from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
-from flwr_hpc.facility import check_facility
+from flwr_hpc.facility import walltime_s
+from flwr_hpc.facility_checks import check_facility
 
 __all__ = ["check_values"]
 
 CHOICES = {
     "data.kind": ("stdlib", "text", "jsonl", "parquet"),
+    "allocation.policy": ("warm", "per_round"),
     "train.precision": ("auto", "fp32", "bf16"),
     "train.activation_checkpointing": ("none", "full"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
@@ -20,7 +22,8 @@ POSITIVE = (
     *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
     *("train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
-    *("federation.acquire_deadline_s", "federation.order_deadline_s"),
+    *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
+    "federation.order_deadline_s",
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
@@ -30,6 +33,7 @@ NOT_NEGATIVE = (
 INTERVALS = {
     "seed": "[0, 9e18]",  # what both numpy and torch take
     "train.min_lr_ratio": "[0, 1]",
+    "allocation.renew_quantile": "(0, 1)",
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",
 }
@@ -60,6 +64,8 @@ def check_values(c: Any) -> None:
                 check(key, value)
     for key, interval in INTERVALS.items():
         within(key, attrgetter(key)(c), interval)
+    if c.allocation.renew_ahead not in ("forecast", "off"):
+        _check_walltime("allocation.renew_ahead", c.allocation.renew_ahead)
     if len(c.train.betas) != 2:
         raise UserError(f"train.betas takes two numbers, found {c.train.betas}")
     for i, beta in enumerate(c.train.betas):
@@ -70,6 +76,15 @@ def check_values(c: Any) -> None:
     _check_model(c)
     if not c.strategy.get("_target_"):
         raise UserError("strategy._target_ must name a Flower Strategy, e.g. strategies.DiLoCo")
+
+
+def _check_walltime(key: str, text: str) -> None:
+    try:
+        walltime_s(text)
+    except UserError:
+        raise UserError(
+            f"{key}={text} must be forecast, off or a walltime. Example: {key}=02:00:00"
+        ) from None
 
 
 def _check_paths(c: Any) -> None:

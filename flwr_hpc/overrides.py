@@ -16,7 +16,8 @@ __all__ = ["prepared", "quoted", "read"]
 
 # Mappings that take any key; Hydra would ask for a '+' before each.
 OPEN = re.compile(
-    r"(data\.(held_out_)?paths|model\.(config|lora)|strategy|facilities\.\w+\.(env|sbatch))\.\w"
+    r"(data\.(held_out_)?paths|model\.(config|lora)|strategy"
+    r"|facilities\.\w+\.(env|sbatch|qsub))\.\w"
 )
 PATH = re.compile(
     r"run_dir|model\.path|data\.tokenizer|exchange\.store"

@@ -13,6 +13,7 @@
 #SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
 
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export OMP_NUM_THREADS=7
 export PYTHONUNBUFFERED=1
 export NCCL_SOCKET_IFNAME=hsn0,hsn1,hsn2,hsn3
@@ -24,7 +25,7 @@ export FLWR_HPC_JOB=2026-run-frontier-a0000
 export FLWR_HPC_WALLTIME_S=7200
 export SUBMITIT_EXECUTOR=slurm
 
-srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=7 \
+srun --export=ALL --unbuffered --kill-on-bad-exit=1 --cpus-per-task=7 \
   --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
   --gpu-bind=closest \
   --network=disable_rdzv_get \

@@ -13,6 +13,7 @@
 #SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
 
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export MIOPEN_USER_DB_PATH=/tmp/miopen-$SLURM_JOB_ID
 export MIOPEN_CUSTOM_CACHE_DIR=$MIOPEN_USER_DB_PATH
 export OMP_NUM_THREADS=7
@@ -26,7 +27,7 @@ export FLWR_HPC_JOB=2026-run-lumi-a0000
 export FLWR_HPC_WALLTIME_S=7200
 export SUBMITIT_EXECUTOR=slurm
 
-srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=7 \
+srun --export=ALL --unbuffered --kill-on-bad-exit=1 --cpus-per-task=7 \
   --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
   --cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000 \
   /opt/venv/bin/python -u -m submitit.core._submit /scratch/me/run/allocations/a0000/job

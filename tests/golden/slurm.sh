@@ -12,6 +12,7 @@
 #SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
 
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=8
 export PYTHONUNBUFFERED=1
@@ -19,6 +20,6 @@ export FLWR_HPC_JOB=2026-run-slurm-a0000
 export FLWR_HPC_WALLTIME_S=7200
 export SUBMITIT_EXECUTOR=slurm
 
-srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 \
+srun --export=ALL --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 \
   --output=/scratch/me/run/allocations/a0000/job/%j_%t_log.out --error=/scratch/me/run/allocations/a0000/job/%j_%t_log.err \
   /opt/venv/bin/python -u -m submitit.core._submit /scratch/me/run/allocations/a0000/job

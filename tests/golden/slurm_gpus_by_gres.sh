@@ -18,6 +18,7 @@
 #SBATCH --mem=494000M
 
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=8
 export PYTHONUNBUFFERED=1
@@ -26,7 +27,7 @@ export FLWR_HPC_WALLTIME_S=93600
 export PYTHONPATH=/opt/flwr-hpc${PYTHONPATH:+:$PYTHONPATH}
 export SUBMITIT_EXECUTOR=slurm
 
-srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 \
+srun --export=ALL --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 \
   --output='/scratch/me/run 1/allocations/a0000/job/%j_%t_log.out' --error='/scratch/me/run 1/allocations/a0000/job/%j_%t_log.err' \
   --cpu-bind=cores \
   /opt/venv/bin/python -u -m submitit.core._submit '/scratch/me/run 1/allocations/a0000/job'

@@ -11,6 +11,7 @@
 #SBATCH --error='/scratch/me/run 1/allocations/a0000/job/%j_0_log.err'
 
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 module purge
 module load Python/3.11 NCCL
 echo "it's $HOSTNAME"
@@ -24,6 +25,6 @@ export FLWR_HPC_WALLTIME_S=3600
 export PYTHONPATH=/opt/flwr-hpc${PYTHONPATH:+:$PYTHONPATH}
 export SUBMITIT_EXECUTOR=slurm
 
-srun --unbuffered --kill-on-bad-exit=1 --cpus-per-task=1 \
+srun --export=ALL --unbuffered --kill-on-bad-exit=1 --cpus-per-task=1 \
   --output='/scratch/me/run 1/allocations/a0000/job/%j_%t_log.out' --error='/scratch/me/run 1/allocations/a0000/job/%j_%t_log.err' \
   /opt/venv/bin/python -u -m submitit.core._submit '/scratch/me/run 1/allocations/a0000/job'

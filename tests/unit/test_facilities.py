@@ -18,14 +18,17 @@ from omegaconf import OmegaConf
 
 from flwr_hpc.compose import compose_config, conf_dir
 from flwr_hpc.errors import UserError
-from flwr_hpc.facility import FacilityConfig, check_facility, queue_of, walltime_s
-from flwr_hpc.jobs import allocation, slurm
-from flwr_hpc.jobs.allocation import job_spec
+from flwr_hpc.facility import FacilityConfig, queue_of, walltime_s
+from flwr_hpc.facility_checks import check_facility
+from flwr_hpc.jobs import pbs, slurm, submission
+from flwr_hpc.jobs.scheduler import make_scheduler
+from flwr_hpc.jobs.submission import job_spec
 from flwr_hpc.spool import Spool
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 DOCS = (ROOT / "docs" / "facilities.md").read_text()
+EXAMPLES = ("slurm", "pbs")
 QOS = {"marenostrum5": "acc_ehpc", "discoverer": "project1"}  # where the user has to say it
 FILES = {
     path.stem: path
@@ -43,13 +46,14 @@ def _facility(name: str, *overrides: str) -> FacilityConfig:
 
 
 def _script(name: str, facility: FacilityConfig) -> str:
-    return slurm.script(job_spec(Spool(Path("/scratch/me/run")), "2026-run", name, facility))
+    spec = job_spec(Spool(Path("/scratch/me/run")), "2026-run", name, facility)
+    return make_scheduler(facility).script(spec)
 
 
 @pytest.fixture(autouse=True)
 def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
-    for module in (allocation, slurm):
+    for module in (submission, slurm, pbs):
         monkeypatch.setattr(module, "checkout", lambda: "")
 
 
@@ -68,7 +72,8 @@ def test_golden_script(name: str) -> None:
 def test_facility_keeps_its_own_rules(name: str) -> None:
     """Protects the files from what the centre would refuse or waste."""
     facility = _facility(name)
-    used = re.findall(r"^#SBATCH --([a-z-]+)", _script(name, facility), flags=re.MULTILINE)
+    asked = r"^#(?:SBATCH --|PBS -l |PBS -)([a-zA-Z-]+)"
+    used = re.findall(asked, _script(name, facility), flags=re.MULTILINE)
     assert len(used) == len(set(used))
     assert not set(used) & set(facility.forbidden)
     assert facility.nodes == 1
@@ -77,7 +82,7 @@ def test_facility_keeps_its_own_rules(name: str) -> None:
     assert queue is not None or not facility.queues
     if queue is not None and queue.walltime:
         assert walltime_s(facility.walltime) <= walltime_s(queue.walltime)
-    if name != "slurm":
+    if name not in EXAMPLES:
         assert facility.peak_tflops
         assert facility.gpu_memory_gb
         assert facility.cpus_per_node
@@ -103,9 +108,10 @@ def test_facts_name_their_source(name: str) -> None:
     text = FILES[name].read_text()
     source = re.search(r"^# Source: (.+(?:\n# .+)*)", text, flags=re.MULTILINE)
     assert source
-    if name != "slurm":
+    if name not in EXAMPLES:
         assert re.search(r"20\d\d", source[1])
         assert re.search(r"\b(docs?|apps)\.[\w.-]+|unverified", source[1])
+    assert "shared_roots:" in text or _facility(name).scheduler != "slurm"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -122,7 +128,11 @@ def test_every_queue_can_be_chosen(name: str) -> None:
         )
         check_facility(name, chosen)
         assert queue_of(chosen) == queue
-        assert ("#SBATCH --requeue\n" in _script(name, chosen)) == queue.preemptable
+        if facility.scheduler == "slurm":
+            assert ("#SBATCH --requeue\n" in _script(name, chosen)) == queue.preemptable
+        else:
+            assert f"#PBS -q {queue.partition}\n#PBS -A" in _script(name, chosen)
+            assert "#PBS -r y\n" in _script(name, chosen)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +166,24 @@ def test_every_queue_can_be_chosen(name: str) -> None:
         ("leonardo", ["sbatch.gres=gpu:2"], "Use facilities.leonardo.gpus_per_node"),
         ("leonardo", ["sbatch.mem_per_cpu=1"], "no long option of sbatch"),
         ("leonardo", ["gpu_request=gpu"], "Did you mean 'gpus'?"),
-        ("leonardo", ["gpu_vendor=intel"], "Valid: nvidia, amd."),
+        ("leonardo", ["gpu_vendor=apple"], "Valid: nvidia, amd, intel."),
+        ("leonardo", ["qsub.filesystems=home"], "options of sbatch go into facilities.leonardo.sb"),
+        ("leonardo", ["mpiexec_args=[-v]"], "facilities.leonardo.srun_args"),
+        ("polaris", ["qos=high"], "its queue is facilities.polaris.partition"),
+        ("polaris", ["reservation=R12"], "facilities.polaris.partition=R12"),
+        ("polaris", ["sbatch.mem=1G"], "resources of PBS go into facilities.polaris.qsub"),
+        ("polaris", ["qsub.walltime=1"], "Use facilities.polaris.walltime instead"),
+        ("polaris", ["qsub.select=1"], "Use facilities.polaris.nodes and chunk instead"),
+        ("polaris", ["qsub.a-b=1"], "facilities.polaris.qsub.filesystems=home"),
+        (
+            "polaris",
+            ["chunk='4:ncpus=1'"],
+            "facilities.polaris.chunk='ncpus=32:ngpus=4:mpiprocs=4'",
+        ),
+        ("polaris", ["forbidden=[place]"], "must never ask for place"),
+        ("polaris", ["mpi=mpi"], "Valid: mpich, openmpi."),
+        ("polaris", ["nodes=5"], "facilities.polaris.partition=preemptable"),
+        ("aurora", ["partition=prod"], "prod takes 256 to 10624 nodes"),
     ],
 )
 def test_mistakes_are_explained(name: str, overrides: list[str], said: str) -> None:
@@ -187,6 +214,14 @@ def test_gpu_requests(fields: dict[str, Any], line: str) -> None:
     """Protects the several manners in which centres want GPUs asked for."""
     text = _script("slurm", replace(_facility("slurm"), **fields))
     assert re.findall(r"#SBATCH (--g.*)", text) == [line]
+
+
+def test_preemptable_queues_may_still_refuse_to_requeue() -> None:
+    """Protects users who want a preempted job to end."""
+    own = ["partition=qgpu_preempt", "sbatch.no-requeue=''"]
+    assert re.findall("#SBATCH --.*requeue", _script("karolina", _facility("karolina", *own))) == [
+        "#SBATCH --no-requeue"
+    ]
 
 
 def test_containers_reach_the_gpus_of_either_vendor() -> None:

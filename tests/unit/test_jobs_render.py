@@ -12,10 +12,10 @@ import pytest
 from jinja2 import UndefinedError
 
 from flwr_hpc.config import FacilityConfig
-from flwr_hpc.jobs import allocation, local, slurm
-from flwr_hpc.jobs.allocation import job_spec
+from flwr_hpc.jobs import local, pbs, slurm, submission
 from flwr_hpc.jobs.render import render
 from flwr_hpc.jobs.scheduler import JobSpec, make_scheduler
+from flwr_hpc.jobs.submission import job_spec
 from flwr_hpc.spool import Spool
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,21 @@ FACILITIES = {
         setup=["module purge", "module load Python/3.11 NCCL", 'echo "it\'s $HOSTNAME"'],
         env={"NCCL_SOCKET_IFNAME": "ib0", "GREETING": "it's $HOME", "OMP_NUM_THREADS": "7"},
     ),
+    "pbs_modules_and_env": FacilityConfig(
+        scheduler="pbs",
+        account="p1",
+        partition="gpu",
+        nodes=2,
+        ranks_per_node=4,
+        gpus_per_node=4,
+        cpus_per_rank=8,
+        walltime="1-02:00:00",
+        qsub={"filesystems": "home:eagle"},
+        mpiexec_args=["--cpu-bind", "depth"],
+        setup=["module load cuda", 'echo "it\'s $HOSTNAME"'],
+        env={"GREETING": "it's $HOME"},
+        container="/scratch/images/torch 2.sif",
+    ),
     "local": FacilityConfig(scheduler="local", ranks_per_node=2, setup=["ulimit -c 0"]),
 }
 
@@ -64,7 +79,7 @@ def _spec(facility: FacilityConfig, root: str = "/scratch/me/run 1") -> JobSpec:
 def test_golden_scripts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects every facility's job script from changes nobody looked at."""
     monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
-    for module in (allocation, local, slurm):
+    for module in (submission, local, slurm, pbs):
         monkeypatch.setattr(module, "checkout", lambda: "/opt/flwr-hpc")
     text = make_scheduler(FACILITIES[name]).script(_spec(FACILITIES[name]))
     golden = ROOT / "tests" / "golden" / f"{name}.sh"

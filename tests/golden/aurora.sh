@@ -1,0 +1,31 @@
+#!/bin/bash
+#PBS -S /bin/bash
+#PBS -N flwr-rora-a0000
+#PBS -v FLWR_HPC_JOB=2026-run-aurora-a0000
+#PBS -q capacity
+#PBS -A project1
+#PBS -l select=1
+#PBS -l place=scatter
+#PBS -l filesystems=flare
+#PBS -l walltime=02:00:00
+#PBS -r y
+#PBS -j oe
+
+exec >>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.out 2>>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.err
+export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_ATTEMPT=$(date +%s.%N)
+cd "$PBS_O_WORKDIR"
+export OMP_NUM_THREADS=8
+export PYTHONUNBUFFERED=1
+export ZE_FLAT_DEVICE_HIERARCHY=FLAT
+export CCL_PROCESS_LAUNCHER=pmix
+export CCL_ATL_TRANSPORT=mpi
+export http_proxy=http://proxy.alcf.anl.gov:3128
+export https_proxy=http://proxy.alcf.anl.gov:3128
+export FLWR_HPC_JOB=2026-run-aurora-a0000
+export FLWR_HPC_WALLTIME_S=7200
+export SUBMITIT_LOCAL_JOB_NUM_NODES=1
+export SUBMITIT_LOCAL_NTASKS=12
+
+mpiexec -n 12 -ppn 12 \
+  /opt/venv/bin/python -u -m flwr_hpc.jobs.pbs_rank /scratch/me/run/allocations/a0000/job

@@ -1,0 +1,25 @@
+#!/bin/bash
+#PBS -S /bin/bash
+#PBS -N flwr-pbs-a0000
+#PBS -v FLWR_HPC_JOB=2026-run-pbs-a0000
+#PBS -A project1
+#PBS -l select=1:ncpus=32:ngpus=4:mpiprocs=4
+#PBS -l place=scatter
+#PBS -l walltime=02:00:00
+#PBS -r y
+#PBS -j oe
+
+exec >>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.out 2>>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.err
+export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
+export FLWR_HPC_ATTEMPT=$(date +%s.%N)
+cd "$PBS_O_WORKDIR"
+export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=8
+export PYTHONUNBUFFERED=1
+export FLWR_HPC_JOB=2026-run-pbs-a0000
+export FLWR_HPC_WALLTIME_S=7200
+export SUBMITIT_LOCAL_JOB_NUM_NODES=1
+export SUBMITIT_LOCAL_NTASKS=4
+
+mpiexec -n 4 -ppn 4 \
+  /opt/venv/bin/python -u -m flwr_hpc.jobs.pbs_rank /scratch/me/run/allocations/a0000/job
