@@ -24,6 +24,7 @@ __all__ = [
     "QueueConfig",
     "TrackingConfig",
     "TrainConfig",
+    "explain",
     "parse",
     "walltime_s",
 ]
@@ -164,12 +165,26 @@ class AllocationConfig:
 
     Attributes
     ----------
+    policy : str
+        ``warm`` (one job works on order after order) or ``per_round`` (a job for each order).
+    renew_ahead : str
+        When the successor of a warm allocation is submitted: ``forecast`` (so that its
+        expected start meets the end of the current one), ``off`` (when the current one has
+        ended and an order waits) or a walltime before the end, e.g. ``02:00:00``.
+    renew_quantile : float
+        Of the forecast wait, for ``forecast``: above 0.5 the successor comes rather too early.
+    queue_deadline_s : float
+        A job that has waited longer is cancelled and counts as failed.
     idle_timeout_s : float
         The worker ends when no order came for so long.
     retries : int
         How often a job that died is replaced while the same order waits.
     """
 
+    policy: str = "warm"
+    renew_ahead: str = "forecast"
+    renew_quantile: float = 0.5
+    queue_deadline_s: float = 604800.0
     idle_timeout_s: float = 600.0
     retries: int = 2
 
@@ -195,7 +210,7 @@ class FederationConfig:
         the ServerApp died.
     """
 
-    wait_s: float = 20.0
+    wait_s: float = 120.0
     acquire_deadline_s: float | None = None
     order_deadline_s: float | None = None
     offline_grace_s: float = 600.0
@@ -248,13 +263,14 @@ def parse(raw: DictConfig | dict[str, Any]) -> Config:
                 facility.account = None
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as exc:
-        raise UserError(_explain(exc)) from None
+        raise UserError(explain(exc)) from None
     assert isinstance(config, Config)
     check_values(config)
     return config
 
 
-def _explain(exc: OmegaConfBaseException) -> str:
+def explain(exc: OmegaConfBaseException) -> str:
+    """Say what is wrong with a setting, and what would be valid."""
     key = getattr(exc, "full_key", None) or ""
     first = str(exc).splitlines()[0]
     if "Key '" in first and "not in" in first:

@@ -75,7 +75,8 @@ class WorkerState:
     state : str
         ``starting`` (imports, process group), ``loading`` (model, data), ``ready``,
         ``running`` (an order), ``closed`` (left on its own accord: released, idle too long,
-        or out of walltime), ``failed``.
+        or out of walltime), ``interrupted`` (told to end; whether its job is requeued only the
+        scheduler knows), ``failed``.
     order_id : str
         Of the running order.
     beat : int
@@ -88,7 +89,7 @@ class WorkerState:
         Set when ``failed``; fatal errors will not mend by trying again.
     """
 
-    state: Literal["starting", "loading", "ready", "running", "closed", "failed"]
+    state: Literal["starting", "loading", "ready", "running", "closed", "interrupted", "failed"]
     order_id: str = ""
     beat: int = 0
     walltime_left_s: float | None = None

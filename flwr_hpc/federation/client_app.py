@@ -55,6 +55,12 @@ def acquire(message: Message, context: Context) -> Message:
     return _answer(message, context, work)
 
 
+@app.query("forecast")
+def forecast(message: Message, context: Context) -> Message:
+    """Tell how long a job submitted now would wait."""
+    return _answer(message, context, lambda launcher: launcher.site.outlook())
+
+
 @app.query("collect")
 def collect(message: Message, context: Context) -> Message:
     """Wait for an order that was handed in before."""

@@ -24,6 +24,7 @@ from flwr_hpc.federation.processes import Child, Processes, free_port, ignore_si
 from flwr_hpc.federation.progress import SpoolProgress
 from flwr_hpc.federation.run_dir import RunDir
 from flwr_hpc.federation.site import load_launcher, site_file, write_site
+from flwr_hpc.jobs.allocation import Site
 from flwr_hpc.jobs.scheduler import SchedulerUnavailableError
 from flwr_hpc.spool import read_json
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
@@ -100,33 +101,50 @@ def _sessions(run: RunDir, config: Config, view: LiveView) -> Outcome:
 def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: Outcome) -> None:
     """End the jobs, and let the event log end as the run did."""
     if outcome.status == "finished":
-        _let_jobs_end(run, config)
+        with suppress(SchedulerUnavailableError, OSError):  # then they are cancelled
+            _let_jobs_end(run, config)
     if left := cancel_jobs(run, config):
         view.say(f"could not cancel every job; look for them yourself: {left}")
     if not outcome.logged:
         status = "interrupted" if outcome.status == "interrupted" else "failed"
         with suppress(OSError), EventLog(run.events, join=True) as events:
             events.emit("run_finished", status=status, error=outcome.error)
+    with suppress(OSError):
+        _tell_costs(run, config)
 
 
 def cancel_jobs(run: RunDir, config: Config) -> str:
     """Cancel every job of this run; return what could not be, for the user."""
     left = []
-    for facility in config.facilities:
-        if site_file(run, facility).exists():
-            try:
-                load_launcher(quote(str(site_file(run, facility)))).site.cancel_all()
-            except (SchedulerUnavailableError, OSError) as exc:
-                left.append(f"{facility}: {exc}")
+    for facility, site in _sites(run, config).items():
+        try:
+            site.cancel_all()
+        except (SchedulerUnavailableError, OSError) as exc:
+            left.append(f"{facility}: {exc}")
     return "; ".join(left)
 
 
 def _let_jobs_end(run: RunDir, config: Config) -> None:
-    """Give released jobs a moment to end by themselves."""
-    sites = [load_launcher(quote(str(site_file(run, f)))).site for f in config.facilities]
+    """Give released jobs a moment to end by themselves; every look is a query."""
     deadline = time.monotonic() + RELEASE_S
-    while time.monotonic() < deadline and any(site.live_jobs() for site in sites):
-        time.sleep(1.0)
+    waiting = [site for site in _sites(run, config).values() if site.live_jobs()]
+    while waiting and time.monotonic() < deadline:
+        time.sleep(max(1.0, min(5.0, *(site.scheduler.poll_s for site in waiting))))
+        waiting = [site for site in waiting if site.live_jobs()]
+
+
+def _tell_costs(run: RunDir, config: Config) -> None:
+    """Write down when the last jobs ended, which nobody has asked about yet."""
+    with EventLog(run.events, join=True) as events:
+        for facility, site in _sites(run, config).items():
+            status = site.account()
+            events.emit("jobs_ended", facility=facility, jobs=status.jobs, ledger=status.ledger)
+
+
+def _sites(run: RunDir, config: Config) -> dict[str, Site]:
+    """Return the sites that were set up."""
+    files = {facility: site_file(run, facility) for facility in config.facilities}
+    return {f: load_launcher(quote(str(p))).site for f, p in files.items() if p.exists()}
 
 
 def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) -> Outcome:

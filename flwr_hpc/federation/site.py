@@ -60,6 +60,7 @@ def worker_spec(run: RunDir, config: Config, facility: str) -> dict[str, Any]:
         "idle_timeout_s": config.allocation.idle_timeout_s,
         "walltime_s": walltime_s(here.walltime),
         "peak_tflops": here.peak_tflops,
+        "gpus_per_node": here.gpus_per_node,
         "internet": here.internet,
     }
 
@@ -108,18 +109,25 @@ def load_launcher(path: str) -> Launcher:
     schema = OmegaConf.structured(FacilityConfig)
     facility = OmegaConf.to_object(OmegaConf.merge(schema, body["config"]))
     assert isinstance(facility, FacilityConfig)
+    from flwr_hpc.jobs.forecast import Forecaster  # numpy: not for a dry run
+
+    spool, run_key, name = Spool(Path(body["root"])), str(body["run_key"]), str(body["facility"])
+    scheduler, clock = make_scheduler(facility), SystemClock()
     site = Site(
-        spool=Spool(Path(body["root"])),
-        run_key=str(body["run_key"]),
-        facility_name=str(body["facility"]),
+        spool=spool,
+        run_key=run_key,
+        facility_name=name,
         facility=facility,
         allocation=AllocationConfig(**body["allocation"]),
-        scheduler=make_scheduler(facility),
+        scheduler=scheduler,
         spec=body["spec"],
-        clock=SystemClock(),
+        clock=clock,
+        forecast=Forecaster(
+            name, allocation.job_spec(spool, run_key, name, facility), scheduler, clock
+        ),
     )
     return Launcher(
-        facility=str(body["facility"]),
+        facility=name,
         site=site,
         store=Store(str(body["store"])),
         inline_below_mb=float(body["inline_below_mb"]),

@@ -13,44 +13,33 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.config import AllocationConfig, FacilityConfig
+from flwr_hpc.config import AllocationConfig, FacilityConfig, walltime_s
 from flwr_hpc.errors import UserError
 from flwr_hpc.jobs import waiting
+from flwr_hpc.jobs.answers import Answers
 from flwr_hpc.jobs.entry import work
 from flwr_hpc.jobs.lock import locked
 from flwr_hpc.jobs.losses import barren, forget, give_up
 from flwr_hpc.jobs.prune import prune
-from flwr_hpc.jobs.scheduler import JobSpec, Scheduler, SchedulerUnavailableError, checkout
+from flwr_hpc.jobs.renewal import NoForecast, QueueForecast, Renewal
+from flwr_hpc.jobs.scheduler import Scheduler, SchedulerUnavailableError
+from flwr_hpc.jobs.submission import Submission, job_spec
 from flwr_hpc.jobs.waiting import Clock
-from flwr_hpc.jobs.watch import Verdict, View, Watch, verdict
-from flwr_hpc.protocol import Order, Result, SiteState, Status
+from flwr_hpc.jobs.watch import View, Watch
+from flwr_hpc.protocol import Order, Status
 from flwr_hpc.spool import AllocationDir, Spool, publish
 
 __all__ = ["Site", "job_spec"]
 
-
-def job_spec(
-    spool: Spool,
-    run_key: str,
-    facility_name: str,
-    facility: FacilityConfig,
-    allocation: str = "a0000",
-    entry: Callable[[str], Any] = work,
-) -> JobSpec:
-    """Return the job of an allocation."""
-    path = spool.allocation(allocation).path.absolute()
-    return JobSpec(
-        name=f"{run_key}-{facility_name}-{allocation}",
-        folder=path / "job",
-        facility=facility,
-        function=entry,
-        args=(str(path),),
-        binds=tuple(filter(None, (str(spool.root.absolute()), checkout()))),
-    )
+HANDOVER_S = 120.0  # for a released allocation to write down what the next one goes on from
+RANKED = ("queued", "starting", "ready")
 
 
 class Site:
     """One facility's side of a run: allocations and the orders they work on.
+
+    New orders go to the newest allocation that is ready, else to one that starts, else to one
+    that waits. There is at most one that is to succeed another.
 
     Parameters
     ----------
@@ -65,6 +54,8 @@ class Site:
     clock : Clock
     entry : callable
         What every rank runs, called with the allocation's folder.
+    forecast : QueueForecast or None
+        None: nothing is known of the queue.
     """
 
     def __init__(
@@ -78,14 +69,24 @@ class Site:
         spec: dict[str, Any],
         clock: Clock,
         entry: Callable[[str], Any] = work,
+        forecast: QueueForecast | None = None,
     ) -> None:
-        self.spool = spool
-        self.facility_name = facility_name
+        self.spool, self.spec, self.clock = spool, spec, clock
+        self.facility_name, self.scheduler = facility_name, scheduler
         self.retries = allocation.retries
-        self.scheduler, self.spec, self.clock = scheduler, spec, clock
-        self._watch = Watch(scheduler, clock)
-        self._asked: dict[str, float] = {}  # submissions without an answer, by allocation
-        self._entry, self._run_key, self._facility = entry, run_key, facility
+        self._config = allocation
+        self._forecast = forecast or NoForecast()
+        self._submission = Submission(
+            lambda name: job_spec(spool, run_key, facility_name, facility, name, entry),
+            scheduler, clock, self._forecast,
+        )  # fmt: skip
+        deadline_s = allocation.queue_deadline_s
+        self._watch = Watch(spool, scheduler, clock, deadline_s, self._forecast)
+        self._answers = Answers(spool, facility_name, self._watch, self._forecast, clock)
+        walltime = walltime_s(facility.walltime)
+        self._renewal = Renewal(allocation, walltime, self._forecast, clock)
+
+    # ---- messages ---------------------------------------------------------------------------
 
     def acquire(self) -> Status:
         """Return the live allocation's state, asking for a new one if there is none."""
@@ -93,10 +94,12 @@ class Site:
             while True:
                 current = self._current()
                 if current is not None:
-                    return self._status(*current)
+                    self._renew(*current)
+                    return self._answers.of(*current)
                 hopeless = barren(self.spool, self.retries)
                 if hopeless is not None:
-                    return self._answer("failed", error=hopeless.reason, fatal=hopeless.fatal)
+                    error, fatal = hopeless.reason, hopeless.then == "fatal"
+                    return self._answers.say("failed", error=error, fatal=fatal)
                 self._create()
 
     def hand_in(self, order: Order, weights: Path | None) -> Status:
@@ -118,39 +121,45 @@ class Site:
         with locked(self.spool.root):
             if not (self.spool.order(order_id).path / "order.json").exists():
                 error = f"order '{order_id}' is not known here: hand it in first"
-                return self._answer("failed", order_id=order_id, error=error)
+                return self._answers.say("failed", order_id=order_id, error=error)
             return self._advance(order_id)
 
     def status(self) -> Status:
         """Return the state of the site; asks for nothing."""
         with locked(self.spool.root):
             current = self._current()
-            return self._status(*current) if current else self._answer("idle")
+            return self._answers.of(*current) if current else self._answers.say("idle")
+
+    def outlook(self) -> Status:
+        """Return the state of the site with a forecast of the queue."""
+        forecast = self._forecast.forecast()  # may ask the scheduler, so without the lock
+        return dataclasses.replace(self.status(), forecast=forecast)
 
     def wait(
         self, poll: Callable[[], Status], wait_s: float | None, until: Collection[str]
     ) -> Status:
         """Poll until the state is one of `until`, at most `wait_s` seconds (None: no limit)."""
-        return waiting.wait(poll, wait_s, until, self.clock)
+        return waiting.wait(poll, wait_s, until, self.clock, self.scheduler.poll_s)
 
     def release(self) -> Status:
         """Let allocations end once idle; those still queued are cancelled."""
         with locked(self.spool.root):
             for alloc in self._open():
-                alloc.release()
-                job = alloc.job() or self._adopt(alloc)
-                if self._look(alloc).state == "queued" and job is not None:
-                    # If that fails the worker will start, see the release and leave.
-                    with contextlib.suppress(SchedulerUnavailableError):
-                        self.scheduler.cancel(job)
-                        self._watch.end(alloc, Verdict("cancelled"))
-            return self._answer("idle")
+                self._let_go(alloc)
+            return self._answers.say("idle")
 
     def live_jobs(self) -> list[dict[str, Any]]:
         """Return the jobs of this site that the scheduler has not called ended."""
         with locked(self.spool.root):
-            jobs = map(self._live_job, self.spool.allocations())
-            return [job for job in jobs if job is not None]
+            for alloc in self.spool.allocations():
+                self._submission.known(alloc)
+            return [job for _, job in self._watch.living()]
+
+    def account(self) -> Status:
+        """Return what the jobs have cost, by the scheduler's present word."""
+        with locked(self.spool.root):
+            self._watch.living()
+            return self._answers.say("idle")
 
     def cancel_all(self) -> None:
         """Cancel every job of this site.
@@ -163,17 +172,23 @@ class Site:
         left = []
         with locked(self.spool.root):
             for alloc in self.spool.allocations():
+                with contextlib.suppress(SchedulerUnavailableError, OSError):  # asked again below
+                    self._submission.known(alloc)
+            living = {alloc.name for alloc, _ in self._watch.living()}
+            for alloc in self.spool.allocations():
                 try:
-                    job = self._live_job(alloc)
-                    if job is not None:
-                        self.scheduler.cancel(job)
-                except SchedulerUnavailableError as exc:
-                    left.append(f"{self._job_spec(alloc.name).name}: {exc}")
-                if verdict(alloc) is None:
+                    job = self._submission.known(alloc)
+                    if job is not None and alloc.name in living:
+                        self._watch.cancel(alloc, job)
+                except (SchedulerUnavailableError, OSError) as exc:
+                    left.append(f"{self._submission.spec(alloc.name).name}: {exc}")
+                if not self._watch.is_closed(alloc):
                     with contextlib.suppress(OSError):  # a full disk must not spare the others
-                        self._watch.end(alloc, Verdict("cancelled"))
+                        self._watch.end(alloc, "cancelled")
         if left:
             raise SchedulerUnavailableError("jobs that may be left: " + "; ".join(left))
+
+    # ---- orders -----------------------------------------------------------------------------
 
     def _advance(self, order_id: str) -> Status:
         """Bring an order one step on and say where it is."""
@@ -183,28 +198,83 @@ class Site:
             if result is None and at is None:
                 result = give_up(self.spool, order_id, self.retries)
             if result is not None:
-                return self._finished(result, at)
+                current = self._current()
+                ready = current if current and current[1].state == "ready" else None
+                return self._answers.finished(result, ready)
             if at is not None:
-                return self._status(*at, order_id=order_id)
+                self._renew(*at)
+                return self._answers.of(*at, order_id=order_id)
             current = self._current()
-            (current[0] if current else self._create()).assign(order_id)
+            if current is not None and self._hands_over(*current):
+                return self._answers.of(*current, order_id=order_id)
+            self._assign(current[0] if current else self._create(), order_id)
 
     def _assigned(self, order_id: str) -> tuple[AllocationDir, View] | None:
+        """Return the allocation that has the order, if that will do."""
         for alloc in self._open():
-            if order_id in alloc.inbox() and (view := self._look(alloc)).state != "ended":
-                return alloc, view
+            if order_id not in alloc.inbox() or (view := self._look(alloc)).state == "ended":
+                continue
+            if view.state == "queued" and self._another_ready(alloc):
+                (alloc.path / "inbox" / order_id).unlink(missing_ok=True)
+                continue
+            if self._config.policy == "per_round":
+                alloc.release()  # whoever assigned it may have been killed before that
+            return alloc, view
         return None
 
-    def _current(self) -> tuple[AllocationDir, View] | None:
-        """Return the allocation that takes new orders."""
+    def _another_ready(self, alloc: AllocationDir) -> bool:
+        """Tell whether this one, put back in the queue or overtaken there, holds up an order."""
+        current = self._current()
+        return current is not None and current[0] != alloc and current[1].state == "ready"
+
+    def _assign(self, alloc: AllocationDir, order_id: str) -> None:
+        alloc.assign(order_id)
+        if self._config.policy == "per_round":
+            alloc.release()  # after the assignment: the worker still does this one
+
+    def _hands_over(self, to: AllocationDir, view: View) -> bool:
+        """Tell whether an older allocation may still write the state that this one goes on from.
+
+        The worker itself looks for it, once, as it begins with the order.
+        """
+        if view.state != "ready":
+            return False
         for alloc in self._open():
-            if not alloc.released and (view := self._look(alloc)).state != "ended":
-                return alloc, view
-        return None
+            if alloc.released and alloc.name < to.name and self._look(alloc).state == "ready":
+                since = (alloc.path / "release").stat().st_mtime
+                if self.clock.wall() - since < HANDOVER_S:
+                    return True
+        return False
+
+    # ---- allocations ------------------------------------------------------------------------
+
+    def _current(self) -> tuple[AllocationDir, View] | None:
+        """Return the allocation that takes new orders; once it is ready, older ones are let go."""
+        views = [(alloc, self._look(alloc)) for alloc in self._open()]
+        living = [(a, view) for a, view in views if view.state != "ended" and not a.released]
+        best = max(living, key=lambda found: RANKED.index(found[1].state), default=None)
+        if best is not None and best[1].state == "ready":
+            for alloc, _ in living:
+                if alloc.name < best[0].name:
+                    self._let_go(alloc)
+        return best
+
+    def _renew(self, alloc: AllocationDir, view: View) -> None:
+        """Submit a running allocation's successor in time; let the old one go for a ready one."""
+        newer = [a for a in self.spool.allocations() if a.name > alloc.name]
+        heirs = [a for a in newer if not self._watch.is_closed(a) and not a.released]
+        if any(self._look(heir).state == "ready" for heir in heirs):
+            self._let_go(alloc)
+        # A successor that has failed is not replaced before it is needed.
+        if newer or alloc.released or view.walltime_left_s is None:
+            return
+        ledgers = [self._answers.known(a)[0] for a in self.spool.allocations()]
+        if self._renewal.due(view.walltime_left_s, ledgers):
+            self._look(self._create())
 
     def _open(self) -> list[AllocationDir]:
         """Return the allocations without a verdict, newest first."""
-        return [a for a in reversed(self.spool.allocations()) if verdict(a) is None]
+        return [a for a in reversed(self.spool.allocations()) if not self._watch.is_closed(a)]
 
     def _create(self) -> AllocationDir:
         """Declare a new allocation; `_look` submits it."""
@@ -215,78 +285,27 @@ class Site:
 
     def _look(self, alloc: AllocationDir) -> View:
         try:
-            job = alloc.job() or self._submit(alloc)
-        except SchedulerUnavailableError:
-            return View("queued")
+            if alloc.released and not alloc.inbox() and self._submission.known(alloc) is None:
+                return self._watch.end(alloc, "cancelled")  # nobody needs it any more
+            job = self._submission.job(alloc)
+        except SchedulerUnavailableError as exc:
+            if self._submission.trying_s(alloc) > self._config.queue_deadline_s:
+                return self._watch.end(alloc, "overdue", f"it could not be submitted: {exc}")
+            return View("queued", reason=f"not submitted yet: {exc}")
         except UserError as exc:
-            return self._watch.end(alloc, Verdict("failed", str(exc), fatal=True))
+            return self._watch.end(alloc, "rejected", str(exc))
         return self._watch.look(alloc, job)
 
-    def _job_spec(self, allocation: str) -> JobSpec:
-        return job_spec(
-            self.spool,
-            self._run_key,
-            self.facility_name,
-            self._facility,
-            allocation,
-            self._entry,
-        )
-
-    def _submit(self, alloc: AllocationDir) -> dict[str, Any]:
-        """Submit the allocation's job, unless a process that died here did."""
-        asked = self._asked.get(alloc.name)
-        if asked is not None and self.clock.now() - asked < self.scheduler.poll_s:
-            raise SchedulerUnavailableError("asked a moment ago")
-        self._asked[alloc.name] = self.clock.now()
-        job = self._adopt(alloc)
-        if job is None:
-            (alloc.path / "submitting").touch()  # from here on there may be a job
-            job = self.scheduler.submit(self._job_spec(alloc.name))
-            publish(alloc.path / "job.json", json.dumps(job))
-        return job
-
-    def _adopt(self, alloc: AllocationDir) -> dict[str, Any] | None:
-        """Take over a job of the allocation's name that was submitted but not written down."""
-        if not (alloc.path / "submitting").exists():
-            return None
-        job = self.scheduler.find(self._job_spec(alloc.name))
-        if job is not None:
-            publish(alloc.path / "job.json", json.dumps(job))
-        return job
-
-    def _live_job(self, alloc: AllocationDir) -> dict[str, Any] | None:
-        job = alloc.job() or self._adopt(alloc)
-        return None if job is None or self._watch.is_gone(alloc, job) else job
-
-    def _finished(self, result: Result, at: tuple[AllocationDir, View] | None) -> Status:
-        worker = at[1].worker if at else None
-        return self._answer(
-            result.state,
-            order_id=result.order_id,
-            allocation=at[0].name if at else "",
-            walltime_left_s=worker.walltime_left_s if worker else None,
-            result=result,
-            steps=result.steps,
-            error=result.error,
-            fatal=result.fatal,
-        )
-
-    def _status(self, alloc: AllocationDir, view: View, order_id: str = "") -> Status:
-        assert view.state != "ended"
-        state: SiteState = view.state
-        known = {"step", "steps", "loss", "tokens_per_s"}
-        progress: dict[str, Any] = {}
-        if order_id and state == "ready":
-            state = "running"
-            written = self.spool.order(order_id).progress()
-            progress = {k: v for k, v in written.items() if k in known}
-        left = view.worker.walltime_left_s if view.worker else None
-        return self._answer(
-            state, order_id=order_id, allocation=alloc.name, walltime_left_s=left, **progress
-        )
-
-    def _answer(self, state: SiteState, **fields: Any) -> Status:
-        ledger = {a.name: self._watch.ledger(a) for a in self.spool.allocations()}
-        return dataclasses.replace(
-            Status(state, facility=self.facility_name, ledger=ledger), **fields
-        )
+    def _let_go(self, alloc: AllocationDir) -> None:
+        """Let an allocation end once idle; one that waits in the queue is cancelled."""
+        alloc.release()
+        # If that fails the worker will start, see the release and leave.
+        with contextlib.suppress(SchedulerUnavailableError):
+            job = self._submission.known(alloc)
+            if job is None:
+                self._watch.end(alloc, "cancelled")
+            elif (view := self._watch.look(alloc, job)).state == "queued":
+                self._watch.cancel(alloc, job)
+                if view.info is not None:
+                    self._forecast.gave_up(job["name"], self._watch.waited_s(job, view.info))
+                self._watch.end(alloc, "cancelled")

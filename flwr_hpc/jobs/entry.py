@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_rank", "work"]
+__all__ = ["die_with", "run_rank", "work"]
 
 # Known by name alone: jobs do not depend on training, nor login nodes on torch.
 WORKER = "flwr_hpc.train.worker"
@@ -30,12 +30,13 @@ def work(allocation_dir: str) -> None:
 
 def run_rank(function: Callable[..., Any], *args: Any) -> None:
     """Call `function` in a rank that does not outlive the controller of its local job."""
-    _die_with(int(os.environ["FLWR_HPC_CONTROLLER"]))
+    die_with(int(os.environ["FLWR_HPC_CONTROLLER"]))
     function(*args)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
+    """Be killed when the parent process ends, however it does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call above
-        raise SystemExit("the job's controller is gone")
+        raise SystemExit("the process that started this one is gone")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from flwr_hpc.jobs.watch import Verdict, verdict
+from collections.abc import Sequence
+
+from flwr_hpc.jobs.ends import Verdict
+from flwr_hpc.jobs.watch import verdict
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, Spool
 
 __all__ = ["barren", "forget", "give_up"]
+
+NO_STEP = (
+    "it left without a step of this order: after start-up and loading the walltime has to be "
+    "long enough for the evaluation before it, one step, and the time kept for writing"
+)
 
 
 def barren(spool: Spool, retries: int) -> Verdict | None:
@@ -17,12 +25,12 @@ def barren(spool: Spool, retries: int) -> Verdict | None:
     lost: list[tuple[AllocationDir, Verdict]] = []
     for alloc in reversed(spool.allocations()):
         how = verdict(alloc)
-        if how is None or how.ready or how.why not in ("failed", "died"):
+        if how is None or how.ready or how.then == "free":
             break
         if (alloc.path / "reported").exists():
             break
         lost.append((alloc, how))
-    if not lost or not (lost[0][1].fatal or len(lost) > retries):
+    if not lost or (lost[0][1].then == "again" and len(lost) <= retries):
         return None
     for alloc, _ in lost:
         (alloc.path / "reported").touch()
@@ -31,19 +39,30 @@ def barren(spool: Spool, retries: int) -> Verdict | None:
 
 def give_up(spool: Spool, order_id: str, retries: int) -> Result | None:
     """Write and return a failed result if the order's allocations ended too often, else None."""
-    ends = [how for alloc in _with(spool, order_id) if (how := verdict(alloc)) is not None]
-    bad = [how for how in ends if how.why in ("failed", "died")]
+    allocations = _with(spool, order_id)
+    ends = [how for alloc in allocations if (how := verdict(alloc)) is not None]
+    bad = [how for how in ends if how.then != "free"]
     closed = sum(how.why == "closed" for how in ends)
     # One that closed just as the order came in is nobody's fault.
-    lost = len(bad) + max(0, closed - 1)
-    fatal = bool(bad) and bad[-1].fatal
-    if not fatal and lost <= retries:
+    lost = _fruitless(ends, order_id) + max(0, closed - 1)
+    final = bool(bad) and bad[-1].then in ("fail", "fatal")
+    if not final and lost <= retries:
         return None
-    reason = bad[-1].reason if bad else "allocations end without working on the order"
-    text = reason if fatal else f"gave up after {lost} allocations. The last one: {reason}"
-    result = Result(order_id, "failed", error=text, fatal=fatal)
+    reason = bad[-1].reason if bad else NO_STEP
+    text = reason if final else f"gave up after {lost} allocations. The last one: {reason}"
+    result = Result(order_id, "failed", error=text, fatal=final and bad[-1].then == "fatal")
     spool.order(order_id).write_result(result)
     return result
+
+
+def _fruitless(ends: Sequence[Verdict], order_id: str) -> int:
+    """Count the losses after which the order was no further than before."""
+    count, before = 0, ""
+    for how in ends:
+        reached = max([n for n in how.checkpoints if n.rpartition("@")[0] == order_id], default="")
+        count += how.then != "free" and reached <= before
+        before = max(before, reached)
+    return count
 
 
 def forget(spool: Spool, order_id: str) -> None:

@@ -12,6 +12,7 @@ __all__ = ["Clock", "SystemClock", "wait"]
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
+QUEUED_PAUSE_S = 5.0
 
 
 class Clock(Protocol):
@@ -44,17 +45,31 @@ class SystemClock:
 
 
 def wait(
-    poll: Callable[[], Status], wait_s: float | None, until: Collection[str], clock: Clock
+    poll: Callable[[], Status],
+    wait_s: float | None,
+    until: Collection[str],
+    clock: Clock,
+    poll_s: float = 0.5,
 ) -> Status:
     """Poll until the state is one of `until`, or for `wait_s` seconds (None: without limit).
 
-    The pauses grow from 0.05 s to 0.5 s.
+    The pauses grow from 0.05 s to 0.5 s. While a job is queued on a batch system, which is
+    asked every `poll_s` seconds, they go up to 5 s: the next word may come in hours, and the
+    login node is shared. A limited wait also ends when another allocation has taken the place
+    of the first: that is news.
     """
-    began, pause = clock.now(), FIRST_PAUSE_S
+    began, pause, first = clock.now(), FIRST_PAUSE_S, ""
     while True:
         status = poll()
-        left = LONGEST_PAUSE_S if wait_s is None else wait_s - (clock.now() - began)
-        if status.state in until or left <= 0:
+        first = first or status.allocation
+        longest = QUEUED_PAUSE_S if status.state == "queued" else LONGEST_PAUSE_S
+        longest = min(longest, max(poll_s, LONGEST_PAUSE_S))
+        left = longest if wait_s is None else wait_s - (clock.now() - began)
+        replaced = wait_s is not None and status.allocation != first
+        if status.state in until or left <= 0 or replaced:
             return status
+        if longest > LONGEST_PAUSE_S:
+            pause = max(pause, LONGEST_PAUSE_S)
+        pause = min(pause, longest)
         clock.sleep(min(pause, left))
-        pause = min(1.3 * pause, LONGEST_PAUSE_S)
+        pause *= 1.3

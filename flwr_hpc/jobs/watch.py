@@ -3,61 +3,64 @@
 Kept beside the worker's files in the allocation's folder::
 
     ended.json   launcher: why the allocation is of no more use (`Verdict`), once
-    times.json   launcher: the queue wait by the scheduler's own times
+    times.json   launcher: the scheduler's own times of the job
+    cancelling   launcher: from here on the job may be cancelled, by us
     gone         launcher: the scheduler said that the job has ended
     seen.json    launcher: the worker's last known beat, and when it was seen
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
+from flwr_hpc.jobs.beats import Beats
+from flwr_hpc.jobs.ends import ENDS, Verdict, Why, of_job, of_pending
+from flwr_hpc.jobs.queue import Queue
+from flwr_hpc.jobs.renewal import NoForecast, QueueForecast
 from flwr_hpc.jobs.scheduler import JobInfo, Scheduler, SchedulerUnavailableError, stderr_tail
+from flwr_hpc.jobs.times import keep_times
 from flwr_hpc.jobs.waiting import Clock
 from flwr_hpc.protocol import from_json
-from flwr_hpc.spool import AllocationDir, WorkerState, publish, read_json
+from flwr_hpc.spool import AllocationDir, Spool, WorkerState, publish, read_json
 
-__all__ = ["Verdict", "View", "Watch", "verdict"]
+__all__ = ["Verdict", "View", "Watch", "is_gone", "verdict"]
 
-PENDING_POLL_S = 1.0  # while a worker beats that the scheduler calls pending
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why an allocation ended.
-
-    Attributes
-    ----------
-    why : str
-        ``closed`` (the worker left on its own accord), ``failed`` (the worker says why, or
-        the scheduler refused the job), ``died``, or ``cancelled`` by us.
-    ready : bool
-        Whether it ever had the model loaded.
-    """
-
-    why: Literal["closed", "failed", "died", "cancelled"]
-    reason: str = ""
-    fatal: bool = False
-    ready: bool = False
+NO_LOG = (
+    "It left no log. Whether its nodes see the working folder, and what else they lack, is told "
+    "by: python -m flwr_hpc.doctor"
+)
 
 
 @dataclass(frozen=True)
 class View:
-    """An allocation now."""
+    """An allocation now.
+
+    Attributes
+    ----------
+    state : str
+    worker : WorkerState or None
+        Its last word; of a former start if the state is ``queued``.
+    info : JobInfo or None
+        The scheduler's last word.
+    reason : str
+        Why a queued one waits.
+    """
 
     state: Literal["queued", "starting", "ready", "ended"]
     worker: WorkerState | None = None
+    info: JobInfo | None = None
+    reason: str = ""
 
-
-@dataclass
-class _Seen:
-    beat: int
-    at: float  # on the monotonic clock; may lie before this process began
-    moved: bool = False  # whether this process saw it move
+    @property
+    def walltime_left_s(self) -> float | None:
+        """Return the worker's word on it; None while queued."""
+        started = self.state in ("starting", "ready") and self.worker is not None
+        return self.worker.walltime_left_s if started and self.worker else None
 
 
 def verdict(alloc: AllocationDir) -> Verdict | None:
@@ -66,145 +69,188 @@ def verdict(alloc: AllocationDir) -> Verdict | None:
     return from_json(Verdict, json.dumps(raw)) if raw is not None else None
 
 
+def is_gone(alloc: AllocationDir) -> bool:
+    """Tell whether the scheduler has said that the job has ended."""
+    return (alloc.path / "gone").exists()
+
+
 class Watch:
-    """Looks at allocations, and asks the scheduler no more often than it likes.
+    """Looks at a site's allocations.
 
     Parameters
     ----------
+    spool : Spool
     scheduler : Scheduler
     clock : Clock
+    deadline_s : float
+        A job that has waited longer is cancelled.
+    forecast : QueueForecast
+        Told of waits.
     stale_s : float
         A worker whose beat stands still for so long, while its job runs, hangs.
     """
 
-    def __init__(self, scheduler: Scheduler, clock: Clock, stale_s: float = 120.0) -> None:
-        self.scheduler, self.clock, self.stale_s = scheduler, clock, stale_s
-        self._began = clock.now()
-        self._infos: dict[str, tuple[JobInfo, float]] = {}
-        self._beats: dict[str, _Seen] = {}
+    def __init__(
+        self,
+        spool: Spool,
+        scheduler: Scheduler,
+        clock: Clock,
+        deadline_s: float = float("inf"),
+        forecast: QueueForecast | None = None,
+        stale_s: float = 120.0,
+    ) -> None:
+        self.spool, self.scheduler, self.clock = spool, scheduler, clock
+        self.queue = Queue(spool.root, scheduler, clock, self._jobs)
+        self._deadline_s, self._forecast = deadline_s, forecast or NoForecast()
+        self._beats = Beats(clock, stale_s)
+        self._told: dict[str, JobInfo] = {}
+        self._closed: set[str] = set()  # have a verdict
+        self._settled: set[str] = set()  # and no job that is not known to have ended
+
+    def is_closed(self, alloc: AllocationDir) -> bool:
+        """Tell whether the allocation has a verdict."""
+        if alloc.name not in self._closed and verdict(alloc) is not None:
+            self._closed.add(alloc.name)
+        return alloc.name in self._closed
 
     def look(self, alloc: AllocationDir, job: dict[str, Any]) -> View:
         """Return the state of a submitted allocation, and write down its end."""
-        worker, info = alloc.state(), None
-        if not _has_left(worker):
-            # a worker that beats under a pending job: the last answer is out of date
-            hurry = worker is not None and self._beat(alloc.path, worker).moved
-            info = self._info(alloc, job, hurry)
-            if info.state == "ended":
-                (alloc.path / "gone").touch()
-                worker = alloc.state()  # its last word may be younger than the first look
-        if worker is not None and _has_left(worker):
+        worker = alloc.state()
+        if worker is not None and worker.state in ("closed", "failed"):
             return self._left(alloc, job, worker)
-        assert info is not None
+        info = self.info(alloc, job)
         if info.state == "ended":
-            reason = "\n".join(filter(None, (info.reason, stderr_tail(job))))
-            return self.end(alloc, Verdict("died", reason, ready=_was_ready(worker)))
-        if worker is None:
-            return View("starting" if info.state == "running" else "queued")
-        return self._living(alloc, job, info, worker)
+            worker = alloc.state()  # its last word may be younger than the first look
+            if worker is not None and worker.state in ("closed", "failed"):
+                return self._left(alloc, job, worker)
+            return self._gone(alloc, job, info, worker)
+        if worker is None or self._beats.former(alloc.path, worker, info):
+            return self._waits(alloc, job, info, worker)
+        awake = info.state == "running" and not info.suspended
+        if awake and self._beats.stopped(alloc.path, worker):
+            words = f"the worker gave no sign of life for {self._beats.stale_s:.0f} s"
+            return self._stop(alloc, job, "died", f"{words}\n{stderr_tail(job)}".strip())
+        if worker.state == "interrupted":  # ended, or back in the queue: the scheduler will tell
+            return View("queued", worker, info, reason="told to end before its time")
+        ready = worker.state in ("ready", "running")
+        return View("ready" if ready else "starting", worker, info)
 
-    def end(self, alloc: AllocationDir, how: Verdict) -> View:
+    def end(self, alloc: AllocationDir, why: Why, reason: str = "", *, fatal: bool = False) -> View:
         """Write down that the allocation is of no more use."""
-        job = alloc.job()
-        queue_s = self._queue_s(alloc, job) if job else None
-        if queue_s is not None:
-            self._keep_queue(alloc, queue_s)
+        worker = alloc.state()
+        how = Verdict(
+            why,
+            ": ".join(filter(None, (ENDS[why].says, reason))),
+            fatal or ENDS[why].then == "fatal",
+            _was_ready(worker),
+            self._checkpoints(),
+        )
         publish(alloc.path / "ended.json", json.dumps(dataclasses.asdict(how)))
-        return View("ended", alloc.state())
+        return View("ended", worker)
 
-    def is_gone(self, alloc: AllocationDir, job: dict[str, Any]) -> bool:
-        """Tell whether the scheduler says that the job has ended."""
-        if not (alloc.path / "gone").exists() and self.scheduler.info(job).state == "ended":
+    def info(self, alloc: AllocationDir, job: dict[str, Any]) -> JobInfo:
+        """Return the scheduler's last word on a job, and keep what is to be kept of it."""
+        info = self.queue.info(job)
+        self._keep(alloc, info)
+        return info
+
+    def living(self) -> list[tuple[AllocationDir, dict[str, Any]]]:
+        """Return the jobs that the scheduler has not called ended; asks it now."""
+        jobs = [(a, job) for a in self.spool.allocations() if (job := self._job(a)) is not None]
+        infos = self.scheduler.infos([job for _, job in jobs]) if jobs else {}
+        for alloc, job in jobs:
+            if job["name"] in infos:
+                with contextlib.suppress(OSError):  # a full disk must not spare a job
+                    self._keep(alloc, infos[job["name"]])
+        return [(alloc, job) for alloc, job in jobs if not is_gone(alloc)]
+
+    def settle(self) -> None:
+        """Learn when jobs ended whose allocations are of no more use."""
+        for alloc in self.spool.allocations():
+            if alloc.name in self._settled or not self.is_closed(alloc):
+                continue
+            job = self._job(alloc)
+            if job is None or self.info(alloc, job).state == "ended":
+                self._settled.add(alloc.name)
+
+    def _keep(self, alloc: AllocationDir, info: JobInfo) -> None:
+        if self._told.get(alloc.name) == info:
+            return
+        keep_times(alloc, info)
+        self._forecast.observe(info)
+        if info.state == "ended":
             (alloc.path / "gone").touch()
-        return (alloc.path / "gone").exists()
-
-    def ledger(self, alloc: AllocationDir) -> dict[str, float]:
-        """Return the seconds so far by what they went into."""
-        job, worker = alloc.job(), alloc.state()
-        queue = self._queue_s(alloc, job) if job else None
-        return {"queue": queue or 0.0, **(worker.seconds if worker else {})}
+        self._told[alloc.name] = info
 
     def _left(self, alloc: AllocationDir, job: dict[str, Any], worker: WorkerState) -> View:
-        ready = _was_ready(worker)
         if worker.state == "closed":
-            return self.end(alloc, Verdict("closed", ready=ready))
-        self._cancel(job)  # other ranks may hang
-        return self.end(alloc, Verdict("failed", worker.error, worker.fatal, ready))
+            return self.end(alloc, "closed")
+        self._cancel(alloc, job)  # other ranks may hang
+        return self.end(alloc, "failed", worker.error, fatal=worker.fatal)
 
-    def _living(
-        self, alloc: AllocationDir, job: dict[str, Any], info: JobInfo, worker: WorkerState
+    def _gone(
+        self, alloc: AllocationDir, job: dict[str, Any], info: JobInfo, worker: WorkerState | None
     ) -> View:
-        seen = self._beat(alloc.path, worker)
-        if info.state == "pending" and not seen.moved:  # requeued: the state is an old one
-            return View("queued")
-        if info.state == "running" and self._hangs(seen):
-            self._cancel(job)
-            reason = f"the worker gave no sign of life for {self.stale_s:.0f} s"
-            reason = f"{reason}\n{stderr_tail(job)}".strip()
-            return self.end(alloc, Verdict("died", reason, ready=_was_ready(worker)))
-        ready = worker.state in ("ready", "running")
-        return View("ready" if ready else "starting", worker)
+        words = f"{info.reason} (job {info.id})" if info.reason else f"job {info.id}"
+        why = of_job(info, worker)
+        if why == "removed" and (alloc.path / "cancelling").exists():
+            why = "cancelled"
+        tail = stderr_tail(job) or (NO_LOG if why == "died" and worker is None else "")
+        return self.end(alloc, why, f"{words}\n{tail}".strip())
 
-    def _info(self, alloc: AllocationDir, job: dict[str, Any], hurry: bool) -> JobInfo:
-        old, asked = self._infos.get(alloc.name, (None, 0.0))
-        patience = self.scheduler.poll_s
-        if hurry and old is not None and old.state == "pending":
-            patience = min(patience, PENDING_POLL_S)
-        if old is not None and self.clock.now() - asked < patience:
-            return old
-        new = self.scheduler.info(job)
-        if new.state == "unknown" and old is not None:
-            new = old  # no news
-        self._infos[alloc.name] = new, self.clock.now()
-        if new.queue_s is not None:
-            self._keep_queue(alloc, new.queue_s)
-        return new
+    def _waits(
+        self, alloc: AllocationDir, job: dict[str, Any], info: JobInfo, worker: WorkerState | None
+    ) -> View:
+        """Look at a job whose worker has said nothing yet, or nothing since its last start."""
+        if info.state == "running":
+            return View("starting", None, info)
+        waited = self.waited_s(job, info)
+        hopeless = of_pending(info, waited, self._deadline_s)
+        if hopeless is None:
+            return View("queued", worker, info, info.reason)
+        if hopeless[0] == "overdue":
+            self._forecast.gave_up(job["name"], waited)
+        return self._stop(alloc, job, *hopeless)
 
-    def _beat(self, folder: Path, worker: WorkerState) -> _Seen:
-        seen = self._beats.get(folder.name)
-        if seen is None:
-            seen = self._beats[folder.name] = self._recall(folder, worker.beat)
-        elif seen.beat != worker.beat:
-            seen.beat, seen.at, seen.moved = worker.beat, self.clock.now(), True
-        return seen
+    def waited_s(self, job: dict[str, Any], info: JobInfo) -> float:
+        """Return how long a job has been in the queue this time."""
+        return max(0.0, self.clock.wall() - (info.submitted_s or job["submitted_s"]))
 
-    def _recall(self, folder: Path, beat: int) -> _Seen:
-        """Return what an earlier process saw; a message takes less time than a hang."""
-        before = read_json(folder / "seen.json")
-        if before is not None and before["beat"] == beat:
-            age = max(0.0, self.clock.wall() - before["wall"])
-            return _Seen(beat, self.clock.now() - age)
-        publish(folder / "seen.json", json.dumps({"beat": beat, "wall": self.clock.wall()}))
-        return _Seen(beat, self.clock.now(), moved=before is None)
+    def _stop(self, alloc: AllocationDir, job: dict[str, Any], why: Why, reason: str) -> View:
+        self._cancel(alloc, job)
+        return self.end(alloc, why, reason)
 
-    def _hangs(self, seen: _Seen) -> bool:
-        # Look for a while ourselves: the wall clock may have jumped.
-        now = self.clock.now()
-        return now - seen.at > self.stale_s and now - self._began > min(10.0, self.stale_s)
+    def cancel(self, alloc: AllocationDir, job: dict[str, Any]) -> None:
+        """Cancel a job, so that it is known to be our doing even if we are killed here.
 
-    def _queue_s(self, alloc: AllocationDir, job: dict[str, Any]) -> float | None:
-        times = read_json(alloc.path / "times.json")
-        if times is not None:
-            return float(times["queue_s"])
-        info, _ = self._infos.get(alloc.name, (None, 0.0))
-        if info is None or info.state != "pending":
-            return None
-        submitted: float = job["submitted_s"]
-        return max(0.0, self.clock.wall() - submitted)
+        Raises
+        ------
+        SchedulerUnavailableError
+            If the scheduler did not take the request.
+        """
+        with contextlib.suppress(OSError):  # on a full disk it will seem to be an operator's doing
+            (alloc.path / "cancelling").touch()
+        self.scheduler.cancel(job)
 
-    def _keep_queue(self, alloc: AllocationDir, queue_s: float) -> None:
-        if read_json(alloc.path / "times.json") != {"queue_s": queue_s}:
-            publish(alloc.path / "times.json", json.dumps({"queue_s": queue_s}))
+    def _cancel(self, alloc: AllocationDir, job: dict[str, Any]) -> None:
+        alloc.release()  # should it start in spite of all, its worker leaves
+        # If that fails it is not marked as gone: `Site.cancel_all` will find it.
+        with contextlib.suppress(SchedulerUnavailableError):
+            self.cancel(alloc, job)
 
-    def _cancel(self, job: dict[str, Any]) -> None:
-        try:
-            self.scheduler.cancel(job)
-        except SchedulerUnavailableError:
-            return  # not marked as gone: `Site.cancel_all` will find it
+    def _jobs(self) -> Iterator[dict[str, Any]]:
+        for alloc in self.spool.allocations():
+            if is_gone(alloc) and self.is_closed(alloc):
+                continue
+            if (job := alloc.job()) is not None:
+                yield job
 
+    def _job(self, alloc: AllocationDir) -> dict[str, Any] | None:
+        return None if is_gone(alloc) else alloc.job()
 
-def _has_left(worker: WorkerState | None) -> bool:
-    return worker is not None and worker.state in ("closed", "failed")
+    def _checkpoints(self) -> list[str]:
+        found = self.spool.checkpoints.glob("[!.]*@*")
+        return sorted(path.name for path in found if (path / "meta.json").exists())
 
 
 def _was_ready(worker: WorkerState | None) -> bool:

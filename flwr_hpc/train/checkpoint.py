@@ -36,7 +36,12 @@ class Saved:
     @property
     def order_id(self) -> str:
         """Which order was running."""
-        return self.path.name.rpartition("@")[0]
+        return _place(self.path)[1]
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Cumulative step and order: the greater, the newer."""
+        return _place(self.path)
 
 
 class Checkpoints:
@@ -60,7 +65,7 @@ class Checkpoints:
         """Return the newest complete checkpoint (of an order); the same on every rank."""
         saved = None
         if self._group.ranks.rank == 0:
-            found = [p for p in self._all() if order_id in (None, p.name.rpartition("@")[0])]
+            found = [p for p in self._all() if order_id in (None, _place(p)[1])]
             if found:
                 saved = Saved(found[-1], read_json(found[-1] / "meta.json") or {})
         agreed: Saved | None = self._group.broadcast(saved)
@@ -103,11 +108,11 @@ class Checkpoints:
         state_dict_loader.load(tensors, checkpoint_id=saved.path)
 
     def _all(self) -> list[Path]:
-        """Return the complete ones, oldest first: ids of orders sort by sequence number."""
+        """Return the complete ones, oldest first."""
         if not self._root.is_dir():
             return []
-        names = sorted(n for n in os.listdir(self._root) if not n.startswith("."))
-        return [self._root / n for n in names if "@" in n]
+        names = [n for n in os.listdir(self._root) if "@" in n and not n.startswith(".")]
+        return sorted((self._root / n for n in names), key=_place)
 
     def _prune(self) -> None:
         for path in self._all()[: -self._keep]:
@@ -115,3 +120,8 @@ class Checkpoints:
             waste = path.with_name(f".{path.name}.old")
             path.rename(waste)
             shutil.rmtree(waste, ignore_errors=True)
+
+
+def _place(path: Path) -> tuple[int, str]:
+    order_id, _, step = path.name.rpartition("@")
+    return int(step), order_id

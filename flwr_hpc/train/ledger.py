@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 __all__ = ["PHASES", "Ledger", "process_start"]
 
 PHASES = ("startup", "load", "train", "evaluate", "transfer", "idle")
+EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
 class Ledger:
@@ -20,15 +22,22 @@ class Ledger:
     ----------
     start : float
         When the process began, on `clock`; the time up to the first switch is ``startup``.
+    before : mapping of str to float
+        Seconds of earlier starts of this job.
     clock : callable
         Monotonic seconds.
     """
 
-    def __init__(self, start: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        start: float,
+        before: Mapping[str, float] = EMPTY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clock = clock
         self._since = start
         self._phase = "startup"
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = {phase: before.get(phase, 0.0) for phase in PHASES}
 
     def switch(self, phase: str) -> float:
         """End the running phase, begin `phase`; return how long the ended one ran, in s."""

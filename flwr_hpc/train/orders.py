@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr_hpc.config import DataConfig, TrainConfig
 from flwr_hpc.protocol import Order, Result
@@ -17,6 +18,7 @@ from flwr_hpc.train.checkpoint import Checkpoints, Saved
 from flwr_hpc.train.ledger import Ledger
 from flwr_hpc.train.metrics import mfu, peak_memory_gb
 from flwr_hpc.train.models import Built
+from flwr_hpc.train.own import OwnUpdate
 from flwr_hpc.train.progress import INTERRUPTED, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.reporter import Reporter
@@ -41,7 +43,7 @@ class OrderRunner:
     Attributes
     ----------
     write_s : float
-        How long the last weights and checkpoint took to write.
+        How long weights and checkpoint take to write, 0 before they were.
     """
 
     trainer: Trainer
@@ -54,14 +56,20 @@ class OrderRunner:
     reporter: Reporter
     may_go: Callable[[], int]
     peak_tflops: float | None = None
-    write_s: float = 0.0
     step_s: float = 0.0
+    _weights_s: float = 0.0
+    _checkpoint_s: float = 0.0
+    _held: tuple[int, str] = (0, "")
+    _unsaved: tuple[str, dict[str, Any]] | None = None
     _since_checkpoint: int = 0
     _seen: float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._own = OwnUpdate(self.trainer)
+
     def run(self, order: Order, weights: Path | None, folder: OrderDir) -> Result | None:
-        """Return the result, to be published by rank 0; None if a signal interrupted it."""
+        """Return the result, to be published by rank 0; None if it is left to another job."""
         self._seen = time.perf_counter()
         self._seconds = {}
         if order.kind == "initialize":
@@ -78,6 +86,17 @@ class OrderRunner:
         else:
             self.trainer.reset_optimizer()
             self.trainer.step = 0
+            self._held = 0, ""
+
+    def save(self) -> None:
+        """Write down a state that the last orders left unsaved; a collective call."""
+        if self._unsaved is not None and self.train.checkpoint_every_orders > 0:
+            self._save(*self._unsaved)
+
+    @property
+    def write_s(self) -> float:
+        # A checkpoint holds the weights and, with AdamW, twice as much besides.
+        return self._weights_s + (self._checkpoint_s or 3.0 * self._weights_s)
 
     # The kinds of order
 
@@ -99,20 +118,29 @@ class OrderRunner:
     def _train(self, order: Order, weights: Path | None, folder: OrderDir) -> Result | None:
         # A checkpoint of this very order: the job that worked on it died.
         saved = self.checkpoints.newest(order.id)
+        if saved is None:
+            self._take_over()
         metrics: dict[str, float] = {}
         trained = Trained()
         proximal = self._begin(order, weights, saved)
         if saved:
             metrics = saved.meta["metrics"]
             trained = Trained(**saved.meta["trained"])
-        elif order.evaluate:
-            metrics = self._held_out()[0]
+            self._seconds["resumed"] = trained.seconds
+            self._own.forget()
+        else:
+            if order.evaluate:
+                metrics = self._held_out()[0]
+            metrics |= self._own.begin(order)
         if not (saved and saved.meta["finished"]):
             trained = self._steps(order, folder, trained, proximal)
+            if trained.ended and not trained.steps:
+                return None  # nothing to tell: the next allocation does better
             finished = trained.ended != INTERRUPTED
             self._checkpoint(order, trained, metrics, finished)
             if not finished:
                 return None
+        self._own.end(order)
         sha256 = self._write(folder)
         return Result(
             order.id, "done",
@@ -122,6 +150,13 @@ class OrderRunner:
         )  # fmt: skip
 
     # Phases of an order
+
+    def _take_over(self) -> None:
+        """Go on from where another allocation of this site has got in the meantime."""
+        newest = self.checkpoints.newest()
+        if newest is not None and newest.place > self._held:
+            with self._phase("transfer", "read"):
+                self._load(newest)
 
     def _begin(self, order: Order, weights: Path | None, saved: Saved | None) -> Proximal | None:
         mu = float(order.options.get("proximal-mu", 0.0))
@@ -139,6 +174,7 @@ class OrderRunner:
         self, order: Order, folder: OrderDir, trained: Trained, proximal: Proximal | None
     ) -> Trained:
         steps = int(order.options.get("steps", 0)) or order.steps or self.train.steps
+        self.trainer.lr_scale = float(order.options.get("lr-scale", 1.0))
         before = dataclasses.replace(trained)
         report = self._reporting(order, folder, trained.steps, steps)
         self._seconds["first_step"] = time.perf_counter() - self._seen
@@ -171,22 +207,25 @@ class OrderRunner:
     def _checkpoint(
         self, order: Order, trained: Trained, metrics: dict[str, float], finished: bool
     ) -> None:
-        self._since_checkpoint += 1
-        every = self.train.checkpoint_every_orders
-        due = trained.steps > 0 if not finished else 0 < every <= self._since_checkpoint
-        if not due:
-            return
         meta = {
             "step": self.trainer.step, "finished": finished, "metrics": metrics,
             "trained": dataclasses.asdict(trained),
         }  # fmt: skip
+        self._held, self._unsaved = (self.trainer.step, order.id), (order.id, meta)
+        self._since_checkpoint += 1
+        if not finished or 0 < self.train.checkpoint_every_orders <= self._since_checkpoint:
+            self._save(order.id, meta)
+
+    def _save(self, order_id: str, meta: dict[str, Any]) -> None:
         with self._phase("transfer", "write"):
-            self.checkpoints.save(order.id, self.trainer.step, self.trainer.tensors(), meta)
-        self._since_checkpoint = 0
+            tensors = self.trainer.tensors()
+            self._checkpoint_s = self.checkpoints.save(order_id, meta["step"], tensors, meta)
+        self._since_checkpoint, self._unsaved = 0, None
 
     def _load(self, saved: Saved) -> None:
         self.checkpoints.load(saved, self.trainer.tensors())
         self.trainer.step = int(saved.meta["step"])
+        self._held, self._unsaved = saved.place, None
 
     def _read(self, weights: Path | None) -> None:
         if weights is not None:
@@ -194,9 +233,10 @@ class OrderRunner:
                 self.trainer.load_weights(weights)
 
     def _write(self, folder: OrderDir) -> str:
+        began = time.perf_counter()
         with self._phase("transfer", "write"):
             sha256 = self.trainer.save_weights(folder.weights)
-        self.write_s = self._seconds["write"]
+        self._weights_s = time.perf_counter() - began
         return sha256
 
     def _held_out(self) -> tuple[dict[str, float], int]:

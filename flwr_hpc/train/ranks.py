@@ -40,13 +40,14 @@ class Ranks:
         except RuntimeError:
             return cls._from_environment()
         nodes = max(1, job.num_nodes)
+        start = os.environ.get("FLWR_HPC_ATTEMPT") or os.environ.get("SLURM_RESTART_COUNT", "0")
         return cls(
             rank=job.global_rank,
             world_size=job.num_tasks,
             local_rank=job.local_rank,
             local_world_size=max(1, job.num_tasks // nodes),
             nodes=nodes,
-            attempt=f"{job.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+            attempt=f"{job.job_id}-{start}",
         )
 
     @classmethod

@@ -27,6 +27,8 @@ class Reporter:
     ledger : Ledger
     walltime_left : callable
         Seconds, or None.
+    beat : int
+        The last one of an earlier start of this job.
     """
 
     def __init__(
@@ -35,12 +37,13 @@ class Reporter:
         ledger: Ledger,
         walltime_left: Callable[[], float | None],
         every_s: float = 1.0,
+        beat: int = 0,
     ) -> None:
         self._allocation = allocation
         self._ledger = ledger
         self._walltime_left = walltime_left
         self._every_s = every_s
-        self._state = WorkerState("starting")
+        self._state = WorkerState("starting", beat=beat)
         self._progress: tuple[OrderDir, dict[str, Any]] | None = None
         self._lock = threading.Lock()
         self._end = threading.Event()

@@ -45,6 +45,8 @@ class Trainer:
     ----------
     step : int
         Cumulative step of this facility: cursor of the data and of the schedule.
+    lr_scale : float
+        Factor on the schedule's learning rate.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Trainer:
         one_unit_below: int = ONE_UNIT_BELOW,
     ) -> None:
         self.step = 0
+        self.lr_scale = 1.0
         self._model = built.model
         self._corpus = corpus
         self._config = config
@@ -103,6 +106,11 @@ class Trainer:
         for _ in tensors:  # take part in gathering
             pass
         return ""
+
+    def shards(self) -> list[Tensor]:
+        """Return this rank's parts of the weights that travel, to be changed in place."""
+        reshard(self._model)
+        return [local(t).detach() for t in self._exchanged.values()]
 
     # Training
 
@@ -197,7 +205,7 @@ class Trainer:
                 gradient(parameter).add_(pull, alpha=proximal.mu)
         stats = clip(self._parameters(), config.clip, loss_sum)
         for options in self._optimizer.param_groups:
-            options["lr"] = learning_rate(self.step, config, self._total_steps)
+            options["lr"] = self.lr_scale * learning_rate(self.step, config, self._total_steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1

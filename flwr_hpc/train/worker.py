@@ -6,9 +6,6 @@ Nothing heavy is imported at module level: the launcher sees ``starting`` before
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from flwr_hpc.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
+from flwr_hpc.train.ending import Ending
 from flwr_hpc.train.inbox import Inbox
 from flwr_hpc.train.ledger import Ledger, process_start
 from flwr_hpc.train.lifeline import LoneFailureError, end_process
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from flwr_hpc.train.rendezvous import Group
 
 __all__ = ["run"]
-
-RESERVED_SHARE = 0.1  # of the walltime, kept for writing until a write was measured
-RESERVED_MOST_S = 60.0
 
 
 def run(allocation_dir: Path) -> None:
@@ -49,24 +44,26 @@ def run(allocation_dir: Path) -> None:
     """
     allocation = AllocationDir(Path(allocation_dir))
     ranks = Ranks.detect()
-    ledger = Ledger(process_start())
+    mine = allocation if ranks.rank == 0 else None
+    former = mine.state() if mine else None  # of this job before it was requeued
+    ledger = Ledger(process_start(), former.seconds if former else {})
     spec = Spec.of(allocation)
     # Other nodes have other clocks; rank 0 decides for all when time is up.
-    ending = Ending(_walltime_s(spec) if ranks.rank == 0 else None)
-    mine = allocation if ranks.rank == 0 else None
-    with Reporter(mine, ledger, ending.walltime_left) as reporter:
+    ending = Ending.detect(spec.walltime_s) if mine else Ending()
+    beat = former.beat if former else 0
+    with Reporter(mine, ledger, ending.walltime_left, beat=beat) as reporter:
         reporter.say("starting")
         try:
             _environment(spec)
             worker = Worker(allocation, spec, ranks, ledger, reporter, ending)
-            worker.serve()
+            last_word = worker.serve()
         except Exception as exc:
             error = str(exc) if isinstance(exc, UserError) else f"{type(exc).__name__}: {exc}"
             reporter.say("failed", error=error, fatal=isinstance(exc, UserError))
             if isinstance(exc, LoneFailureError):
                 end_process(traceback.format_exc())
             raise
-        reporter.say("closed")
+        reporter.say(*last_word)
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,7 @@ class Spec:
     idle_timeout_s: float
     walltime_s: float | None
     peak_tflops: float | None
+    gpus_per_node: int
     internet: bool
 
     @classmethod
@@ -97,35 +95,6 @@ class Spec:
         }  # fmt: skip
         known: dict[str, Any] = {name: raw.get(name) for name in cls.__dataclass_fields__}
         return cls(**known | given)
-
-
-class Ending:
-    """Knows when the worker has to end: a signal, or the walltime.
-
-    SIGTERM comes when a job is cancelled or preempted, SIGUSR1 and SIGUSR2 where a site asks
-    for a warning ahead of the walltime.
-    """
-
-    def __init__(self, walltime_s: float | None) -> None:
-        self._end = None if walltime_s is None else process_start() + walltime_s
-        self._signalled = threading.Event()
-        # Until a write was measured.
-        self.reserve_s = min(RESERVED_MOST_S, RESERVED_SHARE * (walltime_s or 0.0))
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, lambda *_: self._signalled.set())
-
-    def walltime_left(self) -> float | None:
-        return None if self._end is None else self._end - time.monotonic()
-
-    @property
-    def signalled(self) -> bool:
-        return self._signalled.is_set()
-
-    def out_of_time(self, next_s: float = 0.0) -> bool:
-        """Whether `next_s` more seconds of work would leave too little to write."""
-        left = self.walltime_left()
-        return left is not None and left < self.reserve_s + next_s
 
 
 class Worker:
@@ -161,19 +130,39 @@ class Worker:
         self._runner = self._load()
         self._inbox = Inbox(
             allocation, spec.spool, spec.idle_timeout_s,
-            must_end=lambda: ending.signalled or ending.out_of_time(self._runner.step_s),
+            must_end=lambda: ending.interrupted or ending.is_due(self._runner.step_s),
         )  # fmt: skip
 
-    def serve(self) -> None:
-        """Carry out orders until released, idle for too long, out of walltime or told to end."""
+    def serve(self) -> tuple[str, str, str]:
+        """Carry out orders until released, idle for too long, out of walltime or told to end.
+
+        Returns
+        -------
+        tuple
+            What the worker says last: state, no order, error.
+        """
         self._ledger.switch("idle")
-        self._reporter.say("ready")
+        late = self._ending.is_due()
+        if not late:
+            self._reporter.say("ready")
         while task := self._next():
             self._reporter.say("running", order_id=task[0].id)
             if not self._carry_out(*task):
                 break
             self._reporter.say("ready")
+        self._runner.save()
         self._group.close()
+        if self._ending.interrupted:
+            return "interrupted", "", ""
+        return ("failed", "", self._too_late()) if late else ("closed", "", "")
+
+    def _too_late(self) -> str:
+        spent = self._ledger.seconds()
+        return (
+            f"start-up ({spent['startup']:.0f} s) and loading ({spent['load']:.0f} s) left no time "
+            "to work in this walltime. Ask for a longer one: facilities."
+            f"{self._spec.facility}.walltime"
+        )
 
     def _next(self) -> tuple[Order, Path | None] | None:
         """Wait for the next order: rank 0 looks, all get to know.
@@ -187,7 +176,7 @@ class Worker:
         return agreed
 
     def _carry_out(self, order: Order, weights: Path | None) -> bool:
-        """Publish the order's result; return False if it was interrupted."""
+        """Publish the order's result; return False if it is left to another allocation."""
         from flwr_hpc.train.rendezvous import Failure
 
         folder = self._spec.spool.order(order.id)
@@ -224,8 +213,8 @@ class Worker:
             )
 
     def _measure_reserve(self) -> None:
-        if self._runner.write_s:
-            self._ending.reserve_s = 2.0 * (self._runner.write_s + self._runner.step_s) + 1.0
+        if write_s := self._runner.write_s:
+            self._ending.reserve_s = 2.0 * (write_s + self._runner.step_s) + 1.0
 
     def _load(self) -> OrderRunner:
         """Load data and model on every rank; all of them fail if one does."""
@@ -250,12 +239,14 @@ class Worker:
     def _may_go(self) -> int:
         from flwr_hpc.train.progress import CUT, GO, INTERRUPTED
 
-        if self._ending.signalled:
+        if self._ending.interrupted:
             return INTERRUPTED
-        return CUT if self._ending.out_of_time(self._runner.step_s) else GO
+        return CUT if self._ending.is_due(self._runner.step_s) else GO
 
 
 def _runner(spec: Spec, group: Group, ledger: Ledger, reporter: Reporter) -> OrderRunner:
+    import torch
+
     from flwr_hpc.train.checkpoint import Checkpoints
     from flwr_hpc.train.data import load_corpus
     from flwr_hpc.train.models import build
@@ -264,6 +255,13 @@ def _runner(spec: Spec, group: Group, ledger: Ledger, reporter: Reporter) -> Ord
     from flwr_hpc.train.schedule import schedule_steps
     from flwr_hpc.train.trainer import Trainer
 
+    if spec.gpus_per_node and group.device.type == "cpu":
+        raise UserError(
+            f"facilities.{spec.facility} has gpus_per_node={spec.gpus_per_node}, but PyTorch "
+            f"{torch.__version__} sees no GPU in the job. It takes a build for CUDA or ROCm, in "
+            f"facilities.{spec.facility}.python or .container. To train on CPUs: "
+            f"facilities.{spec.facility}.gpus_per_node=0"
+        )
     corpus = load_corpus(
         spec.data, spec.facility, spec.facilities, spec.seed, spec.spool.root / "cache"
     )
@@ -276,12 +274,6 @@ def _runner(spec: Spec, group: Group, ledger: Ledger, reporter: Reporter) -> Ord
         group=group, built=built, train=spec.train, data=spec.data,
         ledger=ledger, reporter=reporter, may_go=lambda: GO, peak_tflops=spec.peak_tflops,
     )  # fmt: skip
-
-
-def _walltime_s(spec: Spec) -> float | None:
-    """Return what the scheduler granted, else what was asked for."""
-    granted = os.environ.get("FLWR_HPC_WALLTIME_S")
-    return float(granted) if granted else spec.walltime_s
 
 
 def _environment(spec: Spec) -> None:

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_worker
 import psutil
@@ -34,7 +35,7 @@ class Home:
         self.run_key = uuid.uuid4().hex[:8]
         self.spec: dict[str, object] = {}
 
-    def site(self, retries: int = 2, walltime: str = "01:00:00") -> Site:
+    def site(self, walltime: str = "01:00:00", **config: Any) -> Site:
         facility = FacilityConfig(
             scheduler="local", ranks_per_node=2, walltime=walltime, env={"PYTHONPATH": str(TESTS)}
         )
@@ -43,7 +44,7 @@ class Home:
             self.run_key,
             "here",
             facility,
-            AllocationConfig(retries=retries),
+            AllocationConfig(**config),
             LocalScheduler(),
             self.spec,
             SystemClock(),
@@ -209,9 +210,64 @@ def test_release_ends_an_idle_worker(home: Home) -> None:
 
 def test_walltime_ends_the_job(home: Home) -> None:
     """Protects the walltime, which no scheduler enforces here."""
-    site = home.site(walltime="00:02")
+    site = home.site(walltime="00:05", renew_ahead="off")
     acquire(site)
+    for rank in home.ranks():
+        rank.suspend()  # it would leave by itself
     until(lambda: not processes_of(home.name()), 15)
     assert site.status().state == "idle"
     log = home.root / "allocations" / "a0000" / "job" / "controller.err"
-    assert "exited" in log.read_text() or "walltime" in log.read_text()
+    assert "walltime exceeded" in log.read_text()
+
+
+def test_a_successor_takes_over(home: Home) -> None:
+    """Protects a run that is longer than its jobs: no gap, no order lost, none trained twice."""
+    site = home.site(walltime="00:08")  # the second is due when 2 s are left
+    for seq in range(8):
+        site.hand_in(home.order(seq, seconds=1), None)
+        assert finish(site, home.order(seq)).state == "done"
+    lines = [line.split() for line in home.trained()]
+    assert [order_id for order_id, _ in lines] == [home.order(seq).id for seq in range(8)]
+    assert {"a0000", "a0001"} <= {name for _, name in lines}
+    jobs = site.status().jobs
+    assert jobs["a0001"]["started_s"] < jobs["a0000"]["ended_s"]
+    site.release()
+    until(lambda: site.live_jobs() == [])
+
+
+def test_a_job_for_each_order(home: Home) -> None:
+    """Protects the per-round policy: each job ends with its order, by itself."""
+    for seq in range(2):
+        site = home.site(policy="per_round")
+        assert acquire(site).allocation == f"a{seq:04d}"
+        site.hand_in(home.order(seq), None)
+        assert finish(site, home.order(seq)).state == "done"
+    until(lambda: site.live_jobs() == [])
+    assert home.trained() == [f"{home.order(seq).id} a{seq:04d}" for seq in range(2)]
+
+
+def signal_ranks(home: Home, number: signal.Signals) -> None:
+    for rank in home.ranks():
+        rank.send_signal(number)
+
+
+def test_the_warning_cuts_an_order(home: Home) -> None:
+    """Protects what was trained from the walltime: a partial result with the true steps."""
+    site = home.site()
+    begun(home, site, home.order(seconds=60))
+    signal_ranks(home, signal.SIGUSR2)
+    result = finish(site, home.order()).result
+    assert result is not None
+    assert 0 < result.steps < 60 / fake_worker.BEAT_S
+    until(lambda: not processes_of(home.name()))
+    assert acquire(site).allocation == "a0001"
+
+
+def test_a_terminated_order_goes_on_in_the_next_job(home: Home) -> None:
+    """Protects an order from preemption: no result, a checkpoint, and then the rest of it."""
+    site = home.site()
+    begun(home, site, home.order(seconds=2))
+    signal_ranks(home, signal.SIGTERM)
+    assert finish(site, home.order()).state == "done"
+    assert home.trained() == [f"{home.order().id} a0001"]
+    assert len(list(Spool(home.root).checkpoints.iterdir())) == 1

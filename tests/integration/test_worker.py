@@ -50,12 +50,19 @@ class Site:
         self.processes: list[list[subprocess.Popen[bytes]]] = []
 
     def start(
-        self, ranks: int = 2, train: TrainConfig = FAST, program: str = RUN, **spec: Any
+        self,
+        ranks: int = 2,
+        train: TrainConfig = FAST,
+        program: str = RUN,
+        requeued: AllocationDir | None = None,
+        **spec: Any,
     ) -> AllocationDir:
-        """Start the ranks of a new allocation."""
-        allocation = self.spool.allocation(f"job-{len(self.processes)}")
+        """Start the ranks of a new allocation, or of one once more."""
+        number = str(len(self.processes))
+        allocation = requeued or self.spool.allocation(f"job-{number}")
         publish(allocation.path / "spec.json", json.dumps(self._spec(train) | spec))
         env = os.environ | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        env["FLWR_HPC_ATTEMPT"] = number
         log = open(allocation.path / "log", "wb")  # noqa: SIM115
         self.processes.append(
             [
@@ -218,7 +225,7 @@ def test_kill_of_an_idle_rank_ends_all(site: Site) -> None:
 
 
 def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
-    """A preempted job saves in the middle of an order; the next one goes on from there, on
+    """A preempted job saves in the middle of an order; requeued, it goes on from there, on
     another number of ranks if need be, and no step is trained twice."""
     allocation = site.start(train=dataclasses.replace(FAST, schedule_steps=3000))
     order = site.order(
@@ -228,6 +235,9 @@ def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
     site.processes[0][0].send_signal(signal.SIGTERM)
     assert site.ended() == [0, 0], site.logs()
     assert order.result() is None
+    before = allocation.state()
+    assert before is not None
+    assert before.state == "interrupted"
     (saved,) = site.spool.checkpoints.iterdir()
     meta = json.loads((saved / "meta.json").read_text())
     assert 3 < meta["step"] < 3000
@@ -235,13 +245,54 @@ def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
 
     steps = meta["step"] + 2
     (order.path / "order.json").unlink()
-    allocation = site.start(ranks=1, train=dataclasses.replace(FAST, micro_batch=4))
+    site.start(ranks=1, train=dataclasses.replace(FAST, micro_batch=4), requeued=allocation)
     result = site.done(site.order(allocation, 1, kind="train", steps=steps, evaluate=True))
     assert result.steps == steps
     assert result.tokens == steps * 4 * 31
     assert "held_out_loss" in result.metrics  # measured before the signal
     allocation.release()
     assert site.ended() == [0]
+    after = allocation.state()
+    assert after is not None
+    assert after.beat > before.beat
+    assert after.seconds["load"] > before.seconds["load"]  # of both starts
+
+
+def test_a_warning_returns_what_is_done(site: Site, undisturbed: Site) -> None:
+    """The scheduler's signal ahead of the walltime's end: a result with the true steps and
+    tokens, published, and the job is left in order."""
+    allocation = site.start(ranks=1)
+    order = site.order(allocation, 1, kind="train", steps=10**6, start=weights_of(undisturbed, 0))
+    site.wait(lambda: order.progress().get("step", 0) > 3)
+    site.processes[0][0].send_signal(signal.SIGUSR2)
+    result = site.done(order)
+    assert site.ended() == [0], site.logs()
+    assert 3 < result.steps < 10**6
+    assert result.tokens == result.steps * 2 * 31
+    state = allocation.state()
+    assert state is not None
+    assert (state.state, state.error) == ("closed", "")
+    (saved,) = site.spool.checkpoints.iterdir()
+    assert json.loads((saved / "meta.json").read_text())["finished"]
+
+
+def test_a_loaded_allocation_takes_over(site: Site, undisturbed: Site) -> None:
+    """Order 1 in one allocation, order 2 in another that was loaded before order 1 was trained,
+    on another number of ranks: as in a single one. The first saves its state as it leaves."""
+    first = site.start(train=dataclasses.replace(FAST, checkpoint_every_orders=5))
+    second = site.start(ranks=1, train=dataclasses.replace(FAST, micro_batch=4))
+    site.wait(lambda: (s := second.state()) is not None and s.state == "ready")
+    start = weights_of(undisturbed, 0)
+    one = site.order(first, 1, kind="train", steps=4, evaluate=True, start=start)
+    site.done(one)
+    assert not site.spool.checkpoints.exists()
+    first.release()
+    assert site.ended(0) == [0, 0], site.logs()
+    two = site.order(second, 2, kind="train", steps=4, start=one.weights)
+    site.done(two)
+    found, expected = load_file(two.weights), load_file(weights_of(undisturbed, 2))
+    for name in expected:  # 1e-2 is one step of AdamW: another data order or schedule is far off
+        np.testing.assert_allclose(found[name], expected[name], atol=5e-4, err_msg=name)
 
 
 def test_a_finished_checkpoint_without_result_is_only_written_out(
@@ -270,8 +321,8 @@ HURRIED = """
 import sys, time
 from flwr_hpc.train import trainer, worker
 endings, init, step = [], worker.Ending.__init__, trainer.Trainer._train_step
-def noted(self, walltime_s):
-    init(self, walltime_s)
+def noted(self, *args):
+    init(self, *args)
     endings.append(self)
 def hurried(self, *args):
     if self.step == 3:
@@ -295,6 +346,16 @@ def test_an_order_is_cut_to_the_walltime(site: Site) -> None:
     assert state.state == "closed"
     assert state.walltime_left_s is not None
     assert state.walltime_left_s > 0
+
+
+def test_a_walltime_that_loading_uses_up_is_told(site: Site) -> None:
+    """Protects from one job after the other that never gets to work: it counts as a failure."""
+    allocation = site.start(ranks=1, walltime_s=1.0)
+    assert site.ended() == [0], site.logs()
+    state = allocation.state()
+    assert state is not None
+    assert (state.state, state.fatal) == ("failed", False)
+    assert "facilities.a.walltime" in state.error
 
 
 def test_bad_weights_fail_the_order_and_not_the_allocation(site: Site, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import threading
@@ -10,126 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from site_world import Killed, World, order
 
-from flwr_hpc.config import AllocationConfig, FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.jobs.allocation import Site
-from flwr_hpc.jobs.scheduler import JobInfo, JobSpec, SchedulerUnavailableError
-from flwr_hpc.protocol import Order, Result
-from flwr_hpc.spool import AllocationDir, Spool, WorkerState
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
-
-    def wall(self) -> float:
-        return self.time + 1e9
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
-
-
-class Killed(BaseException):
-    """Stands for kill -9 of the launcher."""
-
-
-class Scheduler:
-    poll_s = 30.0
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, dict[str, Any]] = {}
-        self.states: dict[str, str] = {}
-        self.cancelled: list[str] = []
-        self.asked = 0
-        self.trouble: BaseException | None = None  # after the job is submitted
-        self.refusal: BaseException | None = None  # instead of submitting it
-
-    def submit(self, spec: JobSpec) -> dict[str, Any]:
-        assert spec.name not in self.jobs, "submitted twice"
-        if self.refusal:
-            raise self.refusal
-        job = {"id": str(len(self.jobs) + 1), "name": spec.name, "folder": str(spec.folder)}
-        self.jobs[spec.name] = {**job, "submitted_s": 1e9 + 1000.0}
-        self.states.setdefault(spec.name, "pending")
-        if self.trouble:
-            raise self.trouble
-        return self.jobs[spec.name]
-
-    def find(self, spec: JobSpec) -> dict[str, Any] | None:
-        return self.jobs.get(spec.name)
-
-    def info(self, job: dict[str, Any]) -> JobInfo:
-        self.asked += 1
-        state: Any = self.states[job["name"]]
-        queue = 7.0 if state == "running" else None
-        return JobInfo(job["id"], job["name"], state, queue_s=queue, reason="NODE_FAIL")
-
-    def cancel(self, job: dict[str, Any]) -> None:
-        if self.states[job["name"]] == "unknown":
-            raise SchedulerUnavailableError("no answer")
-        self.cancelled.append(job["name"])
-        self.states[job["name"]] = "ended"
-
-    def script(self, spec: JobSpec) -> str:
-        return ""
-
-
-class World:
-    """One site with everything around it under the test's control."""
-
-    def __init__(self, root: Path) -> None:
-        self.clock, self.scheduler, self.spool = Clock(), Scheduler(), Spool(root)
-        self.beat = 0
-        self.restart()
-
-    def restart(self, retries: int = 2) -> Site:
-        """Begin again as a new process on the same files."""
-        self.site = Site(
-            self.spool,
-            "run",
-            "fac",
-            FacilityConfig(),
-            AllocationConfig(retries=retries),
-            self.scheduler,
-            {"model": "tiny"},
-            self.clock,
-        )
-        return self.site
-
-    def job(self, number: int, state: str) -> None:
-        self.scheduler.states[f"run-fac-a{number:04d}"] = state
-        self.clock.time += 31  # the scheduler is asked again
-
-    def worker(self, number: int, state: str, **fields: Any) -> None:
-        self.beat += 1
-        self.alloc(number).write_state(
-            WorkerState(state, beat=self.beat, **fields)  # type: ignore[arg-type]
-        )
-
-    def up(self, number: int) -> None:
-        self.job(number, "running")
-        self.worker(number, "ready", walltime_left_s=3000.0, seconds={"load": 2.0, "idle": 1.0})
-
-    def alloc(self, number: int) -> AllocationDir:
-        return self.spool.allocation(f"a{number:04d}")
-
-    def done(self, order: Order, state: str = "done", **fields: Any) -> None:
-        self.spool.order(order.id).write_result(
-            Result(order.id, state, **fields)  # type: ignore[arg-type]
-        )
+from flwr_hpc.jobs.scheduler import SchedulerUnavailableError
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path / "site")
-
-
-def order(seq: int = 0) -> Order:
-    return Order("run", "fac", seq, "train", version=seq, steps=10)
 
 
 def test_acquire_goes_from_queued_to_ready(world: World) -> None:
@@ -205,6 +97,22 @@ def test_killed_before_the_submit(world: World) -> None:
         world.site.acquire()
     world.scheduler.refusal = None
     world.restart().acquire()
+    assert list(world.scheduler.jobs) == ["run-fac-a0000"]
+
+
+def test_killed_in_the_middle_of_the_submit(world: World) -> None:
+    """Protects against a second job: sbatch outlives its launcher, and may not be through yet."""
+    world.scheduler.refusal = Killed()
+    with pytest.raises(Killed):
+        world.site.acquire()
+    mark = world.alloc(0).path / "submitting"
+    since_s = json.loads(mark.read_text())["since_s"]
+    mark.write_text(json.dumps({"since_s": since_s, "until_s": world.clock.wall() + 60.0}))
+    world.scheduler.refusal = None
+    assert "killed" in world.restart().acquire().reason
+    assert not world.scheduler.jobs
+    world.clock.sleep(61.0)
+    assert world.restart().acquire().state == "queued"
     assert list(world.scheduler.jobs) == ["run-fac-a0000"]
 
 
@@ -328,7 +236,7 @@ def test_failed_order_is_tried_again_when_handed_in_again(world: World) -> None:
     world.site.hand_in(order(), None)
     world.job(0, "ended")
     assert world.site.collect(order().id).state == "failed"
-    assert world.restart(retries=0).hand_in(order(), None).state == "queued"
+    assert world.restart().hand_in(order(), None).state == "queued"
     assert world.alloc(1).inbox() == [order().id]
 
 
@@ -373,6 +281,7 @@ def test_unknown_is_not_ended(world: World) -> None:
     world.worker(0, "ready")
     assert world.site.collect(order().id).state == "running"
     world.clock.time += 1000
+    world.worker(0, "ready")
     assert world.site.collect(order().id).state == "running"
     assert len(world.scheduler.jobs) == 1
 
@@ -387,6 +296,19 @@ def test_worker_that_stopped_beating_is_replaced(world: World) -> None:
     world.clock.time += 5
     assert world.site.collect(order().id).state == "queued"
     assert world.scheduler.cancelled == ["run-fac-a0000"]
+
+
+def test_suspended_job_is_no_hang(world: World) -> None:
+    """Protects a job that the scheduler has suspended: its worker cannot beat."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    assert world.site.collect(order().id).state == "running"
+    world.scheduler.words["run-fac-a0000"] = {"suspended": True}
+    world.clock.time += 50
+    for _ in range(300):
+        world.clock.time += 1
+        assert world.site.collect(order().id).state == "running"
+    assert world.scheduler.cancelled == []
 
 
 def test_hang_is_noticed_across_short_lived_processes(world: World) -> None:
@@ -448,6 +370,40 @@ def test_cancel_all_leaves_nothing(world: World) -> None:
     assert world.site.collect(order().id).state == "queued"  # cancelled: held against nobody
 
 
+def test_cancel_all_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the user's budget: what cannot be written down is cancelled all the same."""
+    world.site.acquire()
+    world.up(0)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in ("times", "watch", "submission"):
+        monkeypatch.setattr(f"flwr_hpc.jobs.{module}.publish", full)
+    monkeypatch.setattr(Path, "touch", full)
+    world.restart().cancel_all()
+    assert world.scheduler.cancelled == ["run-fac-a0000"]
+
+
+def test_killed_between_a_job_s_end_and_the_verdict(world: World) -> None:
+    """Protects a resumed run from waiting for a job that was known to have ended."""
+    world.site.acquire()
+    world.job(0, "running")
+    assert world.site.acquire().state == "starting"
+    world.job(0, "ended", outcome="cancelled")
+    assert world.restart().live_jobs() == []
+    assert world.restart().acquire().allocation == "a0001"
+
+
+def test_a_refused_job_is_not_looked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the last word of a run without sbatch from a job that cannot be there."""
+    world.scheduler.refusal = UserError("sbatch was not found on this host")
+    world.site.acquire()
+    monkeypatch.setattr(world.scheduler, "find", None)
+    world.restart().cancel_all()
+    assert world.site.live_jobs() == []
+
+
 def test_cancel_all_names_what_may_be_left(world: World) -> None:
     """Protects the user's budget: a job that could not be cancelled is named."""
     world.site.acquire()
@@ -473,6 +429,24 @@ def test_wait_ends_with_the_state_or_the_time(world: World) -> None:
     assert world.site.wait(_until(world, ["queued"] * 50), 10.0, {"done"}).state == "queued"
     assert world.clock.now() - began == pytest.approx(10.0)
     assert world.site.wait(_until(world, ["queued"]), 0.0, {"done"}).state == "queued"
+
+
+@pytest.mark.parametrize(("poll_s", "longest"), [(30.0, 5.0), (2.0, 2.0), (0.5, 0.5)])
+def test_a_queued_job_is_looked_at_seldom(world: World, poll_s: float, longest: float) -> None:
+    """Protects the login node while jobs wait for hours; a local job has no queue."""
+    world.scheduler.poll_s = poll_s
+    pauses: list[float] = []
+    states = iter([*["queued"] * 20, *["running"] * 5, "done"])
+    base = world.site.status()
+
+    def poll() -> Any:
+        pauses.append(world.clock.now())
+        return type(base)(next(states))
+
+    world.site.wait(poll, None, {"done"})
+    gaps = [b - a for a, b in itertools.pairwise(pauses)]
+    assert max(gaps) == pytest.approx(longest)
+    assert max(gaps[20:]) == pytest.approx(0.5)
 
 
 def test_old_orders_and_weights_are_pruned(world: World) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from flwr_hpc.config import FacilityConfig
 from flwr_hpc.jobs.entry import work
+from flwr_hpc.jobs.local import LocalScheduler
 from flwr_hpc.jobs.scheduler import JobSpec, heal_pickle, job_env, rank_command, stderr_tail
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +53,26 @@ def test_only_a_nameless_pickle_is_healed(tmp_path: Path) -> None:
     (tmp_path / "aa.pkl").write_bytes(b"p")
     heal_pickle(tmp_path, "5")
     assert (tmp_path / "5_submitted.pkl").read_bytes() == b"p"
+
+
+@pytest.mark.parametrize(
+    ("said", "outcome", "reason"),
+    [
+        ("noise\nwalltime exceeded\n", "timeout", "walltime exceeded"),
+        ("rank 1 exited with code 3\n", "failed", "rank 1 exited with code 3"),
+        ("cancelled\n", "cancelled", "cancelled"),
+        ("", "failed", "the job's controller was killed"),
+        (None, "failed", "the job left no word"),
+    ],
+)
+def test_how_a_local_job_ended(said: str | None, outcome: str, reason: str, tmp_path: Path) -> None:
+    """Protects what follows from the end of a local job: its controller's last word."""
+    if said is not None:
+        (tmp_path / "controller.err").write_text(said)
+    job = {"id": "0", "name": "n", "folder": str(tmp_path), "submitted_s": 1.0}
+    info = LocalScheduler().infos([job | {"host": socket.gethostname()}])["n"]
+    assert (info.state, info.outcome, info.reason) == ("ended", outcome, reason)
+    assert LocalScheduler().infos([job | {"host": "elsewhere"}])["n"].state == "unknown"
 
 
 def test_jobs_import_no_torch() -> None:
