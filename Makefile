@@ -1,11 +1,11 @@
-# make demo | test | test-slow | test-fast | lint | bench; everything is installed into .venv from constraints.txt.
+# make demo | test | test-slow | test-fast | lint | bench | lab | lab-down; everything is installed into .venv from constraints.txt.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: demo test test-slow test-fast lint bench clean
+.PHONY: demo test test-slow test-fast lint bench lab lab-down clean
 
 demo: $(VENV)/.train
 	$(PY) -m flwr_hpc.run
@@ -24,8 +24,16 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Everything in benchmarks/, up to an hour; those on Slurm clusters need root.
 bench: $(VENV)/.dev
 	for script in benchmarks/[a-z]*.py; do $(PY) $$script || exit 1; done
+
+# Two throw-away Slurm clusters on this machine; needs root and a few packages, which it names.
+lab: $(VENV)/.train
+	$(PY) -m tests.lab up lab_a lab_b
+
+lab-down: $(VENV)/.train
+	$(PY) -m tests.lab down
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -35,9 +43,9 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: $(PY) pyproject.toml constraints.txt
-	$(PIP) --editable '.[train]'
+	$(PIP) --editable '.[train,simulate]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(PIP) --editable '.[train,wandb,test,dev]'
+	$(PIP) --editable '.[train,simulate,wandb,test,dev]'
 	touch $@

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from flwr_hpc.config import FacilityConfig
 T = TypeVar("T")
 TESTS = Path(__file__).parent
 FAKES = TESTS / "contract" / "fake_slurm" / "slurm.py"
+FAKE_PBS = {"pbs": ("qsub", "qstat", "qdel"), "mom": ("pbs_mom",), "mpiexec": ("mpiexec",)}
 
 
 def until(what: Callable[[], T], timeout_s: float = 30.0) -> T:
@@ -50,25 +49,18 @@ def command_line(process: psutil.Process) -> str:
 
 
 def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FacilityConfig:
-    """Return a facility of two ranks: ``local``, ``fake_slurm`` or ``slurm``."""
+    """Return a facility of two ranks: ``local``, ``fake_slurm``, ``fake_pbs`` or ``slurm``."""
     env = {"PYTHONPATH": str(TESTS)}
     if kind == "local":
         return FacilityConfig(scheduler="local", ranks_per_node=2, env=env)
+    if kind == "fake_pbs":
+        install_fake_pbs(tmp_path / "fake", monkeypatch)
+        return FacilityConfig("pbs", None, ranks_per_node=2, walltime="00:10:00", env=env)
     if kind == "fake_slurm":
         _install_fakes(tmp_path / "fake", monkeypatch)
     else:
-        require_slurm()
-        env["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    return FacilityConfig(ranks_per_node=2, walltime="00:10:00", env=env)
-
-
-def require_slurm() -> None:
-    """Skip the test unless a real cluster answers."""
-    if not os.environ.get("SLURM_CONF") or not shutil.which("sbatch"):
-        pytest.skip("needs a Slurm cluster: set SLURM_CONF and have sbatch in PATH")
-    answer = subprocess.run(["sinfo", "-h"], capture_output=True, timeout=60, check=False)
-    if answer.returncode:
-        pytest.skip(f"the cluster in SLURM_CONF does not answer: {answer.stderr.decode()}")
+        env["SLURM_CONF"] = os.environ["SLURM_CONF"]  # see the fixture slurm_conf
+    return FacilityConfig(account=None, ranks_per_node=2, walltime="00:10:00", env=env)
 
 
 def _install_fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +71,19 @@ def _install_fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(home))
+
+
+def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put PBS's commands in PATH; what they keep lies in `home`."""
+    (home / "bin").mkdir(parents=True)
+    for module, commands in FAKE_PBS.items():
+        for command in commands:
+            program = home / "bin" / command
+            program.write_text(
+                f"#!{sys.executable}\nimport sys\n"
+                f"sys.path.insert(0, {str(TESTS / 'contract' / 'fake_pbs')!r})\n"
+                f"import {module}\n{module}.{command}(sys.argv[1:])\n"
+            )
+            program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_PBS", str(home))

@@ -9,15 +9,17 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_worker
 import pytest
 from job_tools import facility, processes_of, until
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.jobs.scheduler import JobSpec, Scheduler, make_scheduler, stderr_tail
+from flwr_hpc.jobs.scheduler import JobInfo, JobSpec, Scheduler, make_scheduler, stderr_tail
+from flwr_hpc.jobs.slurm import SlurmScheduler
 
-KINDS = ["local", "fake_slurm", pytest.param("slurm", marks=pytest.mark.slurm)]
+KINDS = ["local", "fake_slurm", "fake_pbs", pytest.param("slurm", marks=pytest.mark.slurm)]
 
 
 @pytest.fixture(params=KINDS)
@@ -27,6 +29,8 @@ def spec(
     """A job that sleeps; whatever is left of it goes at the end."""
     folder = tmp_path / "it's a job"
     name = f"contract-{uuid.uuid4().hex[:8]}"
+    if request.param == "slurm":
+        request.getfixturevalue("slurm_conf")
     where = facility(request.param, tmp_path, monkeypatch)
     spec = JobSpec(name, folder, where, fake_worker.sleep, (str(tmp_path / "out"),))
     yield spec
@@ -40,6 +44,11 @@ def scheduler(spec: JobSpec) -> Scheduler:
     return make_scheduler(spec.facility)
 
 
+def info(scheduler: Scheduler, job: dict[str, Any]) -> JobInfo:
+    """Return the answer about one job."""
+    return scheduler.infos([job])[job["name"]]
+
+
 def started(spec: JobSpec) -> None:
     until(lambda: len(list(Path(spec.args[0]).glob("env-*.json"))) == 2)
 
@@ -51,10 +60,13 @@ def test_a_job_from_begin_to_end(spec: JobSpec, scheduler: Scheduler) -> None:
     assert json.loads(json.dumps(job)) == job
     assert (job["name"], job["folder"]) == (spec.name, str(spec.folder))
     started(spec)
-    until(lambda: scheduler.info(job).state == "ended")
-    info = scheduler.info(job)
-    assert info.queue_s is not None
-    assert 0 <= info.queue_s < 30
+    until(lambda: info(scheduler, job).state == "ended")
+    end = info(scheduler, job)
+    assert end.queue_s is not None
+    assert 0 <= end.queue_s < 30
+    assert (end.nodes, end.restarts, end.outcome) == (1, 0, "completed")
+    assert end.ended_s is not None
+    assert -1 < end.ended_s - (end.started_s or 0.0) < 60  # Slurm cuts seconds
     assert not processes_of(spec.name)
 
 
@@ -70,6 +82,8 @@ def test_environment_of_the_ranks(spec: JobSpec, scheduler: Scheduler) -> None:
     assert env["FLWR_HPC_JOB"] == spec.name
     assert env["FLWR_HPC_WALLTIME_S"] in ("600", "3600")
     assert 0 < time.monotonic() - float(env["FLWR_HPC_T0"]) < 60
+    if end_s := env.get("FLWR_HPC_END_S"):  # where the scheduler tells the job
+        assert 0 < float(end_s) - time.time() <= 3600
 
 
 def test_another_process_finds_the_job(spec: JobSpec, scheduler: Scheduler) -> None:
@@ -77,7 +91,7 @@ def test_another_process_finds_the_job(spec: JobSpec, scheduler: Scheduler) -> N
     assert scheduler.find(spec) is None
     job = scheduler.submit(spec)
     other = make_scheduler(spec.facility)
-    assert until(lambda: other.info(job).state == "running")
+    assert until(lambda: info(other, job).state == "running")
     found = other.find(spec)
     assert found is not None
     assert found["id"] == job["id"]
@@ -89,9 +103,9 @@ def test_same_id_with_another_name_is_not_ours(spec: JobSpec, scheduler: Schedul
     job = scheduler.submit(spec)
     started(spec)
     other = job | {"name": "not-" + spec.name, "submitted_s": time.time() - 3600}
-    assert scheduler.info(other).state == "ended"
+    assert info(scheduler, other).state == "ended"
     scheduler.cancel(other)
-    assert scheduler.info(job).state == "running"
+    assert info(scheduler, job).state == "running"
 
 
 def test_cancel_leaves_no_process(spec: JobSpec, scheduler: Scheduler) -> None:
@@ -101,7 +115,8 @@ def test_cancel_leaves_no_process(spec: JobSpec, scheduler: Scheduler) -> None:
     assert processes_of(spec.name)
     scheduler.cancel(job)
     until(lambda: not processes_of(spec.name))
-    until(lambda: scheduler.info(job).state == "ended")
+    until(lambda: info(scheduler, job).state == "ended")
+    assert info(scheduler, job).outcome == "cancelled"
     scheduler.cancel(job)
 
 
@@ -109,7 +124,8 @@ def test_a_failed_rank_ends_the_job(spec: JobSpec, scheduler: Scheduler) -> None
     """Protects against a job that holds its nodes while half of it is dead."""
     spec = dataclasses.replace(spec, function=fake_worker.fail_on_rank_1)
     job = scheduler.submit(spec)
-    until(lambda: scheduler.info(job).state == "ended")
+    until(lambda: info(scheduler, job).state == "ended")
+    assert info(scheduler, job).outcome == "failed"
     assert "rank 1 has had enough" in stderr_tail(job)
     until(lambda: not processes_of(spec.name))
 
@@ -122,18 +138,48 @@ def test_script_is_what_runs(spec: JobSpec, scheduler: Scheduler) -> None:
     assert shown in [p.read_text() for p in spec.folder.glob("*submission.sh")]
 
 
+def test_many_jobs_in_one_answer(spec: JobSpec, scheduler: Scheduler) -> None:
+    """Protects the batch system from a request for every job."""
+    ended = dataclasses.replace(
+        spec,
+        name=spec.name + "-b",
+        folder=spec.folder / "b",
+        function=fake_worker.dump_environment,
+        args=(str(spec.folder / "out"),),
+    )
+    jobs = [scheduler.submit(spec), scheduler.submit(ended)]
+    started(spec)
+    stranger = jobs[0] | {"name": "stranger", "id": "999999", "submitted_s": time.time() - 3600}
+    until(lambda: info(scheduler, jobs[1]).state == "ended")
+    said = scheduler.infos([*jobs, stranger])
+    states = [said[name].state for name in (spec.name, ended.name, "stranger")]
+    assert states == ["running", "ended", "ended"]
+    assert scheduler.infos([]) == {}
+
+
+def test_estimate_submits_nothing(spec: JobSpec, scheduler: Scheduler) -> None:
+    """Protects forecasts: the scheduler's plan, and no job."""
+    wait_s = scheduler.estimate(spec)
+    assert (wait_s is None) == (spec.facility.scheduler == "pbs")  # which has no trial submission
+    assert 0 <= (wait_s or 0.0) < 120
+    assert scheduler.find(spec) is None
+    assert not spec.folder.exists()
+
+
 def test_no_answer_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects a running job while slurmctld is away."""
     where = facility("fake_slurm", tmp_path, monkeypatch)
     scheduler = make_scheduler(where)
+    assert isinstance(scheduler, SlurmScheduler)
+    scheduler.pauses_s = ()
     name = f"contract-{uuid.uuid4().hex[:8]}"
     spec = JobSpec(name, tmp_path / "job", where, fake_worker.sleep, (str(tmp_path / "out"),))
     job = scheduler.submit(spec)
     started(spec)
     (Path(os.environ["FAKE_SLURM"]) / "down").touch()
-    assert scheduler.info(job).state == "unknown"
+    assert info(scheduler, job).state == "unknown"
     (Path(os.environ["FAKE_SLURM"]) / "down").unlink()
-    assert scheduler.info(job).state == "running"
+    assert info(scheduler, job).state == "running"
     scheduler.cancel(job)
     until(lambda: not processes_of(name))
 
@@ -145,3 +191,5 @@ def test_refusal_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     spec = JobSpec("n", tmp_path / "job", where, fake_worker.sleep, ("x",))
     with pytest.raises(UserError, match="invalid partition"):
         make_scheduler(where).submit(spec)
+    with pytest.raises(UserError, match="invalid partition"):
+        make_scheduler(where).estimate(spec)

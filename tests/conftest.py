@@ -1,0 +1,18 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from lab.fixtures import lab, slurm, slurm_conf
+
+__all__ = ["lab", "slurm", "slurm_conf"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the waits of test jobs out of the user's own history."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLWR_HPC_STATE", str(tmp_path_factory.mktemp("state")))
+        yield

@@ -1,0 +1,1 @@
+"""Throw-away Slurm clusters on this machine, each in namespaces of its own."""

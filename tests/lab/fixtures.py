@@ -1,0 +1,73 @@
+"""What tests get of the lab: clusters of their own, made when first needed, used again."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from .cluster import Cluster
+from .host import LabError, missing
+from .plan import Shape
+
+__all__ = ["FAULTY", "Lab", "REQUIRE", "lab", "slurm", "slurm_conf"]
+
+REQUIRE = "FLWR_HPC_REQUIRE_SLURM"
+# For tests of faults: notices a dead node in about 10 s, and puts jobs back soon.
+FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=4, message_timeout_s=3)
+
+
+class Lab:
+    """The clusters of one test process."""
+
+    def __init__(self) -> None:
+        self._clusters: dict[tuple[Shape, int], Cluster] = {}
+        self._made = 0
+
+    def cluster(self, shape: Shape = FAULTY, which: int = 0) -> Cluster:
+        """Return an empty, healthy cluster; `which` tells several of one shape apart."""
+        cluster = self._clusters.get((shape, which))
+        if cluster is not None:
+            try:
+                cluster.reset()
+            except LabError as exc:  # a test left it in ruins: make another
+                warnings.warn(f"a cluster was made anew: {exc}", stacklevel=2)
+                self._clusters.pop((shape, which)).down()
+                cluster = None
+        if cluster is None:
+            name = f"t{os.getpid()}_{self._made}"
+            self._made += 1
+            cluster = self._clusters[shape, which] = Cluster.up(name, shape)
+        return cluster
+
+    def down(self) -> None:
+        for cluster in self._clusters.values():
+            cluster.down()
+        self._clusters.clear()
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[Lab]:
+    """Clusters; skips the test, or fails it where they are required, when none can be made."""
+    if reason := missing():
+        if os.environ.get(REQUIRE) == "1":
+            pytest.fail(f"{REQUIRE}=1, but {reason}")
+        pytest.skip(f"no Slurm: {reason}")
+    lab = Lab()
+    yield lab
+    lab.down()
+
+
+@pytest.fixture
+def slurm(lab: Lab) -> Cluster:
+    """Return an empty cluster of two nodes that a test may break."""
+    return lab.cluster()
+
+
+@pytest.fixture
+def slurm_conf(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``SLURM_CONF`` name a cluster: the one it names already, else one of the lab's."""
+    if not os.environ.get("SLURM_CONF"):
+        monkeypatch.setenv("SLURM_CONF", str(request.getfixturevalue("slurm").conf))

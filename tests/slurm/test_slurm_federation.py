@@ -1,0 +1,94 @@
+"""Whole runs over several real clusters whose compute nodes reach nothing but their login node."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import SMALL, Run
+from lab.cluster import Cluster
+from lab.fixtures import Lab
+from lab.plan import Shape
+
+pytestmark = pytest.mark.slurm
+
+TWO_NODES = Shape(nodes=2, cpus=2)
+ONE_NODE = Shape(nodes=1, cpus=2)
+
+
+def facilities(folder: Path, *clusters: Cluster) -> list[str]:
+    """Return the arguments that name the clusters; their facility files go into `folder`."""
+    (folder / "facility").mkdir(parents=True)
+    for cluster in clusters:
+        text = cluster.layout.render("facility.yaml.j2")
+        (folder / "facility" / f"{cluster.name}.yaml").write_text(text)
+    names = ",".join(cluster.name for cluster in clusters)
+    return [f"--config-dir={folder}", f"+facility=[{names}]"]
+
+
+def ends_well(run: Run, *clusters: Cluster) -> None:
+    """Wait for a run's end; check that one warm job did all of a cluster's work, and left."""
+    assert run.end() == 0, run.said()
+    for cluster in clusters:
+        folder = run.dir / "facilities" / cluster.name / "allocations"
+        (job,) = (json.loads(path.read_text()) for path in folder.glob("*/job.json"))
+        ended = ("squeue", "-h", "--states=all", "-j", job["id"], "-o", "%T")
+        assert cluster.slurm(*ended).split() == ["COMPLETED"], cluster.name
+        assert not cluster.active_jobs()
+    assert not run.left_behind()
+
+
+@pytest.fixture
+def small() -> list[str]:
+    """Settings of a run of half a minute, without facilities."""
+    return [s for s in SMALL if "local_" not in s]
+
+
+def test_two_clusters(lab: Lab, tmp_path: Path, small: list[str]) -> None:
+    """Protects one federation over two Slurm clusters, one job of 2 nodes x 2 ranks (FSDP)."""
+    big, other = lab.cluster(TWO_NODES), lab.cluster(ONE_NODE)
+    data = [f"data.paths.{big.name}=[json]", f"data.paths.{other.name}=[logging]"]
+    one = f"facilities.{other.name}.ranks_per_node=1"
+    where = facilities(tmp_path / "conf", big, other)
+    run = Run(tmp_path / "run", *where, *data, one, "train.steps=30", settings=small)
+    ends_well(run, big, other)
+    sites = run.summary()["facilities"]
+    assert set(sites) == {big.name, other.name}
+    for site in sites.values():
+        assert site["held_out_loss_last"] < site["held_out_loss_first"]
+        assert site["node_hours"]["used"] > site["node_hours"]["from_ledger"] == 0.0
+    (job,) = (run.dir / "facilities" / big.name / "allocations").glob("*/job")
+    assert len(list(job.glob("*_log.out"))) == 4
+
+
+def test_training_goes_on_beyond_the_walltime(lab: Lab, tmp_path: Path, small: list[str]) -> None:
+    """Protects long training from short walltimes: partial results, and a successor that takes
+    over the trainer's state, so that not one step is lost or done twice."""
+    cluster = lab.cluster(ONE_NODE)
+    name = cluster.name
+    own = [f"data.paths.{name}=[json]", f"facilities.{name}.walltime=00:01:00"]
+    where = facilities(tmp_path / "conf", cluster)
+    run = Run(tmp_path / "run", *where, *own, "train.steps=1200", settings=small)
+    assert run.end() == 0, run.said()
+    done = [e["steps"] for e in run.events("order_done") if e["kind"] == "train"]
+    assert len(done) == 2
+    assert min(done) < 1200
+    site = run.dir / "facilities" / name
+    assert len(list((site / "allocations").iterdir())) >= 2
+    last = max(path.name.rpartition("@")[2] for path in (site / "checkpoints").glob("[!.]*@*"))
+    assert int(last) == sum(done)  # the trainer's own count, handed from job to job
+    assert run.summary()["facilities"][name]["steps"] == sum(done)
+    assert not cluster.active_jobs()
+
+
+@pytest.mark.slow
+def test_the_demo_learns_on_three_clusters(lab: Lab, tmp_path: Path) -> None:
+    """Protects the demo's promise on Slurm: FSDP over 2 nodes x 2 ranks here, fewer there."""
+    clusters = [lab.cluster(TWO_NODES), lab.cluster(ONE_NODE), lab.cluster(ONE_NODE, 1)]
+    where = facilities(tmp_path / "conf", *clusters)
+    run = Run(tmp_path / "run", *where, settings=[])
+    ends_well(run, *clusters)
+    for site in run.summary()["facilities"].values():
+        assert site["held_out_loss_last"] < site["held_out_loss_first"]
+        assert site["held_out_loss_last"] < 2.1
