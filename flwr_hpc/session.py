@@ -21,6 +21,7 @@ from flwr_hpc.jobs.scheduler import make_scheduler
 from flwr_hpc.spool import publish, read_json
 from flwr_hpc.tracking.live import LiveView
 from flwr_hpc.tracking.report import rebuild
+from flwr_hpc.tracking.text import node_hours_line
 
 __all__ = ["run", "show_plan"]
 
@@ -57,7 +58,8 @@ def run(config: Config, resumed: bool) -> int:
         with LiveView(console, config.rounds, list(config.facilities)) as view:
             outcome = drive(run_dir, config, view)
         try:
-            rebuild(run_dir.path)
+            if spent := node_hours_line(rebuild(run_dir.path)):
+                console.print(spent, soft_wrap=True, highlight=False, markup=False)
         except (OSError, UserError) as exc:
             console.print(f"the report could not be written: {exc}", markup=False)
     return _conclude(console, run_dir, outcome)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from flwr_hpc.tracking.lanes import Lane, Span
 from flwr_hpc.tracking.text import duration
-from flwr_hpc.tracking.timeline import PHASES, Interval
+from flwr_hpc.tracking.timeline import PHASES
 
 __all__ = ["Band", "Chart", "Curve", "Gantt", "Point", "Tick", "gantt", "line_chart", "thin"]
 
@@ -19,7 +20,8 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 22.0, 12.0, 40.0
 MAX_POINTS = 300  # of one curve; what is left out could not be seen
 MAX_BANDS = 300  # of one facility, before its timeline is drawn in bins
 BINS = 240
-ROW, LABEL, LANE_WIDTH = 34.0, 128.0, 1000.0
+LABEL, LANE_WIDTH = 128.0, 1000.0
+ROW, THIN, SPACE, SPLIT = 24.0, 16.0, 10.0, 3.0  # a lane alone, one of several, between them
 TIME_STEPS = (
     *(1, 2, 5, 10, 15, 30),
     *(60 * n for n in (1, 2, 5, 10, 15, 30)),
@@ -71,17 +73,27 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A facility: a lane for each allocation that lived at the same time."""
+
+    name: str
+    y: float
+    height: float
+    bands: list[Band]
+    marks: list[tuple[float, str, str]]
+
+
+@dataclass(frozen=True)
 class Gantt:
-    """The timeline in pixels: a lane per facility."""
+    """The timeline in pixels: a row per facility."""
 
     width: float
     height: float
     left: float
     x_label: str
     ticks: list[Tick]
-    lanes: list[tuple[str, float, list[Band], list[tuple[float, str, str]]]]
+    rows: list[Row]
     sessions: list[float]
-    row: float = ROW - 10
 
 
 def line_chart(x_label: str, curves: Iterable[Curve], *, time: bool = False) -> Chart | None:
@@ -139,61 +151,68 @@ def _ceiling(ys: Sequence[float]) -> tuple[float, bool]:
 
 
 def gantt(
-    rows: Iterable[tuple[str, Sequence[Interval], Sequence[tuple[float, str, str]]]],
+    rows: Iterable[tuple[str, Sequence[Lane], Sequence[tuple[float, str, str]]]],
     end_s: float,
     sessions: Iterable[float] = (),
 ) -> Gantt | None:
-    """Lay out the timelines of facilities (name, intervals, marks); None if nothing was done."""
+    """Lay out the timelines of facilities (name, lanes, marks); None if nothing was done."""
     rows = list(rows)
-    if end_s <= 0 or all(phase == "idle" for _, lane, _ in rows for *_, phase in lane):
+    phases = {span[2] for _, lanes, _ in rows for lane in lanes for span in lane}
+    if end_s <= 0 or phases <= {"idle"}:
         return None
     scale = LANE_WIDTH / end_s
-    lanes = []
-    for i, (name, intervals, marks) in enumerate(rows):
-        y = i * ROW + 6
-        bands = _bands(intervals, scale, y) if len(intervals) <= MAX_BANDS else None
-        lanes.append(
-            (
-                name,
-                y,
-                bands if bands is not None else _bins(intervals, end_s, y),
-                [(round(LABEL + s * scale, 1), kind, why) for s, kind, why in marks],
-            )
-        )
+    laid, y = [], 6.0
+    for name, lanes, marks in rows:
+        height = ROW if len(lanes) <= 1 else THIN
+        bands = [
+            band
+            for i, lane in enumerate(lanes)
+            for band in _lane(lane, end_s, y + i * (height + SPLIT), height)
+        ]
+        whole = max(1, len(lanes)) * (height + SPLIT) - SPLIT
+        shown = [(round(LABEL + s * scale, 1), kind, why) for s, kind, why in marks]
+        laid.append(Row(name, y, whole, bands, shown))
+        y += whole + SPACE
     values, unit_s, unit = time_ticks(end_s, 10)
     return Gantt(
         LABEL + LANE_WIDTH + 16,
-        len(rows) * ROW + 44,
+        y + 38,
         LABEL,
         f"time of the run ({unit})",
         [(round(LABEL + s * scale, 1), number(s / unit_s)) for s in values],
-        lanes,
+        laid,
         [round(LABEL + s * scale, 1) for s in sessions],
     )
 
 
-def _bands(intervals: Sequence[Interval], scale: float, y: float) -> list[Band]:
+def _lane(lane: Lane, end_s: float, y: float, height: float) -> list[Band]:
+    draw = _bands if len(lane) <= MAX_BANDS else _bins
+    return draw(lane, end_s, y, height)
+
+
+def _bands(lane: Sequence[Span], end_s: float, y: float, height: float) -> list[Band]:
+    scale = LANE_WIDTH / end_s
     return [
         Band(
             round(LABEL + start * scale, 2),
             y,
             max(0.3, round((end - start) * scale, 2)),
-            ROW - 10,
+            height,
             phase,
-            f"{phase}: {duration(end - start)}, from {duration(start)}",
+            f"{name} {phase}: {duration(end - start)}, from {duration(start)}".lstrip(),
         )
-        for start, end, phase in intervals
+        for start, end, phase, name in lane
     ]
 
 
-def _bins(intervals: Sequence[Interval], end_s: float, y: float) -> list[Band]:
+def _bins(lane: Sequence[Span], end_s: float, y: float, height: float) -> list[Band]:
     """Return stacked shares of the phases: many short intervals would hide each other."""
     step = end_s / BINS
     shares = [dict.fromkeys(PHASES, 0.0) for _ in range(BINS)]
-    for start, end, phase in intervals:
+    for start, end, phase, _ in lane:
         for k in range(int(start / step), min(BINS, int(end / step) + 1)):
             shares[k][phase] += max(0.0, min(end, (k + 1) * step) - max(start, k * step))
-    width, height = LANE_WIDTH / BINS, ROW - 10
+    width = LANE_WIDTH / BINS
     bands: list[Band] = []
     for k, share in enumerate(shares):
         bottom = y + height

@@ -18,7 +18,7 @@ from rich.text import Text
 from flwr_hpc.tracking.events import Event
 from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.state import fold
-from flwr_hpc.tracking.text import compact, describe, duration
+from flwr_hpc.tracking.text import compact, describe, duration, outlook
 
 __all__ = ["LiveView"]
 
@@ -159,7 +159,12 @@ class LiveView:
         ]
         for message in messages:
             message.no_wrap = True
-        return Group(self._table(), Text(), self._overall(), *messages)
+        notes = [
+            Text(f" {name}: {note}", style="dim", no_wrap=True, overflow="ellipsis")
+            for name, f in self.state.facilities.items()
+            if (note := outlook(f, self._now()))
+        ]
+        return Group(self._table(), *notes, Text(), self._overall(), *messages)
 
     def _now(self) -> float:
         """Return seconds of the run: the last event's and what has passed since."""

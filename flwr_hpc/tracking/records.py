@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
+from flwr_hpc.tracking.accounts import Accounts
 from flwr_hpc.tracking.timeline import PHASES, Interval, Timeline, totals
 
 __all__ = ["PHASE_OF", "WAITING", "WORKING", "FacilityState", "OpenOrder", "RunState"]
@@ -18,6 +19,7 @@ PHASE_OF = {
     "evaluating": "evaluate",
     "transferring": "transfer",
 }
+MOST_HOLDS = 1000
 WORKING = {"train": "training", "evaluate": "evaluating"}
 WAITING = ("queued", "starting", "loading")
 
@@ -56,8 +58,15 @@ class FacilityState:
         Replies refused; orders that failed for another reason.
     merged, staleness : int
         Replies aggregated, and the sum of their staleness.
-    ledger : dict of str to dict of str to float
-        Seconds by phase per allocation, as the facility accounts for them.
+    queue_wait_s, queue_wait_high_s, reason :
+        Forecast of the wait of a queued allocation as told at `told_s`, and why it waits.
+    accounts : Accounts
+        What scheduler and facility tell of each allocation.
+    holds : list of (float, str)
+        From when on which allocation worked for this facility.
+    skew_s : float or None
+        At most so much is the facility's clock behind the server's (below 0: ahead); only to
+        place what the scheduler tells on the timeline.
     marks : list of (float, str, str)
         When, ``rejected`` or ``failed``, and why.
     """
@@ -68,6 +77,9 @@ class FacilityState:
     allocation: str = ""
     walltime_left_s: float | None = None
     queue_wait_s: float | None = None
+    queue_wait_high_s: float | None = None
+    reason: str = ""
+    told_s: float = 0.0
     order_id: str = ""
     step: int = 0
     order_steps: int = 0
@@ -83,16 +95,18 @@ class FacilityState:
     failed: int = 0
     merged: int = 0
     staleness: int = 0
-    ledger: dict[str, dict[str, float]] = field(default_factory=dict)
+    accounts: Accounts = field(default_factory=Accounts)
+    holds: list[tuple[float, str]] = field(default_factory=list)
+    hold_from_s: float | None = 0.0  # since when no allocation works here
+    skew_s: float | None = None
     marks: list[tuple[float, str, str]] = field(default_factory=list)
     open: dict[str, OpenOrder] = field(default_factory=dict)
     refused: str = ""  # order whose reply was just rejected
-    done: set[str] = field(default_factory=set)
+    done: dict[str, None] = field(default_factory=dict)  # the newest orders
     timeline: Timeline = field(default_factory=Timeline)
     settled_s: float = 0.0  # the timeline before this is final
     acquiring_s: float | None = None  # when the wait for an allocation began
     acquired: tuple[float, float, float] | None = None  # a wait the ledger has yet to divide
-    placed: dict[str, float] = field(default_factory=dict)  # ledger already on the timeline
 
     @property
     def held_out_curve(self) -> list[tuple[float, int, float]]:
@@ -101,11 +115,12 @@ class FacilityState:
 
     def accounted(self) -> dict[str, float]:
         """Return seconds by phase over all allocations of the ledger, zeros if it is empty."""
-        return {p: sum(a.get(p, 0.0) for a in self.ledger.values()) for p in PHASES}
+        seconds = self.accounts.seconds()
+        return {phase: seconds.get(phase, 0.0) for phase in PHASES}
 
     def seconds(self) -> dict[str, float] | None:
         """Return seconds by phase: the ledger's, else the timeline's, else None."""
-        if self.ledger:
+        if self.accounts.allocations:
             return self.accounted()
         return totals(self.timeline.intervals) if self.timeline.intervals else None
 
@@ -132,6 +147,17 @@ class FacilityState:
         sent_s = min((order.sent_s for order in self.open.values()), default=0.0)
         self.acquired = (max(self.settled_s, sent_s), seen_s, ready_s)
         self.settled_s = ready_s
+
+    def hold(self, name: str, s: float) -> None:
+        """An allocation works for this facility from now on, or since the last one ended."""
+        before = self.holds[-1][1] if self.holds else ""
+        if name != before:
+            if job := self.accounts.of(name):
+                job.before = before
+            since = s if self.hold_from_s is None else self.hold_from_s
+            self.holds.append((since, name))
+            del self.holds[:-MOST_HOLDS]
+        self.hold_from_s = None
 
     def rest(self, s: float) -> None:
         """Enter the state of an order in flight, or that between two orders.
@@ -163,6 +189,8 @@ class RunState:
         When each version came to be.
     sessions : list of float
         When each session began; more than one after a resume.
+    clocks : list of (float, float)
+        Unix seconds and seconds of the run at these moments.
     """
 
     run_key: str = ""
@@ -176,6 +204,7 @@ class RunState:
     started_t: float | None = None
     version_s: dict[int, float] = field(default_factory=dict)
     sessions: list[float] = field(default_factory=list)
+    clocks: list[tuple[float, float]] = field(default_factory=list)
     facilities: dict[str, FacilityState] = field(default_factory=dict)
 
     def facility(self, name: str) -> FacilityState:

@@ -19,11 +19,12 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.spool import publish, read_json
 from flwr_hpc.tracking.charts import Chart, Curve, Gantt, gantt, line_chart
 from flwr_hpc.tracking.events import FILE_NAME, read
+from flwr_hpc.tracking.lanes import lanes
 from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.redact import redact_text
 from flwr_hpc.tracking.state import fold_all
 from flwr_hpc.tracking.summary import summarize
-from flwr_hpc.tracking.text import compact, duration
+from flwr_hpc.tracking.text import compact, duration, hours
 from flwr_hpc.tracking.timeline import PHASES
 
 __all__ = ["REPORT", "SUMMARY", "rebuild", "render", "write"]
@@ -95,6 +96,8 @@ def write(run_dir: Path, state: RunState, extra: Mapping[str, Any] | None = None
 def render(state: RunState, summary: Mapping[str, Any], name: str, config: str = "") -> str:
     """Return the page; secrets in the configuration are masked."""
     marks = sorted((s, f.name, k, why) for f in state.facilities.values() for s, k, why in f.marks)
+    spent = [f["node_hours"] for f in summary["facilities"].values() if f["node_hours"]]
+    timeline = _timeline(state)
     template = _environment().get_template("report.html.j2")
     return template.render(
         title=f"Run {name}",
@@ -103,7 +106,9 @@ def render(state: RunState, summary: Mapping[str, Any], name: str, config: str =
         facts=_facts(state, summary),
         facilities=list(state.facilities),
         charts=_charts(state),
-        timeline=_timeline(state),
+        timeline=timeline,
+        overlap=timeline is not None and len({row.height for row in timeline.rows}) > 1,
+        from_ledger=sum(one["from_ledger"] for one in spent),
         rows=[
             {"name": n, "tokens_per_s": state.facilities[n].tokens_per_s, **row}
             for n, row in summary["facilities"].items()
@@ -124,7 +129,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"compact": compact, "duration": duration}
+    environment.filters |= {"compact": compact, "duration": duration, "hours": hours}
     return environment
 
 
@@ -165,7 +170,16 @@ def _facts(state: RunState, summary: Mapping[str, Any]) -> list[tuple[str, str, 
             f"{work / total:.0%}" if total else "–",  # noqa: RUF001
             "of the time from job handed in to its end",
         ),
+        *_node_hours(summary),
     ]
+
+
+def _node_hours(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    spent = [f["node_hours"] for f in summary["facilities"].values() if f["node_hours"]]
+    if not spent:
+        return []
+    used, idle, lost = (sum(one[key] for one in spent) for key in ("used", "idle", "lost"))
+    return [("Node-hours", hours(used), f"{hours(idle)} idle, {hours(lost)} lost")]
 
 
 def _perplexity(loss: float) -> float | None:
@@ -197,7 +211,7 @@ def _curve(f: FacilityState, i: int, points: list[tuple[float, int, float]], x: 
 
 def _timeline(state: RunState) -> Gantt | None:
     end = state.wall_s
-    rows = [(f.name, f.intervals(end), f.marks) for f in state.facilities.values()]
+    rows = [(f.name, lanes(state, f, end), f.marks) for f in state.facilities.values()]
     return gantt(rows, end, state.sessions[1:])
 
 

@@ -16,18 +16,24 @@ from flwr_hpc.tracking.timeline import ACQUIRING, order_parts
 
 __all__ = ["FacilityState", "RunState", "fold", "fold_all"]
 
+PAST = ("submitted_s", "started_s", "ended_s")  # times that lie in the past once they are told
+MOST_DONE = 1000  # finished orders remembered by name: a resumed session asks for the newest
+MOST_POINTS = 20_000  # of a training curve
+
 
 def fold(state: RunState, event: Event) -> RunState:
     """Bring `state` up to date with the next event and return it (it is changed in place)."""
     s = _number(event, "s")
-    state.wall_s = max(state.wall_s, s if s is not None else 0.0)
+    if event["event"] != "jobs_ended":  # that comes when the run is over
+        state.wall_s = max(state.wall_s, s if s is not None else 0.0)
     event = {**event, "s": state.wall_s}
     if handle := RUN_EVENTS.get(event["event"]):
         handle(state, event)
     elif (on := FACILITY_EVENTS.get(event["event"])) and event.get("facility"):
         facility = state.facility(str(event["facility"]))
-        _account(facility, event.get("ledger"))
+        _account(facility, event)
         on(state, facility, event)
+        facility.accounts.count_lost(_mapping(event.get("ledger")) | _mapping(event.get("jobs")))
     return state
 
 
@@ -51,6 +57,8 @@ def _run_started(state: RunState, e: Event) -> None:
     state.rounds_done = max(state.rounds_done, state.version)
     state.started_t = state.started_t if state.started_t is not None else _number(e, "t")
     state.sessions.append(e["s"])
+    if (t := _number(e, "t")) is not None:
+        state.clocks.append((t, e["s"]))
     for name in e.get("facilities") or []:
         state.facility(str(name))
     for facility in state.facilities.values():  # of an earlier session, what was open is gone
@@ -92,18 +100,26 @@ def _site_offline(_: RunState, f: FacilityState, e: Event) -> None:
 def _allocation(_: RunState, f: FacilityState, e: Event) -> None:
     name, kind = str(e.get("allocation") or ""), e.get("state")
     f.queue_wait_s, f.walltime_left_s = _number(e, "queue_wait_s"), _number(e, "walltime_left_s")
+    f.queue_wait_high_s, f.reason = _number(e, "queue_wait_high_s"), str(e.get("reason") or "")
+    f.told_s = e["s"]
     if kind == "ended":
         if name in ("", f.allocation):
-            f.allocation = ""
+            f.allocation, f.hold_from_s = "", e["s"]
             f.rest(e["s"])
         return
     new, f.allocation = name != f.allocation, name
+    if new:
+        f.hold(name, e["s"])
     if kind in WAITING:
         f.become(str(kind), e["s"])
     elif kind == "ready":
         if new and f.state not in WAITING:  # it was faster than the first answer
             f.acquire(e["s"], e["s"])
         f.rest(e["s"])
+
+
+def _jobs_ended(_: RunState, f: FacilityState, e: Event) -> None:
+    """Their accounts are all it tells."""
 
 
 def _order_sent(state: RunState, f: FacilityState, e: Event) -> None:
@@ -136,8 +152,12 @@ def _order_done(state: RunState, f: FacilityState, e: Event) -> None:
     if order_id in f.done:  # logged, then asked for again by a resumed session
         f.rest(e["s"])
         return
-    f.done.add(order_id)
+    f.done[order_id] = None
+    if len(f.done) > MOST_DONE:
+        del f.done[next(iter(f.done))]
     _lay_round_trip(f, order.sent_s if order else f.timeline.end_s, e)
+    workers = [name for _, name in f.holds[:-3:-1]]
+    f.accounts.order_done(str(e.get("kind") or "train"), workers, _numbers(e.get("seconds")))
     f.metrics = _numbers(e.get("metrics"))
     f.tokens_per_s = _newest(f.metrics, "tokens_per_s", f.tokens_per_s)
     if e.get("kind", "train") == "train":
@@ -182,6 +202,7 @@ FACILITY_EVENTS: dict[str, Callable[[RunState, FacilityState, Event], None]] = {
     "site_online": _site_online,
     "site_offline": _site_offline,
     "allocation": _allocation,
+    "jobs_ended": _jobs_ended,
     "order_sent": _order_sent,
     "order_progress": _order_progress,
     "order_done": _order_done,
@@ -194,16 +215,20 @@ FACILITY_EVENTS: dict[str, Callable[[RunState, FacilityState, Event], None]] = {
 # --- parts ---------------------------------------------------------------------------------
 
 
-def _account(f: FacilityState, ledger: Any) -> None:
-    for allocation, seconds in _mapping(ledger).items():
-        f.ledger[str(allocation)] = _numbers(seconds)
+def _account(f: FacilityState, e: Event) -> None:
+    ledger = {str(n): _numbers(seconds) for n, seconds in _mapping(e.get("ledger")).items()}
+    said = {str(n): _mapping(job) for n, job in _mapping(e.get("jobs")).items()}
+    f.accounts.take(ledger, said)
+    t = _number(e, "t")
+    past = [_number(job, key) for job in said.values() for key in PAST]
+    known = [time for time in past if time is not None]
+    if t is not None and known:  # what has happened, has happened before it was told
+        f.skew_s = min(t - max(known), math.inf if f.skew_s is None else f.skew_s)
 
 
 def _lay_round_trip(f: FacilityState, sent_s: float, e: Event) -> None:
     """Put one order on the timeline, and divide the wait for its allocation."""
-    account = f.accounted()
-    waited = {p: max(0.0, account[p] - f.placed.get(p, 0.0)) for p in ACQUIRING}
-    f.placed = account
+    waited = f.accounts.unplaced(ACQUIRING, f.allocation)
     if f.acquired:
         earliest, seen, ready = f.acquired
         began = max(earliest, min(seen, ready - sum(waited.values())))
@@ -231,6 +256,11 @@ def _train_point(f: FacilityState, s: float, steps: int, loss: float) -> None:
         f.train_loss.pop()
     f.train_loss.append((s, steps, loss))
     f.loss = loss
+    if len(f.train_loss) > MOST_POINTS:  # the older half by means of two
+        half = MOST_POINTS // 2
+        pairs = zip(f.train_loss[:half:2], f.train_loss[1:half:2], strict=True)
+        means = [(b[0], b[1], (a[2] + b[2]) / 2) for a, b in pairs]
+        f.train_loss[:half] = means
 
 
 def _held_out(state: RunState, f: FacilityState, version: int, loss: float, s: float) -> None:

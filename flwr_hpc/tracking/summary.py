@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,9 @@ def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[s
         JSON types only. Losses are in nats per token, ``seconds`` by phase; what is unknown is
         None. ``held_out_loss_first`` and ``_last`` are of the first and last global model that
         the facility evaluated, ``steps``, ``tokens`` and ``orders`` of finished training
-        orders, ``staleness`` the mean over the replies that were aggregated.
+        orders, ``staleness`` the mean over the replies that were aggregated. ``node_hours`` as
+        `Accounts.node_hours` tells; ``queue_wait_s`` by the scheduler's times, before how many
+        ``starts`` of a job (the median and the longest of the newest ones).
     """
     curve = state.held_out_curve()
     base: dict[str, Any] = {
@@ -48,7 +51,7 @@ def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[s
 
 def _facility(f: FacilityState) -> dict[str, Any]:
     curve = f.held_out_curve
-    seconds = f.seconds()
+    seconds, node_hours = f.seconds(), f.accounts.node_hours()
     return {
         "held_out_loss_first": curve[0][2] if curve else None,
         "held_out_loss_last": curve[-1][2] if curve else None,
@@ -59,6 +62,16 @@ def _facility(f: FacilityState) -> dict[str, Any]:
         "rejected": f.rejected,
         "failed": f.failed,
         "staleness": f.staleness / f.merged if f.merged else None,
-        "allocations": len(f.ledger) or None,
+        "allocations": f.accounts.allocations or None,
+        "node_hours": {k: round(v, 4) for k, v in node_hours.items()} if node_hours else None,
+        "queue_wait_s": _waits(f),
         "seconds": {k: round(v, 3) for k, v in seconds.items()} if seconds else None,
     }
+
+
+def _waits(f: FacilityState) -> dict[str, float] | None:
+    waits = f.accounts.queue_waits()
+    if not waits:
+        return None
+    median, longest = round(statistics.median(waits), 3), round(max(waits), 3)
+    return {"starts": f.accounts.starts, "median": median, "max": longest}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from flwr_hpc.protocol import Forecast
 from flwr_hpc.tracking.events import Event
+from flwr_hpc.tracking.records import FacilityState
 
-__all__ = ["compact", "describe", "duration"]
+__all__ = [
+    "about",
+    "compact",
+    "describe",
+    "duration",
+    "forecast",
+    "hours",
+    "node_hours_line",
+    "outlook",
+]
 
 ALLOCATION_STATES = {
     "queued": "waits in the queue",
@@ -44,6 +55,61 @@ def compact(number: float | None) -> str:
     return f"{number:.3g}"
 
 
+def about(seconds: float) -> str:
+    """Return a forecast, no more exact than it can be: ``40 s``, ``12 min``, ``5 h 20 min``."""
+    if seconds < 60:
+        return f"{round(seconds)} s"
+    if seconds < 3600:
+        return f"{round(seconds / 60)} min"
+    minutes = round(seconds / 600) * 10
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{seconds / 86400:.1f} d"
+
+
+def forecast(median_s: float | None, high_s: float | None) -> str:
+    """Return ``starts in ~12 min (90 %: < 40 min)``, or ``""`` if nothing is known."""
+    if median_s is None:
+        return ""
+    share = f"{Forecast.quantile:.0%}".replace("%", " %")
+    high = f" ({share}: < {about(high_s)})" if high_s else ""
+    return (f"starts in ~{about(median_s)}" if median_s >= 1 else "start is due") + high
+
+
+def outlook(f: FacilityState, now_s: float) -> str:
+    """Return when a queued allocation starts and why it waits, or how long one still lasts."""
+    passed = max(0.0, now_s - f.told_s)
+    if f.state == "queued":
+        starts = forecast(_later(f.queue_wait_s, passed), _later(f.queue_wait_high_s, passed))
+        return " · ".join(filter(None, (starts, f.reason)))
+    if not f.allocation or f.walltime_left_s is None or f.state in ("done", "offline"):
+        return ""
+    line = f"{about(max(0.0, f.walltime_left_s - passed))} of walltime left"
+    successor = f.accounts.successor(f.allocation)
+    return f"{line}, successor {successor}" if successor else line
+
+
+def _later(left_s: float | None, passed_s: float) -> float | None:
+    return None if left_s is None else max(0.0, left_s - passed_s)
+
+
+def hours(value: float) -> str:
+    """Return node-hours, two digits after the point or three digits in all."""
+    return (
+        f"{value:.2f}" if value < 9.995 else f"{value:,.1f}" if value < 999.95 else f"{value:,.0f}"
+    )
+
+
+def node_hours_line(summary: Mapping[str, Any]) -> str:
+    """Return what each facility's jobs cost as one line, ``""`` if that is not known."""
+    parts = []
+    for name, facility in summary.get("facilities", {}).items():
+        if spent := facility.get("node_hours"):
+            lost = f", {hours(spent['lost'])} lost" if spent["lost"] >= 0.005 else ""
+            parts.append(f"{name} {hours(spent['used'])} ({hours(spent['idle'])} idle{lost})")
+    return f"node-hours: {', '.join(parts)}" if parts else ""
+
+
 def describe(event: Event) -> str | None:
     """Return an event as one line, or None if it is not worth one."""
     tell = LINES.get(event["event"])
@@ -62,8 +128,10 @@ def _allocation(e: Event) -> str | None:
     if state is None:
         return None
     line = f"{e.get('facility')}: allocation {e.get('allocation')} {state}"
-    if e.get("queue_wait_s") is not None:
-        line += f", forecast {duration(e['queue_wait_s'])}"
+    if starts := forecast(e.get("queue_wait_s"), e.get("queue_wait_high_s")):
+        line += f", {starts}"
+    if e.get("reason"):
+        line += f" [{e['reason']}]"
     if e.get("walltime_left_s") is not None:
         line += f", walltime left {duration(e['walltime_left_s'])}"
     return line

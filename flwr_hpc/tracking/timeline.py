@@ -17,6 +17,8 @@ Interval = tuple[float, float, str]  # start and end in seconds of the run, phas
 
 PHASES = ("queue", "startup", "load", "train", "evaluate", "transfer", "idle")
 ACQUIRING = ("queue", "startup", "load")
+MOST = 20_000  # intervals kept; beyond, the older half is told more coarsely
+GROUP = 40
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Timeline:
             start = self.intervals.pop()[0]
         self.intervals.append((start, until_s, phase))
         self.end_s = until_s
+        if len(self.intervals) > MOST:
+            self._coarsen()
 
     def relay(self, start_s: float, end_s: float, parts: Iterable[tuple[str, float]]) -> None:
         """Replace what lies from `start_s` to `end_s` by parts in proportion to their seconds."""
@@ -50,6 +54,20 @@ class Timeline:
             self.extend(start_s + (end_s - start_s) * min(1.0, spent / total), phase)
         for _, until_s, phase in after:
             self.extend(until_s, phase)
+
+    def _coarsen(self) -> None:
+        """Merge the older half by groups into the sums of their phases."""
+        old, self.intervals = self.intervals[: MOST // 2], self.intervals[MOST // 2 :]
+        merged: list[Interval] = []
+        for i in range(0, len(old), GROUP):
+            group = old[i : i + GROUP]
+            at = group[0][0]
+            sums = [(phase, s) for phase, s in totals(group).items() if s > 0]
+            for phase, seconds in sums:
+                until = group[-1][1] if phase == sums[-1][0] else at + seconds
+                merged.append((at, until, phase))
+                at = until
+        self.intervals = merged + self.intervals
 
     def _cut(self, at_s: float) -> list[Interval]:
         """Take away and return what lies after `at_s`."""

@@ -35,7 +35,8 @@ class WandbWriter:
     """Write one run's events to Weights & Biases.
 
     Curves of a facility are named ``FACILITY/...``: held-out losses stand over ``version``,
-    what training tells over ``FACILITY/steps``, optimizer steps so far at that facility.
+    what training tells over ``FACILITY/steps``, optimizer steps so far at that facility, as do
+    ``FACILITY/node_hours/used``, ``idle`` and ``lost`` and each wait, ``FACILITY/queue_wait_s``.
 
     Parameters
     ----------
@@ -90,9 +91,14 @@ class WandbWriter:
 
     def log(self, event: Event) -> None:
         """Log what an event tells; never raises for wandb's sake."""
-        told = self._told(event)
+        told, starts = self._told(event), self._starts(event)
         fold(self._state, event)
         values = {} if told else self._values(event)
+        if self._starts(event) > starts:
+            facility = self._state.facilities[str(event["facility"])]
+            self._define(facility.name)
+            waited = {"queue_wait_s": facility.accounts.queue_waits()[-1]}
+            values |= _known(facility, waited, values.get(f"{facility.name}/steps"))
         if values:
             self._tolerate(lambda: self._run.log(values))
 
@@ -118,6 +124,11 @@ class WandbWriter:
             facility and e["event"] == "evaluated" and e.get("version") in facility.held_out
         )
 
+    def _starts(self, e: Event) -> int:
+        """Return how many waits in the queue are over at the event's facility."""
+        facility = self._state.facilities.get(str(e.get("facility")))
+        return facility.accounts.starts if facility and e.get("jobs") else 0
+
     def _values(self, e: Event) -> dict[str, Any]:
         facility = self._state.facilities.get(str(e.get("facility")))
         name = e["event"]
@@ -132,6 +143,8 @@ class WandbWriter:
             told = {k: facility.metrics.get(k) for k in ORDER_METRICS}
             told |= {"peak_memory_gb": facility.metrics.get("peak_memory_gb")}
             told |= {"round_trip_s": e.get("round_trip_s"), "tokens": facility.tokens}
+            hours = facility.accounts.node_hours() or {}
+            told |= {f"node_hours/{k}": hours.get(k) for k in ("used", "idle", "lost")}
             return _known(facility, told, facility.steps, e.get("version"))
         if name == "evaluated":
             loss = {"held_out_loss": e.get("held_out_loss")}

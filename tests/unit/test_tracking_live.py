@@ -7,9 +7,11 @@ import io
 import pytest
 from rich.console import Console
 from synthetic_events import run_events
+from synthetic_jobs import job_events
 
 from flwr_hpc.tracking.live import LiveView
-from flwr_hpc.tracking.text import compact, describe, duration
+from flwr_hpc.tracking.state import fold_all
+from flwr_hpc.tracking.text import about, compact, describe, duration, hours, outlook
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
 
@@ -124,6 +126,31 @@ def test_the_terminal_shows_each_facility_and_the_progress(width: int) -> None:
     assert ("jupiter-001" in text.split("rounds")[-2]) == (width >= 110)
 
 
+def test_the_terminal_tells_when_an_allocation_starts_and_why_it_waits() -> None:
+    """What a researcher looks for in a queue: forecast, reason, walltime left, successor."""
+    c = console(terminal=True)
+    clock = Clock(0.0)
+    with LiveView(c, 4, ["leonardo", "lumi"], clock=clock) as view:
+        for until in (20, 1640, 2450, 3000):
+            clock.now += 1
+            view.restore([e for e in job_events() if view.state.wall_s < e["s"] <= until])
+            view.update()
+    text = output(c)
+    assert "starts in ~12 min (90 %: < 40 min) · Priority" in text
+    assert "of walltime left, successor queued" in text
+    assert "of walltime left, successor starting" in text
+
+
+def test_a_forecast_counts_down_between_two_answers() -> None:
+    """It is told when it changes, not every second."""
+    f = fold_all(e for e in job_events() if e["s"] <= 20).facilities["leonardo"]
+    assert outlook(f, 10.0) == "starts in ~12 min (90 %: < 40 min) · Priority"
+    assert outlook(f, 10.0 + 600) == "starts in ~2 min (90 %: < 30 min) · Priority"
+    assert outlook(f, 10_000.0) == "start is due · Priority"
+    f.queue_wait_s = None
+    assert outlook(f, 10.0) == "Priority"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_the_terminal_is_restored_on_any_way_out(error: type[BaseException]) -> None:
     """The cursor is shown again after Ctrl-C and after a crash."""
@@ -163,5 +190,13 @@ def test_quantities_read_well() -> None:
     assert [compact(n) for n in (0, 12.34, 999.9, 12_345, 3.2e6, 1.5e9)] == [
         "0", "12.3", "1k", "12.3k", "3.2M", "1.5G",
     ]  # fmt: skip
+    assert [about(s) for s in (40, 725, 3600 * 5.3, 86400 * 2.5)] == [
+        "40 s", "12 min", "5 h 20 min", "2.5 d",
+    ]  # fmt: skip
+    assert [hours(h) for h in (0.004, 9.99, 10.04, 12_345)] == ["0.00", "9.99", "10.0", "12,345"]
+    queued = {"event": "allocation", "facility": "a", "allocation": "x", "state": "queued",
+              "queue_wait_s": 720.0, "reason": "Priority"}  # fmt: skip
+    line = "a: allocation x waits in the queue, starts in ~12 min [Priority]"
+    assert describe(queued) == line
     assert describe({"event": "unknown"}) is None
     assert describe({"event": "site_online", "facility": "a\nb"}) == "a b: site online"

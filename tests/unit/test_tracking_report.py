@@ -223,12 +223,12 @@ def test_dense_timelines_keep_every_phase_in_proportion() -> None:
     intervals = [
         part
         for s, _, _ in intervals
-        for part in ((s, s + 0.75, "train"), (s + 0.75, s + 1, "transfer"))
+        for part in ((s, s + 0.75, "train", ""), (s + 0.75, s + 1, "transfer", ""))
     ]
-    chart = gantt([("a", intervals, [])], 1000.0)
+    chart = gantt([("a", [intervals], [])], 1000.0)
     assert chart
     area = {"train": 0.0, "transfer": 0.0}
-    for band in chart.lanes[0][2]:
+    for band in chart.rows[0].bands:
         area[band.phase] += band.width * band.height
     assert area["transfer"] / sum(area.values()) == pytest.approx(0.25, abs=0.01)
-    assert gantt([("a", [(0, 5, "idle")], [])], 5.0) is None
+    assert gantt([("a", [[(0, 5, "idle", "")]], [])], 5.0) is None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from synthetic_events import run_events
+from synthetic_jobs import job_events
 
 from flwr_hpc.config import TrackingConfig
 from flwr_hpc.errors import UserError
@@ -87,6 +88,19 @@ def test_metrics_stand_over_steps_and_versions(fake: SimpleNamespace, tmp_path: 
     assert run.summary["facilities"]["jupiter"]["steps"] == 240
     assert run.exit_code == 0
     assert all(v is not None for values in run.logged for v in values.values())
+
+
+def test_node_hours_and_queue_waits_are_metrics(fake: SimpleNamespace, tmp_path: Path) -> None:
+    """What the run cost, order by order, and each wait once."""
+    with writer(tmp_path) as w:
+        for event in job_events():
+            w.log(event)
+    waits = [v for v in fake.run.logged if "leonardo/queue_wait_s" in v]
+    assert [v["leonardo/queue_wait_s"] for v in waits] == [600.0, 900.0, 600.0]
+    used = [v["leonardo/node_hours/used"] for v in fake.run.logged if "leonardo/tokens" in v]
+    assert used == sorted(used)
+    assert fake.run.logged[-1].keys().isdisjoint({"leonardo/queue_wait_s"})
+    assert fake.run.summary["facilities"]["lumi"]["node_hours"]["lost"] > 0
 
 
 def test_a_resumed_session_continues_the_counts(fake: SimpleNamespace, tmp_path: Path) -> None:
