@@ -1,0 +1,1 @@
+"""The mod that runs the rest of any Flower ClientApp inside a batch job."""

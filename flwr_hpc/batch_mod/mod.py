@@ -1,0 +1,163 @@
+"""``ClientApp(mods=[flwr_hpc.batch("leonardo")])``: the rest of the app runs in a batch job.
+
+What runs here, in the ClientApp's process at the login node, imports no torch by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Context, Message
+
+from flwr_hpc.batch_mod.app import Next, copy_app, find_app, rest
+from flwr_hpc.batch_mod.carry import REPLY, REQUEST, load, save, take_over, versions
+from flwr_hpc.batch_mod.settings import HERE, Settings, gather, settle
+from flwr_hpc.batch_mod.worker import run
+from flwr_hpc.jobs.allocation import Site
+from flwr_hpc.jobs.scheduler import make_scheduler
+from flwr_hpc.jobs.waiting import SystemClock
+from flwr_hpc.protocol import Order, Status
+from flwr_hpc.spool import Spool
+
+__all__ = ["BatchError", "Mod", "batch"]
+
+Mod = Callable[[Message, Context, Next], Message]
+
+
+class BatchError(RuntimeError):
+    """No job answered the message; says why."""
+
+
+class Terminated(Exception):
+    """SIGTERM: without a reply Flower's SuperNode would wait for ever."""
+
+
+def batch(facility: str | None = None, **settings: Any) -> Mod:
+    """Return a mod that runs the rest of the ClientApp inside a batch job.
+
+    The job imports the app and answers message after message, until it has been idle for
+    ``idle_timeout_s`` or its walltime is over. Message, context and state travel both ways, and
+    what the app raises is raised here. Mods listed before it run here, those after it in the job.
+
+    Parameters
+    ----------
+    facility : str or None
+        A file of ``conf/facility`` or of `config_dir`; ``"none"`` runs the app where it is.
+        None: the SuperNode's node config, or the run config, names it as
+        ``flwr-hpc.facility``; they win over what is given here.
+    **settings
+        Fields of `flwr_hpc.config.FacilityConfig` and `flwr_hpc.config.AllocationConfig`, such
+        as ``account``, ``walltime``, ``nodes``, ``idle_timeout_s``; ``config_dir``, a folder
+        with further facilities; ``app``, the ClientApp as ``module:attribute``, needed only
+        when no ``pyproject.toml`` names it. Each can be set as ``flwr-hpc.<name>`` in the node
+        or run config too.
+
+    Raises
+    ------
+    UserError
+        When a message comes: the facility is unknown, or a setting is not valid.
+    """
+    caller = str(sys._getframe(1).f_globals.get("__file__") or "")
+
+    def mod(message: Message, context: Context, call_next: Next) -> Message:
+        in_job = rest()
+        if in_job is not None:
+            return in_job.run(call_next)
+        given = gather({"facility": facility, **settings}, context)
+        if given.get("facility") == HERE:
+            return call_next(message, context)
+        return _in_job(message, context, settle(given), caller)
+
+    return mod
+
+
+def _in_job(message: Message, context: Context, settings: Settings, caller: str) -> Message:
+    """Send a message to the job, wait for its reply, and take the context over."""
+    site = _site(context, settings, caller)
+    order = _order(message, context, settings)
+    folder = site.spool.order(order.id)
+    if folder.result() is None and not (folder.path / REQUEST).exists():
+        save(folder.path / REQUEST, (message, context))
+    with _raising_on_sigterm():
+        status = site.hand_in(order, None)
+        if status.result is None:
+            log = _Log(settings.name)
+            status = site.wait(lambda: log(site.collect(order.id)), None, {"done", "failed"})
+    if status.state == "failed":
+        raise BatchError(f"{settings.name}: {status.error}")
+    reply = load(folder.path / REPLY)
+    take_over(context, reply.context or context)
+    if reply.failure is not None:
+        raise reply.failure.exception()
+    answer: Message = reply.message
+    return answer
+
+
+def _site(context: Context, settings: Settings, caller: str) -> Site:
+    root = settings.root(context)
+    root.mkdir(parents=True, exist_ok=True)
+    app = copy_app(find_app(caller, settings.app), root / "app")
+    return Site(
+        spool=Spool(root),
+        run_key=settings.run_key(context),
+        facility_name=settings.name,
+        facility=settings.facility,
+        allocation=settings.allocation,
+        scheduler=make_scheduler(settings.facility),
+        spec={
+            "app_folder": app.folder,
+            "app": app.ref,
+            "versions": versions(),
+            "idle_timeout_s": settings.allocation.idle_timeout_s,
+        },
+        clock=SystemClock(),
+        entry=run,
+    )
+
+
+def _order(message: Message, context: Context, settings: Settings) -> Order:
+    """Return the order of a message; the same one when the message is sent again."""
+    about = message.metadata
+    text = f"{about.message_id} {about.created_at} {about.message_type}"
+    return Order(
+        run_key=settings.run_key(context),
+        facility=settings.name,
+        seq=int(hashlib.sha256(text.encode()).hexdigest()[:12], 16),
+        kind="train" if about.message_type.partition(".")[0] == "train" else "evaluate",
+    )
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    def terminate(*_: Any) -> None:
+        raise Terminated("the ClientApp was terminated; a job that works on its message goes on")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Log:
+    """Says in the SuperNode's log what the message waits for, when that changes."""
+
+    def __init__(self, facility: str) -> None:
+        self._facility, self._said = facility, ""
+
+    def __call__(self, status: Status) -> Status:
+        words = f"{status.state} in {status.allocation}" if status.allocation else status.state
+        line = f"{self._facility}: {words}{f' ({status.reason})' if status.reason else ''}"
+        if line != self._said:
+            print(line, file=sys.stderr, flush=True)
+            self._said = line
+        return status

@@ -1,0 +1,53 @@
+"""The batch mod on every batch system, faked at the process boundary."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from batch_app import Node, make_app
+from job_tools import facility, until
+
+SOURCE = """
+CALLS = []
+app = ClientApp(mods=[flwr_hpc.batch("here")])
+
+@app.train()
+def train(message, context):
+    CALLS.append(1)
+    context.state["kept"]["n"] += 1
+    if message.content["options"].get("fail"):
+        raise LookupError("asked to")
+    about = {"pid": os.getpid(), "calls": len(CALLS), "job": os.environ["FLWR_HPC_JOB"]}
+    return Message(RecordDict({"about": ConfigRecord(about)}), reply_to=message)
+"""
+FILE = """# @package facilities.here
+scheduler: {scheduler}
+account: null
+walltime: "00:10:00"
+poll_s: 0.5
+"""
+
+
+@pytest.mark.parametrize("kind", ["local", "fake_slurm", "fake_pbs"])
+def test_app_in_a_job(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the one line on every batch system: one warm job, state, errors, the end."""
+    scheduler = facility(kind, tmp_path, monkeypatch).scheduler
+    (tmp_path / "conf" / "facility").mkdir(parents=True)
+    (tmp_path / "conf" / "facility" / "here.yaml").write_text(FILE.format(scheduler=scheduler))
+    module = make_app(SOURCE, tmp_path, monkeypatch)
+    settings = {"config-dir": str(tmp_path / "conf"), "idle-timeout-s": 2}
+    node = Node(module, tmp_path / "scratch", **{f"flwr-hpc.{k}": v for k, v in settings.items()})
+    try:
+        first, second = node.about(), node.about()
+        assert first["pid"] == second["pid"] != os.getpid()
+        assert (first["calls"], second["calls"]) == (1, 2)
+        assert first["job"] == second["job"]
+        with pytest.raises(LookupError, match="asked to"):
+            node.send(fail=True)
+        assert node.context.state["kept"]["n"] == 4
+        until(lambda: not node.processes(), 30)
+    finally:
+        for process in node.processes():
+            process.kill()

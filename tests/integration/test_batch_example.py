@@ -1,0 +1,146 @@
+"""The example of docs/batch.md in real Flower runs, where it is and inside batch jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from harness import ROOT
+from job_tools import until
+
+from flwr_hpc.federation.bundle import CONNECTION
+from flwr_hpc.federation.driver import FLOWER_ENV
+from flwr_hpc.federation.processes import free_port
+
+NODES = 2
+RUN = "num-server-rounds=2 fraction-evaluate=0.0"
+# Added to the example: a question that is answered by an exception.
+CLIENT = """
+
+@app.query("fail")
+def fail(message: Message, context: Context) -> Message:
+    raise LookupError("asked to")
+"""
+SERVER = """
+
+train = main
+app = ServerApp()
+
+
+@app.main()
+def train_and_ask(grid: Grid, context: Context) -> None:
+    import json
+    from flwr.app import Message, RecordDict
+
+    train(grid, context)
+    questions = [Message(RecordDict(), n, "query.fail") for n in grid.get_node_ids()]
+    replies = grid.send_and_receive(questions, timeout=60)
+    errors = [r.error.reason for r in replies if r.has_error()]
+    open("errors.json", "w").write(json.dumps(errors))
+"""
+
+
+class Flower:
+    """SuperLink and SuperNodes in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.bin = Path(sys.executable).parent
+        own = {
+            "FLWR_HOME": str(folder / "home"),
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.env = {**os.environ, **FLOWER_ENV, **own}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        (folder / "home").mkdir()
+        config = CONNECTION.format(address=f"127.0.0.1:{self.port}")
+        (folder / "home" / "config.toml").write_text(config)
+
+    def start(self, name: str, *arguments: str) -> None:
+        with open(self.folder / f"{name}.log", "wb") as log:
+            command = [str(self.bin / arguments[0]), "--insecure", *arguments[1:]]
+            self.processes.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env=self.env, cwd=self.folder)
+            )
+
+    def start_all(self) -> None:
+        address = f"127.0.0.1:{self.port}"
+        needs = "--disable-runtime-dependency-installation"
+        self.start("superlink", "flower-superlink", f"--port={self.port}", needs)
+        until(lambda: self._answers(), 60)
+        for k in range(NODES):
+            config = f"partition-id={k} flwr-hpc.cpus-per-rank=1 flwr-hpc.idle-timeout-s=30"
+            port = f"--port={free_port()}"
+            node = f"--node-config={config}"
+            self.start(f"node{k}", "flower-supernode", f"--superlink={address}", port, node)
+
+    def run(self, facility: str) -> None:
+        settings = f'{RUN} flwr-hpc.facility="{facility}"'
+        command = [str(self.bin / "flwr"), "run", "app", "flwr-hpc", "-c", settings, "--stream"]
+        done = subprocess.run(
+            command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=150
+        )
+        assert (self.folder / "errors.json").exists(), done.stdout + done.stderr
+        for name in ("errors.json", "final_model.pt"):
+            (self.folder / name).rename(self.folder / f"{facility}-{name}")
+
+    def result(self, facility: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+        errors = json.loads((self.folder / f"{facility}-errors.json").read_text())
+        return torch.load(self.folder / f"{facility}-final_model.pt"), errors
+
+    def stop(self) -> None:
+        family: list[Any] = []
+        for process in self.processes:
+            family += [*psutil.Process(process.pid).children(recursive=True), process]
+        for member in family:
+            member.kill()
+        jobs = str(self.folder / "flwr-hpc-batch")
+        for process in psutil.process_iter(["environ"]):
+            if jobs in (process.info["environ"] or {}).get("FLWR_HPC_JOB_DIR", ""):
+                process.kill()
+
+    def _answers(self) -> bool:
+        listening = psutil.Process(self.processes[0].pid).net_connections("tcp")
+        return self.port in {c.laddr.port for c in listening}
+
+
+@pytest.fixture
+def flower(tmp_path: Path) -> Iterator[Flower]:
+    flower = Flower(tmp_path)
+    shutil.copytree(ROOT / "examples" / "batch", tmp_path / "app")
+    for name, more in (("client_app.py", CLIENT), ("server_app.py", SERVER)):
+        path = tmp_path / "app" / "tiny_torch" / name
+        path.write_text(path.read_text() + more)
+    try:
+        flower.start_all()
+        yield flower
+    finally:
+        flower.stop()
+
+
+def test_the_same_result_from_warm_jobs(flower: Flower) -> None:
+    """Protects the promise: one line, the same numbers, state and errors, one job per node."""
+    for facility in ("none", "local_a"):
+        flower.run(facility)
+    here, errors_here = flower.result("none")
+    there, errors_there = flower.result("local_a")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    assert errors_there == errors_here == NODES * ["<class 'LookupError'>:<'asked to'>"]
+    sites = list(flower.folder.glob("flwr-hpc-batch/*/*/*"))
+    assert len(sites) == NODES
+    for site in sites:
+        assert [p.name for p in (site / "allocations").iterdir()] == ["a0000"]
+        assert len(list(site.glob("orders/*/result.json"))) == 3
+    assert "LookupError: asked to" in (flower.folder / "node0.log").read_text()
