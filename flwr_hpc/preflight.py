@@ -15,7 +15,7 @@ from flwr_hpc.errors import UserError, closest
 from flwr_hpc.federation.strategy import build_strategy
 from flwr_hpc.train import sources
 
-__all__ = ["check"]
+__all__ = ["check", "check_pretrained"]
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
 MIN_NODES = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
@@ -42,7 +42,7 @@ def check(config: Config) -> None:
         if local and facility.python is None:
             _check_packages(name)
         if local and facility.container is None:
-            _check_pretrained(config, name, facility)
+            check_pretrained(config, name, facility)
         sources.check(config.data, name, list(config.facilities), must_exist=local)
 
 
@@ -88,8 +88,14 @@ def _check_store(url: str) -> None:
             raise UserError(f"exchange.store={url} cannot be reached from here: {exc}") from None
 
 
-def _check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:
-    """Look for model and tokenizer where a job on this machine will."""
+def check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:
+    """Look for model and tokenizer where a job on this machine will.
+
+    Raises
+    ------
+    UserError
+        If one is not there.
+    """
     for key, name in (("model.path", config.model.path), ("data.tokenizer", config.data.tokenizer)):
         if not name or (key == "data.tokenizer" and name == "byte") or Path(name).is_dir():
             continue

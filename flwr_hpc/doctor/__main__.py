@@ -1,0 +1,175 @@
+"""``python -m flwr_hpc.doctor``: find what keeps a facility from running jobs, and the mend.
+
+To be run on the facility's login node, with the settings of the run to come, e.g.
+
+  python -m flwr_hpc.doctor +facility=leonardo facilities.leonardo.account=PROJECT
+  python -m flwr_hpc.doctor --config-dir my-conf +facility=mycluster --no-job
+  python -m flwr_hpc.doctor +facility=local_a --json
+
+It looks around here, then submits a job of at most ten minutes that looks around on the compute
+nodes. The job is cancelled when this command ends, however it ends. Nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from flwr_hpc import __version__
+from flwr_hpc.compose import compose_config, conf_dir
+from flwr_hpc.config import Config, walltime_s
+from flwr_hpc.doctor.examine import Patient, Stopped, patient, probing, settled
+from flwr_hpc.doctor.findings import skipped
+from flwr_hpc.doctor.nodes import JOB, NODES
+from flwr_hpc.doctor.show import as_json, show, verdict
+from flwr_hpc.errors import UserError
+from flwr_hpc.jobs.waiting import Clock, SystemClock
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0 nothing failed, 1 some check failed, 2 bad usage, 128 + n ended by signal n.
+    """
+    args = _parser().parse_intermixed_args(argv)
+    try:
+        config = _configure(args)
+        queue_s = _timeout_s(args.timeout)
+        clock = SystemClock()
+        patients = [patient(config, n, clock, queue_s, args.nodes) for n in config.facilities]
+        if config.dry_run:
+            return _show_scripts(patients)
+        return _examine(patients, args, clock)
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except OSError as exc:  # a full or vanished file system
+        print(f"error: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _configure(args: argparse.Namespace) -> Config:
+    if not any(o.lstrip("+~").startswith("facilit") for o in args.overrides):
+        known = sorted(p.stem for p in (conf_dir() / "facility").glob("*.yaml"))
+        raise UserError(
+            f"name the facility to look at, e.g. +facility=local_a. Known: {', '.join(known)}; "
+            "one of your own: --config-dir DIR +facility=NAME"
+        )
+    if args.nodes < 1:
+        raise UserError(f"--nodes {args.nodes} must be at least 1")
+    return compose_config(args.overrides, args.config_dir)
+
+
+def _timeout_s(text: str) -> float:
+    try:
+        seconds = walltime_s(text)
+    except UserError:
+        raise UserError(f"--timeout {text} is neither minutes nor HH:MM:SS") from None
+    if seconds <= 0:
+        raise UserError(f"--timeout {text} must be longer than zero; without a job: --no-job")
+    return seconds
+
+
+def _show_scripts(patients: Sequence[Patient]) -> int:
+    for one in patients:
+        print(f"# probe job of {one.here.name}")
+        print(one.here.scheduler.script(one.probe.spec))
+    return 0
+
+
+def _examine(patients: list[Patient], args: argparse.Namespace, clock: Clock) -> int:
+    console = Console(quiet=args.json)
+    for one in patients:
+        show(console, one.here.name, one.look_here())
+    chosen = [one for one in patients if one.probeable and not args.no_job]
+    for one in patients:
+        if one not in chosen:
+            why = "--no-job" if args.no_job else "a check above failed that it depends on"
+            left_out = replace(skipped(why), name=JOB, where=NODES)
+            one.findings.append(left_out)
+            show(console, one.here.name, [left_out])
+    code = _probe(chosen, console, clock) if chosen else 0
+    found = {one.here.name: one.findings for one in patients}
+    if args.json:
+        print(as_json(found))
+    console.print(verdict(found), highlight=False)
+    failed = any(f.status == "fail" for findings in found.values() for f in findings)
+    return code or int(failed)
+
+
+def _probe(patients: Sequence[Patient], console: Console, clock: Clock) -> int:
+    """Run the probe jobs and show what they found; returns 0, or the code of a signal."""
+    progress = Console(stderr=True)
+    try:
+        with probing(patients), _Progress(progress) as tell:
+            settled(patients, clock, tell)
+    except Stopped as exc:
+        ended = ", ".join(one.probe.found.job_id or "none yet" for one in patients)
+        print(f"stopped; probe job cancelled: {ended}", file=sys.stderr)
+        for one in patients:
+            one.look_there()  # counts as not passed
+        return 128 + exc.signum
+    finally:
+        for one in patients:
+            if one.probe.left:
+                print(f"warning: {one.probe.left}", file=sys.stderr)
+    for one in patients:
+        show(console, one.here.name, one.look_there())
+    return 0
+
+
+class _Progress:
+    """Shows what is waited for: a status line, or a line for every change."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._said = console, ""
+        self._status = console.status("submitting") if console.is_terminal else None
+
+    def __enter__(self) -> _Progress:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, text: str) -> None:
+        if text == self._said:
+            return
+        self._said = text
+        if self._status:
+            self._status.update(text)
+        else:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flwr_hpc.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of flwr_hpc.run")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
+    parser.add_argument("--no-job", action="store_true", help="look at this host alone")
+    of_nodes = "nodes of the probe job, if the facility has as many (default: 2)"
+    parser.add_argument("--nodes", type=int, default=2, metavar="N", help=of_nodes)
+    of_timeout = "how long the probe job may wait in the queue (default: 30)"
+    parser.add_argument("--timeout", default="30", metavar="MINUTES", help=of_timeout)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

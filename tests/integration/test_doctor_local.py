@@ -1,0 +1,62 @@
+"""The doctor with a real probe job on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from job_tools import install_fake_pbs
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor(
+    where: Path, *arguments: str, name: str = "local_a"
+) -> tuple[int, dict[str, dict[str, str]], str]:
+    """Return the exit code, the findings by name and what was said besides."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flwr_hpc.doctor", f"+facility={name}", "--json", *arguments],
+        cwd=where, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.stdout, done.stderr
+    findings = json.loads(done.stdout)["facilities"][name]
+    return done.returncode, {f["name"]: f for f in findings}, done.stderr
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """Protects the probe itself: files, packages and rendezvous as the trainer has them."""
+    code, found, said = doctor(tmp_path)
+    assert code == 0, found
+    for name in ("probe job", "shared files", "packages", "rendezvous", "clock"):
+        assert found[name]["status"] == "pass", found[name]
+    assert "2 ranks (cpu)" in found["rendezvous"]["found"]
+    assert "2 ranks at work" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_dies(tmp_path: Path) -> None:
+    """Protects from waiting for a job whose first line fails."""
+    code, found, _ = doctor(tmp_path, "facilities.local_a.setup=['exit 3']")
+    assert code == 1
+    assert "ended early" in found["probe job"]["found"]
+    assert found["rendezvous"]["status"] == "skipped"
+    assert not list(tmp_path.iterdir())
+
+
+def test_pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects PBS: its commands, and ranks started by mpiexec that meet."""
+    install_fake_pbs(tmp_path / "fake", monkeypatch)
+    shape = {"account": "null", "gpus_per_node": 0, "ranks_per_node": 2, "cpus_per_rank": 1}
+    fields = [f"facilities.pbs.{key}={value}" for key, value in shape.items()]
+    (tmp_path / "here").mkdir()
+    code, found, _ = doctor(tmp_path / "here", *fields, name="pbs")
+    assert code == 0, found
+    assert found["scheduler commands"]["found"] == "qsub qstat qdel"
+    assert found["account and limits"]["status"] == "skipped"
+    assert "2 ranks (cpu)" in found["rendezvous"]["found"]
+    assert not list((tmp_path / "here").iterdir())
