@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -19,7 +19,7 @@ from strategies.persistence import load_result, load_strategy, result_state, sav
 from strategies.rounds import EvaluateFn
 from strategies.rules import Tensor, tensors
 from strategies.runtime import RunFailed
-from strategies.sites import Arrival, Failure
+from strategies.sites import Arrival, Event, Failure, Plan, Site
 
 __all__ = ["AsyncStrategy"]
 
@@ -37,11 +37,24 @@ class AsyncStrategy(HpcStrategy):
         The newest global weights.
     version : int
         Their version.
+    sites : mapping of str to Site
+        By facility; filled as sites come.
+    default_steps : int
+        Of an order, as the run is configured.
+    busy : callable
+        ``busy(facility)``: whether it has an order.
     """
 
     def __init__(self, *, weighted_by: Literal["num-examples", "uniform"] = "uniform"):
         super().__init__(weighted_by=weighted_by)
         self.version = 0
+        self.sites: Mapping[str, Site] = {}
+        self.default_steps = 0
+        self.busy: Callable[[str], bool] = lambda facility: False
+
+    def now(self) -> float:
+        """Return the time on the run's clock."""
+        return self.runtime.clock.now()
 
     @abstractmethod
     def on_arrival(self, arrival: Arrival, staleness: int) -> Iterable[tuple[str, Tensor]] | None:
@@ -63,6 +76,25 @@ class AsyncStrategy(HpcStrategy):
     def staleness_weight(self, staleness: int) -> float:
         """Return how much an update of that staleness counts."""
         return 1.0
+
+    def plan(self, site: Site) -> Plan | None:
+        """Return what a site that has nothing to do is to do; None: let it wait."""
+        return Plan()
+
+    def plan_ahead(self, site: Site) -> Plan | None:
+        """Return the order that is to wait at a site for the running one to end; None: none."""
+        return None
+
+    def wake_at(self) -> float | None:
+        """Return when `on_wake` is to be called, on the run's clock; None: not now."""
+        return None
+
+    def on_wake(self) -> Iterable[tuple[str, Tensor]] | None:
+        """Do what is due by the clock; a new version, or None."""
+        return None
+
+    def on_failure(self, failure: Failure) -> None:
+        """Learn that a site gave an order up."""
 
     def loop(
         self,
@@ -107,6 +139,8 @@ class _AsyncLoop:
     def begin(self, initial: ArrayRecord) -> None:
         """Restore, or make the initial weights version 0."""
         store, state, strategy = self.runtime.checkpoints, self.engine.restored, self.strategy
+        strategy.default_steps = self.steps
+        strategy.sites, strategy.busy = self.engine.sites, self.engine.busy
         if state is None:
             strategy.summary()
             strategy.arrays = store.put(global_name(0), tensors(initial))
@@ -122,6 +156,10 @@ class _AsyncLoop:
         self._save()
 
     def _save(self) -> None:
+        self._note()
+        self.engine.commit()
+
+    def _note(self) -> None:
         version = self.strategy.version
         own = save_strategy(self.strategy, self.runtime.checkpoints, str(version))
         state = {
@@ -131,7 +169,7 @@ class _AsyncLoop:
             "result": result_state(self.result),
             "strategy": own,
         }
-        self.engine.commit(state, [global_name(version), *own["tensors"]])
+        self.engine.note(state, [global_name(version), *own["tensors"]])
 
     def run(self, versions: int) -> Result:
         """Keep every site busy until there are enough versions."""
@@ -139,13 +177,7 @@ class _AsyncLoop:
         while strategy.version < versions:
             self.engine.reattach(lambda v: self.runtime.checkpoints.get(global_name(v)))
             self._keep_busy()
-            for event in self.engine.events():
-                if isinstance(event, Failure):
-                    self._failed(event)
-                elif event.order.kind == "train" and strategy.version < versions:
-                    self._arrived(event)
-                else:
-                    self.engine.settle(event.facility)
+            self._take(self.engine.events(), versions)
         self.result.arrays = strategy.arrays
         replies = final_evaluation(self.engine, strategy.version, strategy.arrays)
         if replies:
@@ -154,20 +186,58 @@ class _AsyncLoop:
         return self.result
 
     def _keep_busy(self) -> None:
-        now = self.engine.now()
+        now, strategy, asked = self.engine.now(), self.strategy, False
         for facility, site in sorted(self.engine.sites.items()):
             rested = now >= self.not_before.get(facility, now)
-            if site.online and rested and not self.engine.busy(facility):
+            if not (site.online and rested):
+                continue
+            if not self.engine.busy(facility):
+                plan = strategy.plan(site)
+            elif self.engine.due_ahead(facility):
+                plan = strategy.plan_ahead(site)
+            else:
+                continue
+            if plan is not None:
+                asked = True
                 self.engine.request(
                     facility,
                     "train",
-                    steps=self.steps,
-                    options={**self.options, "server-round": self.strategy.version + 1},
-                    weights=lambda: (self.strategy.version, self.strategy.arrays),
+                    steps=plan.steps or self.steps,
+                    options={
+                        **self.options,
+                        **plan.options,
+                        "server-round": strategy.version + 1,
+                    },
+                    weights=lambda: (strategy.version, strategy.arrays),
+                    ahead_after_s=plan.ahead_after_s,
                 )
+        if asked:
+            self._note()  # the engine commits it ahead of sending the orders
 
-    def _arrived(self, arrival: Arrival) -> None:
-        """Take an arrival in and make it durable, so that none is lost or counted twice."""
+    def _take(self, events: list[Event], versions: int) -> None:
+        """Take in what has come, and make it durable: none is lost or counted twice."""
+        made = []
+        for event in events:
+            if isinstance(event, Failure):
+                self._failed(event)
+            elif event.order.kind == "train" and self.strategy.version < versions:
+                made.append(self._arrived(event))
+                self.engine.settle(event.facility)
+            else:
+                self.engine.settle(event.facility)
+        due = self.strategy.wake_at()
+        woken = due is not None and due <= self.engine.now() and self.strategy.version < versions
+        if woken:
+            new = self.strategy.on_wake()
+            made.append(self._new_version(new) if new is not None else None)
+        if made:
+            self._save()
+        for aggregated in made:
+            if aggregated is not None:
+                self.runtime.emit("aggregated", **aggregated)
+
+    def _arrived(self, arrival: Arrival) -> Mapping[str, Any] | None:
+        """Take an arrival in; returns what there is to tell of the version it made, if any."""
         strategy, facility = self.strategy, arrival.facility
         self.failures.pop(facility, None)
         staleness = strategy.version - arrival.order.version
@@ -179,11 +249,7 @@ class _AsyncLoop:
         }
         new = strategy.on_arrival(arrival, staleness)
         self.window.append(entry)
-        aggregated = self._new_version(new) if new is not None else None
-        self.engine.settle(facility)
-        self._save()
-        if aggregated is not None:
-            self.runtime.emit("aggregated", **aggregated)
+        return self._new_version(new) if new is not None else None
 
     def _new_version(self, new: Iterable[tuple[str, Tensor]]) -> Mapping[str, Any]:
         strategy, window = self.strategy, self.window
@@ -209,6 +275,7 @@ class _AsyncLoop:
 
     def _failed(self, failure: Failure) -> None:
         """Leave a failing site alone for a while; when all fail, end with their reasons."""
+        self.strategy.on_failure(failure)
         count = self.failures.get(failure.facility, 0) + 1
         self.failures[failure.facility] = count
         pause = min(self.settings.backoff_s * 2.0 ** (count - 1), self.settings.backoff_max_s)

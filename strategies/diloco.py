@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from flwr.app import ArrayRecord
-
 from strategies import rules
 from strategies.base import HpcStrategy
-from strategies.rules import Record, Tensors
+from strategies.outer import Nesterov
+from strategies.rules import Record, Tensor, Tensors
 
 __all__ = ["DiLoCo"]
 
@@ -42,44 +41,22 @@ class DiLoCo(HpcStrategy):
         weighted_by: Literal["num-examples", "uniform"] = "uniform",
     ) -> None:
         super().__init__(weighted_by=weighted_by)
-        self.outer_lr = outer_lr
-        self.momentum = momentum
-        self._momentum_name = ""
-        self._m: ArrayRecord | None = None
+        self.outer = Nesterov(outer_lr, momentum)
 
     def aggregate(
         self, server_round: int, trained: Sequence[Record], weights: Sequence[float]
     ) -> Tensors:
-        """Yield the weights after the outer step; the momentum is stored on the way."""
-        if self.momentum:
-            name = f"momentum-{server_round}"
-            self._m = self.runtime.checkpoints.put(name, self._momenta(trained, weights))
-            self._momentum_name = name
-        return self._step(trained, weights)
+        """Return the weights after the outer step."""
 
-    def _momenta(self, trained: Sequence[Record], weights: Sequence[float]) -> Tensors:
-        old = self._m
-        for name in self.arrays:
-            delta = rules.combined_delta(name, self.arrays, trained, weights)
-            before = None if old is None else old[name].numpy()
-            yield name, rules.momentum_step(before, delta, self.momentum)
+        def delta_of(name: str) -> Tensor:
+            return rules.combined_delta(name, self.arrays, trained, weights)
 
-    def _step(self, trained: Sequence[Record], weights: Sequence[float]) -> Tensors:
-        for name, array in self.arrays.items():
-            delta = rules.combined_delta(name, self.arrays, trained, weights)
-            m = delta if self._m is None else self._m[name].numpy()
-            yield (
-                name,
-                rules.nesterov_step(array.numpy(), delta, m, self.outer_lr, self.momentum),
-            )
+        return self.outer.step(self.runtime.checkpoints, self.arrays, delta_of, server_round)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name of the momentum."""
-        names = [self._momentum_name] if self._momentum_name else []
-        return {"tensors": names, "momentum": self._momentum_name}
+        """Return the outer optimizer's state."""
+        return self.outer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the momentum."""
-        self._momentum_name = str(state["momentum"])
-        if self._momentum_name:
-            self._m = self.runtime.checkpoints.get(self._momentum_name)
+        """Undo `state_dict`."""
+        self.outer.load_state_dict(state, self.runtime.checkpoints)

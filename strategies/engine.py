@@ -71,6 +71,7 @@ class Engine:
         weights: Weights,
         content: RecordDict | None = None,
         checked: bool = True,
+        ahead_after_s: float | None = None,
     ) -> None:
         """Ask a facility for one piece of work.
 
@@ -84,15 +85,18 @@ class Engine:
             Send this, arrays included, in place of the arrays and options.
         checked : bool
             Hold an ordinary ClientApp's weights to `Runtime.check` too.
+        ahead_after_s : float or None
+            See `strategies.sites.Plan`.
 
         Raises
         ------
         ValueError
-            If the facility is not known or still works on another request.
+            If the facility is not known, or still works on another request and is not due
+            for one ahead.
         """
         if facility not in self.sites:
             raise ValueError(f"facility '{facility}' is not known. Known: {sorted(self.sites)}")
-        if self.busy(facility):
+        if self.busy(facility) and not self.due_ahead(facility):
             raise ValueError(f"facility '{facility}' still works on another request")
         work = Work(
             facility=facility,
@@ -103,21 +107,26 @@ class Engine:
             content=content,
             checked=checked,
             created=self.now(),
+            ahead_after_s=ahead_after_s if self.sites[facility].launcher else None,
         )
         self._desk.take(work, self.sites[facility])
 
     def reattach(self, load: Callable[[int], ArrayRecord], checked: bool = True) -> None:
         """Send the orders that were in flight when the run was interrupted again."""
-        for facility, order in sorted(self._memory.orders.items()):
-            if facility in self.sites and not self.busy(facility):
-                self.request(
-                    facility,
-                    order.kind,
-                    steps=order.steps,
-                    options=order.options,
-                    weights=_bound(order.version, load),
-                    checked=checked,
-                )
+        for order in self._desk.unattached():
+            if order.facility not in self.sites or order.facility in self._desk.ahead:
+                continue
+            work = Work(
+                facility=order.facility,
+                kind=order.kind,
+                steps=order.steps,
+                options=order.options,
+                weights=_bound(order.version, load),
+                content=None,
+                checked=checked,
+                created=self.now(),
+            )
+            self._desk.take(work, self.sites[order.facility])
 
     def events(self, timeout: float = 0.0) -> list[Event]:
         """Advance once and return what came of it.
@@ -143,18 +152,24 @@ class Engine:
         """Return whether a request of this facility is not settled yet."""
         return facility in self._desk.works
 
+    def due_ahead(self, facility: str) -> bool:
+        """Return whether a busy facility may be given its next order now."""
+        return self._desk.due_ahead(facility)
+
     def settle(self, facility: str | None = None) -> None:
         """Forget finished orders (of one facility, or all): the next `commit` makes it last."""
         self._desk.settle(facility)
 
     def abandon(self, facility: str) -> None:
         """Forget a request; its result, should there be one, is ignored."""
-        self._desk.forget(facility)
+        self._desk.abandon(facility)
 
-    def commit(self, state: dict[str, Any] | None = None, tensors: Iterable[str] = ()) -> None:
-        """Checkpoint the loop's state (None: its last one) together with the engine's."""
-        if state is not None:
-            self._state, self._tensors = dict(state), list(tensors)
+    def note(self, state: dict[str, Any], tensors: Iterable[str] = ()) -> None:
+        """Take the loop's state for the next `commit`; ``tensors`` are those it needs."""
+        self._state, self._tensors = dict(state), list(tensors)
+
+    def commit(self) -> None:
+        """Checkpoint the loop's last noted state together with the engine's."""
         versions = {global_name(o.version) for o in self._memory.orders.values() if o.version >= 0}
         needed = versions if self._state else set()
         self.runtime.checkpoints.commit(
@@ -171,7 +186,7 @@ class Engine:
         return {
             "seq": dict(m.seq),
             "evaluated": dict(m.evaluated),
-            "orders": {facility: dict(vars(order)) for facility, order in m.orders.items()},
+            "orders": [dict(vars(order)) for order in m.orders.values()],
         }
 
     def now(self) -> float:
@@ -250,6 +265,7 @@ class Engine:
         ]
         self._courier.push(parcels)
         self._desk.works.clear()
+        self._desk.ahead.clear()
         until = self.now() + timeout
         while self._courier.waiting_for(RELEASE) and self.now() < until:
             if not self._receive(self._courier.online()):
@@ -292,7 +308,8 @@ class Engine:
                 self._desk.fail(flight.work, "no reply: the message or its answer was lost")
 
     def _send(self, online: list[int]) -> bool:
-        free = [n for n in online if n not in self._courier.busy()]
+        busy = self._courier.busy()
+        free = [n for n in online if n not in busy]
         parcels = [p for p in map(self._next, free) if p is not None]
         if self._desk.new_orders:
             self.commit()  # ahead of the push: a number once sent is never used again
@@ -317,8 +334,9 @@ class Engine:
         saved = state.pop("engine", {})
         self._memory.seq.update(saved.get("seq", {}))
         self._memory.evaluated.update(saved.get("evaluated", {}))
-        orders = saved.get("orders", {})
-        self._memory.orders.update({f: Order(**order) for f, order in orders.items()})
+        orders = [Order(**order) for order in saved.get("orders", [])]
+        self._memory.orders.update({order.id: order for order in orders})
+        self._desk.loose.update(self._memory.orders)
         self._tensors = list(state.pop("tensors", []))
         self._state = state
         self.restored = state or None

@@ -18,6 +18,8 @@ __all__ = ["Desk"]
 
 MAX_REFUSALS = 10  # pushes of one request that the SuperLink refused, before it has failed once
 
+FIRST_ANSWER_S = 15.0  # of a request: by then it is known whether, and why, it has to queue
+
 WARM = ("ready", "running", "done")
 
 
@@ -26,25 +28,41 @@ class Desk:
 
     def __init__(self, runtime: Runtime, memory: Memory) -> None:
         self.works: dict[str, Work] = {}
+        self.ahead: dict[str, Work] = {}  # handed in while the one in `works` is trained
+        self.loose: dict[str, Order] = {}  # of an interrupted run, and not asked for again yet
         self.new_orders = False
         self._runtime = runtime
         self._settings = runtime.settings
         self._memory = memory
-        self._telemetry = Telemetry(runtime.emit)
+        self._telemetry = Telemetry(runtime.emit, runtime.clock.now)
         self._news: list[Event] = []
 
     # ---- requests ---------------------------------------------------------------------------
 
     def take(self, work: Work, site: Site) -> None:
         """Begin a request; an order of an interrupted run that fits is taken up again."""
-        self.works[work.facility] = work
-        known = self._memory.orders.get(work.facility)
+        known = next(iter(self.unattached(work.facility)), None)
+        table = self.ahead if work.facility in self.works else self.works
+        table[work.facility] = work
         if known is not None and known.kind == work.kind:
             version, arrays = work.weights()
             if version == known.version:
                 work.order, work.base = known, arrays
-        asks = site.launcher and not site.warm
+                del self.loose[known.id]
+        asks = site.launcher and not site.warm and table is self.works
         work.phase = "acquire" if asks and work.order is None else "hand_in"
+
+    def unattached(self, facility: str | None = None) -> list[Order]:
+        """Return the orders of an interrupted run that no request works on, in their order."""
+        left = [o for o in self.loose.values() if facility in (None, o.facility)]
+        return sorted(left, key=lambda o: (o.facility, o.seq))
+
+    def due_ahead(self, facility: str) -> bool:
+        """Return whether the next order may be handed in now, beside the running one."""
+        work = self.works.get(facility)
+        if work is None or facility in self.ahead or work.phase != "collect":
+            return False
+        return work.ahead_at is not None and self._now() >= work.ahead_at
 
     def claimed(self, kind: str) -> bool:
         """Return whether an order of this kind is on its way."""
@@ -67,14 +85,27 @@ class Desk:
             if name in self.works and self.works[name].phase == "arrived":
                 self.forget(name)
         if facility is None:  # orders of an interrupted run that nobody asked for again
-            left = set(self._memory.orders) - set(self.works)
-            for name in left:
-                del self._memory.orders[name]
+            for order_id in self.loose:
+                del self._memory.orders[order_id]
+            self.loose.clear()
 
     def forget(self, facility: str) -> None:
-        """Drop a request and its order."""
-        self.works.pop(facility, None)
-        self._memory.orders.pop(facility, None)
+        """Drop a request and its order; the one handed in ahead takes its place."""
+        self._drop(self.works, facility)
+        if facility in self.ahead:
+            self.works[facility] = self.ahead.pop(facility)
+
+    def abandon(self, facility: str) -> None:
+        """Drop all of a facility's requests."""
+        self._drop(self.ahead, facility)
+        self._drop(self.works, facility)
+        for order in self.unattached(facility):
+            del self._memory.orders[order.id], self.loose[order.id]
+
+    def _drop(self, table: dict[str, Work], facility: str) -> None:
+        work = table.pop(facility, None)
+        if work is not None and work.order is not None:
+            self._memory.orders.pop(work.order.id, None)
 
     def forget_requests(self, kind: str) -> None:
         """Drop the requests of a kind that have not become orders."""
@@ -83,9 +114,10 @@ class Desk:
 
     def send_again(self, facility: str) -> None:
         """Hand in again what was in flight to a node that is gone."""
-        work = self.works.get(facility)
-        if work is not None and work.phase != "arrived":
-            self._rewind(work, 0.0)
+        for table in (self.works, self.ahead):
+            work = table.get(facility)
+            if work is not None and work.phase != "arrived":
+                self._rewind(work, 0.0)
 
     # ---- outgoing ---------------------------------------------------------------------------
 
@@ -95,10 +127,10 @@ class Desk:
         if site.release:
             site.release = False
             return messages.query(protocol.RELEASE, site.node_id, ttl, wait={"cancel": True}), None
-        work = self.works.get(site.facility)
-        if work is None or work.phase == "arrived" or self._now() < work.not_before:
+        work = self._turn(site.facility)
+        if work is None:
             return None
-        wait_s = self._settings.wait_s
+        wait_s = self._wait_s(work)
         if work.phase == "acquire":
             wait = {"wait_s": wait_s}
             return messages.query(protocol.ACQUIRE, site.node_id, ttl, wait=wait), work
@@ -118,6 +150,27 @@ class Desk:
         wait_or_none = wait_s if site.launcher else None
         return messages.hand_in(order, content, site.node_id, ttl, wait_s=wait_or_none), work
 
+    def _turn(self, facility: str) -> Work | None:
+        """Return the request whose turn it is: the one ahead, while the other is trained."""
+        work, ahead = self.works.get(facility), self.ahead.get(facility)
+        if work is None or work.phase == "arrived":
+            return None
+        if work.phase == "collect" and ahead is not None and ahead.phase == "hand_in":
+            work = ahead
+        return work if self._now() >= work.not_before else None
+
+    def _wait_s(self, work: Work) -> float:
+        """Return how long the site may hold the message: the order ahead must not wait for it."""
+        wait_s, now = self._settings.wait_s, self._now()
+        if self.ahead.get(work.facility) is work:
+            return 0.0
+        if work.phase == "acquire" and not work.asked:
+            return min(wait_s, FIRST_ANSWER_S)
+        if work.ahead_after_s is not None and work.facility not in self.ahead:
+            at = now + work.ahead_after_s if work.ahead_at is None else work.ahead_at
+            wait_s = min(wait_s, max(0.0, at - now))
+        return wait_s
+
     def _bind(self, work: Work, site: Site) -> Order:
         """Late binding: the newest weights and the next number become an order."""
         version, work.base = work.weights()
@@ -134,12 +187,17 @@ class Desk:
             evaluate=work.kind == "train"
             and every > 0
             and version % every == 0
-            and site.evaluated != version,
+            and not self._evaluates(site, version),
             options=work.options,
         )
-        self._memory.orders[site.facility] = work.order
+        self._memory.orders[work.order.id] = work.order
         self.new_orders = True
         return work.order
+
+    def _evaluates(self, site: Site, version: int) -> bool:
+        """Return whether a version has been evaluated at a site, or will be."""
+        mine = (o for o in self._memory.orders.values() if o.facility == site.facility)
+        return site.evaluated == version or any(o.evaluate and o.version == version for o in mine)
 
     def pushed(self, message: Message, work: Work | None, taken: bool) -> None:
         """Note that a message was sent, or refused by the SuperLink."""
@@ -152,7 +210,7 @@ class Desk:
                 work.refusals = 0
                 self.fail(work, "the SuperLink refuses the message (node gone, or too large)")
             return
-        work.refusals = 0
+        work.refusals, work.asked = 0, True
         order = work.order
         if order is None or work.phase != "hand_in":
             return
@@ -166,11 +224,15 @@ class Desk:
         status = messages.read_status(message)
         site.warm = status is not None and status.state in WARM and bool(status.allocation)
         if status is not None:
+            left = status.walltime_left_s
+            site.ends_at = None if left is None else self._now() + left
             self._telemetry.allocation(site, status)
         work = flight.work
-        if work is None or self.works.get(site.facility) is not work or work.phase == "arrived":
+        if work is None or not self._alive(work) or work.phase == "arrived":
             return
-        if message.has_error():
+        if self.ahead.get(site.facility) is work and status is not None and _parked(status):
+            work.phase = "collect"  # its turn comes when the running one has arrived
+        elif message.has_error():
             self._error(work, message)
         elif not site.launcher:
             self._arrive(site, work, message, None)
@@ -224,10 +286,11 @@ class Desk:
         metrics = messages.flat_metrics(message)
         if status is not None and status.result is not None:
             metrics = {**metrics, **status.result.metrics}
-        round_trip_s = self._now() - (self._now() if work.handed_in is None else work.handed_in)
-        self._telemetry.done(order, metrics, status, round_trip_s)
+        now = self._now()
+        took_s = now - (now if work.handed_in is None else work.handed_in)
+        self._telemetry.done(order, metrics, status, took_s)
         self._evaluated(site, order, metrics)
-        self._news.append(Arrival(order, work.base, arrays, metrics, message, status))
+        self._news.append(Arrival(order, work.base, arrays, metrics, message, status, took_s))
 
     def _check(self, work: Work, arrays: object, launcher: bool) -> str | None:
         if work.kind == "evaluate" or not (launcher or work.checked):
@@ -251,15 +314,21 @@ class Desk:
 
     def fail(self, work: Work, reason: str, *, final: bool = False) -> None:
         """Count a failed attempt: the same order is sent again, or given up."""
-        if self.works.get(work.facility) is not work:
+        if not self._alive(work):
             return
         work.attempts += 1
         self._telemetry.failed(work, reason)
         if final or work.attempts > self._settings.retries:
+            if self.ahead.get(work.facility) is work:
+                self._drop(self.ahead, work.facility)
+                return
             self.forget(work.facility)
             self._news.append(Failure(work.facility, work.kind, reason, work.order_id))
         else:
             self._rewind(work, self._settings.retry_delay_s)
+
+    def _alive(self, work: Work) -> bool:
+        return work in (self.works.get(work.facility), self.ahead.get(work.facility))
 
     def _rewind(self, work: Work, delay_s: float) -> None:
         if work.order is not None:
@@ -281,6 +350,11 @@ class Desk:
 
     def _now(self) -> float:
         return self._runtime.clock.now()
+
+
+def _parked(status: Status) -> bool:
+    """Return whether the site has an order and will work on it."""
+    return status.state in ("queued", "starting", "ready", "running", "done")
 
 
 def _over(deadline_s: float | None, now: float, since: float) -> bool:

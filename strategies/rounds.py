@@ -130,7 +130,8 @@ class _Rounds:
         }
         self.engine.settle()
         names = [global_name(self.version), *self._saved["tensors"]]
-        self.engine.commit(state, names)
+        self.engine.note(state, names)
+        self.engine.commit()
 
     # ---- the loop ---------------------------------------------------------------------------
 

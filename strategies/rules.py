@@ -22,15 +22,19 @@ __all__ = [
     "Tensors",
     "buffered_step",
     "combined_delta",
+    "descend",
+    "mixed",
     "momentum_step",
     "nesterov_step",
     "normalised",
     "pseudo_gradient",
+    "radial_directional",
     "record_delta",
     "record_mean",
     "staleness_weight",
     "tensors",
     "weighted_mean",
+    "weighted_step",
 ]
 
 Tensor = NDArray[Any]
@@ -184,13 +188,56 @@ def combined_delta(
 def buffered_step(
     theta: Record, deltas: Sequence[Record], weights: Sequence[float], lr: float
 ) -> Tensors:
-    """Yield ``theta - lr / K sum_k s(tau_k) delta_k`` over a buffer of K (FedBuff, 2106.06639).
+    """Return ``theta - lr / K sum_k s(tau_k) delta_k`` over a buffer of K (FedBuff, 2106.06639).
 
     The sum is divided by K and by nothing else: weights below 1 shorten the step.
     """
+    return weighted_step(theta, deltas, weights, lr / len(deltas))
+
+
+def weighted_step(
+    theta: Record, deltas: Sequence[Record], weights: Sequence[float], lr: float = 1.0
+) -> Tensors:
+    """Yield ``theta - lr sum_k w_k delta_k``; the weights are taken as they are."""
     for name, array in theta.items():
         here = array.numpy()
-        total = np.zeros(here.shape, dtype=_math(here).dtype)
-        for delta, weight in zip(deltas, weights, strict=True):
-            total += delta[name].numpy() * total.dtype.type(weight)
-        yield name, _like(_math(here) - total.dtype.type(lr / len(deltas)) * total, here)
+        yield name, descend(here, _summed(name, here, deltas, weights), lr)
+
+
+def mixed(theta: Record, trained: Record, alpha: float) -> Tensors:
+    """Yield ``(1 - alpha) theta + alpha theta_k`` (FedAsync, arXiv 1903.03934)."""
+    for name, array in theta.items():
+        here = array.numpy()
+        kind = _math(here).dtype.type
+        there = _math(trained[name].numpy())
+        yield name, _like(kind(1.0 - alpha) * _math(here) + kind(alpha) * there, here)
+
+
+def radial_directional(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``(sum w ||delta|| / sum w) phi(sum w phi(delta))``, phi the unit vector.
+
+    Norms and directions are averaged apart, so that sites that pull in different directions do
+    not shorten the step (Decoupled DiLoCo, arXiv 2604.21428). All zero: zero.
+    """
+    share = normalised(weights)
+    norms = [float(np.linalg.norm(_math(d))) for d in deltas]
+    direction = np.zeros(deltas[0].shape, dtype=_math(deltas[0]).dtype)
+    for delta, norm, w in zip(deltas, norms, share, strict=True):
+        if norm > 0:
+            direction += direction.dtype.type(w / norm) * _math(delta)
+    length = float(np.linalg.norm(direction))
+    radius = sum(w * n for w, n in zip(share, norms, strict=True))
+    scale = radius / length if length > 0 else 0.0
+    return np.asarray(direction * direction.dtype.type(scale))
+
+
+def _summed(name: str, theta: Tensor, deltas: Sequence[Record], weights: Sequence[float]) -> Tensor:
+    total = np.zeros(theta.shape, dtype=_math(theta).dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        total += total.dtype.type(weight) * delta[name].numpy()
+    return total
+
+
+def descend(theta: Tensor, direction: Tensor, lr: float = 1.0) -> Tensor:
+    """Return ``theta - lr direction`` in the dtype of theta."""
+    return _like(_math(theta) - direction.dtype.type(lr) * direction, theta)

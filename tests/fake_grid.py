@@ -154,7 +154,10 @@ class FakeSite:
         if order.evaluate or order.kind == "evaluate":
             metrics["held_out_loss"] = float(np.square(weights[NAMES[0]]).mean())
         files = {"config.json": "{}"} if order.kind == "initialize" else {}
-        result = Result(order.id, "done", order.steps, 100, self.examples, metrics, "w", "", files)
+        seconds = {"train": order.steps * self.step_s}
+        result = Result(
+            order.id, "done", order.steps, 100, self.examples, metrics, "w", "", files, seconds
+        )
         content = self._status(Status("done", order_id=order.id, result=result))
         content[protocol.METRICS] = MetricRecord({protocol.WEIGHT_KEY: self.examples, **metrics})
         if order.kind != "evaluate":
@@ -165,7 +168,9 @@ class FakeSite:
 
     def _status(self, status: Status) -> RecordDict:
         allocation = "" if self.alloc_ready is None else f"{self.name}-{self.alloc_number}"
-        full = Status(**{**vars(status), "facility": self.name, "allocation": allocation})
+        ledger = {f"{self.name}-{k + 1}": {"queue": self.queue_s} for k in range(self.alloc_number)}
+        named = {"facility": self.name, "allocation": allocation, "ledger": ledger}
+        full = Status(**{**vars(status), **named})
         return RecordDict({protocol.STATUS: ConfigRecord({"json": protocol.to_json(full)})})
 
     def _plain(self, message: Message, now: float) -> tuple[float, RecordDict | Error]:
@@ -194,7 +199,7 @@ class FakeGrid(Grid):
     """The SuperLink and its nodes. `violations` lists what must never happen."""
 
     def __init__(self, sites: Iterable[FakeSite], clock: VirtualClock | None = None) -> None:
-        _name_this_process()
+        name_this_process()
         self.clock = clock or VirtualClock()
         self.nodes: dict[int, FakeSite] = {}
         self.offline: dict[int, list[tuple[float, float]]] = {}
@@ -314,7 +319,7 @@ class FakeGrid(Grid):
         return replies
 
 
-def _name_this_process() -> None:
+def name_this_process() -> None:
     """Do what Flower does when it starts a process; without it no Message can be made."""
     identity = Message.__init__.__globals__["TaskIdentity"]
     identity.task_id, identity.run_id, identity.node_id = 1, 1, 1

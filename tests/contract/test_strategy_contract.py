@@ -16,13 +16,19 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Result, Strategy
 from hydra.utils import instantiate
 
+import strategies
 from flwr_hpc.protocol import TRAIN, Status
 from strategies import (
     Arrival,
+    AsyncDiLoCo,
     AsyncStrategy,
+    DecoupledDiLoCo,
     DiLoCo,
     Engine,
+    FedBackfill,
     FedBuff,
+    FedCompass,
+    FedQueue,
     HpcStrategy,
     RunFailed,
     Runtime,
@@ -51,6 +57,14 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "diloco": DiLoCo,
     "fedbuff": lambda: FedBuff(buffer_size=3),
     "mixing": Mixing,
+    "fedavg with a quorum": lambda: strategies.FedAvg(quorum=2, grace_s=0.0),
+    "fedavg of two of three": lambda: strategies.FedAvg(sites_per_round=2, over_selection=1.5),
+    "fedasync": lambda: strategies.FedAsync(alpha=0.6, staleness="hinge", a=1.0, b=1.0),
+    "async diloco": AsyncDiLoCo,
+    "decoupled diloco": lambda: DecoupledDiLoCo(quorum=2, grace_s=0.0),
+    "fedcompass": lambda: FedCompass(min_steps=5, max_steps=20),
+    "fedqueue": lambda: FedQueue(round_s=200.0, min_steps=5),
+    "fedbackfill": lambda: FedBackfill(round_s=20.0, min_steps=5),
     "flower fedavg": lambda: FedAvg(**ANY_NUMBER),
     "flower fedavgm": lambda: FedAvgM(**ANY_NUMBER, server_momentum=0.9),
     "flower fedadam": lambda: FedAdam(**ANY_NUMBER),
@@ -190,6 +204,33 @@ def test_kill_at_every_moment_and_resume(make):
             np.testing.assert_array_equal(result[name], tensor, err_msg=f"killed at moment {k}")
         assert [set(site.trained) for site in world.sites] == trained, f"killed at moment {k}"
         assert world.grid.violations == []
+
+
+def test_orders_handed_in_ahead():
+    """Overlap: an order waits at the site while one is trained; deaths lose and double nothing."""
+
+    def make() -> Strategy:
+        return FedBackfill(round_s=20.0, min_steps=5, overlap=True)
+
+    whole = World(sites())
+    expected = as_numpy(whole.serve(make).arrays)
+    under_way, most = set(), 0
+    for event, fields in whole.log:
+        if event == "order_sent" and fields["kind"] == "train":
+            under_way.add((fields["facility"], fields["order_id"]))
+        elif event == "order_done":
+            under_way.discard((fields["facility"], fields["order_id"]))
+        most = max(most, *(sum(f == name for f, _ in under_way) for name in "abc"))
+    assert most == 2
+    assert whole.grid.violations == []
+    for k in range(whole.moments):
+        world = World(sites())
+        with pytest.raises(Killed):
+            world.serve(make, die_at=k)
+        result = as_numpy(world.serve(make).arrays)
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(result[name], tensor, err_msg=f"killed at moment {k}")
+        assert all(n == 1 for site in world.sites for n in site.trained.values())
 
 
 @each

@@ -132,7 +132,55 @@ def test_rules_load_one_tensor_at_a_time():
         rules.record_mean([lazy, lazy], [1, 1]),
         rules.record_delta(lazy, lazy),
         rules.buffered_step(lazy, [lazy], [1], 1.0),
+        rules.weighted_step(lazy, [lazy], [1]),
+        rules.mixed(lazy, lazy, 0.5),
     ):
         loaded.clear()
         assert next(pairs)[0] == "a"
         assert set(loaded) == {"a"}
+
+
+def test_mixed_by_hand():
+    """FedAsync: (1 - 0.25) 8 + 0.25 * 4 = 7; alpha = 1 is the site's own weights, bit for bit."""
+    theta, trained = record(f32(8)), record(f32(4))
+    np.testing.assert_array_equal(only(rules.mixed(theta, trained, 0.25)), f32(7))
+    np.testing.assert_array_equal(only(rules.mixed(theta, trained, 1.0)), f32(4))
+
+
+def test_weighted_step_takes_the_weights_as_they_are():
+    """10 - 0.5 (0.5*2 + 0.25*4) = 9: no normalisation, and no 1/n besides."""
+    deltas = [record(f32(2)), record(f32(4))]
+    assert only(rules.weighted_step(record(f32(10)), deltas, [0.5, 0.25], 0.5)) == 9.0
+    assert only(rules.weighted_step(record(f32(10)), deltas, [0.5, 0.25])) == 8.0
+
+
+def test_radial_directional_by_hand():
+    """Norms 5 and 1, weights 3 and 1: radius 4, direction (0.6, 0.8) * 3/4 + (1, 0) / 4."""
+    got = rules.radial_directional([f32(3, 4), f32(1, 0)], [3.0, 1.0])
+    direction = 0.75 * np.array([0.6, 0.8]) + 0.25 * np.array([1.0, 0.0])
+    np.testing.assert_allclose(got, 4.0 * direction / np.linalg.norm(direction), rtol=1e-6)
+
+
+def test_radial_directional_keeps_the_length():
+    """Sites that pull in different directions do not shorten the step; one alone is itself."""
+    got = rules.radial_directional([f32(2, 0), f32(0, 2)], [1.0, 1.0])
+    assert np.linalg.norm(got) == pytest.approx(2.0, rel=1e-6)
+    np.testing.assert_allclose(rules.radial_directional([f32(3, -4)], [7.0]), [3, -4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("deltas", [[f32(0, 0), f32(0, 0)], [f32(1, 0), f32(-1, 0)]])
+def test_radial_directional_without_a_direction_is_zero(deltas):
+    """Neither zero updates nor opposite ones make NaN."""
+    np.testing.assert_array_equal(rules.radial_directional(deltas, [1.0, 1.0]), f32(0, 0))
+
+
+def test_every_rule_keeps_the_dtype_of_the_global_tensor():
+    """A float16 model stays one; the arithmetic is float32."""
+    half = ArrayRecord([np.full(3, 2, dtype=np.float16)])
+    step = ArrayRecord([np.full(3, 1, dtype=np.float32)])
+    for pairs in (
+        rules.mixed(half, half, 0.5),
+        rules.weighted_step(half, [step], [0.5]),
+        rules.buffered_step(half, [step], [1.0], 1.0),
+    ):
+        assert only(pairs).dtype == np.float16

@@ -1,0 +1,88 @@
+"""FedAvg with a deadline: quorum, over-selection, and a choice for what comes late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from strategies import rules
+from strategies.buffer import Update, deltas
+from strategies.rules import Tensors
+from strategies.sites import Plan, Site
+from strategies.window import WindowStrategy
+
+__all__ = ["FedAvg"]
+
+
+class FedAvg(WindowStrategy):
+    """FedAvg (arXiv 1602.05629) whose rounds wait no longer than they have to (1902.01046).
+
+    A round asks `sites_per_round` x `over_selection` sites and merges what has come when
+    enough of them have reported or at its deadline; below `quorum` it goes on.
+
+    Parameters
+    ----------
+    sites_per_round : int or None
+        Reports wanted (None: of every site that is online).
+    over_selection : float
+        At least 1.
+    outer_lr : float
+        1 is FedAvg.
+    proximal_mu : float
+        FedProx (arXiv 1812.06127): sites add ``mu / 2 ||w - theta||^2`` to their loss.
+    deadline_s, quorum, grace_s, late, weighted_by, exponent :
+        See `strategies.window.WindowStrategy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        sites_per_round: int | None = None,
+        over_selection: float = 1.0,
+        outer_lr: float = 1.0,
+        proximal_mu: float = 0.0,
+        deadline_s: float | None = None,
+        quorum: int = 1,
+        grace_s: float | None = None,
+        late: Literal["merge", "drop"] = "merge",
+        weighted_by: Literal["num-examples", "uniform"] = "num-examples",
+        exponent: float = 0.5,
+    ) -> None:
+        super().__init__(
+            deadline_s=deadline_s,
+            quorum=quorum,
+            grace_s=grace_s,
+            late=late,
+            weighted_by=weighted_by,
+            exponent=exponent,
+        )
+        if over_selection < 1:
+            raise ValueError(f"over_selection={over_selection} must be at least 1")
+        self.sites_per_round = sites_per_round
+        self.over_selection = over_selection
+        self.outer_lr = outer_lr
+        self.proximal_mu = proximal_mu
+
+    def may_join(self, site: Site) -> bool:
+        """Let as many sites take part as were to be selected."""
+        if not super().may_join(site):
+            return False
+        if self.sites_per_round is None:
+            return True
+        selected = math.ceil(self.sites_per_round * self.over_selection)
+        return len(self.awaited() | self.reported()) < selected
+
+    def complete(self) -> bool:
+        """Return whether the reports that were wanted are there."""
+        wanted = self.sites_per_round
+        return super().complete() or (wanted is not None and len(self.reported()) >= wanted)
+
+    def order(self, site: Site) -> Plan:
+        """Return an order with the proximal term, if any."""
+        return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
+
+    def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
+        """Step along the weighted mean pseudo-gradient."""
+        found = deltas(self.runtime.checkpoints, updates)
+        return rules.weighted_step(self.arrays, found, weights, self.outer_lr)

@@ -1,0 +1,118 @@
+"""FedQueue: rounds whose work leaves room for the expected wait in the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from strategies import rules
+from strategies.buffer import Update, deltas
+from strategies.pace import Pace
+from strategies.rules import Tensors
+from strategies.sites import Arrival, Plan, Site
+from strategies.window import WindowStrategy
+
+__all__ = ["FedQueue"]
+
+
+class FedQueue(WindowStrategy):
+    """FedQueue (arXiv 2605.02125): scheduler-aware rounds of fixed length.
+
+    With the forecast wait ``q <- b q_seen + (1 - b) q`` a site gets ``max(0.5, T - q - margin)``
+    seconds of work, ``E = max(floor(J / s), min_steps)`` steps at its speed s, and its learning
+    rate is scaled by ``E_min / E``. A job that waited no longer than ``q + tolerance T`` is
+    merged in its round, any other in the next one with a staleness weight.
+
+    Parameters
+    ----------
+    round_s : float
+        T.
+    margin_s : float
+        Kept back of each round for transfers.
+    momentum : float
+        b.
+    min_steps, max_steps : int
+    tolerance : float
+        Of the admission, as a share of T.
+    timer : float
+        A round ends after so many T.
+    scale_lr : bool
+        Scale the sites' learning rates by ``E_min / E``.
+    exponent : float
+        Of the staleness weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        round_s: float = 3600.0,
+        margin_s: float = 60.0,
+        momentum: float = 0.5,
+        min_steps: int = 20,
+        max_steps: int = 100_000,
+        tolerance: float = 0.2,
+        timer: float = 1.15,
+        scale_lr: bool = True,
+        exponent: float = 0.5,
+    ) -> None:
+        super().__init__(deadline_s=timer * round_s, late="merge", exponent=exponent)
+        self.round_s = round_s
+        self.margin_s = margin_s
+        self.min_steps = min_steps
+        self.max_steps = max_steps
+        self.tolerance = tolerance
+        self.scale_lr = scale_lr
+        self.pace = Pace(1.0 - momentum)
+        self._held: list[str] = []  # facilities whose update waits for the next round
+
+    def order(self, site: Site) -> Plan:
+        """Return as many steps as the round has room for."""
+        steps = self._steps(site.facility)
+        return Plan(steps, {"lr-scale": self._least() / steps} if self.scale_lr else {})
+
+    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+        """Merge an update now if its job started as forecast, else in the next round."""
+        expected, waited = self.pace.queue_s.get(arrival.facility), self.pace.waited_s(arrival)
+        self.pace.observe(arrival)
+        late = expected is not None and waited > expected + self.tolerance * self.round_s
+        if late and staleness == 0:
+            self._held.append(arrival.facility)
+        return super().on_arrival(arrival, staleness)
+
+    def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
+        """Step along the weighted mean of what is admitted."""
+        found = deltas(self.runtime.checkpoints, updates)
+        return rules.weighted_step(self.arrays, found, weights)
+
+    def admitted(self) -> list[Update]:
+        """Return the updates of the present window that are merged when it closes."""
+        return [u for u in self.buffer if u.facility not in self._held or u.version < self.version]
+
+    def _close(self) -> Tensors:
+        admitted = {u.name for u in self.admitted()}
+        held = [u for u in self.buffer if u.name not in admitted] if admitted else []
+        self.buffer.keep([u for u in self.buffer if u not in held])
+        new = super()._close()
+        self.buffer.keep(held)
+        self._held = []
+        return new
+
+    def _steps(self, facility: str) -> int:
+        speed = self.pace.step_s.get(facility)
+        if speed is None or speed <= 0:
+            return self.min_steps
+        work_s = max(0.5, self.round_s - self.pace.queue_s.get(facility, 0.0) - self.margin_s)
+        return min(self.max_steps, max(int(work_s / speed), self.min_steps))
+
+    def _least(self) -> int:
+        return min((self._steps(name) for name in self.sites), default=self.min_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window and the forecasts."""
+        return {**super().state_dict(), "pace": self.pace.state_dict(), "held": self._held}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`."""
+        super().load_state_dict(state)
+        self.pace.load_state_dict(state["pace"])
+        self._held = list(state["held"])
