@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -21,7 +22,7 @@ from flwr_hpc.config import Config, parse
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.overrides import prepared, quoted, read
 
-__all__ = ["compose_config", "conf_dir", "resume_config", "shown"]
+__all__ = ["compose_config", "composed", "conf_dir", "resume_config", "shown"]
 
 DEFAULT_FACILITIES = "+facility=[local_a,local_b]"
 # What a run's checkpoints cannot follow, and why.
@@ -61,14 +62,30 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
     UserError
         For anything that does not compose or is not valid.
     """
+    config = composed(overrides, config_dir)
+    if not config.facilities:
+        config = composed([*overrides, DEFAULT_FACILITIES], config_dir)
+    return parse(config)
+
+
+def composed(
+    overrides: Sequence[str],
+    config_dir: str | None,
+    primary: str = "config",
+    schema: type = Config,
+) -> DictConfig:
+    """Compose one of the primary files of `conf/`, whose first default is ``PRIMARY_schema``.
+
+    Raises
+    ------
+    UserError
+        For anything that does not compose.
+    """
     overrides = prepared(overrides)
     if config_dir is not None:
         place = quoted(f"file://{_folder(config_dir)}")
         overrides.append(f"hydra.searchpath=[{place}]")
-    config = _compose(overrides)
-    if not config.facilities:
-        config = _compose([*overrides, DEFAULT_FACILITIES])
-    return parse(config)
+    return _compose(overrides, primary, schema)
 
 
 def resume_config(saved: Path, overrides: Sequence[str]) -> Config:
@@ -138,26 +155,26 @@ def _folder(path: str) -> Path:
     return folder
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    ConfigStore.instance().store(name="schema", node=Config)
+def _compose(overrides: list[str], primary: str, schema: type) -> DictConfig:
+    ConfigStore.instance().store(name=f"{primary}_schema", node=schema)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         try:
-            return compose("config", overrides=overrides)
+            return compose(primary, overrides=overrides)
         except YAMLError as exc:
             raise UserError(_explain_yaml(exc)) from None
         except UnicodeDecodeError as exc:
             raise UserError(f"a file in --config-dir is not UTF-8 text: {exc}") from None
         except (HydraException, OmegaConfBaseException) as exc:
-            raise UserError(_explain(exc)) from None
+            raise UserError(_explain(exc, schema)) from None
 
 
-def _explain(exc: Exception) -> str:
+def _explain(exc: Exception, schema: type) -> str:
     """Say in our words what Hydra could not do."""
     text = str(exc)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1])
-    if match := re.search(r"Could not find '([^']+)'", text):
+        return _unknown_key(match[1], schema)
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, name = match[1].rpartition("/")
         if group and (conf_dir() / group).is_dir():
             return _unknown_choice(group, name, text)
@@ -179,17 +196,28 @@ def _explain_yaml(exc: YAMLError) -> str:
     return f"{where}: not valid YAML: {what}"
 
 
-def _unknown_key(key: str) -> str:
-    node: object = OmegaConf.structured(Config)
+def _unknown_key(key: str, schema: type) -> str:
     *path, last = key.split(".")
-    for part in path:
-        node = node.get(part) if isinstance(node, DictConfig) else None
-    names = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    names = _fields(schema, path)
     where = f"'{'.'.join(path)}'" if path else "the configuration"
+    if not names:
+        return f"{where} has no key '{last}'. To add one: +{key}=VALUE"
     hint = closest(last, names) or ""
     if key == "facility":
         hint = " Facilities are added with a plus: +facility=NAME."
     return f"{where} has no key '{last}'.{hint} Valid keys: {', '.join(names)}."
+
+
+def _fields(schema: object, path: Sequence[str]) -> list[str]:
+    """Return the names of what a key of the schema holds; the keys of a mapping can be any."""
+    for part in path:
+        if get_origin(schema) is dict:
+            schema = get_args(schema)[1]
+        elif isinstance(schema, type) and is_dataclass(schema):
+            schema = get_type_hints(schema).get(part)
+    if isinstance(schema, type) and is_dataclass(schema):
+        return [f.name for f in fields(schema)]
+    return []
 
 
 def _unknown_choice(group: str, name: str, text: str) -> str:

@@ -1,0 +1,92 @@
+"""``python -m flwr_hpc.simulate``: compare strategies on facilities in virtual time.
+
+Settings are KEY=VALUE, e.g.
+
+  python -m flwr_hpc.simulate                                   scenario congested, three strategies
+  python -m flwr_hpc.simulate scenario=hostile 'strategy=[fedavg,diloco,fedbackfill]' seeds=5
+  python -m flwr_hpc.simulate '+facility=[leonardo,lumi]' facilities.leonardo.account=A ...
+  python -m flwr_hpc.simulate scenario.sites.a.queue.median_s=7200 strategies.diloco.outer_lr=0.5
+
+The most used: scenario strategy policy steps seeds learning out.
+All of them, with their values: python -m flwr_hpc.simulate --cfg job
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from omegaconf import OmegaConf
+
+from flwr_hpc.compose import composed
+from flwr_hpc.errors import UserError
+from flwr_hpc.simulate.config import SimulateConfig, parse
+
+__all__ = ["compose", "main"]
+
+DEFAULT_STRATEGIES = ["fedavg", "diloco", "fedbackfill"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
+    args = _parser().parse_intermixed_args(argv)
+    try:
+        config = compose(args.overrides, args.config_dir)
+        if args.cfg:
+            print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+            return 0
+        from flwr_hpc.simulate.compare import compare  # later, so that errors answer at once
+
+        return compare(config)
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except OSError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def compose(overrides: Sequence[str], config_dir: str | None = None) -> SimulateConfig:
+    """Compose the configuration of a comparison.
+
+    Raises
+    ------
+    UserError
+        For anything that does not compose or is not valid.
+    """
+    names, rest = _strategies(overrides)
+    chosen = [f"+strategy@strategies.{name}={name}" for name in names]
+    return parse(composed([*chosen, *rest], config_dir, "simulate", SimulateConfig))
+
+
+def _strategies(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``strategy=NAME`` or ``strategy=[A,B]`` out of the overrides."""
+    names, rest = DEFAULT_STRATEGIES, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "strategy":
+            rest.append(override)
+            continue
+        names = [name.strip() for name in value.strip("[] ").split(",") if name.strip()]
+        if not names:
+            raise UserError("strategy= takes names. Example: 'strategy=[fedavg,fedbackfill]'")
+    return list(dict.fromkeys(names)), rest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flwr_hpc.simulate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

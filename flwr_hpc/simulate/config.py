@@ -1,0 +1,238 @@
+"""The configuration of a simulation, validated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flwr_hpc.config import explain
+from flwr_hpc.errors import UserError, not_negative, one_of, positive
+from flwr_hpc.facility import FacilityConfig, walltime_s
+
+__all__ = ["QueueModel", "ScenarioConfig", "SimulateConfig", "SiteModel", "check_site", "parse"]
+
+QUEUES = ("none", "lognormal", "history", "trace", "cluster")
+LEARNING = ("real", "surrogate")
+
+
+@dataclass
+class QueueModel:
+    """How long a site's jobs wait.
+
+    Attributes
+    ----------
+    kind : str
+        ``none``; ``lognormal`` (`median_s`, `sigma`, `memory_s`, `regimes`); ``history`` (the
+        waits that runs at the facility of the site's name have kept); ``trace`` (a Standard
+        Workload Format file); ``cluster`` (other users' jobs on `cluster_nodes` nodes with
+        backfill).
+    median_s, sigma : float
+        Of lognormal waits.
+    memory_s : float
+        How long waits stay alike: the decay time of their autocorrelation.
+    regimes : list of [from_s, median_s]
+        Other medians from given times on.
+    trace : str or None
+    cluster_nodes, load, mean_nodes, mean_runtime_s :
+        Of the small cluster: its size, the other users' offered load as a share of it, and
+        their jobs.
+    """
+
+    kind: str = "lognormal"
+    median_s: float = 1800.0
+    sigma: float = 1.0
+    memory_s: float = 21600.0
+    regimes: list[list[Any]] = field(default_factory=list)
+    trace: str | None = None
+    cluster_nodes: int = 16
+    load: float = 0.9
+    mean_nodes: float = 2.0
+    mean_runtime_s: float = 3600.0
+
+
+@dataclass
+class SiteModel:
+    """A simulated site; times in seconds unless said otherwise.
+
+    Attributes
+    ----------
+    step_s : float
+        Of one optimizer step.
+    nodes : int
+        Of an allocation, for node-hours.
+    walltime : str
+        Of an allocation.
+    startup_s : float
+        From the job's start to the loaded model.
+    write_s : float
+        To write results; kept back at the end of the walltime.
+    transfer_s, latency_s : float
+        Weights one way; a message one way.
+    preemptions_per_hour, failures_per_hour : float
+        While a job runs: put back in the queue with its progress saved; lost with the
+        progress of the running order.
+    outages : list of [from_s, to_s]
+        The whole site is down.
+    joins_s, leaves_s : float
+        When the site comes and goes.
+    queue : QueueModel
+    """
+
+    step_s: float = 2.0
+    nodes: int = 1
+    walltime: str = "02:00:00"
+    startup_s: float = 60.0
+    write_s: float = 10.0
+    transfer_s: float = 20.0
+    latency_s: float = 2.0
+    preemptions_per_hour: float = 0.0
+    failures_per_hour: float = 0.0
+    outages: list[list[Any]] = field(default_factory=list)
+    joins_s: float = 0.0
+    leaves_s: float | None = None
+    queue: QueueModel = field(default_factory=QueueModel)
+
+
+@dataclass
+class ScenarioConfig:
+    """Sites and what they learn.
+
+    Attributes
+    ----------
+    sites : dict of str to SiteModel
+    target : float
+        Held-out loss, nats per token, that counts as reached.
+    horizon_h : float
+        Simulated hours after which a run is given up.
+    own_share : float
+        Share of a site's data that is its own domain's: 1 is the most skewed.
+    """
+
+    sites: dict[str, SiteModel] = field(default_factory=dict)
+    target: float = 1.45
+    horizon_h: float = 240.0
+    own_share: float = 0.85
+
+
+@dataclass
+class SimulateConfig:
+    """One comparison.
+
+    Attributes
+    ----------
+    scenario : ScenarioConfig
+    strategies : dict of str to dict
+        What ``'strategy=[...]'`` has chosen: ``_target_`` and arguments of each.
+    facilities : dict of str to FacilityConfig
+        With ``'+facility=[...]'`` the sites are these, with the scenario's queues.
+    policy : str
+        ``warm``, ``per_round``, or ``own``: as each strategy's file says, else warm.
+    steps : int
+        Inner steps per order, where a strategy does not decide.
+    seeds : int
+        Runs of each strategy, with seeds 0, 1, ...
+    learning : str
+        ``real`` (a small network is trained) or ``surrogate`` (a formula).
+    evaluate_every_s : float
+        The held-out loss is computed no more often than this.
+    out : str or None
+        Folder of the results; default: simulations/<date>_<time>.
+    """
+
+    scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
+    strategies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    facilities: dict[str, FacilityConfig] = field(default_factory=dict)
+    policy: str = "own"
+    steps: int = 100
+    seeds: int = 3
+    learning: str = "real"
+    evaluate_every_s: float = 60.0
+    out: str | None = None
+
+
+def parse(raw: DictConfig | dict[str, Any]) -> SimulateConfig:
+    """Turn a composed configuration into a checked `SimulateConfig`.
+
+    Raises
+    ------
+    UserError
+        Naming the key, the value found and what would be valid.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SimulateConfig), raw))
+    except OmegaConfBaseException as exc:
+        raise UserError(explain(exc)) from None
+    assert isinstance(config, SimulateConfig)
+    one_of("policy", config.policy, ("own", "warm", "per_round"))
+    one_of("learning", config.learning, LEARNING)
+    for key in ("steps", "seeds"):
+        positive(key, getattr(config, key))
+    not_negative("evaluate_every_s", config.evaluate_every_s)
+    positive("scenario.target", config.scenario.target)
+    positive("scenario.horizon_h", config.scenario.horizon_h)
+    for name, site in config.scenario.sites.items():
+        check_site(f"scenario.sites.{name}", site)
+    if not config.scenario.sites and not config.facilities:
+        raise UserError("a scenario needs sites. Name one that has some: scenario=congested")
+    return config
+
+
+def check_site(key: str, site: SiteModel) -> None:
+    """Refuse a site that makes no sense; `key` says where it is configured.
+
+    Raises
+    ------
+    UserError
+        Naming the key, the value found and what would be valid.
+    """
+    positive(f"{key}.step_s", site.step_s)
+    positive(f"{key}.nodes", site.nodes)
+    if walltime_s(site.walltime) <= site.startup_s + site.write_s + site.step_s:
+        raise UserError(
+            f"{key}.walltime={site.walltime} leaves no time to train after startup_s="
+            f"{site.startup_s:g} and write_s={site.write_s:g}. Example: {key}.walltime=02:00:00"
+        )
+    for name in ("startup_s", "write_s", "transfer_s", "latency_s", "joins_s"):
+        not_negative(f"{key}.{name}", getattr(site, name))
+    for name in ("preemptions_per_hour", "failures_per_hour"):
+        not_negative(f"{key}.{name}", getattr(site, name))
+    for pair in site.outages:
+        if not _numbers(pair) or not 0 <= pair[0] < pair[1]:
+            raise UserError(
+                f"{key}.outages takes pairs [from_s, to_s]; found {pair}. "
+                f"Example: '{key}.outages=[[3600,7200]]'"
+            )
+    _check_queue(f"{key}.queue", site.queue, site.nodes)
+
+
+def _check_queue(key: str, queue: QueueModel, nodes: int) -> None:
+    one_of(f"{key}.kind", queue.kind, QUEUES)
+    for f in fields(QueueModel):
+        value = getattr(queue, f.name)
+        if isinstance(value, float | int):
+            check = not_negative if f.name in ("memory_s", "sigma") else positive
+            check(f"{key}.{f.name}", value)
+    for pair in queue.regimes:
+        if not _numbers(pair) or min(pair) < 0:
+            raise UserError(
+                f"{key}.regimes takes pairs [from_s, median_s]; found {pair}. "
+                f"Example: '{key}.regimes=[[18000,7200]]'"
+            )
+    if queue.kind == "trace" and not queue.trace:
+        raise UserError(f"{key}.trace must name a file: {key}.trace=FILE.swf")
+    if queue.mean_nodes < 1:
+        raise UserError(f"{key}.mean_nodes={queue.mean_nodes:g} must be at least 1")
+    if queue.kind == "cluster" and nodes > queue.cluster_nodes:
+        raise UserError(
+            f"{key}.cluster_nodes={queue.cluster_nodes} is too small for a job of {nodes} nodes"
+        )
+
+
+def _numbers(pair: list[Any]) -> bool:
+    return len(pair) == 2 and all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in pair
+    )

@@ -1,0 +1,87 @@
+"""What a simulated facility is like, and what happens there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+__all__ = ["Facility", "Learns", "Segment", "Weights"]
+
+Weights = dict[str, Any]
+
+
+class Learns(Protocol):
+    """What a site's training does to weights."""
+
+    def initial(self) -> Weights:
+        """Return the initial weights."""
+
+    def train(
+        self,
+        site: int,
+        weights: Weights,
+        steps: int,
+        lr_scale: float = 1.0,
+        mu: float = 0.0,
+        anchor: Weights | None = None,
+    ) -> tuple[Weights, float]:
+        """Return the trained weights and the mean training loss.
+
+        With `mu`, ``mu / 2 ||w - anchor||^2`` is added to the loss.
+        """
+
+    def evaluate(self, weights: Weights) -> float:
+        """Return the held-out loss."""
+
+
+@dataclass(frozen=True)
+class Facility:
+    """What a simulated facility is like; times in seconds.
+
+    Attributes
+    ----------
+    step_s : float
+        Of one optimizer step.
+    nodes : int
+        Of an allocation.
+    startup_s : float
+        From the job's start to the loaded model.
+    walltime_s, write_s : float
+        Of an allocation; to write results, kept back at its end.
+    transfer_s, latency_s : float
+        Weights one way; a message one way.
+    preemptions_per_hour, failures_per_hour : float
+        Rates while a job runs: preempted jobs queue again and go on from their checkpoint,
+        failed ones lose what the order had trained.
+    outages : tuple of (begin, end)
+        The whole site is down.
+    idle_timeout_s : float
+    per_round : bool
+        A job for every order.
+    renew : bool
+        The successor is submitted ahead.
+    """
+
+    step_s: float
+    nodes: int = 1
+    startup_s: float = 60.0
+    walltime_s: float = 7200.0
+    write_s: float = 10.0
+    transfer_s: float = 20.0
+    latency_s: float = 2.0
+    preemptions_per_hour: float = 0.0
+    failures_per_hour: float = 0.0
+    outages: tuple[tuple[float, float], ...] = ()
+    idle_timeout_s: float = 600.0
+    per_round: bool = False
+    renew: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of time of an allocation, for the timeline."""
+
+    allocation: str
+    what: Literal["queue", "load", "train", "idle"]
+    begin: float
+    end: float

@@ -1,0 +1,319 @@
+"""One run in virtual time: a scenario's sites under a strategy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.facility import walltime_s
+from flwr_hpc.federation.strategy import build_strategy
+from flwr_hpc.jobs.history import History
+from flwr_hpc.simulate.clock import HorizonReached, VirtualClock
+from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
+from flwr_hpc.simulate.facility import Facility, Learns, Segment
+from flwr_hpc.simulate.grid import SimulatedGrid
+from flwr_hpc.simulate.learning import Learner, LearnerConfig
+from flwr_hpc.simulate.queues import (
+    BackfillCluster,
+    EmpiricalQueue,
+    LognormalQueue,
+    NoQueue,
+    Queue,
+    waits_of_trace,
+)
+from flwr_hpc.simulate.site import SimulatedSite
+from flwr_hpc.simulate.surrogate import Surrogate
+from strategies.base import HpcStrategy
+from strategies.engine import Engine
+from strategies.rounds import run_rounds
+from strategies.runtime import RunFailed, Runtime, Settings
+
+__all__ = ["Outcome", "simulate"]
+
+ENDLESS = 10**9
+WAIT_S = 3600.0  # of a long poll
+POLL_S = 5.0
+WARMUP = 24.0  # mean runtimes of other users' jobs before the simulation begins
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes
+    ----------
+    strategy, seed, policy :
+        Of the run.
+    curve : list of (hours, node_hours, loss)
+        The global model's held-out loss, oldest first.
+    reached : bool
+        Whether the target was.
+    hours, node_hours : float
+        At the end: when the target was reached, or the run was given up.
+    versions, orders : int
+    error : str
+        Why the run ended early, if it did.
+    segments : dict of str to list of Segment
+        By site: what its allocations did, for timelines.
+    """
+
+    strategy: str
+    seed: int
+    policy: str
+    curve: list[tuple[float, float, float]] = field(default_factory=list)
+    reached: bool = False
+    hours: float = 0.0
+    node_hours: float = 0.0
+    versions: int = 0
+    orders: int = 0
+    error: str = ""
+    segments: dict[str, list[Segment]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the segments, as JSON."""
+        plain = asdict(self)
+        del plain["segments"]
+        return plain
+
+
+class _Reached(Exception):
+    """The target loss is reached."""
+
+
+class _Memory:
+    """A checkpoint store that keeps what is needed, and looks at every new global model."""
+
+    def __init__(self, on_global: Callable[[ArrayRecord], None]) -> None:
+        self._records: dict[str, ArrayRecord] = {}
+        self._on_global = on_global
+
+    def put(self, name: str, tensors: Iterable[tuple[str, Any]]) -> ArrayRecord:
+        record = ArrayRecord({key: Array(np.asarray(tensor)) for key, tensor in tensors})
+        self._records[name] = record
+        if name.startswith("global-"):
+            self._on_global(record)
+        return record
+
+    def get(self, name: str) -> ArrayRecord:
+        return self._records[name]
+
+    def commit(self, state: dict[str, Any]) -> None:
+        self._records = {name: self._records[name] for name in state["tensors"]}
+
+    def restore(self) -> dict[str, Any] | None:
+        return None
+
+
+class _Watch:
+    """Follows the loss of the global model."""
+
+    def __init__(
+        self, clock: VirtualClock, learner: Learns, sites: list[SimulatedSite], every_s: float
+    ) -> None:
+        self.clock, self.learner, self.sites, self.every_s = clock, learner, sites, every_s
+        self.curve: list[tuple[float, float, float]] = []
+        self.versions = -1
+        self.target = 0.0
+        self._next = 0.0
+
+    def look(self, record: ArrayRecord) -> None:
+        self.versions += 1
+        now = self.clock.now()
+        if now < self._next:
+            return
+        self._next = now + self.every_s
+        loss = self.learner.evaluate({k: a.numpy() for k, a in record.items()})
+        node_hours = sum(site.node_hours() for site in self.sites)
+        self.curve.append((now / 3600.0, node_hours, loss))
+        if loss <= self.target:
+            raise _Reached
+
+
+def simulate(
+    scenario: ScenarioConfig,
+    name: str,
+    strategy: dict[str, Any],
+    *,
+    policy: str = "warm",
+    renew: bool = False,
+    seed: int = 0,
+    steps: int = 100,
+    learning: str = "real",
+    evaluate_every_s: float = 60.0,
+    versions: int = ENDLESS,
+) -> Outcome:
+    """Run a strategy until the target loss, the horizon, or so many versions.
+
+    Parameters
+    ----------
+    scenario : ScenarioConfig
+    name : str
+        The strategy's, for the outcome.
+    strategy : dict
+        ``_target_`` and arguments.
+    policy : str
+        ``warm`` or ``per_round``.
+    renew : bool
+        Warm allocations have their successor submitted ahead.
+    seed : int
+        Of queues, faults, data and initial weights; the same run comes out of the same seed.
+    steps : int
+        Per order, where the strategy does not decide.
+    learning : str
+        ``real`` or ``surrogate``.
+    evaluate_every_s : float
+        The loss is computed no more often, in virtual seconds.
+    versions : int
+
+    Returns
+    -------
+    Outcome
+    """
+    clock = VirtualClock(scenario.horizon_h * 3600.0)
+    learner = _learner(scenario, learning, seed)
+    grid, sites = _sites(scenario, clock, learner, policy, renew, seed)
+    watch = _Watch(clock, learner, sites, evaluate_every_s)
+    watch.target = scenario.target
+    runtime = Runtime(
+        clock=clock,
+        checkpoints=_Memory(watch.look),
+        settings=Settings(wait_s=WAIT_S, evaluate_every=0, final_evaluation_s=0.0, poll_s=POLL_S),
+        check=None,
+    )
+    outcome = Outcome(name, seed, policy)
+    try:
+        _start(build_strategy(copy.deepcopy(strategy)), grid, runtime, learner, versions, steps)
+    except _Reached:
+        outcome.reached = True
+    except (HorizonReached, RunFailed) as exc:
+        outcome.error = str(exc)
+    outcome.curve = watch.curve
+    outcome.hours = clock.now() / 3600.0
+    outcome.node_hours = sum(site.node_hours() for site in sites)
+    outcome.versions = watch.versions
+    outcome.orders = sum(site.pool.orders for site in sites)
+    outcome.segments = {site.name: site.pool.segments for site in sites}
+    return outcome
+
+
+def _start(
+    strategy: Any,
+    grid: SimulatedGrid,
+    runtime: Runtime,
+    learner: Learns,
+    versions: int,
+    steps: int,
+) -> None:
+    initial = ArrayRecord({k: Array(np.asarray(w)) for k, w in learner.initial().items()})
+    config = ConfigRecord({"steps": steps})
+    engine = Engine(grid, runtime)
+    engine.wait_for(1)
+    if isinstance(strategy, HpcStrategy):
+        strategy.runtime, strategy.engine = runtime, engine
+        strategy.start(grid, initial, versions, train_config=config)
+    else:
+        run_rounds(
+            strategy,
+            grid,
+            initial,
+            versions,
+            train_config=config,
+            runtime=runtime,
+            engine=engine,
+        )
+
+
+def _learner(scenario: ScenarioConfig, kind: str, seed: int) -> Learns:
+    sites = len(scenario.sites)
+    if kind == "surrogate":
+        return Surrogate(sites, seed)
+    return Learner(sites, LearnerConfig(own_share=scenario.own_share), seed)
+
+
+def _sites(
+    scenario: ScenarioConfig,
+    clock: VirtualClock,
+    learner: Learns,
+    policy: str,
+    renew: bool,
+    seed: int,
+) -> tuple[SimulatedGrid, list[SimulatedSite]]:
+    grid = SimulatedGrid(clock)
+    sites = []
+    for index, (name, model) in enumerate(scenario.sites.items()):
+        queues, faults = (np.random.default_rng([seed, kind, index]) for kind in (4, 5))
+        queue = _queue(model.queue, name, model, clock, queues)
+        facility = _facility(model, policy, renew)
+        site = SimulatedSite(name, index, facility, queue, learner, clock, faults)
+        grid.join(site, model.joins_s, model.leaves_s or float("inf"))
+        sites.append(site)
+    return grid, sites
+
+
+def _facility(model: SiteModel, policy: str, renew: bool) -> Facility:
+    shared = {
+        k: getattr(model, k)
+        for k in ("step_s", "nodes", "startup_s", "write_s", "transfer_s", "latency_s")
+    }
+    return Facility(
+        **shared,
+        walltime_s=float(walltime_s(model.walltime)),
+        preemptions_per_hour=model.preemptions_per_hour,
+        failures_per_hour=model.failures_per_hour,
+        outages=tuple((a, b) for a, b in model.outages),
+        per_round=policy == "per_round",
+        renew=renew and policy == "warm",
+    )
+
+
+def _queue(
+    model: QueueModel, site: str, at: SiteModel, clock: VirtualClock, rng: np.random.Generator
+) -> Queue:
+    if model.kind == "none":
+        return NoQueue()
+    if model.kind == "lognormal":
+        return LognormalQueue(clock, _course(model), model.sigma, model.memory_s, rng)
+    if model.kind == "cluster":
+        return BackfillCluster(
+            clock,
+            model.cluster_nodes,
+            model.load,
+            model.mean_nodes,
+            model.mean_runtime_s,
+            rng,
+            warmup_s=WARMUP * model.mean_runtime_s,
+        )
+    wall = float(walltime_s(at.walltime))
+    if model.kind == "trace":
+        return EmpiricalQueue(clock, waits_of_trace(Path(str(model.trace)), at.nodes, wall), rng)
+    return EmpiricalQueue(clock, _history(site), rng)
+
+
+def _course(model: QueueModel) -> Callable[[float], float]:
+    """Return the median wait as a function of the time."""
+    regimes = sorted((float(at), float(median)) for at, median in model.regimes)
+
+    def median_s(now: float) -> float:
+        past = [median for at, median in regimes if at <= now]
+        return past[-1] if past else model.median_s
+
+    return median_s
+
+
+def _history(site: str) -> list[float]:
+    """Return the waits that runs at a facility have kept."""
+    waits = History(site).waits()
+    known = [w.waited_s for w in waits if w.over and not w.void and w.waited_s is not None]
+    if not known:
+        raise UserError(
+            f"no run has kept waits of facility '{site}' yet. Choose another queue, e.g. "
+            "queue.kind=lognormal, or name the facility: '+facility=[NAME]'"
+        )
+    return known

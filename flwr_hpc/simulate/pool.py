@@ -1,0 +1,345 @@
+"""The allocations of a simulated site: queued, loading, at work, and ended in every way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from flwr_hpc.protocol import Order
+from flwr_hpc.simulate.clock import VirtualClock
+from flwr_hpc.simulate.facility import Facility, Segment, Weights
+from flwr_hpc.simulate.queues import Queue, Ticket
+
+__all__ = ["Allocation", "Pool", "Task"]
+
+
+@dataclass
+class Task:
+    """An order and how far it got."""
+
+    order: Order
+    weights: Weights
+    start: Weights = field(default_factory=dict)
+    share: float = 0.0
+    own_seq: int = -1
+    done: int = 0
+    loss_sum: float = 0.0
+    tries: int = 0
+    finished: bool = False
+    failed: str = ""
+
+
+@dataclass
+class Allocation:
+    """A job: in the queue, loading, ready or ended."""
+
+    name: str
+    submitted: float
+    state: Literal["queued", "loading", "ready", "ended"] = "queued"
+    started: float = 0.0
+    ends: float = 0.0
+    since: float = 0.0  # in this state, or idle
+    released: bool = False
+    stay: int = 0  # grows whenever what was planned for it is void
+    ticket: Ticket | None = None
+    own: Weights = field(default_factory=dict)  # how the last order here moved the weights
+    own_seq: int = -1
+    task: Task | None = None
+    task_began: float = 0.0
+    inbox: list[Task] = field(default_factory=list)
+
+
+class Pool:
+    """One facility's allocations and the orders they work on.
+
+    Parameters
+    ----------
+    facility : Facility
+    queue : Queue
+    clock : VirtualClock
+    rng : numpy Generator
+        Draws preemptions and failures.
+    train : callable
+        ``train(task, steps)``: called when so many steps are over.
+    changed : callable
+        Called when an order or an allocation has come further.
+    retries : int
+        Failures of one order before it is reported as failed.
+
+    Attributes
+    ----------
+    node_s, queued_s : float
+        Node seconds of all allocations that have ended; seconds that jobs have waited.
+    orders : int
+        Finished so far.
+    segments : list of Segment
+    """
+
+    def __init__(
+        self,
+        facility: Facility,
+        queue: Queue,
+        clock: VirtualClock,
+        rng: np.random.Generator,
+        train: Callable[[Task, int], None],
+        changed: Callable[[], None],
+        retries: int,
+    ) -> None:
+        self.facility, self.queue, self.clock, self.rng = facility, queue, clock, rng
+        self.retries = retries
+        self.node_s = self.queued_s = 0.0
+        self.orders = 0
+        self.segments: list[Segment] = []
+        self._train, self._changed = train, changed
+        self._allocations: list[Allocation] = []  # not ended, oldest first
+        self._made = 0
+        self._waits: list[float] = []
+        for begin, _ in facility.outages:
+            clock.at(begin, self._outage)
+
+    # ---- what the site asks for -------------------------------------------------------------
+
+    def assign(self, task: Task) -> None:
+        """Give an order to the allocation that takes new ones; without one, ask for one."""
+        a = self.current() or self._submit()
+        a.inbox.append(task)
+        a.released = a.released or self.facility.per_round
+        self._work(a)
+
+    def acquire(self) -> None:
+        """Ask for an allocation if there is none."""
+        if self.current() is None:
+            self._submit()
+
+    def current(self) -> Allocation | None:
+        """Return the allocation that takes new orders: a ready one before one that queues."""
+        able = [a for a in self._allocations if not a.released]
+        ready = [a for a in able if a.state == "ready"]
+        found = ready or able
+        return found[-1] if found else None
+
+    def at_work_on(self, task: Task) -> Allocation | None:
+        """Return the allocation that works on an order now."""
+        return next((a for a in self._allocations if a.task is task), None)
+
+    def release(self) -> None:
+        """Let all allocations end once idle."""
+        for a in list(self._allocations):
+            a.released = True
+            if a.task is None and (a.state == "queued" or not a.inbox):
+                self._close(a)
+
+    def running_node_s(self) -> float:
+        """Return the node seconds so far of the allocations that run."""
+        now = self.clock.now()
+        running = [a for a in self._allocations if a.state in ("loading", "ready")]
+        return sum((now - a.started) * self.facility.nodes for a in running)
+
+    def steps_so_far(self, a: Allocation) -> int:
+        """Return how many steps of its order an allocation has done in this stay."""
+        if a.task is None or a.task.order.kind != "train":
+            return 0
+        ran = int((self.clock.now() - a.task_began) / self.facility.step_s)
+        return min(ran, a.task.order.steps - a.task.done)
+
+    # ---- orders -----------------------------------------------------------------------------
+
+    def _work(self, a: Allocation) -> None:
+        """Let a ready allocation begin its next order."""
+        if a.state != "ready" or a.task is not None or not a.inbox:
+            return
+        now = self.clock.now()
+        self._segment(a, "idle")
+        task = a.inbox[0]
+        left = task.order.steps - task.done
+        if task.order.kind == "train":
+            room = self._room(a)
+            if room < min(1, left):
+                self._close(a)
+                return
+            steps = min(left, room)
+        else:
+            steps = 0
+        a.task, a.task_began = a.inbox.pop(0), now
+        _prepare(task, a.own, a.own_seq)
+        stay = a.stay
+        done_at = now + steps * self.facility.step_s + self.facility.write_s
+        self.clock.at(done_at, lambda: self._finish(a, task, steps, stay))
+
+    def _room(self, a: Allocation) -> int:
+        """Return how many steps fit into what is left of the walltime."""
+        left_s = a.ends - self.clock.now() - self.facility.write_s
+        return int(left_s / self.facility.step_s + 1e-9)
+
+    def _finish(self, a: Allocation, task: Task, steps: int, stay: int) -> None:
+        if a.stay != stay:
+            return
+        self._train(task, steps)
+        self.orders += 1
+        if task.order.kind == "train":
+            a.own = {k: task.weights[k] - w for k, w in task.start.items()}
+            a.own_seq = task.order.seq
+        a.task = None
+        self._segment(a, "train")
+        if self._room(a) < 1 or (a.released and not a.inbox):
+            self._close(a)
+        task.finished = True
+        if a.state == "ready":
+            self._work(a)
+            self._idle(a)
+        self._changed()
+
+    # ---- allocations ------------------------------------------------------------------------
+
+    def _submit(self) -> Allocation:
+        now = self.clock.now()
+        a = Allocation(f"a{self._made:04d}", submitted=now, since=now)
+        self._made += 1
+        self._allocations.append(a)
+        self._enqueue(a)
+        return a
+
+    def _enqueue(self, a: Allocation) -> None:
+        f = self.facility
+        a.state, a.submitted, a.since = "queued", self.clock.now(), self.clock.now()
+        a.ticket = Ticket(f.nodes, f.walltime_s, start=lambda: self._start(a))
+        self.queue.submit(a.ticket)
+
+    def _start(self, a: Allocation) -> None:
+        now, f = self.clock.now(), self.facility
+        down = [end for begin, end in f.outages if begin <= now < end]
+        if down:
+            self.clock.at(down[0], lambda: self._start(a) if a.state == "queued" else None)
+            return
+        self._segment(a, "queue")
+        self._waits.append(now - a.submitted)
+        self.queued_s += now - a.submitted
+        a.state, a.started, a.ends, a.since = "loading", now, now + f.walltime_s, now
+        a.stay += 1
+        stay = a.stay
+        self.clock.at(now + f.startup_s, lambda: self._ready(a, stay))
+        for rate, event in (
+            (f.preemptions_per_hour, self._preempt),
+            (f.failures_per_hour, self._fail),
+        ):
+            if rate > 0:
+                after = float(self.rng.exponential(3600.0 / rate))
+                if after < f.walltime_s:
+                    self._plan(now + after, event, a, stay)
+
+    def _plan(
+        self, when: float, event: Callable[[Allocation], None], a: Allocation, stay: int
+    ) -> None:
+        self.clock.at(when, lambda: event(a) if a.stay == stay and a.state != "ended" else None)
+
+    def _ready(self, a: Allocation, stay: int) -> None:
+        if a.stay != stay:
+            return
+        self._segment(a, "load")
+        a.state = "ready"
+        self._plan(a.ends - self.facility.write_s, self._expire, a, stay)
+        if self.facility.renew and not a.released:
+            lead = self._expected_wait() + self.facility.startup_s
+            self._plan(max(self.clock.now(), a.ends - lead), self._renew, a, stay)
+        for older in [] if a.released else list(self._allocations):
+            if older is not a and older.state == "ready" and not older.released:
+                older.released = True
+                if older.task is None and not older.inbox:
+                    self._close(older)
+        self._work(a)
+        self._idle(a)
+        self._changed()
+
+    def _renew(self, a: Allocation) -> None:
+        if not a.released and self._allocations[-1] is a:
+            self._submit()
+
+    def _expected_wait(self) -> float:
+        """Return the median of the last waits."""
+        return float(np.median(self._waits[-9:])) if self._waits else 0.0
+
+    def _idle(self, a: Allocation) -> None:
+        """Plan the end of an allocation that nobody gives work to."""
+        if a.state == "ready" and a.task is None:
+            since = a.since
+            self._plan(
+                self.clock.now() + self.facility.idle_timeout_s,
+                lambda a: self._close(a) if a.task is None and a.since == since else None,
+                a,
+                a.stay,
+            )
+
+    def _expire(self, a: Allocation) -> None:
+        if a.task is None:  # else the running order was planned to be done by now
+            self._close(a)
+
+    def _preempt(self, a: Allocation) -> None:
+        """Put the job back in the queue; the order goes on from its checkpoint."""
+        steps = self.steps_so_far(a)
+        task = self._stop(a)
+        if task is not None:
+            self._train(task, steps)
+            a.inbox.insert(0, task)
+        self._enqueue(a)
+
+    def _fail(self, a: Allocation) -> None:
+        """End the job at once; what the running order has trained is lost."""
+        task = self._stop(a)
+        if task is not None:
+            task.tries += 1
+            if task.tries > self.retries:
+                task.failed = f"gave up after {task.tries} allocations"
+                task = None
+        self._end(a, [task] if task is not None else [])
+
+    def _close(self, a: Allocation) -> None:
+        self._stop(a)
+        self._end(a, [])
+
+    def _end(self, a: Allocation, undone: list[Task]) -> None:
+        a.state = "ended"
+        self._allocations.remove(a)
+        if a.ticket is not None:
+            a.ticket.cancelled = True
+            self.queue.ended(a.ticket)
+        for task in [*undone, *a.inbox]:
+            self.assign(task)
+        self._changed()
+
+    def _stop(self, a: Allocation) -> Task | None:
+        """Void what was planned for an allocation, and account for its time."""
+        if a.state in ("loading", "ready"):
+            self._segment(a, "load" if a.state == "loading" else "train" if a.task else "idle")
+            self.node_s += (self.clock.now() - a.started) * self.facility.nodes
+            if a.ticket is not None:
+                self.queue.ended(a.ticket)
+        else:
+            self._segment(a, "queue")
+        a.stay += 1
+        task, a.task = a.task, None
+        return task
+
+    def _outage(self) -> None:
+        for a in list(self._allocations):
+            if a.state in ("loading", "ready"):
+                self._fail(a)
+
+    def _segment(self, a: Allocation, what: Any) -> None:
+        now = self.clock.now()
+        if now > a.since:
+            self.segments.append(Segment(a.name, what, a.since, now))
+        a.since = now
+
+
+def _prepare(task: Task, own: Weights, seq: int) -> None:
+    """Begin an order: from its weights, moved by a share of the site's last update if asked to."""
+    if task.start:
+        return  # it goes on from where it was
+    share = float(task.order.options.get("own-share", 0.0))
+    if share and own and task.weights:
+        task.share, task.own_seq = share, seq
+        task.weights = {k: w + w.dtype.type(share) * own[k] for k, w in task.weights.items()}
+    task.start = dict(task.weights)

@@ -1,0 +1,222 @@
+"""A simulated site: answers the messages of a launcher, with allocations that are models.
+
+It behaves as `flwr_hpc.federation.client_app` over `flwr_hpc.jobs` and a worker do: one message
+at a time, long polls, idempotent orders, warm allocations that end with their walltime, partial
+results, preempted orders that go on where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from flwr_hpc import protocol
+from flwr_hpc.protocol import Order, Result, Status
+from flwr_hpc.simulate.clock import VirtualClock
+from flwr_hpc.simulate.facility import Facility, Learns
+from flwr_hpc.simulate.pool import Allocation, Pool, Task
+from flwr_hpc.simulate.queues import Queue
+
+__all__ = ["SimulatedSite"]
+
+KEPT = 2  # finished orders that can be collected again
+
+
+@dataclass
+class _Waiting:
+    """A message that is held until something is true."""
+
+    message: Message
+    answer: Callable[[RecordDict], None]
+    until: float
+    order_id: str = ""
+
+
+class SimulatedSite:
+    """One facility's login node, queue and allocations.
+
+    Parameters
+    ----------
+    name, index : str, int
+        Of the facility; the index selects its data.
+    facility : Facility
+    queue : Queue
+    learner : Learns
+    clock : VirtualClock
+    rng : numpy Generator
+        Draws preemptions and failures.
+    retries : int
+        Failures of one order before it is reported as failed.
+
+    Attributes
+    ----------
+    pool : Pool
+        Its allocations.
+    steps : int
+        Trained so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        facility: Facility,
+        queue: Queue,
+        learner: Learns,
+        clock: VirtualClock,
+        rng: np.random.Generator,
+        retries: int = 2,
+    ) -> None:
+        self.name, self.index, self.facility = name, index, facility
+        self.learner, self.clock = learner, clock
+        self.pool = Pool(facility, queue, clock, rng, self._train, self._notify, retries)
+        self.steps = 0
+        self._tasks: dict[str, Task] = {}
+        self._results: dict[str, RecordDict] = {}
+        self._waiting: _Waiting | None = None
+
+    # ---- messages ---------------------------------------------------------------------------
+
+    def online(self) -> bool:
+        """Return whether the site is up."""
+        now = self.clock.now()
+        return not any(a <= now < b for a, b in self.facility.outages)
+
+    def handle(self, message: Message, answer: Callable[[RecordDict], None]) -> None:
+        """Take a message; `answer` is called once, when its reply leaves the site."""
+        kind = message.metadata.message_type
+        if kind == protocol.RELEASE:
+            self.pool.release()
+        if kind in (protocol.DESCRIBE, protocol.RELEASE):
+            answer(self._status("idle"))
+            return
+        wait = message.content.get(protocol.WAIT)
+        wait_s = float(str(wait["wait_s"])) if isinstance(wait, ConfigRecord) else float("inf")
+        order_id = ""
+        if protocol.ORDER in message.content:
+            order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+            order_id = order.id
+            if kind != protocol.COLLECT:
+                self._hand_in(order, message)
+        self._waiting = _Waiting(message, answer, self.clock.now() + wait_s, order_id)
+        if wait_s < float("inf"):
+            held = self._waiting
+            self.clock.at(held.until, lambda: self._time_out(held))
+        self._notify()
+
+    def node_hours(self) -> float:
+        """Return the node-hours so far, those of running allocations included."""
+        return (self.pool.node_s + self.pool.running_node_s()) / 3600.0
+
+    def _time_out(self, held: _Waiting | None) -> None:
+        if held is not None and held is self._waiting:
+            self._reply(self._progress(held))
+
+    def _notify(self) -> None:
+        """Answer the message that waits, if what it waits for has come."""
+        for task in self._tasks.values():
+            if task.finished and task.order.id not in self._results:
+                self._results[task.order.id] = self._result(task)
+        held = self._waiting
+        if held is not None:
+            self._answer_order(held) if held.order_id else self._answer_acquire()
+
+    def _answer_acquire(self) -> None:
+        self.pool.acquire()
+        a = self.pool.current()
+        if self._waiting is not None and a is not None and a.state == "ready":
+            self._reply(self._status("ready", a))
+
+    def _answer_order(self, held: _Waiting) -> None:
+        order_id = held.order_id
+        task = self._tasks.get(order_id)
+        if task is None:
+            self._reply(self._status("failed", error=f"order '{order_id}' is not known"))
+        elif task.failed:
+            self._reply(self._status("failed", order_id=order_id, error=task.failed))
+            del self._tasks[order_id]
+        elif task.finished:
+            self._reply(self._results[order_id], upload=True)
+
+    def _reply(self, content: RecordDict, upload: bool = False) -> None:
+        held, self._waiting = self._waiting, None
+        assert held is not None
+        delay = self.facility.latency_s + (self.facility.transfer_s if upload else 0.0)
+        self.clock.at(self.clock.now() + delay, lambda: held.answer(content))
+
+    def _progress(self, held: _Waiting) -> RecordDict:
+        task = self._tasks.get(held.order_id)
+        a = self.pool.at_work_on(task) if task is not None else None
+        if task is None or a is None:
+            return self._status("queued", self.pool.current(), order_id=held.order_id)
+        step = task.done + self.pool.steps_so_far(a)
+        return self._status("running", a, order_id=held.order_id, step=step)
+
+    def _status(self, state: Any, a: Allocation | None = None, **fields: Any) -> RecordDict:
+        left = a.ends - self.clock.now() if a is not None and a.state == "ready" else None
+        name = a.name if a is not None else ""
+        status = Status(
+            state,
+            self.name,
+            allocation=name,
+            walltime_left_s=left,
+            ledger={"all": {"queue": self.pool.queued_s}},
+            **fields,
+        )
+        return RecordDict({protocol.STATUS: ConfigRecord({"json": protocol.to_json(status)})})
+
+    # ---- orders -----------------------------------------------------------------------------
+
+    def _hand_in(self, order: Order, message: Message) -> None:
+        if order.id in self._tasks:
+            return
+        arrays = next(iter(message.content.array_records.values()), None)
+        weights = {k: a.numpy() for k, a in arrays.items()} if arrays is not None else {}
+        self._tasks[order.id] = task = Task(order, weights)
+        for old in list(self._tasks)[: -KEPT - 1]:
+            if self._tasks[old].finished:
+                del self._tasks[old], self._results[old]
+        self.pool.assign(task)
+
+    def _train(self, task: Task, steps: int) -> None:
+        if task.order.kind == "train" and steps > 0:
+            options = task.order.options
+            task.weights, loss = self.learner.train(
+                self.index,
+                task.weights,
+                steps,
+                float(options.get("lr-scale", 1.0)),
+                float(options.get("proximal-mu", 0.0)),
+                task.start,
+            )
+            self.steps += steps
+            task.loss_sum += loss * steps
+            task.done += steps
+        elif task.order.kind == "initialize":
+            task.weights = self.learner.initial()
+
+    def _result(self, task: Task) -> RecordDict:
+        order, done, here = task.order, task.done, self.pool.current()
+        metrics = {"train_loss": task.loss_sum / done} if done else {}
+        if task.share:
+            metrics |= {"own_share": task.share, "own_seq": float(task.own_seq)}
+        if order.kind == "evaluate":
+            metrics["held_out_loss"] = self.learner.evaluate(task.weights)
+        seconds = {"train": done * self.facility.step_s}
+        result = Result(
+            order.id, "done", done, done, max(1, done), metrics, "weights", seconds=seconds
+        )
+        a = here if here is not None and here.state == "ready" else None
+        content = self._status("done", a, order_id=order.id, result=result, steps=done)
+        content[protocol.METRICS] = MetricRecord(
+            {protocol.WEIGHT_KEY: max(1, done), "steps": done, **metrics}
+        )
+        if order.kind != "evaluate":
+            content[protocol.ARRAYS] = ArrayRecord(
+                {k: Array(np.asarray(w)) for k, w in task.weights.items()}
+            )
+        return content

@@ -1,0 +1,139 @@
+"""What simulated sites learn: the small network and the surrogate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from flwr_hpc.simulate.learning import Learner, LearnerConfig, _backward, _forward
+from flwr_hpc.simulate.surrogate import FLOOR, START, Surrogate
+
+SMALL = LearnerConfig(vocabulary=6, width=5, batch=8)
+
+
+def average(*weights: dict) -> dict:
+    return {k: np.mean([w[k] for w in weights], axis=0) for k in weights[0]}
+
+
+def test_gradients_by_finite_differences():
+    """Every weight of every tensor, in double precision."""
+    learner, rng = Learner(2, SMALL, 0), np.random.default_rng(1)
+    w = {k: a.astype(np.float64) for k, a in learner.initial().items()}
+    domain, token, label = (rng.integers(0, n, size=12) for n in (2, 6, 6))
+    _, gradients = _backward(w, domain, token, label)
+    for name, tensor in w.items():
+        for index in np.ndindex(tensor.shape):
+            losses = []
+            for step in (1e-5, -1e-5):
+                tensor[index] += step
+                losses.append(_backward(w, domain, token, label)[0])
+                tensor[index] -= step
+            slope = (losses[0] - losses[1]) / 2e-5
+            assert gradients[name][index] == pytest.approx(slope, abs=1e-8), (name, index)
+
+
+def test_the_held_out_loss_is_exact():
+    """The expectation over domains, tokens and next tokens, summed here one by one."""
+    learner = Learner(2, SMALL, 3)
+    w, total = learner.initial(), 0.0
+    for domain in range(2):
+        for token in range(6):
+            _, logp = _forward(w, np.array([domain]), np.array([token]))
+            total -= float((learner.tables[domain, token] * logp[0]).sum())
+    assert learner.evaluate(w) == pytest.approx(total / 12, rel=1e-6)
+
+
+def test_the_held_out_loss_agrees_with_samples():
+    """And is what training on all domains alike would see."""
+    learner = Learner(3, LearnerConfig(vocabulary=8, width=8, own_share=0.0, batch=4000), 5)
+    w = learner.initial()
+    losses = [_backward(w, d, t, y)[0] for d, t, y in learner._batches(0, 5)]
+    assert learner.evaluate(w) == pytest.approx(np.mean(losses), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["real", "surrogate"])
+def test_training_is_deterministic(kind):
+    """Same seed, same bits; another seed, others."""
+
+    def trained(seed: int) -> dict:
+        learner = Learner(2, SMALL, seed) if kind == "real" else Surrogate(2, seed)
+        w, _ = learner.train(1, learner.initial(), 7)
+        return learner.train(1, w, 5)[0]
+
+    first, again, other = trained(0), trained(0), trained(1)
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor, again[name])
+    assert any(not np.array_equal(first[n], other[n]) for n in first)
+
+
+@pytest.mark.parametrize("kind", ["real", "surrogate"])
+def test_training_leaves_its_input_alone(kind):
+    """The arrays are those of the server's checkpoint."""
+    learner = Learner(2, SMALL, 0) if kind == "real" else Surrogate(2, 0)
+    w = learner.initial()
+    for tensor in w.values():
+        tensor.flags.writeable = False
+    learner.train(0, w, 3)
+
+
+def test_the_loss_falls_towards_the_entropy():
+    """One site that sees all domains alike learns the task."""
+    learner = Learner(2, LearnerConfig(vocabulary=12, width=32, own_share=0.0), 0)
+    w, before = learner.initial(), learner.evaluate(learner.initial())
+    w, _ = learner.train(0, w, 800)
+    floor = learner.floor()
+    assert floor < learner.evaluate(w) < floor + 0.15 * (before - floor)
+
+
+def test_averaging_beats_own_data_only():
+    """The sites need each other: their mean is better on all domains than any of them alone."""
+    learner = Learner(4, LearnerConfig(vocabulary=12, width=32), 0)
+    w = learner.initial()
+    for _ in range(6):
+        w = average(*(learner.train(site, w, 50)[0] for site in range(4)))
+    alone = Learner(4, LearnerConfig(vocabulary=12, width=32), 0)
+    losses = [alone.evaluate(alone.train(site, alone.initial(), 300)[0]) for site in range(4)]
+    assert learner.evaluate(w) < min(losses) - 0.1
+
+
+def test_surrogate_averaging_beats_own_data_only():
+    """As with real learning."""
+    learner = Surrogate(4, 0)
+    w = learner.initial()
+    assert learner.evaluate(w) == pytest.approx(START, rel=1e-6)
+    for _ in range(20):
+        w = average(*(learner.train(site, w, 100)[0] for site in range(4)))
+    alone = [learner.evaluate(learner.train(k, learner.initial(), 2000)[0]) for k in range(4)]
+    assert FLOOR <= learner.evaluate(w) < 1.05 < min(alone)
+
+
+def test_surrogate_steps_add_up():
+    """Without noise, 300 steps are 100 and 200: the formula is that of single steps."""
+    whole, parts = Surrogate(2, 0, noise=0.0), Surrogate(2, 0, noise=0.0)
+    w, _ = whole.train(0, whole.initial(), 300)
+    v, _ = parts.train(0, parts.train(0, parts.initial(), 100)[0], 200)
+    np.testing.assert_allclose(w["point"], v["point"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["real", "surrogate"])
+def test_the_proximal_term_keeps_sites_near(kind):
+    """FedProx: the larger mu, the nearer; a huge one all but stops the site."""
+    moved = []
+    for mu in (0.0, 0.1, 10.0):
+        learner = Learner(2, SMALL, 0) if kind == "real" else Surrogate(2, 0, noise=0.0)
+        w = learner.initial()
+        v, _ = learner.train(0, w, 200, 1.0, mu, w)
+        moved.append(sum(float(np.square(v[k] - w[k]).sum()) for k in w))
+    assert moved[0] > moved[1] > moved[2]
+
+
+@pytest.mark.parametrize("kind", ["real", "surrogate"])
+def test_the_learning_rate_can_be_scaled(kind):
+    """FedQueue sends smaller ones to sites that do more steps."""
+    moved = []
+    for scale in (1.0, 0.1):
+        learner = Learner(2, SMALL, 0) if kind == "real" else Surrogate(2, 0, noise=0.0)
+        w = learner.initial()
+        v, _ = learner.train(0, w, 20, scale)
+        moved.append(sum(float(np.square(v[k] - w[k]).sum()) for k in w))
+    assert moved[1] < 0.1 * moved[0]
