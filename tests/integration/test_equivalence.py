@@ -33,8 +33,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray
 def test_rounds_change_nothing(
     tmp_path: Path, uninterrupted: dict[str, NDArray[np.float32]], strategy: list[str]
 ) -> None:
-    """Protects the whole path of weights and optimizer state: 3 x 30 steps = 90 steps."""
-    found = _train(tmp_path / "run", *strategy, "rounds=3", "train.steps=30")
+    """Protects the whole path of weights and optimizer state: 2 x 45 steps = 90 steps."""
+    found = _train(tmp_path / "run", *strategy, "rounds=2", "train.steps=45")
     for name, tensor in uninterrupted.items():
         error = np.linalg.norm(found[name] - tensor) / np.linalg.norm(tensor)
         assert error < 1e-5, f"{name}: {error}"

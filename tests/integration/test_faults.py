@@ -28,41 +28,26 @@ def _allocations(run: Run, facility: str) -> int:
     return len(list((run.dir / "facilities" / facility / "allocations").iterdir()))
 
 
-def test_a_rank(tmp_path: Path, undisturbed: Run) -> None:
-    """Protects an order whose job dies: another allocation ends it, from the checkpoint."""
+def test_a_supernode_and_a_rank(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects orders: a restarted SuperNode finds its own by the facility; that of a job that
+    dies is ended by another allocation, from the checkpoint."""
     run = Run(tmp_path / "run")
+    run.until_training("local_b")
+    kill(run.until(lambda: run.find("flower-supernode", f"{run.dir}/flower/site-local_b"))[0].pid)
     run.until_training(version=1)
-    ranks = run.until(lambda: run.ranks("local_a"))
-    kill(max(r.pid for r in ranks))
+    kill(max(r.pid for r in run.until(lambda: run.ranks("local_a"))))
     assert run.end() == 0, run.said()
-    assert _allocations(run, "local_a") == 2
+    assert [_allocations(run, f) for f in FACILITIES] == [2, 1]
     _assert_as_undisturbed(run, undisturbed)
 
 
-def test_the_client_app(tmp_path: Path, undisturbed: Run) -> None:
-    """Protects an order whose ClientApp dies: the job survives and is found again."""
+def test_the_client_apps_and_the_server_app(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects orders whose ClientApp dies: their jobs are found again; and a run whose ServerApp
+    dies: it goes on from the last aggregation by itself."""
     run = Run(tmp_path / "run")
     run.until_training()
     for victim in run.until(lambda: run.children("flwr-clientapp")):
         kill(victim.pid)
-    assert run.end() == 0, run.said()
-    assert [_allocations(run, f) for f in FACILITIES] == [1, 1]
-    _assert_as_undisturbed(run, undisturbed)
-
-
-def test_a_supernode(tmp_path: Path, undisturbed: Run) -> None:
-    """Protects an order whose SuperNode dies: the restarted one finds it by the facility."""
-    run = Run(tmp_path / "run")
-    run.until_training()
-    kill(run.until(lambda: run.find("flower-supernode", f"{run.dir}/flower/site-local_a"))[0].pid)
-    assert run.end() == 0, run.said()
-    assert _allocations(run, "local_a") == 1
-    _assert_as_undisturbed(run, undisturbed)
-
-
-def test_the_server_app(tmp_path: Path, undisturbed: Run) -> None:
-    """Protects a run whose ServerApp dies: it goes on from the last aggregation by itself."""
-    run = Run(tmp_path / "run")
     run.until_training(version=1)
     kill(run.server_pid())
     assert run.end() == 0, run.said()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Run
+from harness import ROOT, SMALL, Run
 
 
 def test_run_directory_is_complete(undisturbed: Run) -> None:
@@ -92,16 +92,16 @@ def test_a_finished_run_goes_on_for_more_rounds(undisturbed: Run, tmp_path: Path
     """Protects `resume=` with more rounds, also of a run that was moved."""
     moved = tmp_path / "moved"
     shutil.copytree(undisturbed.dir, moved)
-    again = Run(moved, "rounds=3", resume=True)
+    again = Run(moved, "rounds=3", "train.steps=30", resume=True)
     assert again.end() == 0, again.said()
     summary = again.summary()
     assert summary["versions"] == 3
-    assert summary["facilities"]["local_a"]["steps"] == 450
+    assert summary["facilities"]["local_a"]["steps"] == 330
 
 
 def test_asynchronous_strategy(tmp_path: Path) -> None:
     """Protects FedBuff end to end."""
-    run = Run(tmp_path / "run", "strategy=fedbuff", "rounds=3", "train.steps=60")
+    run = Run(tmp_path / "run", "strategy=fedbuff", "rounds=2", "train.steps=40")
     assert run.end() == 0, run.said()
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
@@ -111,7 +111,7 @@ def test_adapters_of_a_checkpoint(undisturbed: Run, tmp_path: Path) -> None:
     """Protects LoRA with Flower's FedAdam: only the adapter travels, and peft loads it."""
     base = undisturbed.dir / "model"
     lora = ["model.lora.r=4", f"model.path={base}", f"data.tokenizer={base}"]
-    run = Run(tmp_path / "run", "strategy=fedadam", *lora, "train.lr=0.01", "train.steps=60")
+    run = Run(tmp_path / "run", "strategy=fedadam", *lora, "train.lr=0.01", "train.steps=40")
     assert run.end() == 0, run.said()
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
@@ -126,13 +126,15 @@ def test_adapters_of_a_checkpoint(undisturbed: Run, tmp_path: Path) -> None:
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
     """Protects runs on one host from each other."""
-    runs = [Run(tmp_path / str(k), "train.steps=30", "rounds=1", f"seed={k}") for k in (1, 2)]
+    alone = [s for s in SMALL if "local_b" not in s]
+    one = ["+facility=local_a", "facilities.local_a.ranks_per_node=1", "train.steps=30", "rounds=1"]
+    runs = [Run(tmp_path / str(k), *one, f"seed={k}", settings=alone) for k in (1, 2)]
     assert [run.end() for run in runs] == [0, 0], runs[0].said() + runs[1].said()
 
 
 def test_ctrl_c_cancels_and_tells_how_to_go_on(tmp_path: Path) -> None:
     """Protects Ctrl-C: exit 130, jobs and processes gone, resumable."""
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", "train.steps=70")
     run.until_training()
     run.process.send_signal(signal.SIGINT)
     assert run.end(60) == 130
@@ -141,7 +143,7 @@ def test_ctrl_c_cancels_and_tells_how_to_go_on(tmp_path: Path) -> None:
     assert run.summary()["status"] == "interrupted"
     again = Run(tmp_path / "run", resume=True)
     assert again.end() == 0, again.said()
-    assert again.summary()["facilities"]["local_a"]["steps"] == 300
+    assert again.summary()["facilities"]["local_a"]["steps"] == 140
 
 
 def test_data_error_from_the_job_ends_the_run(tmp_path: Path) -> None:

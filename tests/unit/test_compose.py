@@ -12,8 +12,9 @@ from flwr_hpc.compose import compose_config, conf_dir, resume_config, shown
 from flwr_hpc.config import walltime_s
 from flwr_hpc.errors import UserError
 from flwr_hpc.federation.strategy import build_strategy
+from flwr_hpc.simulate.__main__ import compose as parse_simulation
 
-GROUPS = ("facility", "strategy", "model", "data", "tracking")
+GROUPS = ("facility", "strategy", "model", "data", "allocation", "tracking", "scenario")
 CHOICES = [
     (group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))
 ]
@@ -31,10 +32,15 @@ def test_no_facility_means_two_local_ones() -> None:
 def test_every_shipped_file_composes(group: str, name: str) -> None:
     """Protects every YAML in conf/ from going stale."""
     plus = "+" if group == "facility" else ""
+    pbs = name in ("aurora", "pbs", "polaris")  # which knows no QOS
+    qos = [] if pbs else [f"facilities.{name}.qos=normal"]
     extra = {
-        "facility": [f"facilities.{name}.account=project1", f"facilities.{name}.qos=normal"],
+        "facility": [f"facilities.{name}.account=project1", *qos],
         "data": [f"data.paths.{f}=[x]" for f in ("local_a", "local_b")] if name != "stdlib" else [],
     }
+    if group == "scenario":
+        assert parse_simulation([f"scenario={name}"]).scenario.sites
+        return
     config = compose_config([f"{plus}{group}={name}", *extra.get(group, [])])
     build_strategy(config.strategy)
 

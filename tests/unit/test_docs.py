@@ -16,7 +16,7 @@ from flwr_hpc.run import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES_WITH_FILES = ("strategies.md", "facilities.md")
+PAGES_WITH_FILES = ("strategies.md", "facilities.md", "facilities-pbs.md")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -46,9 +46,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
-    monkeypatch.setattr(preflight, "_check_pretrained", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_pretrained", lambda *_: None)
     run = "runs/2026-01-31_12-00-00"
-    strategies, facilities = ((ROOT / "docs" / f).read_text() for f in PAGES_WITH_FILES)
+    strategies, facilities, pbs = ((ROOT / "docs" / f).read_text() for f in PAGES_WITH_FILES)
     files = {
         "a/x.txt": "text " * 1000,
         "a/valid.txt": "text " * 1000,
@@ -58,6 +58,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "my_module.py": next(b for b in blocks(strategies, "python") if "TrimmedMean" in b),
         "my_conf/strategy/trimmed.yaml": blocks(strategies, "yaml")[0],
         "my-conf/facility/mycluster.yaml": blocks(facilities, "yaml")[0],
+        "my-conf/facility/mypbs.yaml": blocks(pbs, "yaml")[0],
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
