@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flwr_hpc import run
 from flwr_hpc.compose import compose_config, conf_dir, resume_config, shown
 from flwr_hpc.config import walltime_s
 from flwr_hpc.errors import UserError
@@ -286,3 +287,11 @@ def test_the_cause_of_a_failed_import_is_shown(
         (tmp_path / "own_strategy.py").write_text(body)
     with pytest.raises(UserError, match=said):
         build_strategy({"_target_": "own_strategy.Mine"})
+
+
+def test_options_may_stand_among_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects a user who adds a setting at the end of the line."""
+    assert run.main(["rounds=3", "--cfg", "job", "seed=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "rounds: 3\n" in shown
+    assert "seed: 5\n" in shown

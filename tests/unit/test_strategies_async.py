@@ -260,7 +260,7 @@ def test_fedbackfill_by_hand():
 def test_fedbackfill_of_one_site_is_nesterov():
     """rho = 1: the participation-scaled momentum is DiLoCo's outer step."""
     run = Driven(FedBackfill(outer_lr=0.7, momentum=0.9), "a")
-    here, m = theta(), {name: 0.0 for name in theta()}
+    here, m = theta(), dict.fromkeys(theta(), 0.0)
     for k in range(4):
         run.ask("a")
         d = delta(1.0 + k, turn=k)
