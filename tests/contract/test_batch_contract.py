@@ -30,9 +30,16 @@ poll_s: 0.5
 """
 
 
-@pytest.mark.parametrize("kind", ["local", "fake_slurm", "fake_pbs"])
-def test_app_in_a_job(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+REAL = pytest.param("slurm", marks=pytest.mark.slurm)
+
+
+@pytest.mark.parametrize("kind", ["local", "fake_slurm", "fake_pbs", REAL])
+def test_app_in_a_job(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Protects the one line on every batch system: one warm job, state, errors, the end."""
+    if kind == "slurm":
+        request.getfixturevalue("slurm_conf")
     scheduler = facility(kind, tmp_path, monkeypatch).scheduler
     (tmp_path / "conf" / "facility").mkdir(parents=True)
     (tmp_path / "conf" / "facility" / "here.yaml").write_text(FILE.format(scheduler=scheduler))
