@@ -55,18 +55,15 @@ def wait(
 
     The pauses grow from 0.05 s to 0.5 s. While a job is queued on a batch system, which is
     asked every `poll_s` seconds, they go up to 5 s: the next word may come in hours, and the
-    login node is shared. A limited wait also ends when another allocation has taken the place
-    of the first: that is news.
+    login node is shared.
     """
-    began, pause, first = clock.now(), FIRST_PAUSE_S, ""
+    began, pause = clock.now(), FIRST_PAUSE_S
     while True:
         status = poll()
-        first = first or status.allocation
         longest = QUEUED_PAUSE_S if status.state == "queued" else LONGEST_PAUSE_S
         longest = min(longest, max(poll_s, LONGEST_PAUSE_S))
         left = longest if wait_s is None else wait_s - (clock.now() - began)
-        replaced = wait_s is not None and status.allocation != first
-        if status.state in until or left <= 0 or replaced:
+        if status.state in until or left <= 0:
             return status
         if longest > LONGEST_PAUSE_S:
             pause = max(pause, LONGEST_PAUSE_S)
