@@ -18,9 +18,9 @@ import sys
 from collections.abc import Sequence
 
 from flwr_hpc import __version__
+from flwr_hpc.command import exit_code
 from flwr_hpc.compose import compose_config, resume_config, shown
 from flwr_hpc.config import Config
-from flwr_hpc.errors import UserError
 
 __all__ = ["main"]
 
@@ -28,16 +28,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
     args = _parser().parse_intermixed_args(argv)
-    try:
-        return _run(args)
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except OSError as exc:  # a full or vanished file system
-        print(f"error: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 Orders are bound to facilities and not to nodes, since a restarted SuperNode is a new node. A
 launcher site is asked for an allocation first (ACQUIRE); the weights are chosen when it is
 ready (late binding), handed in, and the result is collected by long polls. An ordinary Flower
-ClientApp gets its message directly and is waited for. One order per facility at a time.
+ClientApp gets its message directly and is waited for. A facility has one order at work and, if the
+strategy plans so, a next one that waits there.
 
 An order counts as in flight until the loop settles it; its number and version are committed
 before it is sent, so that a resumed run sends the same orders again and neither reuses a number

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from flwr_hpc import __version__
+from flwr_hpc.command import exit_code
 from flwr_hpc.compose import compose_config, conf_dir
 from flwr_hpc.config import Config, walltime_s
 from flwr_hpc.doctor.examine import Patient, Stopped, patient, probing, settled
@@ -39,22 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 nothing failed, 1 some check failed, 2 bad usage, 128 + n ended by signal n.
     """
     args = _parser().parse_intermixed_args(argv)
-    try:
-        config = _configure(args)
-        queue_s = _timeout_s(args.timeout)
-        clock = SystemClock()
-        patients = [patient(config, n, clock, queue_s, args.nodes) for n in config.facilities]
-        if config.dry_run:
-            return _show_scripts(patients)
-        return _examine(patients, args, clock)
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except OSError as exc:  # a full or vanished file system
-        print(f"error: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = _configure(args)
+    queue_s = _timeout_s(args.timeout)
+    clock = SystemClock()
+    patients = [patient(config, n, clock, queue_s, args.nodes) for n in config.facilities]
+    if config.dry_run:
+        return _show_scripts(patients)
+    return _examine(patients, args, clock)
 
 
 def _configure(args: argparse.Namespace) -> Config:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
+from flwr_hpc.command import exit_code
 from flwr_hpc.compose import composed
 from flwr_hpc.errors import UserError
 from flwr_hpc.simulate.config import SimulateConfig, parse
@@ -31,22 +32,17 @@ DEFAULT_STRATEGIES = ["fedavg", "diloco", "fedbackfill"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
     args = _parser().parse_intermixed_args(argv)
-    try:
-        config = compose(args.overrides, args.config_dir)
-        if args.cfg:
-            print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
-            return 0
-        from flwr_hpc.simulate.compare import compare  # later, so that errors answer at once
+    return exit_code(lambda: _run(args))
 
-        return compare(config)
-    except UserError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except OSError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+def _run(args: argparse.Namespace) -> int:
+    config = compose(args.overrides, args.config_dir)
+    if args.cfg:
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+        return 0
+    from flwr_hpc.simulate.compare import compare  # later, so that errors answer at once
+
+    return compare(config)
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> SimulateConfig:
