@@ -23,7 +23,7 @@ from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, 
 from flwr_hpc.simulate.federation import Outcome, simulate
 from flwr_hpc.spool import publish
 
-__all__ = ["Row", "compare", "rows", "run_all", "scenario_of"]
+__all__ = ["Row", "compare", "quantile", "rows", "run_all", "scenario_of"]
 
 RENEWS = "renew"  # in a strategy's file: its warm allocations have successors submitted ahead
 POLICY = "policy"
@@ -150,16 +150,16 @@ def _row(runs: Sequence[Outcome]) -> Row:
         policy=runs[0].policy,
         runs=len(runs),
         reached=sum(o.reached for o in runs),
-        hours=_finite(_quantile(hours, 0.5)),
-        hours_low=_finite(_quantile(hours, 0.25)),
-        hours_high=_finite(_quantile(hours, 0.75)),
-        node_hours=_finite(_quantile(nodes, 0.5)),
+        hours=_finite(quantile(hours, 0.5)),
+        hours_low=_finite(quantile(hours, 0.25)),
+        hours_high=_finite(quantile(hours, 0.75)),
+        node_hours=_finite(quantile(nodes, 0.5)),
         loss=statistics.median(finals) if finals else None,
         versions=statistics.median(o.versions for o in runs),
     )
 
 
-def _quantile(ordered: Sequence[float], q: float) -> float:
+def quantile(ordered: Sequence[float], q: float) -> float:
     """Return a quantile by linear interpolation; infinite if it touches an infinite value."""
     at = q * (len(ordered) - 1)
     low, high = math.floor(at), math.ceil(at)
@@ -179,7 +179,7 @@ def table(found: Sequence[Row], scenario: ScenarioConfig) -> Table:
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("strategy", "policy", "reached"):
         shown.add_column(name, no_wrap=True)
-    for name in ("hours", "quartiles", "x best", "node-h", "versions", "loss"):
+    for name in ("hours", "quartiles", "x best", "node-h", "made", "loss"):
         shown.add_column(name, justify="right", no_wrap=True)
     for r in sorted(found, key=_rank):
         times = "-" if r.hours is None or best is None else f"{r.hours / best:.2f}"

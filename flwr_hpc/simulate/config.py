@@ -15,7 +15,7 @@ from flwr_hpc.facility import FacilityConfig, walltime_s
 
 __all__ = ["QueueModel", "ScenarioConfig", "SimulateConfig", "SiteModel", "check_site", "parse"]
 
-QUEUES = ("none", "lognormal", "history", "trace", "cluster")
+QUEUES = ("none", "lognormal", "history", "trace", "replay", "cluster")
 LEARNING = ("real", "surrogate")
 
 
@@ -28,8 +28,8 @@ class QueueModel:
     kind : str
         ``none``; ``lognormal`` (`median_s`, `sigma`, `memory_s`, `regimes`); ``history`` (the
         waits that runs at the facility of the site's name have kept); ``trace`` (a Standard
-        Workload Format file); ``cluster`` (other users' jobs on `cluster_nodes` nodes with
-        backfill).
+        Workload Format file); ``replay`` (`waits_s`, one after the other); ``cluster`` (other
+        users' jobs on `cluster_nodes` nodes with backfill).
     median_s, sigma : float
         Of lognormal waits.
     memory_s : float
@@ -37,6 +37,7 @@ class QueueModel:
     regimes : list of [from_s, median_s]
         Other medians from given times on.
     trace : str or None
+    waits_s : list of float
     cluster_nodes, load, mean_nodes, mean_runtime_s :
         Of the small cluster: its size, the other users' offered load as a share of it, and
         their jobs.
@@ -48,6 +49,7 @@ class QueueModel:
     memory_s: float = 21600.0
     regimes: list[list[Any]] = field(default_factory=list)
     trace: str | None = None
+    waits_s: list[float] = field(default_factory=list)
     cluster_nodes: int = 16
     load: float = 0.9
     mean_nodes: float = 2.0
@@ -69,9 +71,18 @@ class SiteModel:
     startup_s : float
         From the job's start to the loaded model.
     write_s : float
-        To write results; kept back at the end of the walltime.
+        To write results.
+    reserves_s : list of float
+        Kept back at the end of the walltime where that is more than `write_s`: of one
+        allocation after the other, then from the first again.
+    forecasts_s : list of float
+        What the launcher expects, ahead of its submission, that an allocation will wait: of
+        one after the other; of those beyond the list, and by default, the median of the last
+        waits.
     transfer_s, latency_s : float
         Weights one way; a message one way.
+    message_s : float
+        Until the site acts on a message: Flower starts a process for each.
     preemptions_per_hour, failures_per_hour : float
         While a job runs: put back in the queue with its progress saved; lost with the
         progress of the running order.
@@ -87,8 +98,11 @@ class SiteModel:
     walltime: str = "02:00:00"
     startup_s: float = 60.0
     write_s: float = 10.0
+    reserves_s: list[float] = field(default_factory=list)
+    forecasts_s: list[float] = field(default_factory=list)
     transfer_s: float = 20.0
     latency_s: float = 2.0
+    message_s: float = 0.0
     preemptions_per_hour: float = 0.0
     failures_per_hour: float = 0.0
     outages: list[list[Any]] = field(default_factory=list)
@@ -191,13 +205,18 @@ def check_site(key: str, site: SiteModel) -> None:
     """
     positive(f"{key}.step_s", site.step_s)
     positive(f"{key}.nodes", site.nodes)
-    if walltime_s(site.walltime) <= site.startup_s + site.write_s + site.step_s:
+    kept_s = max([site.write_s, *site.reserves_s])
+    if walltime_s(site.walltime) <= site.startup_s + kept_s + site.step_s:
         raise UserError(
             f"{key}.walltime={site.walltime} leaves no time to train after startup_s="
-            f"{site.startup_s:g} and write_s={site.write_s:g}. Example: {key}.walltime=02:00:00"
+            f"{site.startup_s:g} and {kept_s:g} s kept for writing (write_s, reserves_s). "
+            f"Example: {key}.walltime=02:00:00"
         )
-    for name in ("startup_s", "write_s", "transfer_s", "latency_s", "joins_s"):
+    for name in ("startup_s", "write_s", "transfer_s", "latency_s", "message_s", "joins_s"):
         not_negative(f"{key}.{name}", getattr(site, name))
+    for name in ("reserves_s", "forecasts_s"):
+        for value in getattr(site, name):
+            not_negative(f"{key}.{name}", value)
     for name in ("preemptions_per_hour", "failures_per_hour"):
         not_negative(f"{key}.{name}", getattr(site, name))
     for pair in site.outages:
@@ -224,6 +243,11 @@ def _check_queue(key: str, queue: QueueModel, nodes: int) -> None:
             )
     if queue.kind == "trace" and not queue.trace:
         raise UserError(f"{key}.trace must name a file: {key}.trace=FILE.swf")
+    if queue.kind == "replay" and not (queue.waits_s and min(queue.waits_s) >= 0):
+        raise UserError(
+            f"{key}.waits_s takes waits in seconds; found {queue.waits_s}. "
+            f"Example: '{key}.waits_s=[60,900]'"
+        )
     if queue.mean_nodes < 1:
         raise UserError(f"{key}.mean_nodes={queue.mean_nodes:g} must be at least 1")
     if queue.kind == "cluster" and nodes > queue.cluster_nodes:

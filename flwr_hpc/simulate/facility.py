@@ -24,10 +24,13 @@ class Learns(Protocol):
         lr_scale: float = 1.0,
         mu: float = 0.0,
         anchor: Weights | None = None,
+        correction: Weights | None = None,
+        gradients: Weights | None = None,
     ) -> tuple[Weights, float]:
         """Return the trained weights and the mean training loss.
 
-        With `mu`, ``mu / 2 ||w - anchor||^2`` is added to the loss.
+        With `mu`, ``mu / 2 ||w - anchor||^2`` is added to the loss. A `correction` is added to
+        every gradient, after that has been added to the sum in `gradients`.
         """
 
     def evaluate(self, weights: Weights) -> float:
@@ -48,8 +51,14 @@ class Facility:
         From the job's start to the loaded model.
     walltime_s, write_s : float
         Of an allocation; to write results, kept back at its end.
+    reserves_s : tuple of float
+        What is kept back if that is more: of one allocation after the other.
+    forecasts_s : tuple of float
+        Of the waits, likewise; where there is none: the median of the last waits.
     transfer_s, latency_s : float
         Weights one way; a message one way.
+    message_s : float
+        From a message's arrival until the site acts on it.
     preemptions_per_hour, failures_per_hour : float
         Rates while a job runs: preempted jobs queue again and go on from their checkpoint,
         failed ones lose what the order had trained.
@@ -67,14 +76,23 @@ class Facility:
     startup_s: float = 60.0
     walltime_s: float = 7200.0
     write_s: float = 10.0
+    reserves_s: tuple[float, ...] = ()
+    forecasts_s: tuple[float, ...] = ()
     transfer_s: float = 20.0
     latency_s: float = 2.0
+    message_s: float = 0.0
     preemptions_per_hour: float = 0.0
     failures_per_hour: float = 0.0
     outages: tuple[tuple[float, float], ...] = ()
     idle_timeout_s: float = 600.0
     per_round: bool = False
     renew: bool = False
+
+    def kept_s(self, allocation: int) -> float:
+        """Return what is kept back at the end of the walltime of the n-th allocation."""
+        if not self.reserves_s:
+            return self.write_s
+        return max(self.write_s, self.reserves_s[allocation % len(self.reserves_s)])
 
 
 @dataclass(frozen=True)

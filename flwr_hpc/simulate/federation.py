@@ -26,6 +26,7 @@ from flwr_hpc.simulate.queues import (
     LognormalQueue,
     NoQueue,
     Queue,
+    ReplayQueue,
     waits_of_trace,
 )
 from flwr_hpc.simulate.site import SimulatedSite
@@ -88,17 +89,14 @@ class _Reached(Exception):
 
 
 class _Memory:
-    """A checkpoint store that keeps what is needed, and looks at every new global model."""
+    """A checkpoint store that keeps what is needed."""
 
-    def __init__(self, on_global: Callable[[ArrayRecord], None]) -> None:
+    def __init__(self) -> None:
         self._records: dict[str, ArrayRecord] = {}
-        self._on_global = on_global
 
     def put(self, name: str, tensors: Iterable[tuple[str, Any]]) -> ArrayRecord:
         record = ArrayRecord({key: Array(np.asarray(tensor)) for key, tensor in tensors})
         self._records[name] = record
-        if name.startswith("global-"):
-            self._on_global(record)
         return record
 
     def get(self, name: str) -> ArrayRecord:
@@ -119,12 +117,13 @@ class _Watch:
     ) -> None:
         self.clock, self.learner, self.sites, self.every_s = clock, learner, sites, every_s
         self.curve: list[tuple[float, float, float]] = []
-        self.versions = -1
+        self.versions = 0
         self.target = 0.0
         self._next = 0.0
 
-    def look(self, record: ArrayRecord) -> None:
-        self.versions += 1
+    def look(self, version: int, record: ArrayRecord) -> None:
+        """Evaluate what a strategy publishes; its `evaluate_fn`."""
+        self.versions = version
         now = self.clock.now()
         if now < self._next:
             return
@@ -148,6 +147,9 @@ def simulate(
     learning: str = "real",
     evaluate_every_s: float = 60.0,
     versions: int = ENDLESS,
+    wait_s: float = WAIT_S,
+    poll_s: float = POLL_S,
+    initialize: bool = False,
 ) -> Outcome:
     """Run a strategy until the target loss, the horizon, or so many versions.
 
@@ -171,6 +173,10 @@ def simulate(
     evaluate_every_s : float
         The loss is computed no more often, in virtual seconds.
     versions : int
+    wait_s, poll_s : float
+        Of a long poll; of the server's loop.
+    initialize : bool
+        The initial weights are an order of their own, at the site that is ready first.
 
     Returns
     -------
@@ -183,13 +189,15 @@ def simulate(
     watch.target = scenario.target
     runtime = Runtime(
         clock=clock,
-        checkpoints=_Memory(watch.look),
-        settings=Settings(wait_s=WAIT_S, evaluate_every=0, final_evaluation_s=0.0, poll_s=POLL_S),
+        checkpoints=_Memory(),
+        settings=Settings(wait_s=wait_s, evaluate_every=0, final_evaluation_s=0.0, poll_s=poll_s),
         check=None,
     )
     outcome = Outcome(name, seed, policy)
     try:
-        _start(build_strategy(copy.deepcopy(strategy)), grid, runtime, learner, versions, steps)
+        built = build_strategy(copy.deepcopy(strategy), f"strategies.{name}")
+        own = None if initialize else learner
+        _start(built, grid, runtime, own, watch, versions, steps)
     except _Reached:
         outcome.reached = True
     except (HorizonReached, RunFailed) as exc:
@@ -207,17 +215,22 @@ def _start(
     strategy: Any,
     grid: SimulatedGrid,
     runtime: Runtime,
-    learner: Learns,
+    learner: Learns | None,
+    watch: _Watch,
     versions: int,
     steps: int,
 ) -> None:
-    initial = ArrayRecord({k: Array(np.asarray(w)) for k, w in learner.initial().items()})
     config = ConfigRecord({"steps": steps})
     engine = Engine(grid, runtime)
-    engine.wait_for(1)
+    if learner is None:  # as the server application does
+        engine.wait_for(len(grid.get_node_ids()))
+        initial, _ = engine.initialize()
+    else:
+        engine.wait_for(1)
+        initial = ArrayRecord({k: Array(np.asarray(w)) for k, w in learner.initial().items()})
     if isinstance(strategy, HpcStrategy):
         strategy.runtime, strategy.engine = runtime, engine
-        strategy.start(grid, initial, versions, train_config=config)
+        strategy.start(grid, initial, versions, train_config=config, evaluate_fn=watch.look)
     else:
         run_rounds(
             strategy,
@@ -225,6 +238,7 @@ def _start(
             initial,
             versions,
             train_config=config,
+            evaluate_fn=watch.look,
             runtime=runtime,
             engine=engine,
         )
@@ -260,7 +274,15 @@ def _sites(
 def _facility(model: SiteModel, policy: str, renew: bool) -> Facility:
     shared = {
         k: getattr(model, k)
-        for k in ("step_s", "nodes", "startup_s", "write_s", "transfer_s", "latency_s")
+        for k in (
+            "step_s",
+            "nodes",
+            "startup_s",
+            "write_s",
+            "transfer_s",
+            "latency_s",
+            "message_s",
+        )
     }
     return Facility(
         **shared,
@@ -269,6 +291,8 @@ def _facility(model: SiteModel, policy: str, renew: bool) -> Facility:
         failures_per_hour=model.failures_per_hour,
         outages=tuple((a, b) for a, b in model.outages),
         per_round=policy == "per_round",
+        reserves_s=tuple(model.reserves_s),
+        forecasts_s=tuple(model.forecasts_s),
         renew=renew and policy == "warm",
     )
 
@@ -280,6 +304,8 @@ def _queue(
         return NoQueue()
     if model.kind == "lognormal":
         return LognormalQueue(clock, _course(model), model.sigma, model.memory_s, rng)
+    if model.kind == "replay":
+        return ReplayQueue(clock, model.waits_s)
     if model.kind == "cluster":
         return BackfillCluster(
             clock,

@@ -10,7 +10,6 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from flwr_hpc import protocol
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.identity import take_identity
 from flwr_hpc.simulate.site import SimulatedSite
@@ -102,8 +101,8 @@ class SimulatedGrid(Grid):
         message_id = f"m{next(self._ids)}"
         message.metadata.__dict__["_message_id"] = message_id
         f = node.site.facility
-        carries = protocol.ARRAYS in message.content and len(message.content.array_records) > 0
-        delay = f.latency_s + (f.transfer_s if carries else 0.0)
+        carries = len(message.content.array_records) > 0
+        delay = f.latency_s + (node.site.transfer_s(message.content) if carries else 0.0)
         self.clock.at(self.clock.now() + delay, lambda: self._deliver(node, message, message_id))
         return message_id
 
@@ -122,4 +121,8 @@ class SimulatedGrid(Grid):
             node.busy = False
             self._next(node)
 
-        node.site.handle(message, answer)
+        if begins_s := node.site.facility.message_s:
+            then = self.clock.now() + begins_s
+            self.clock.at(then, lambda: node.site.handle(message, answer))
+        else:
+            node.site.handle(message, answer)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from flwr_hpc.config import AllocationConfig
+from flwr_hpc.jobs.renewal import lead_s
 from flwr_hpc.protocol import Order
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.facility import Facility, Segment, Weights
 from flwr_hpc.simulate.queues import Queue, Ticket
 
 __all__ = ["Allocation", "Pool", "Task"]
+
+RENEWAL = AllocationConfig()  # the launcher's rule for successors, as it comes
 
 
 @dataclass
@@ -23,6 +28,8 @@ class Task:
     order: Order
     weights: Weights
     start: Weights = field(default_factory=dict)
+    correction: Weights = field(default_factory=dict)
+    gradients: Weights = field(default_factory=dict)  # summed up, if they are asked for
     share: float = 0.0
     own_seq: int = -1
     done: int = 0
@@ -30,6 +37,7 @@ class Task:
     tries: int = 0
     finished: bool = False
     failed: str = ""
+    refused: bool = False
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Allocation:
 
     name: str
     submitted: float
+    kept_s: float = 0.0  # of its walltime, to write
     state: Literal["queued", "loading", "ready", "ended"] = "queued"
     started: float = 0.0
     ends: float = 0.0
@@ -96,7 +105,10 @@ class Pool:
         self._train, self._changed = train, changed
         self._allocations: list[Allocation] = []  # not ended, oldest first
         self._made = 0
+        self._local: tuple[str, Weights] = "", {}  # what the last order left, in its checkpoint
         self._waits: list[float] = []
+        self._attended = False
+        self._due: Allocation | None = None  # whose successor is to be submitted
         for begin, _ in facility.outages:
             clock.at(begin, self._outage)
 
@@ -108,6 +120,12 @@ class Pool:
         a.inbox.append(task)
         a.released = a.released or self.facility.per_round
         self._work(a)
+
+    def resume(self, task: Task) -> None:
+        """Assign an order that no allocation has and that is not done."""
+        held = [t for a in self._allocations for t in (a.task, *a.inbox)]
+        if not (task.finished or task.failed or any(t is task for t in held)):
+            self.assign(task)
 
     def acquire(self) -> None:
         """Ask for an allocation if there is none."""
@@ -126,11 +144,23 @@ class Pool:
         return next((a for a in self._allocations if a.task is task), None)
 
     def release(self) -> None:
-        """Let all allocations end once idle."""
+        """Let all allocations end once idle; a job that waits leaves the queue.
+
+        Its orders are not begun, and given to another job only when somebody asks for them.
+        """
         for a in list(self._allocations):
             a.released = True
+            if a.state == "queued":
+                a.inbox.clear()
             if a.task is None and (a.state == "queued" or not a.inbox):
                 self._close(a)
+
+    def attend(self, here: bool) -> None:
+        """Learn whether a message is at the site: the launcher sees to successors only then."""
+        self._attended = here
+        if here and self._due is not None:
+            due, self._due = self._due, None
+            self._renew(due)
 
     def running_node_s(self) -> float:
         """Return the node seconds so far of the allocations that run."""
@@ -163,7 +193,13 @@ class Pool:
             steps = min(left, room)
         else:
             steps = 0
-        a.task, a.task_began = a.inbox.pop(0), now
+        a.inbox.pop(0)
+        if not task.start and not _merge(task, *self._local):
+            task.failed, task.refused = "the weights it goes on from are not here", True
+            self._changed()
+            self._work(a)
+            return
+        a.task, a.task_began = task, now
         _prepare(task, a.own, a.own_seq)
         stay = a.stay
         done_at = now + steps * self.facility.step_s + self.facility.write_s
@@ -171,7 +207,7 @@ class Pool:
 
     def _room(self, a: Allocation) -> int:
         """Return how many steps fit into what is left of the walltime."""
-        left_s = a.ends - self.clock.now() - self.facility.write_s
+        left_s = a.ends - self.clock.now() - a.kept_s
         return int(left_s / self.facility.step_s + 1e-9)
 
     def _finish(self, a: Allocation, task: Task, steps: int, stay: int) -> None:
@@ -182,6 +218,7 @@ class Pool:
         if task.order.kind == "train":
             a.own = {k: task.weights[k] - w for k, w in task.start.items()}
             a.own_seq = task.order.seq
+            self._local = task.order.id, task.weights
         a.task = None
         self._segment(a, "train")
         if self._room(a) < 1 or (a.released and not a.inbox):
@@ -196,7 +233,8 @@ class Pool:
 
     def _submit(self) -> Allocation:
         now = self.clock.now()
-        a = Allocation(f"a{self._made:04d}", submitted=now, since=now)
+        kept_s = self.facility.kept_s(self._made)
+        a = Allocation(f"a{self._made:04d}", submitted=now, kept_s=kept_s, since=now)
         self._made += 1
         self._allocations.append(a)
         self._enqueue(a)
@@ -240,9 +278,10 @@ class Pool:
             return
         self._segment(a, "load")
         a.state = "ready"
-        self._plan(a.ends - self.facility.write_s, self._expire, a, stay)
+        self._plan(a.ends - a.kept_s, self._expire, a, stay)
         if self.facility.renew and not a.released:
-            lead = self._expected_wait() + self.facility.startup_s
+            f = self.facility
+            lead = lead_s(RENEWAL, f.walltime_s, self._expected_wait(), f.startup_s) or 0.0
             self._plan(max(self.clock.now(), a.ends - lead), self._renew, a, stay)
         for older in [] if a.released else list(self._allocations):
             if older is not a and older.state == "ready" and not older.released:
@@ -254,11 +293,18 @@ class Pool:
         self._changed()
 
     def _renew(self, a: Allocation) -> None:
-        if not a.released and self._allocations[-1] is a:
+        if a.released or a.state != "ready" or self._allocations[-1] is not a:
+            return
+        if self._attended:
             self._submit()
+        else:
+            self._due = a
 
     def _expected_wait(self) -> float:
-        """Return the median of the last waits."""
+        """Return what is expected of the next allocation."""
+        told = self.facility.forecasts_s[self._made : self._made + 1]
+        if told:
+            return told[0]
         return float(np.median(self._waits[-9:])) if self._waits else 0.0
 
     def _idle(self, a: Allocation) -> None:
@@ -332,6 +378,19 @@ class Pool:
         if now > a.since:
             self.segments.append(Segment(a.name, what, a.since, now))
         a.since = now
+
+
+def _merge(task: Task, held: str, local: Weights) -> bool:
+    """Merge what came with an order into the site's weights; False if these are not here."""
+    order, given = task.order, task.weights
+    if order.merges is None:
+        return True
+    if held != dataclasses.replace(order, seq=int(order.options["after"])).id:
+        return False
+    alpha = np.float32(order.options.get("alpha", 0.0))
+    merged = {k: (1 - alpha) * given[k] + alpha * local[k] for k in order.merges}
+    task.weights = {**local, **merged}
+    return True
 
 
 def _prepare(task: Task, own: Weights, seq: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ __all__ = [
     "LognormalQueue",
     "NoQueue",
     "Queue",
+    "ReplayQueue",
     "Ticket",
     "waits_of_trace",
 ]
@@ -144,6 +146,30 @@ class EmpiricalQueue(_Sampled):
 
     def _wait_s(self) -> float:
         return float(self._rng.choice(self._waits_s))
+
+
+class ReplayQueue(_Sampled):
+    """Waits that were really seen, in the order in which they were; then from the first again.
+
+    Parameters
+    ----------
+    clock : VirtualClock
+    waits_s : sequence of float
+
+    Raises
+    ------
+    UserError
+        If there are none.
+    """
+
+    def __init__(self, clock: VirtualClock, waits_s: Sequence[float]) -> None:
+        super().__init__(clock)
+        if not len(waits_s):
+            raise UserError("a replayed queue needs at least one wait; found none")
+        self._waits = itertools.cycle(float(wait) for wait in waits_s)
+
+    def _wait_s(self) -> float:
+        return next(self._waits)
 
 
 def waits_of_trace(path: Path, nodes: int, walltime_s: float) -> list[float]:

@@ -7,6 +7,7 @@ results, preempted orders that go on where they were.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.simulate.clock import VirtualClock
-from flwr_hpc.simulate.facility import Facility, Learns
+from flwr_hpc.simulate.facility import Facility, Learns, Weights
 from flwr_hpc.simulate.pool import Allocation, Pool, Task
 from flwr_hpc.simulate.queues import Queue
 
@@ -75,6 +76,7 @@ class SimulatedSite:
         self.learner, self.clock = learner, clock
         self.pool = Pool(facility, queue, clock, rng, self._train, self._notify, retries)
         self.steps = 0
+        self._bytes = sum(w.nbytes for w in learner.initial().values())
         self._tasks: dict[str, Task] = {}
         self._results: dict[str, RecordDict] = {}
         self._waiting: _Waiting | None = None
@@ -91,6 +93,7 @@ class SimulatedSite:
         kind = message.metadata.message_type
         if kind == protocol.RELEASE:
             self.pool.release()
+            self._resume(self._waiting.order_id if self._waiting is not None else "")
         if kind in (protocol.DESCRIBE, protocol.RELEASE):
             answer(self._status("idle"))
             return
@@ -102,11 +105,19 @@ class SimulatedSite:
             order_id = order.id
             if kind != protocol.COLLECT:
                 self._hand_in(order, message)
+            self._resume(order_id)
         self._waiting = _Waiting(message, answer, self.clock.now() + wait_s, order_id)
         if wait_s < float("inf"):
             held = self._waiting
             self.clock.at(held.until, lambda: self._time_out(held))
+        self.pool.attend(True)
         self._notify()
+
+    def transfer_s(self, content: RecordDict) -> float:
+        """Return how long arrays take one way: `Facility.transfer_s` is the whole model's time."""
+        records = content.array_records.values()
+        moved = sum(_nbytes(array) for record in records for array in record.values())
+        return self.facility.transfer_s * (moved / self._bytes if moved else 1.0)
 
     def node_hours(self) -> float:
         """Return the node-hours so far, those of running allocations included."""
@@ -137,15 +148,18 @@ class SimulatedSite:
         if task is None:
             self._reply(self._status("failed", error=f"order '{order_id}' is not known"))
         elif task.failed:
-            self._reply(self._status("failed", order_id=order_id, error=task.failed))
+            why = task.failed
+            result = Result(order_id, "failed", error=why, refused=task.refused)
+            self._reply(self._status("failed", order_id=order_id, error=why, result=result))
             del self._tasks[order_id]
         elif task.finished:
             self._reply(self._results[order_id], upload=True)
 
     def _reply(self, content: RecordDict, upload: bool = False) -> None:
         held, self._waiting = self._waiting, None
+        self.pool.attend(False)
         assert held is not None
-        delay = self.facility.latency_s + (self.facility.transfer_s if upload else 0.0)
+        delay = self.facility.latency_s + (self.transfer_s(content) if upload else 0.0)
         self.clock.at(self.clock.now() + delay, lambda: held.answer(content))
 
     def _progress(self, held: _Waiting) -> RecordDict:
@@ -174,17 +188,23 @@ class SimulatedSite:
     def _hand_in(self, order: Order, message: Message) -> None:
         if order.id in self._tasks:
             return
-        arrays = next(iter(message.content.array_records.values()), None)
-        weights = {k: a.numpy() for k, a in arrays.items()} if arrays is not None else {}
-        self._tasks[order.id] = task = Task(order, weights)
+        correction = _tensors(message, protocol.CORRECTION)
+        task = Task(order, _tensors(message, protocol.ARRAYS), correction=correction)
+        self._tasks[order.id] = task
         for old in list(self._tasks)[: -KEPT - 1]:
             if self._tasks[old].finished:
                 del self._tasks[old], self._results[old]
         self.pool.assign(task)
 
+    def _resume(self, order_id: str) -> None:
+        """Let somebody work on an order that is asked for, should its job have been released."""
+        if order_id in self._tasks:
+            self.pool.resume(self._tasks[order_id])
+
     def _train(self, task: Task, steps: int) -> None:
         if task.order.kind == "train" and steps > 0:
             options = task.order.options
+            asked = bool(options.get(protocol.MEAN_GRADIENT))
             task.weights, loss = self.learner.train(
                 self.index,
                 task.weights,
@@ -192,6 +212,8 @@ class SimulatedSite:
                 float(options.get("lr-scale", 1.0)),
                 float(options.get("proximal-mu", 0.0)),
                 task.start,
+                task.correction or None,
+                task.gradients if asked else None,
             )
             self.steps += steps
             task.loss_sum += loss * steps
@@ -216,7 +238,23 @@ class SimulatedSite:
             {protocol.WEIGHT_KEY: max(1, done), "steps": done, **metrics}
         )
         if order.kind != "evaluate":
-            content[protocol.ARRAYS] = ArrayRecord(
-                {k: Array(np.asarray(w)) for k, w in task.weights.items()}
-            )
+            names = task.weights if order.returns is None else order.returns
+            content[protocol.ARRAYS] = _record({name: task.weights[name] for name in names})
+        if task.gradients and done:
+            means = {k: g / np.float32(done) for k, g in task.gradients.items()}
+            content[protocol.GRADIENT] = _record(means)
         return content
+
+
+def _tensors(message: Message, key: str) -> Weights:
+    record = message.content.get(key)
+    found = record.items() if isinstance(record, ArrayRecord) else ()
+    return {name: array.numpy() for name, array in found}
+
+
+def _nbytes(array: Array) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+def _record(tensors: Weights) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.asarray(tensor)) for name, tensor in tensors.items()})

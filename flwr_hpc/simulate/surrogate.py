@@ -54,14 +54,23 @@ class Surrogate:
         lr_scale: float = 1.0,
         mu: float = 0.0,
         anchor: Weights | None = None,
+        correction: Weights | None = None,
+        gradients: Weights | None = None,
     ) -> tuple[Weights, float]:
-        """Return the weights after `steps` steps, in one formula, and the loss there."""
-        point, goal = weights["point"].astype(float), self._optima[site]
-        if mu and anchor is not None:  # the proximal term moves the optimum
+        """Return the weights after `steps` steps, in one formula, and the loss there.
+
+        The gradient is the distance to the site's optimum; see `Learner.train`.
+        """
+        point, own = weights["point"].astype(float), self._optima[site]
+        goal = own - correction["point"] if correction else own  # both move the optimum
+        if mu and anchor is not None:
             goal = (goal + mu * anchor["point"].astype(float)) / (1.0 + mu)
         rate = min(1.0, self.rate * lr_scale * (1.0 + mu))
         keep = (1.0 - rate) ** steps
         spread = self.noise * rate * np.sqrt((1.0 - keep * keep) / (1.0 - (1.0 - rate) ** 2))
+        if gradients is not None:  # the sum over the path, without the noise
+            path = steps * (goal - own) + (point - goal) * (1.0 - keep) / rate
+            gradients["point"] = gradients.get("point", 0.0) + path.astype(np.float32)
         point = goal + keep * (point - goal) + spread * self._rngs[site].normal(size=8)
         return {"point": point.astype(np.float32)}, float(np.square(point - goal).sum())
 

@@ -201,6 +201,7 @@ def test_mistakes(arguments, words, capsys):
     ("arguments", "words"),
     [
         (["strategy=diloco", "+strategies.diloco.outer=1"], ["DiLoCo", "'outer'"]),
+        (["scenario.sites.a.queue.kind=replay"], ["scenario.sites.a.queue.waits_s=[60,900]"]),
         (["scenario.sites.a.queue.kind=history"], ["no run has kept waits of facility 'a'"]),
         (
             ["scenario.sites.a.queue.kind=trace", "scenario.sites.a.queue.trace=no.swf"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flwr_hpc.simulate.learning import Learner, LearnerConfig, _backward, _forward
+from flwr_hpc.simulate.learning import Learner, LearnerConfig, _forward
 from flwr_hpc.simulate.surrogate import FLOOR, START, Surrogate
 
 SMALL = LearnerConfig(vocabulary=6, width=5, batch=8)
@@ -20,13 +20,14 @@ def test_gradients_by_finite_differences():
     learner, rng = Learner(2, SMALL, 0), np.random.default_rng(1)
     w = {k: a.astype(np.float64) for k, a in learner.initial().items()}
     domain, token, label = (rng.integers(0, n, size=12) for n in (2, 6, 6))
-    _, gradients = _backward(w, domain, token, label)
+    gradients, scratch = ({k: np.zeros_like(a) for k, a in w.items()} for _ in range(2))
+    learner._backward(w, gradients, domain, token, label)
     for name, tensor in w.items():
         for index in np.ndindex(tensor.shape):
             losses = []
             for step in (1e-5, -1e-5):
                 tensor[index] += step
-                losses.append(_backward(w, domain, token, label)[0])
+                losses.append(learner._backward(w, scratch, domain, token, label))
                 tensor[index] -= step
             slope = (losses[0] - losses[1]) / 2e-5
             assert gradients[name][index] == pytest.approx(slope, abs=1e-8), (name, index)
@@ -47,7 +48,8 @@ def test_the_held_out_loss_agrees_with_samples():
     """And is what training on all domains alike would see."""
     learner = Learner(3, LearnerConfig(vocabulary=8, width=8, own_share=0.0, batch=4000), 5)
     w = learner.initial()
-    losses = [_backward(w, d, t, y)[0] for d, t, y in learner._batches(0, 5)]
+    g = learner.initial()
+    losses = [learner._backward(w, g, d, t, y) for d, t, y in learner._batches(0, 5)]
     assert learner.evaluate(w) == pytest.approx(np.mean(losses), rel=0.02)
 
 
@@ -137,3 +139,29 @@ def test_the_learning_rate_can_be_scaled(kind):
         v, _ = learner.train(0, w, 20, scale)
         moved.append(sum(float(np.square(v[k] - w[k]).sum()) for k in w))
     assert moved[1] < 0.1 * moved[0]
+
+
+@pytest.mark.parametrize("kind", ["real", "surrogate"])
+def test_the_correction_is_added_to_the_gradients_that_are_summed(kind):
+    """SCAFFOLD: the sums are of the site's own gradients, and the steps go along the corrected."""
+    learner = Learner(2, SMALL, 0) if kind == "real" else Surrogate(2, 0, noise=0.0)
+    w, rng, own = learner.initial(), np.random.default_rng(4), {}
+    shift = {k: rng.normal(size=a.shape).astype(np.float32) for k, a in w.items()}
+    v, _ = learner.train(0, w, 1, correction=shift, gradients=own)
+    used = {k: own[k] + shift[k] for k in w}
+    for k in w:  # a step of Adam, or of the gradient, goes against it
+        clear = np.abs(used[k]) > 1e-3
+        assert (np.sign(w[k] - v[k])[clear] == np.sign(used[k])[clear]).all(), k
+    first = {k: g.copy() for k, g in own.items()}
+    learner.train(0, v, 1, correction=shift, gradients=own)  # the order goes on: sums add up
+    assert any((own[k] != first[k]).any() for k in w)
+
+
+def test_surrogate_gradients_are_the_papers_option_two():
+    """Their mean is (x - y) / (K eta) less the correction."""
+    learner, sums = Surrogate(2, 0, noise=0.0), {}
+    w, shift = learner.initial(), {"point": np.full(8, 0.3, dtype=np.float32)}
+    v, _ = learner.train(0, w, 50, correction=shift, gradients=sums)
+    v, _ = learner.train(0, v, 150, correction=shift, gradients=sums)
+    moved = (w["point"] - v["point"]) / (200 * learner.rate)
+    np.testing.assert_allclose(sums["point"] / 200, moved - shift["point"], atol=1e-4)

@@ -14,6 +14,7 @@ from flwr_hpc.simulate.queues import (
     EmpiricalQueue,
     LognormalQueue,
     NoQueue,
+    ReplayQueue,
     Ticket,
     waits_of_trace,
 )
@@ -119,6 +120,15 @@ def test_an_empirical_queue_without_waits():
     """Nothing to draw from is the user's to mend."""
     with pytest.raises(UserError, match="at least one wait"):
         EmpiricalQueue(VirtualClock(), [], rng())
+
+
+def test_replayed_waits_keep_their_order():
+    """Job by job as they were, then from the first again."""
+    clock = VirtualClock()
+    queue = ReplayQueue(clock, [3.0, 50.0, 7.0])
+    assert [round(wait(queue, clock)) for _ in range(5)] == [3, 50, 7, 3, 50]
+    with pytest.raises(UserError, match="at least one wait"):
+        ReplayQueue(clock, [])
 
 
 def test_a_cancelled_job_does_not_start():

@@ -40,6 +40,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "fedcompass": {"_target_": "strategies.FedCompass"},
     "fedqueue": {"_target_": "strategies.FedQueue", "round_s": 600.0},
     "fedbackfill": {"_target_": "strategies.FedBackfill"},
+    "streaming diloco": {"_target_": "strategies.StreamingDiLoCo", "alpha": 0.0},
 }
 HOSTILE: dict[str, Any] = {
     "walltime": "00:40:00",
@@ -94,6 +95,17 @@ def test_a_node_handles_one_message_at_a_time():
     kinds = [m.metadata.message_type for m in grid.pull_messages([acquire, question])]
     assert kinds == [protocol.ACQUIRE, protocol.DESCRIBE]
     assert grid.pull_messages([acquire, question]) == []  # a reply is delivered once
+
+
+def test_a_message_takes_its_time_at_the_site():
+    """As Flower's processes do, one after the other."""
+    clock, grid = one_site(message_s=4.0)
+    ids = grid.push_messages([describe(), describe()])
+    answered = []
+    for second in range(1, 12):
+        clock.advance(float(second))
+        answered += [second] * len(grid.pull_messages(ids))
+    assert answered == [1 + 4, 1 + 4 + 4]
 
 
 def test_an_offline_node_takes_no_messages():
@@ -174,6 +186,20 @@ def test_a_queue_of_a_trace(tmp_path):
     outcome = simulate(scenario, "x", STRATEGIES["diloco"], learning="surrogate")
     first = outcome.segments["a"][0]
     assert (first.what, first.end - first.begin) == ("queue", 7777.0)
+
+
+def test_a_replayed_queue_and_an_initial_order():
+    """The first job that starts makes the initial weights, as on real sites; it is one more job
+    with a job per order."""
+    waits = {"a": [30.0, 40.0, 50.0], "b": [60.0, 70.0, 80.0]}
+    sites = {n: SiteModel(queue=QueueModel(kind="replay", waits_s=w)) for n, w in waits.items()}
+    outcome = simulate(
+        ScenarioConfig(sites, target=0.0), "x", STRATEGIES["diloco"], policy="per_round",
+        learning="surrogate", versions=1, initialize=True,
+    )  # fmt: skip
+    queued = {n: [s for s in own if s.what == "queue"] for n, own in outcome.segments.items()}
+    took = {n: [round(s.end - s.begin, 6) for s in own] for n, own in queued.items()}
+    assert took == {"a": [30.0, 40.0], "b": [60.0]}
 
 
 def test_a_queue_of_a_history_that_is_empty():

@@ -51,7 +51,12 @@ class Counts:
         lr_scale: float = 1.0,
         mu: float = 0.0,
         anchor: Any = None,
+        correction: Any = None,
+        gradients: dict[str, Any] | None = None,
     ) -> tuple[dict[str, Any], float]:
+        if gradients is not None:  # of a step: the correction, or 1 without one
+            more = steps * (1.0 if correction is None else correction["n"])
+            gradients["n"] = gradients.get("n", 0.0) + more
         return {k: w + np.float32(steps) for k, w in weights.items()}, 2.0
 
     def evaluate(self, weights: dict[str, Any]) -> float:
@@ -304,6 +309,38 @@ def test_renewal():
     assert [r.trained[0] for r in replies[:5]] == [90] * 5
 
 
+def test_a_successor_is_not_submitted_too_early():
+    """As the launcher does: a quarter of the walltime is used whatever the waits were."""
+    site = Site(10.0, 5000.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 5000.0))
+    site.train(1500)
+    site.clock.advance(10 + 0.25 * 2000.0 - 1)
+    assert site.pool.queue.submitted == 1
+    site.clock.advance(10 + 0.25 * 2000.0 + 1)
+    assert site.pool.queue.submitted == 2
+
+
+def test_a_successor_waits_for_a_message():
+    """As at a real site: nobody looks after its jobs between two messages."""
+    site = Site(10.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 100.0))
+    site.train(50)
+    site.clock.advance(10 + 2000.0 - 100 - 60 + 1)
+    assert site.pool.queue.submitted == 1
+    site.train(10, seq=1)
+    assert site.pool.queue.submitted == 2
+
+
+def test_the_scheduler_warns_ahead_of_the_end():
+    """What is kept back of the walltime may be more than writing takes."""
+    site = Site(0.0, walltime_s=1000.0, reserves_s=(90.0, 5.0))
+    first = site.train(2000)
+    site.clock.advance(999.0)
+    assert first.trained == (1000 - 60 - 90, 850.0)
+    assert first.at == 1000 - 90 + 10
+    second = site.train(2000, seq=1)
+    site.clock.advance(3000.0)
+    assert second.status.result.steps == 1000 - 60 - 10
+
+
 # ---- faults -------------------------------------------------------------------------------------
 
 
@@ -317,6 +354,44 @@ def test_a_preempted_order_goes_on_from_its_checkpoint():
     assert reply.at == 160 + 1000 + 60 + 400 + 10
     assert (site.steps, site.pool.orders) == (500, 1)
     assert reply.status.ledger["all"]["queue"] == 1000.0
+
+
+def test_the_mean_gradient_is_over_all_steps_of_an_order():
+    """SCAFFOLD: those before a preemption included; a second record takes its time, too."""
+    site = Site(0.0, 1000.0, preemptions_per_hour=1.0, faults=(160.0,), transfer_s=20.0)
+    asked = Order("k", "x", 0, "train", 0, 500, options={protocol.MEAN_GRADIENT: True})
+    content = RecordDict({protocol.ORDER: ConfigRecord({"json": protocol.to_json(asked)})})
+    content[protocol.ARRAYS] = record({"n": np.zeros(1)})
+    content[protocol.CORRECTION] = record({"n": np.full(1, 3.0)})
+    reply = Reply(site.clock)
+    site.handle(Message(content, 1, protocol.TRAIN), reply.take)
+    site.clock.advance(3000.0)
+    assert reply.trained == (500, 500.0)
+    assert reply.content[protocol.GRADIENT]["n"].numpy() == 3.0
+    assert reply.at == 160 + 1000 + 60 + 400 + 10 + 2 * 20
+
+
+def test_a_site_keeps_its_weights_and_merges_what_comes():
+    """With alpha = 1/2 and a weight of 0 that comes, half of what it has; from these or none."""
+    site, found = Site(), []
+    for merges, after in ((None, -1), ([], 0), (["n"], 1), (["n"], 1)):
+        options = {"after": after, "alpha": 0.5}
+        asked = Order("k", "x", len(found), "train", 0, 4, options=options, merges=merges)
+        reply = site.ask(protocol.TRAIN, asked)
+        site.until(lambda reply=reply: reply.content is not None)
+        found.append(reply)
+    assert [float(r.content[protocol.ARRAYS]["n"].numpy()[0]) for r in found[:3]] == [4, 8, 8]
+    last = found[3].status
+    assert (last.state, last.fatal, last.result.refused) == ("failed", False, True)
+
+
+def test_a_part_of_the_weights_takes_its_part_of_the_time():
+    """Transfers are as long as what they carry."""
+    site = Site(transfer_s=20.0)
+    for names, time_s in ((["n"], 20.0), ([], 20.0), (["n", "m"], 40.0)):
+        tensors = record({name: np.zeros(1) for name in names})
+        content = RecordDict({protocol.ARRAYS: tensors})
+        assert site.transfer_s(content) == time_s
 
 
 def test_a_failed_job_loses_its_order_and_tries_again():
@@ -362,6 +437,19 @@ def test_release_cancels_what_waits():
     site.ask(protocol.RELEASE)
     site.clock.advance(5000.0)
     assert (site.pool.node_s, states(site)) == (0.0, [("queue", 0, 20)])
+
+
+def test_release_of_a_queued_job_with_an_order_submits_no_other():
+    """The order is begun again only when somebody asks for it, as by the launcher."""
+    site = Site(1000.0, 0.0)
+    site.train(500, wait_s=10.0)
+    site.clock.advance(20.0)
+    site.ask(protocol.RELEASE)
+    site.clock.advance(5000.0)
+    assert (site.pool.node_s, states(site)) == (0.0, [("queue", 0, 20)])
+    reply = site.collect(500)
+    site.clock.advance(7000.0)
+    assert reply.trained == (500, 500.0)
 
 
 def test_a_released_allocation_finishes_its_order():
