@@ -17,12 +17,14 @@ __all__ = [
     "ACQUIRE",
     "ARRAYS",
     "COLLECT",
+    "CORRECTION",
     "DESCRIBE",
     "EVALUATE",
     "FORECAST",
+    "GRADIENT",
+    "MEAN_GRADIENT",
     "METRICS",
     "ORDER",
-    "PROTOCOL_VERSION",
     "RELEASE",
     "STATUS",
     "TRAIN",
@@ -40,8 +42,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-PROTOCOL_VERSION = 1
-
 # Flower message types.
 TRAIN = "train"
 EVALUATE = "evaluate"
@@ -53,12 +53,17 @@ RELEASE = "query.release"
 
 # Keys of the records in a message.
 ARRAYS = "arrays"  # ArrayRecord: weights of the global model, or of the trained one
+CORRECTION = "correction"  # ArrayRecord: to be added to every gradient of the order
+GRADIENT = "gradient"  # ArrayRecord: mean of the gradients of the order's steps
 METRICS = "metrics"  # MetricRecord of a finished order
 ORDER = "order"  # ConfigRecord {"json": Order}
 STATUS = "status"  # ConfigRecord {"json": Status}
 WAIT = "wait"  # ConfigRecord {"wait_s": float}; absent: block until done
 
 WEIGHT_KEY = "num-examples"  # Flower's own name for the weight of a reply
+
+# Of an order's options: reply with the mean gradient, too.
+MEAN_GRADIENT = "mean-gradient"
 
 OrderKind = Literal["initialize", "train", "evaluate"]
 SiteState = Literal["idle", "queued", "starting", "ready", "running", "done", "failed"]
@@ -83,11 +88,22 @@ class Order:
     steps : int
         Optimizer steps to train.
     evaluate : bool
-        Evaluate the received weights on the held-out data before training.
+        Evaluate the received weights on the held-out data before training; with `merges` the
+        version they belong to, if the site has it.
     options : dict of str to scalar
         What the strategy's train config adds: ``proximal-mu`` (FedProx), ``lr-scale`` (factor
         on the learning rate), ``own-share`` (start from the weights plus this share of the
-        site's last update).
+        site's last update), ``mean-gradient`` (reply with `GRADIENT`, too).
+    carries : list of str
+        Keys of the further arrays in the message, beside the weights: `CORRECTION`.
+    merges : list of str or None
+        The site goes on from the weights that its order with the number ``after`` (an option)
+        left there, and only these tensors, which are all that come, are merged into them:
+        ``(1 - alpha) given + alpha local`` with the option ``alpha``, 0 where it is missing.
+        A site that has those weights no more refuses. None: all weights come and replace the
+        site's.
+    returns : list of str or None
+        Tensors that the reply is to carry (None: all).
     """
 
     run_key: str
@@ -98,6 +114,9 @@ class Order:
     steps: int = 0
     evaluate: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    carries: list[str] = field(default_factory=list)
+    merges: list[str] | None = None
+    returns: list[str] | None = None
 
     @property
     def id(self) -> str:
@@ -131,6 +150,11 @@ class Result:
         What went wrong; set when ``state`` is ``failed``.
     fatal : bool
         The error will not mend by trying again (bad data, bad configuration).
+    refused : bool
+        The site lacks what the order goes on from: it failed, but another order may do.
+    further : dict of str to str
+        sha256 of further arrays that were asked for, by their key in the reply; they lie beside
+        the weights as ``KEY.safetensors``.
     """
 
     order_id: str
@@ -145,6 +169,8 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""
     fatal: bool = False
+    refused: bool = False
+    further: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ moment. Standard library only.
 
 ::
 
-    SITE/weights/<sha256>.safetensors              received weights
+    SITE/weights/<sha256>.safetensors              received weights and further arrays
     SITE/orders/<order id>/order.json              written once by the launcher
                           /progress.json           worker: {"step", "steps", "loss", ...}
                           /weights.safetensors     worker: trained weights
+                          /<key>.safetensors       worker: further arrays, if asked for
                           /result.json             worker, last
     SITE/allocations/<name>/spec.json              launcher: what the worker loads
                            /job.json               launcher: the scheduler's job
@@ -24,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -117,12 +119,27 @@ class OrderDir:
         order = from_json(Order, json.dumps(raw["order"]))
         return order, Path(raw["weights"]) if raw["weights"] else None
 
-    def write_order(self, order: Order, weights: Path | None) -> None:
+    def further(self) -> dict[str, Path]:
+        """Return the files of the further arrays that the order carries, by their key."""
+        raw = read_json(self.path / "order.json") or {}
+        return {key: Path(path) for key, path in raw.get("further", {}).items()}
+
+    def write_order(
+        self, order: Order, weights: Path | None, further: Mapping[str, Path] | None = None
+    ) -> None:
         """Publish the order once; a second call changes nothing."""
         target = self.path / "order.json"
         if not target.exists():
-            body = {"order": dataclasses.asdict(order), "weights": str(weights or "")}
+            body = {
+                "order": dataclasses.asdict(order),
+                "weights": str(weights or ""),
+                "further": {key: str(path) for key, path in (further or {}).items()},
+            }
             publish(target, json.dumps(body))
+
+    def arrays(self, key: str) -> Path:
+        """Where the worker writes further arrays, before the result."""
+        return self.path / f"{key}.safetensors"
 
     def progress(self) -> dict[str, Any]:
         return read_json(self.path / "progress.json") or {}

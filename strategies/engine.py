@@ -21,11 +21,12 @@ from flwr.serverapp import Grid
 
 from flwr_hpc.protocol import DESCRIBE, RELEASE, Order, OrderKind
 from strategies import messages
+from strategies.binding import further_name
 from strategies.courier import Courier
 from strategies.orders import Desk
 from strategies.register import Register
 from strategies.runtime import FatalSiteError, RunFailed, Runtime, Stopped
-from strategies.sites import Event, Failure, Memory, Site, Weights, Work
+from strategies.sites import Bind, Event, Failure, Further, Memory, Site, Weights, Work
 
 __all__ = ["Engine", "FatalSiteError", "RunFailed", "Stopped", "global_name"]
 
@@ -73,6 +74,8 @@ class Engine:
         content: RecordDict | None = None,
         checked: bool = True,
         ahead_after_s: float | None = None,
+        further: Further | None = None,
+        bind: Bind | None = None,
     ) -> None:
         """Ask a facility for one piece of work.
 
@@ -86,7 +89,7 @@ class Engine:
             Send this, arrays included, in place of the arrays and options.
         checked : bool
             Hold an ordinary ClientApp's weights to `Runtime.check` too.
-        ahead_after_s : float or None
+        ahead_after_s, further, bind :
             See `strategies.sites.Plan`.
 
         Raises
@@ -99,6 +102,7 @@ class Engine:
             raise ValueError(f"facility '{facility}' is not known. Known: {sorted(self.sites)}")
         if self.busy(facility) and not self.due_ahead(facility):
             raise ValueError(f"facility '{facility}' still works on another request")
+        launcher = self.sites[facility].launcher
         work = Work(
             facility=facility,
             kind=kind,
@@ -108,7 +112,9 @@ class Engine:
             content=content,
             checked=checked,
             created=self.now(),
-            ahead_after_s=ahead_after_s if self.sites[facility].launcher else None,
+            ahead_after_s=ahead_after_s if launcher else None,
+            makes=further if launcher and further else {},
+            bind=bind,
         )
         self._desk.take(work, self.sites[facility])
 
@@ -171,8 +177,10 @@ class Engine:
 
     def commit(self) -> None:
         """Checkpoint the loop's last noted state together with the engine's."""
-        versions = {global_name(o.version) for o in self._memory.orders.values() if o.version >= 0}
-        needed = versions if self._state else set()
+        orders = self._memory.orders.values()
+        needed = {further_name(key, order) for order in orders for key in order.carries}
+        if self._state:
+            needed |= {global_name(order.version) for order in orders if order.version >= 0}
         self.runtime.checkpoints.commit(
             {
                 **self._state,

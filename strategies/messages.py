@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -17,6 +17,7 @@ __all__ = [
     "flat_metrics",
     "hand_in",
     "options_of",
+    "part_of",
     "query",
     "read_status",
     "with_common_metrics",
@@ -59,12 +60,28 @@ def hand_in(
     return Message(RecordDict(records), node_id, kind, ttl=ttl, group_id=str(order.version))
 
 
-def plain_content(arrays: ArrayRecord | None, options: Mapping[str, Any]) -> RecordDict:
-    """Return what an ordinary Flower message carries: arrays and config."""
+def plain_content(
+    arrays: ArrayRecord | None,
+    options: Mapping[str, Any],
+    further: Mapping[str, ArrayRecord] | None = None,
+) -> RecordDict:
+    """Return what an ordinary Flower message carries, arrays and config, and `further` arrays."""
     content = RecordDict({CONFIG: ConfigRecord(dict(options))})
     if arrays is not None:
         content[protocol.ARRAYS] = arrays
+    for key, record in (further or {}).items():
+        content[key] = record
     return content
+
+
+def part_of(record: ArrayRecord, names: Iterable[str] | None) -> ArrayRecord:
+    """Return some arrays of a record, not loading any; all of them if `names` is None."""
+    if names is None:
+        return record
+    part = ArrayRecord()  # its other constructors would read every array
+    for name in names:
+        part[name] = record[name]
+    return part
 
 
 def options_of(content: RecordDict) -> dict[str, Any]:
@@ -89,8 +106,10 @@ def read_status(message: Message) -> Status | None:
 
 
 def arrays_of(message: Message) -> ArrayRecord | None:
-    """Return the weights in a reply."""
-    return next(iter(message.content.array_records.values()), None)
+    """Return the weights in a reply: under our key, or else the first arrays there are."""
+    records = message.content.array_records
+    others = (record for key, record in records.items() if key != protocol.GRADIENT)
+    return records.get(protocol.ARRAYS) or next(others, None)
 
 
 def flat_metrics(message: Message) -> dict[str, float]:

@@ -9,7 +9,9 @@ from flwr.app import Message
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Status
 from strategies import messages
+from strategies.binding import Binder, further_name
 from strategies.courier import NODE_UNAVAILABLE
+from strategies.inspection import fault
 from strategies.runtime import FatalSiteError, Runtime
 from strategies.sites import Arrival, Event, Failure, Flight, Memory, Site, Work
 from strategies.telemetry import Telemetry
@@ -36,6 +38,7 @@ class Desk:
         self._memory = memory
         self._telemetry = Telemetry(runtime.emit, runtime.clock.now)
         self._news: list[Event] = []
+        self._binder = Binder(runtime, memory)
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -44,10 +47,12 @@ class Desk:
         known = next(iter(self.unattached(work.facility)), None)
         table = self.ahead if work.facility in self.works else self.works
         table[work.facility] = work
-        if known is not None and known.kind == work.kind:
+        if known is not None and known.kind == work.kind and work.bind is None:
             version, arrays = work.weights()
             if version == known.version:
-                work.order, work.base = known, arrays
+                work.order, work.base, work.resumed = known, arrays, True
+                store = self._runtime.checkpoints
+                work.further = {k: store.get(further_name(k, known)) for k in known.carries}
                 del self.loose[known.id]
         asks = site.launcher and not site.warm and table is self.works
         work.phase = "acquire" if asks and work.order is None else "hand_in"
@@ -139,14 +144,19 @@ class Desk:
             return None
         if work.order is None and self._news:
             return None  # what has just arrived may make newer weights
-        order = work.order or self._bind(work, site)
+        if work.order is None:
+            running = self.works[work.facility]
+            self._binder.bind(work, site, None if running is work else running.order)
+            self.new_orders = True
+        order = work.order
+        assert order is not None
         if work.phase == "collect":
             wait = {"wait_s": wait_s}
             return messages.query(protocol.COLLECT, site.node_id, ttl, order=order, wait=wait), work
         content = work.content
         if content is None:
             options = {**work.options, **({"steps": work.steps} if work.steps else {})}
-            content = messages.plain_content(work.base, options)
+            content = messages.plain_content(self._binder.part(work, order), options, work.further)
         wait_or_none = wait_s if site.launcher else None
         return messages.hand_in(order, content, site.node_id, ttl, wait_s=wait_or_none), work
 
@@ -170,34 +180,6 @@ class Desk:
             at = now + work.ahead_after_s if work.ahead_at is None else work.ahead_at
             wait_s = min(wait_s, max(0.0, at - now))
         return wait_s
-
-    def _bind(self, work: Work, site: Site) -> Order:
-        """Late binding: the newest weights and the next number become an order."""
-        version, work.base = work.weights()
-        seq = self._memory.seq.get(site.facility, 0)
-        self._memory.seq[site.facility] = seq + 1
-        every = self._settings.evaluate_every
-        work.order = Order(
-            run_key=self._runtime.run_key,
-            facility=site.facility,
-            seq=seq,
-            kind=work.kind,
-            version=version,
-            steps=work.steps,
-            evaluate=work.kind == "train"
-            and every > 0
-            and version % every == 0
-            and not self._evaluates(site, version),
-            options=work.options,
-        )
-        self._memory.orders[work.order.id] = work.order
-        self.new_orders = True
-        return work.order
-
-    def _evaluates(self, site: Site, version: int) -> bool:
-        """Return whether a version has been evaluated at a site, or will be."""
-        mine = (o for o in self._memory.orders.values() if o.facility == site.facility)
-        return site.evaluated == version or any(o.evaluate and o.version == version for o in mine)
 
     def pushed(self, message: Message, work: Work | None, taken: bool) -> None:
         """Note that a message was sent, or refused by the SuperLink."""
@@ -267,7 +249,7 @@ class Desk:
         if status.fatal or (result is not None and result.fatal):
             self._telemetry.failed(work, reason, fatal=True)
             raise FatalSiteError(f"{work.facility}: {reason}")
-        self.fail(work, reason)
+        self.fail(work, reason, final=result is not None and result.refused)
 
     def _pause(self, work: Work, flight: Flight) -> None:
         """Keep a site that answers at once from being asked without end."""
@@ -277,7 +259,7 @@ class Desk:
         order = work.order
         assert order is not None  # only a handed-in request is answered so
         arrays = messages.arrays_of(message)
-        wrong = self._check(work, arrays, site.launcher)
+        wrong = fault(work, message, arrays, status, site.launcher, self._runtime.check)
         if wrong:
             self._telemetry.rejected(order, wrong)
             self.fail(work, f"rejected: {wrong}")
@@ -290,16 +272,9 @@ class Desk:
         took_s = now - (now if work.handed_in is None else work.handed_in)
         self._telemetry.done(order, metrics, status, took_s)
         self._evaluated(site, order, metrics)
-        self._news.append(Arrival(order, work.base, arrays, metrics, message, status, took_s))
-
-    def _check(self, work: Work, arrays: object, launcher: bool) -> str | None:
-        if work.kind == "evaluate" or not (launcher or work.checked):
-            return None
-        if not isinstance(arrays, Mapping):
-            return "no weights in the reply"
-        if self._runtime.check is None:
-            return None
-        return self._runtime.check(arrays if work.base is None else work.base, arrays)
+        self._news.append(
+            Arrival(order, work.base, arrays, metrics, message, status, took_s, work.resumed)
+        )
 
     def _evaluated(self, site: Site, order: Order, metrics: Mapping[str, float]) -> None:
         loss = metrics.get("held_out_loss")

@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
+from numpy.typing import NDArray
 
-from flwr_hpc.protocol import Order, OrderKind, Status
+from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Order, OrderKind, Status
 
-__all__ = ["Arrival", "Event", "Failure", "Flight", "Memory", "Plan", "Site", "Weights", "Work"]
+__all__ = [
+    "Arrival",
+    "Bind",
+    "Binding",
+    "Event",
+    "Failure",
+    "Flight",
+    "Further",
+    "Memory",
+    "Plan",
+    "Site",
+    "Weights",
+    "Work",
+]
 
 Weights = Callable[[], tuple[int, ArrayRecord | None]]
+Further = Mapping[str, Callable[[], Iterable[tuple[str, NDArray[Any]]] | None]]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an order is bound to as it is handed in.
+
+    Attributes
+    ----------
+    version : int
+    arrays : ArrayRecord or None
+        All weights of that version, whatever of them travels.
+    options : dict of str to scalar
+        Added to the order's.
+    merges, returns : list of str or None
+        See `flwr_hpc.protocol.Order`.
+    evaluate : bool
+        The version may be evaluated with it, where it is due.
+    """
+
+    version: int
+    arrays: ArrayRecord | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    merges: list[str] | None = None
+    returns: list[str] | None = None
+    evaluate: bool = True
+
+
+Bind = Callable[[Order | None], Binding]
 
 
 @dataclass
@@ -73,11 +116,21 @@ class Plan:
     ahead_after_s : float or None
         So long after the hand-in the next order may be handed in, to wait at the site until
         this one is done (None: only when this one has arrived).
+    further : dict of str to callable
+        Makes further arrays for the order, by their key in the message (see
+        `flwr_hpc.protocol`): called, like the weights are chosen, when the order is handed in;
+        None: without. Ordinary ClientApps are sent none.
+    bind : callable or None
+        ``bind(running)``, called when the order is handed in, with the one that is under way
+        there (None: none): what it starts from and which tensors travel. None: the newest
+        version, whole.
     """
 
     steps: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     ahead_after_s: float | None = None
+    further: Further = field(default_factory=dict)
+    bind: Bind | None = None
 
 
 @dataclass(eq=False)
@@ -106,6 +159,11 @@ class Work:
     not_before: float = 0.0
     step: int = -1
     ahead_after_s: float | None = None
+    makes: Further = field(default_factory=dict)
+    further: dict[str, ArrayRecord] = field(default_factory=dict)
+    bind: Bind | None = None
+    part: ArrayRecord | None = None  # of the base, what travels
+    resumed: bool = False  # an order of an interrupted run
 
     @property
     def ahead_at(self) -> float | None:
@@ -154,6 +212,8 @@ class Arrival:
         None from an ordinary ClientApp.
     took_s : float
         From the hand-in to the arrival, on the server's clock.
+    resumed : bool
+        It was handed in again after an interruption: `took_s` counts from then.
     """
 
     order: Order
@@ -163,11 +223,18 @@ class Arrival:
     message: Message
     status: Status | None = None
     took_s: float = 0.0
+    resumed: bool = False
 
     @property
     def facility(self) -> str:
         """Where it was worked on."""
         return self.order.facility
+
+    @property
+    def gradient(self) -> ArrayRecord | None:
+        """The mean gradient of the order's steps, if the site was asked for it and knows it."""
+        record = self.message.content.get(GRADIENT)
+        return record if isinstance(record, ArrayRecord) else None
 
     @property
     def steps(self) -> int:
@@ -176,10 +243,17 @@ class Arrival:
         return result.steps if result else int(self.metrics.get("steps", self.order.steps))
 
     @property
+    def examples(self) -> int:
+        """How many examples were really trained on: the weight of the update."""
+        result = self.status.result if self.status else None
+        return int(result.examples if result else self.metrics.get(WEIGHT_KEY, 1))
+
+    @property
     def empty(self) -> bool:
         """Whether the site says that it has trained nothing."""
         result = self.status.result if self.status else None
-        return result is not None and result.steps < 1
+        told = result.steps if result else self.metrics.get("steps")
+        return told is not None and told < 1
 
     @property
     def queued_s(self) -> float:

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Array, ArrayRecord
+from safetensors.numpy import load_file, save_file
 from torch_helpers import tiny_model, tiny_trainer, weights_of
 
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.parallel import full
 from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.tensorfile import write_tensors
 from flwr_hpc.train.trainer import Trainer
+from strategies import DiLoCo
 
 
 def trained(group: Group, folder: Path, steps: int = 4, mu: float = 0.0, **options: Any) -> Any:
@@ -46,6 +50,41 @@ def gradients(group: Group, **options: Any) -> dict[str, Any]:
     }
 
 
+def with_variates(group: Group, folder: Path, at: int = 0, steps: int = 3, **options: Any) -> Any:
+    """Train with a correction, interrupted after `at` steps; return its shape in all things.
+
+    The weights at the end, the mean gradient, and the correction, which is drawn here.
+    """
+    trainer = tiny_trainer(group, **options)
+    file = folder / "correction.safetensors"
+    draw = torch.Generator().manual_seed(3)
+    given = {n: torch.randn(s, generator=draw) * 1e-2 for n, s in trainer.shapes().items()}
+    if group.ranks.rank == 0:
+        write_tensors(file, trainer.shapes(), given.values())
+    group.broadcast(None)  # the file is there
+    variates, done = trainer.variates(file), None
+    if at:
+        done = trainer.train(at, variates=variates)
+        meta = {"step": trainer.step}
+        checkpoints = Checkpoints(folder / "checkpoints", group)
+        checkpoints.save("run-a-000001", at, trainer.tensors() | variates.tensors(), meta)
+        trainer = tiny_trainer(group, **options)
+        variates = trainer.variates(file)
+        saved = checkpoints.newest()
+        assert saved is not None
+        checkpoints.load(saved, trainer.tensors() | variates.tensors())
+        trainer.step = saved.meta["step"]
+    trainer.train(steps, done, variates=variates)
+    trainer.save_gradient(folder / "gradient.safetensors", variates, steps)
+    mean = load_file(folder / "gradient.safetensors") if group.ranks.rank == 0 else {}
+    weights = weights_of(trainer, folder / "weights.safetensors", group)
+    return {
+        "weights": weights,
+        "mean": mean,
+        "correction": {n: g.numpy() for n, g in given.items()},
+    }
+
+
 def in_orders(group: Group, folder: Path, orders: list[int], **options: Any) -> Any:
     """Train order by order; each starts from the file the one before wrote."""
     trainer = tiny_trainer(group, **options)
@@ -60,6 +99,41 @@ def in_orders(group: Group, folder: Path, orders: list[int], **options: Any) -> 
         trainer.evaluate()  # leaves gathered parameters behind, if anything does
         trainer.load_weights(folder / "weights.safetensors")
     return weights_of(trainer, folder / "weights.safetensors", group)
+
+
+def under_diloco(group: Group, folder: Path, orders: list[int], **options: Any) -> Any:
+    """Train order by order, with the outer step of DiLoCo (eta 1, beta 0) after each."""
+    trainer = tiny_trainer(group, **options)
+    server = DiLoCo(outer_lr=1.0, momentum=0.0)
+    server.arrays = _record(weights_of(trainer, folder / "weights.safetensors", group))
+    for number, steps in enumerate(orders):
+        trainer.train(steps)
+        trained = _record(weights_of(trainer, folder / "weights.safetensors", group))
+        stepped = dict(server.aggregate(number + 1, [trained], [1.0]))
+        server.arrays = _record(stepped)
+        save_file(stepped, folder / "global.safetensors")
+        trainer.load_weights(folder / "global.safetensors")
+    return {name: array.numpy() for name, array in server.arrays.items()}
+
+
+def _record(weights: dict[str, Any]) -> ArrayRecord:
+    return ArrayRecord({name: Array(tensor) for name, tensor in weights.items()})
+
+
+def two_steps_with_proximal(group: Group, folder: Path, mu: float) -> Any:
+    """Return the weights before and after the first step, and the first moments after two."""
+    trainer = tiny_trainer(group, clip=0.0)
+    proximal = trainer.proximal(mu)
+    weights = [weights_of(trainer, folder / "weights.safetensors", group)]
+    trainer.train(1, proximal=proximal)
+    weights.append(weights_of(trainer, folder / "weights.safetensors", group))
+    trainer.train(1, proximal=proximal)
+    moments = {
+        name.removeprefix("optimizer.").removesuffix(".exp_avg"): full(value).numpy()
+        for name, value in trainer.tensors().items()
+        if name.endswith(".exp_avg")
+    }
+    return *weights, moments
 
 
 def interrupted(group: Group, folder: Path, at: int, steps: int, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 Strategies know nothing of it. What it keeps on disk, it gives back by itself:
 
-- A published version stays in the store while it is the newest, or while a node has not
+- A published version stays in the store while it is the newest of its key, or while a node has not
   answered a message that refers to it (the last few per node, so that nodes that never answer
   pin nothing for ever). One that is pushed again later is put again.
 - A reply's payload is deleted from the store as soon as it is fetched; the fetched file, when
@@ -35,7 +35,7 @@ from flwr_hpc.exchange.codec import Codec, FullWeights
 from flwr_hpc.exchange.records import LazyArray, RecordTensors, lazy_record, source_of
 from flwr_hpc.exchange.store import PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import BadPayload, Layout, TensorFile, Tensors, check
-from flwr_hpc.protocol import ORDER, STATUS, WEIGHT_KEY
+from flwr_hpc.protocol import ARRAYS, ORDER, STATUS, WEIGHT_KEY, Order, from_json
 
 __all__ = ["GLOBAL", "REJECTED", "TTL_S", "ExchangeGrid"]
 
@@ -88,7 +88,8 @@ class ExchangeGrid(Grid):
         self._codec = codec or FullWeights()
         self._inline_below = inline_below_mb * 1e6
         self._emit = emit
-        self._published: dict[str, Reference] = {}  # by sha256, newest last
+        self._published: dict[str, Reference] = {}  # by sha256
+        self._newest: dict[str, str] = {}  # sha256 of what was published last, by key
         self._unanswered: dict[int, deque[str]] = defaultdict(lambda: deque(maxlen=FEW))
         self._sent: dict[str, Message] = {}  # by message id, without the arrays
         self._layouts: dict[tuple[int | None, str], Layout] = {}  # by node and key
@@ -182,13 +183,15 @@ class ExchangeGrid(Grid):
             tensors = RecordTensors(record)
         except BadPayload:  # not weights as we know them: Flower carries it as it is
             return None
-        self._layouts[node, key] = tensors.layout
+        if not _is_part(message, key):
+            self._layouts[node, key] = tensors.layout
         if tensors.nbytes < self._inline_below or not record:
             return None
         file = self._file_of(record, tensors)
         ref = self._published.pop(file.sha256, None)
         ref = ref or self._store.put(file.path, GLOBAL, file.sha256)
         self._published[ref.sha256] = ref
+        self._newest[key] = ref.sha256
         self._unanswered[node].append(ref.sha256)
         return ref
 
@@ -207,8 +210,8 @@ class ExchangeGrid(Grid):
 
     def _prune(self) -> None:
         awaited = set().union(*self._unanswered.values())
-        for sha256 in list(self._published)[:-1]:
-            if sha256 not in awaited:
+        for sha256 in list(self._published):
+            if sha256 not in awaited and sha256 not in self._newest.values():
                 self._store.delete(self._published.pop(sha256))
 
     def _remember(self, message_id: str | None, message: Message) -> None:
@@ -232,7 +235,7 @@ class ExchangeGrid(Grid):
         if not reply.has_content():
             return reply
         try:
-            self._decode(reply.content, node)
+            self._decode(reply.content, node, _order_in(sent))
         except (BadPayload, OSError) as exc:
             return self._reject(reply, sent, str(exc))
         return reply
@@ -243,16 +246,17 @@ class ExchangeGrid(Grid):
             if name.startswith(PREFIX) and (sha256 := str(record.get("sha256"))) in waiting:
                 waiting.remove(sha256)
 
-    def _decode(self, content: RecordDict, node: int) -> None:
+    def _decode(self, content: RecordDict, node: int, order: Order | None) -> None:
         """Replace references by lazy records, in place."""
         for name, record in list(content.items()):
             if name.startswith(PREFIX):
                 key = name.removeprefix(PREFIX)
                 del content[name]
-                content[key] = self._fetch(Reference.from_record(record), self._layout(node, key))
+                layout = self._layout(node, key, order)
+                content[key] = self._fetch(Reference.from_record(record), layout)
             elif isinstance(record, ArrayRecord) and record:
                 tensors = RecordTensors(record)
-                check(tensors, self._layout(node, name))
+                check(tensors, self._layout(node, name, order))
                 if any(spec.dtype == "BF16" for spec in tensors.layout.values()):
                     content[name] = lazy_record(tensors)
         if _has_arrays(content):
@@ -280,8 +284,12 @@ class ExchangeGrid(Grid):
         if ref.folder != GLOBAL:
             self._store.delete(ref)
 
-    def _layout(self, node: int, key: str) -> Layout | None:
-        return self._layouts.get((node, key)) or self._layouts.get((None, key))
+    def _layout(self, node: int, key: str, order: Order | None) -> Layout | None:
+        """Return what a reply's arrays must look like, by what was sent and asked for."""
+        whole = self._layouts.get((node, key)) or self._layouts.get((None, key))
+        if whole is None or key != ARRAYS or order is None or order.returns is None:
+            return whole
+        return {name: whole[name] for name in order.returns if name in whole}
 
     def _reject(self, reply: Message, sent: Message | None, reason: str) -> Message:
         self.rejected += 1
@@ -291,6 +299,18 @@ class ExchangeGrid(Grid):
             meta = reply.metadata
             sent = Message(RecordDict(), meta.src_node_id, meta.message_type)
         return Message(Error(REJECTED, f"reply refused: {reason}"), reply_to=sent)
+
+
+def _order_in(message: Message | None) -> Order | None:
+    """Return the order that a message of ours hands in or asks for."""
+    record = message.content.get(ORDER) if message is not None else None
+    return from_json(Order, str(record["json"])) if isinstance(record, ConfigRecord) else None
+
+
+def _is_part(message: Message, key: str) -> bool:
+    """Whether a record holds some of the weights only: replies are not to look like it."""
+    order = _order_in(message)
+    return key == ARRAYS and order is not None and order.merges is not None
 
 
 def _has_arrays(content: RecordDict) -> bool:

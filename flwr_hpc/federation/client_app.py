@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -18,6 +19,7 @@ from flwr.clientapp import ClientApp
 
 from flwr_hpc import protocol
 from flwr_hpc.exchange.client import receive, send
+from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.federation import reaper
 from flwr_hpc.federation.site import Launcher, load_launcher
 from flwr_hpc.protocol import Order, Result, Status
@@ -100,7 +102,10 @@ def _order(message: Message, context: Context, kind: protocol.OrderKind) -> Mess
         folder = launcher.site.spool.root / "weights"
         folder.mkdir(parents=True, exist_ok=True)
         weights = receive(message.content, protocol.ARRAYS, launcher.store, folder)
-        status = launcher.site.hand_in(order, weights)
+        if weights is None and order.merges:
+            raise BadPayload(f"the message lacks the weights of order {order.id}")
+        further = _further(message, order, launcher, folder)
+        status = launcher.site.hand_in(order, weights, further)
         return status if status.result else _collect(launcher, order.id, message)
 
     return _answer(message, context, work)
@@ -125,6 +130,17 @@ def _read_order(
     )
 
 
+def _further(message: Message, order: Order, launcher: Launcher, folder: Path) -> dict[str, Path]:
+    """Receive what the order carries beside the weights: without it, it would be another order."""
+    found: dict[str, Path] = {}
+    for key in order.carries:
+        path = receive(message.content, key, launcher.store, folder)
+        if path is None:
+            raise BadPayload(f"the message lacks the arrays '{key}' of order {order.id}")
+        found[key] = path
+    return found
+
+
 def _collect(launcher: Launcher, order_id: str, message: Message) -> Status:
     return launcher.site.wait(
         lambda: launcher.site.collect(order_id), _wait_s(message), {"done", "failed"}
@@ -141,17 +157,13 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     result = status.result
     if result is not None and result.state == "done":
         content[protocol.METRICS] = _flower_metrics(result)
+        folder = launcher.site.spool.order(result.order_id)
+        files = {key: (folder.arrays(key), sha256) for key, sha256 in result.further.items()}
         if result.weights:
-            folder = launcher.site.spool.order(result.order_id).path
-            send(
-                content,
-                protocol.ARRAYS,
-                folder / result.weights,
-                result.sha256,
-                launcher.store,
-                launcher.inline_below_mb,
-                owner=launcher.facility,
-            )
+            files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
+        for key, (path, sha256) in files.items():
+            limit_mb = launcher.inline_below_mb
+            send(content, key, path, sha256, launcher.store, limit_mb, owner=launcher.facility)
     answer = dict(vars(status), seconds=time.monotonic() - began, facility=launcher.facility)
     content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(Status(**answer))})
     print(f"{message.metadata.message_type} -> {status.state} {status.order_id}", file=sys.stderr)

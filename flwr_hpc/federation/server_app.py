@@ -21,7 +21,7 @@ from flwr_hpc.exchange.store import Store
 from flwr_hpc.federation.run_dir import RunDir
 from flwr_hpc.federation.strategy import build_strategy
 from flwr_hpc.jobs.waiting import SystemClock
-from flwr_hpc.protocol import ARRAYS
+from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.spool import publish
 from flwr_hpc.tracking.events import EventLog
 from strategies.base import HpcStrategy
@@ -93,7 +93,8 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     )
     _wait_for_sites(engine, list(config.facilities))
     initial = _initial(run, engine, checkpoints)
-    exchange.expect(initial, ARRAYS)
+    for key in (ARRAYS, GRADIENT):
+        exchange.expect(initial, key)
     final = _start(strategy, exchange, initial, config, runtime, engine)
     write_model(run.model, final)
     engine.release()

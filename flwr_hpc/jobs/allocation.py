@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ class Site:
                     return self._answers.say("failed", error=error, fatal=fatal)
                 self._create()
 
-    def hand_in(self, order: Order, weights: Path | None) -> Status:
+    def hand_in(
+        self, order: Order, weights: Path | None, further: Mapping[str, Path] | None = None
+    ) -> Status:
         """Publish an order and assign it; handed in again, it changes nothing.
 
         An order that failed before is tried once more.
@@ -112,7 +114,7 @@ class Site:
             result = folder.result()
             if result is not None and result.state == "failed":
                 forget(self.spool, order.id)
-            folder.write_order(order, weights)
+            folder.write_order(order, weights, further)
             prune(self.spool)
             return self._advance(order.id)
 

@@ -23,7 +23,8 @@ def prune(spool: Spool, keep: int = 4) -> None:
             (alloc.path / "inbox" / folder.name).unlink(missing_ok=True)
         (folder / "order.json").unlink()  # first: what has none is no order any more
         shutil.rmtree(folder, ignore_errors=True)
-    needed = {OrderDir(p.parent).order()[1] for p in orders if p.exists()}
+    left = [OrderDir(p.parent) for p in orders if p.exists()]
+    needed = {path for o in left for path in (o.order()[1], *o.further().values())}
     for weights in _newest_first((spool.root / "weights").glob("*.safetensors"))[keep:]:
         if weights not in needed:
             weights.unlink(missing_ok=True)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr_hpc.config import DataConfig, TrainConfig
-from flwr_hpc.protocol import Order, Result
+from flwr_hpc.protocol import CORRECTION, GRADIENT, MEAN_GRADIENT, Order, Result
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.checkpoint import Checkpoints, Saved
 from flwr_hpc.train.ledger import Ledger
+from flwr_hpc.train.local import LocalWeights, missing_start
 from flwr_hpc.train.metrics import mfu, peak_memory_gb
 from flwr_hpc.train.models import Built
 from flwr_hpc.train.own import OwnUpdate
@@ -23,6 +24,7 @@ from flwr_hpc.train.progress import INTERRUPTED, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.reporter import Reporter
 from flwr_hpc.train.trainer import Trainer
+from flwr_hpc.train.variates import Variates
 
 __all__ = ["OrderRunner"]
 
@@ -61,22 +63,32 @@ class OrderRunner:
     _checkpoint_s: float = 0.0
     _held: tuple[int, str] = (0, "")
     _unsaved: tuple[str, dict[str, Any]] | None = None
+    _variates: Variates | None = None
+    _keeps: bool = False  # the weights here are the site's own, not to be lost
     _since_checkpoint: int = 0
     _seen: float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._own = OwnUpdate(self.trainer)
+        self._local = LocalWeights(self.trainer)
 
-    def run(self, order: Order, weights: Path | None, folder: OrderDir) -> Result | None:
+    def run(
+        self,
+        order: Order,
+        weights: Path | None,
+        folder: OrderDir,
+        further: Mapping[str, Path] | None = None,
+    ) -> Result | None:
         """Return the result, to be published by rank 0; None if it is left to another job."""
         self._seen = time.perf_counter()
         self._seconds = {}
+        self._variates = None
         if order.kind == "initialize":
             return self._initialize(order, folder)
         if order.kind == "evaluate":
             return self._evaluate(order, weights)
-        return self._train(order, weights, folder)
+        return self._train(order, weights, folder, (further or {}).get(CORRECTION))
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, or to the beginning if there is none."""
@@ -108,20 +120,29 @@ class OrderRunner:
         )  # fmt: skip
 
     def _evaluate(self, order: Order, weights: Path | None) -> Result:
-        self._read(weights)
-        metrics, sequences = self._held_out()
+        with self._local.kept() if self._keeps else nullcontext():
+            if weights is not None:
+                with self._phase("transfer", "read"):
+                    self.trainer.load_weights(weights)
+            metrics, sequences = self._held_out()
         return Result(
             order.id, "done", tokens=int(metrics["held_out_tokens"]), examples=sequences,
             metrics=metrics | self._memory(), seconds=self._seconds,
         )  # fmt: skip
 
-    def _train(self, order: Order, weights: Path | None, folder: OrderDir) -> Result | None:
+    def _train(
+        self, order: Order, weights: Path | None, folder: OrderDir, correction: Path | None
+    ) -> Result | None:
         # A checkpoint of this very order: the job that worked on it died.
         saved = self.checkpoints.newest(order.id)
         if saved is None:
             self._take_over()
+            if missing := missing_start(order, self._held[1]):
+                return Result(order.id, "failed", error=missing, refused=True)
         metrics: dict[str, float] = {}
         trained = Trained()
+        if correction or order.options.get(MEAN_GRADIENT):
+            self._variates = self.trainer.variates(correction)
         proximal = self._begin(order, weights, saved)
         if saved:
             metrics = saved.meta["metrics"]
@@ -129,8 +150,11 @@ class OrderRunner:
             self._seconds["resumed"] = trained.seconds
             self._own.forget()
         else:
-            if order.evaluate:
+            if order.evaluate and order.merges is None:
                 metrics = self._held_out()[0]
+            elif order.evaluate and self._local.knows_version:
+                with self._local.version():
+                    metrics = self._held_out()[0]
             metrics |= self._own.begin(order)
         if not (saved and saved.meta["finished"]):
             trained = self._steps(order, folder, trained, proximal)
@@ -141,9 +165,10 @@ class OrderRunner:
             if not finished:
                 return None
         self._own.end(order)
-        sha256 = self._write(folder)
+        sha256 = self._write(folder, order.returns)
+        further = self._write_further(order, folder, trained)
         return Result(
-            order.id, "done",
+            order.id, "done", further=further,
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,
             metrics=metrics | self._metrics(trained) | self._memory(),
             weights=folder.weights.name, sha256=sha256, seconds=self._seconds,
@@ -161,7 +186,10 @@ class OrderRunner:
     def _begin(self, order: Order, weights: Path | None, saved: Saved | None) -> Proximal | None:
         mu = float(order.options.get("proximal-mu", 0.0))
         if saved is None or mu:
-            self._read(weights)
+            self._held = self._held[0], ""  # until it is done, the weights here are nobody's
+            if order.merges is not None:
+                self._unsaved = None
+            self._read(order, weights)
         proximal = self.trainer.proximal(mu) if mu else None
         if saved:
             with self._phase("transfer", "read"):
@@ -179,7 +207,8 @@ class OrderRunner:
         report = self._reporting(order, folder, trained.steps, steps)
         self._seconds["first_step"] = time.perf_counter() - self._seen
         with self._phase("train", "train"):
-            trained = self.trainer.train(steps, trained, self.may_go, report, proximal)
+            extras = proximal, self._variates
+            trained = self.trainer.train(steps, trained, self.may_go, report, *extras)
         if trained.steps > before.steps:
             self.step_s = (trained.seconds - before.seconds) / (trained.steps - before.steps)
         return trained
@@ -209,8 +238,9 @@ class OrderRunner:
     ) -> None:
         meta = {
             "step": self.trainer.step, "finished": finished, "metrics": metrics,
-            "trained": dataclasses.asdict(trained),
+            "trained": dataclasses.asdict(trained), "local": order.returns is not None,
         }  # fmt: skip
+        self._keeps = order.returns is not None
         self._held, self._unsaved = (self.trainer.step, order.id), (order.id, meta)
         self._since_checkpoint += 1
         if not finished or 0 < self.train.checkpoint_every_orders <= self._since_checkpoint:
@@ -218,26 +248,46 @@ class OrderRunner:
 
     def _save(self, order_id: str, meta: dict[str, Any]) -> None:
         with self._phase("transfer", "write"):
-            tensors = self.trainer.tensors()
+            tensors, meta = self.trainer.tensors(), meta | {"summed": self._variates is not None}
+            tensors = tensors | (self._variates.tensors() if self._variates else {})
             self._checkpoint_s = self.checkpoints.save(order_id, meta["step"], tensors, meta)
         self._since_checkpoint, self._unsaved = 0, None
 
     def _load(self, saved: Saved) -> None:
-        self.checkpoints.load(saved, self.trainer.tensors())
+        tensors = self.trainer.tensors()
+        if self._variates is not None and saved.meta.get("summed"):
+            tensors = tensors | self._variates.tensors()
+        else:
+            self._variates = None  # nobody knows the sum any more; all steps are done
+        self.checkpoints.load(saved, tensors)
         self.trainer.step = int(saved.meta["step"])
         self._held, self._unsaved = saved.place, None
+        self._keeps = bool(saved.meta.get("local"))
+        self._local.forget()
 
-    def _read(self, weights: Path | None) -> None:
+    def _read(self, order: Order, weights: Path | None) -> None:
         if weights is not None:
             with self._phase("transfer", "read"):
-                self.trainer.load_weights(weights)
+                self._local.read(order, weights)
 
-    def _write(self, folder: OrderDir) -> str:
+    def _write(self, folder: OrderDir, names: Collection[str] | None = None) -> str:
         began = time.perf_counter()
         with self._phase("transfer", "write"):
-            sha256 = self.trainer.save_weights(folder.weights)
+            sha256 = self.trainer.save_weights(folder.weights, names)
         self._weights_s = time.perf_counter() - began
         return sha256
+
+    def _write_further(self, order: Order, folder: OrderDir, trained: Trained) -> dict[str, str]:
+        """Write the mean gradient, if it was asked for and is known."""
+        variates, self._variates = self._variates, None
+        if variates is None or not order.options.get(MEAN_GRADIENT):
+            return {}
+        began = time.perf_counter()
+        with self._phase("transfer", "write"):
+            path = folder.arrays(GRADIENT)
+            sha256 = self.trainer.save_gradient(path, variates, trained.steps)
+        self._weights_s += time.perf_counter() - began
+        return {GRADIENT: sha256}
 
     def _held_out(self) -> tuple[dict[str, float], int]:
         with self._phase("evaluate", "evaluate"):

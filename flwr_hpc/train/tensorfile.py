@@ -18,7 +18,7 @@ from torch import Tensor
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import sync_dir
 
-__all__ = ["check_names", "open_tensors", "write_tensors"]
+__all__ = ["check_names", "open_tensors", "read_tensors", "write_tensors"]
 
 
 def write_tensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable[Tensor]) -> str:
@@ -84,6 +84,25 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise UserError(f"weights {path} cannot be read: {exc}") from None
     with file as opened:
         yield opened
+
+
+def read_tensors(path: Path, shapes: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of a file, one at a time.
+
+    Raises
+    ------
+    UserError
+        If the file does not fit the model or holds numbers that are not finite.
+    """
+    with open_tensors(path) as file:
+        found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        check_names(found, shapes, path)
+        for name in shapes:
+            value = file.get_tensor(name)
+            # Checked on the whole tensor, so that all ranks refuse together.
+            if not torch.isfinite(value).all():
+                raise UserError(f"weights {path.name}: {name} holds NaN or infinity")
+            yield name, value
 
 
 def check_names(found: dict[str, list[int]], expected: dict[str, list[int]], path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, s
 from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Evaluated, Progress, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.schedule import learning_rate
-from flwr_hpc.train.tensorfile import check_names, open_tensors, write_tensors
+from flwr_hpc.train.tensorfile import read_tensors, write_tensors
+from flwr_hpc.train.variates import Variates
 
 __all__ = ["Trainer"]
 
@@ -74,12 +75,30 @@ class Trainer:
 
     # Weights
 
-    def shapes(self) -> dict[str, list[int]]:
-        """Return names and shapes of the weights that travel."""
-        return {name: list(t.shape) for name, t in self._exchanged.items()}
+    def shapes(self, names: Collection[str] | None = None) -> dict[str, list[int]]:
+        """Return names and shapes of the weights that travel, or of some of them.
 
-    def load_weights(self, path: Path) -> None:
+        Raises
+        ------
+        UserError
+            If a name is not one of the model's.
+        """
+        if unknown := sorted(set(names or ()) - self._exchanged.keys()):
+            raise UserError(
+                f"the model has no tensor '{unknown[0]}'. "
+                "All facilities must use the same model configuration."
+            )
+        chosen = self._exchanged.keys() if names is None else names
+        return {n: list(t.shape) for n, t in self._exchanged.items() if n in chosen}
+
+    def load_weights(self, path: Path, names: Collection[str] | None = None) -> None:
         """Take over weights; each rank reads the file and keeps its shard.
+
+        Parameters
+        ----------
+        path : Path
+        names : collection of str or None
+            Tensors that the file holds (None: all); the others stay as they are.
 
         Raises
         ------
@@ -87,22 +106,25 @@ class Trainer:
             If the file does not fit the model or holds numbers that are not finite.
         """
         reshard(self._model)
-        with open_tensors(path) as file:
-            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            check_names(found, self.shapes(), path)
-            for name, target in self._exchanged.items():
-                value = file.get_tensor(name)
-                # Checked on the whole tensor, so that all ranks refuse together.
-                if not torch.isfinite(value).all():
-                    raise UserError(f"weights {path.name}: {name} holds NaN or infinity")
-                put(value, target)
+        for name, value in read_tensors(path, self.shapes(names)):
+            put(value, self._exchanged[name])
 
-    def save_weights(self, path: Path) -> str:
-        """Publish the weights in float32; return the sha256 on rank 0. A collective call."""
+    def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
+        """Publish the weights, or those named, in float32; a collective call.
+
+        Returns the sha256 on rank 0.
+        """
         reshard(self._model)
-        tensors = (full(t) for t in self._exchanged.values())
+        shapes = self.shapes(names)
+        return self._publish(path, shapes, (full(self._exchanged[name]) for name in shapes))
+
+    def save_gradient(self, path: Path, variates: Variates, steps: int) -> str:
+        """Publish the mean gradient of `steps` steps, as `save_weights` does the weights."""
+        return self._publish(path, self.shapes(), variates.mean(steps, self._exchanged))
+
+    def _publish(self, path: Path, shapes: dict[str, list[int]], tensors: Iterator[Tensor]) -> str:
         if self._group.ranks.rank == 0:
-            return write_tensors(path, self.shapes(), tensors)
+            return write_tensors(path, shapes, tensors)
         for _ in tensors:  # take part in gathering
             pass
         return ""
@@ -127,6 +149,7 @@ class Trainer:
         may_go: Callable[[], int] = lambda: GO,
         report: Progress = lambda step, loss: None,
         proximal: Proximal | None = None,
+        variates: Variates | None = None,
     ) -> Trained:
         """Take optimizer steps until the order has `steps`.
 
@@ -143,6 +166,8 @@ class Trainer:
             calling that one waits for the device.
         proximal : Proximal or None
             Pull towards the weights the order started from.
+        variates : Variates or None
+            Correction of the gradients, and their sum.
 
         Raises
         ------
@@ -160,7 +185,7 @@ class Trainer:
             if done.ended:
                 break
             tokens = counted
-            stats.append(self._train_step(batch, tokens, proximal))
+            stats.append(self._train_step(batch, tokens, proximal, variates))
             done.steps += 1
             done.tokens += tokens
             done.sequences += len(batch.input_ids) * self._group.ranks.world_size
@@ -172,6 +197,19 @@ class Trainer:
     def proximal(self, mu: float) -> Proximal:
         """Anchor a proximal term at the present weights."""
         return Proximal(mu, [local(p).detach().clone() for p in self._parameters()])
+
+    def variates(self, correction: Path | None) -> Variates:
+        """Return what sums up an order's gradients and adds the correction, if any.
+
+        Raises
+        ------
+        UserError
+            If the file does not fit the model or holds numbers that are not finite.
+        """
+        made = Variates({n: t for n, t in self._exchanged.items() if t.requires_grad})
+        if correction is not None:
+            made.read(correction, self.shapes())
+        return made
 
     def _parameters(self) -> list[Tensor]:
         return list(self._trained.values())
@@ -187,7 +225,9 @@ class Trainer:
         tokens, cut, interrupted = self._group.total([float(count_tokens(batch.labels)), *votes])
         return int(tokens), INTERRUPTED if interrupted else CUT if cut else GO
 
-    def _train_step(self, batch: Batch, tokens: int, proximal: Proximal | None) -> Tensor:
+    def _train_step(
+        self, batch: Batch, tokens: int, proximal: Proximal | None, variates: Variates | None
+    ) -> Tensor:
         """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
         config, device = self._config, self._group.device
         # FSDP averages over the ranks; the loss is to be averaged over all tokens.
@@ -199,6 +239,8 @@ class Trainer:
             loss = self._loss(batch.input_ids[part], batch.labels[part])
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
+        if variates is not None:
+            variates.apply()
         if proximal is not None:
             for parameter, start in zip(self._parameters(), proximal.anchor, strict=True):
                 pull = local(parameter).detach() - start

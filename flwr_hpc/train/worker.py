@@ -164,18 +164,19 @@ class Worker:
             f"{self._spec.facility}.walltime"
         )
 
-    def _next(self) -> tuple[Order, Path | None] | None:
+    def _next(self) -> tuple[Order, Path | None, dict[str, Path]] | None:
         """Wait for the next order: rank 0 looks, all get to know.
 
         The order itself travels along, as other nodes may see its file later.
         """
         task = None
         if self._group.ranks.rank == 0 and (order_id := self._inbox.next()):
-            task = self._spec.spool.order(order_id).order()
-        agreed: tuple[Order, Path | None] | None = self._group.broadcast(task)
+            folder = self._spec.spool.order(order_id)
+            task = *folder.order(), folder.further()
+        agreed: tuple[Order, Path | None, dict[str, Path]] | None = self._group.broadcast(task)
         return agreed
 
-    def _carry_out(self, order: Order, weights: Path | None) -> bool:
+    def _carry_out(self, order: Order, weights: Path | None, further: dict[str, Path]) -> bool:
         """Publish the order's result; return False if it is left to another allocation."""
         from flwr_hpc.train.rendezvous import Failure
 
@@ -183,7 +184,7 @@ class Worker:
         step = self._runner.trainer.step
         result, mine = None, None
         try:
-            result = self._runner.run(order, weights, folder)
+            result = self._runner.run(order, weights, folder, further)
         except Exception as exc:
             mine = Failure.of(exc)
         try:

@@ -156,6 +156,60 @@ def test_proximal_term_keeps_near_the_start(pair: Team, tmp_path: Path) -> None:
     assert distance(1.0) < 0.9 * distance(0.0)
 
 
+def test_proximal_term_by_hand(pair: Team, tmp_path: Path) -> None:
+    """It adds mu (w - w_received) to the gradient: nothing in the first step, w_1 - w_0 after."""
+    _, _, plain = pair.run(scenario.two_steps_with_proximal, tmp_path, 0.0)
+    start, middle, found = pair.run(scenario.two_steps_with_proximal, tmp_path, 0.5)
+    assert found
+    for name, moment in found.items():
+        expected = 0.1 * 0.5 * (middle[name] - start[name])  # 1 - beta_1, mu
+        np.testing.assert_allclose(moment - plain[name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_diloco_of_one_site_and_one_step_is_plain_training(solo: Team, tmp_path: Path) -> None:
+    """H = 1, eta = 1, beta = 0: six rounds of one step are six steps, but for rounding."""
+    at_once = solo.run(scenario.in_orders, _new(tmp_path / "1"), [6])
+    in_rounds = solo.run(scenario.under_diloco, _new(tmp_path / "2"), [1] * 6)
+    assert_same(in_rounds, at_once, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_mean_gradient_of_two_ranks_is_that_of_one(
+    solo: Team, pair: Team, tmp_path: Path, lora: bool
+) -> None:
+    """SCAFFOLD: corrected steps and the mean gradient without the correction are whole tensors."""
+    one = solo.run(scenario.with_variates, _new(tmp_path / "1"), micro_batch=8, lora=lora)
+    two = pair.run(scenario.with_variates, _new(tmp_path / "2"), micro_batch=4, lora=lora)
+    assert_same(two["weights"], one["weights"])
+    assert_same(two["mean"], one["mean"], rtol=1e-4)
+
+
+def test_the_correction_is_added_to_the_gradient(solo: Team, tmp_path: Path) -> None:
+    """SCAFFOLD: after one step of Adam from zero moments the sign of g + (c - c_i) tells."""
+    plain = {"warmup_steps": 0, "clip": 0.0, "weight_decay": 0.0, "eps": 1e-12}
+    start = solo.run(scenario.trained, tmp_path / "0", steps=1, lr=0.0)["weights"]
+    found = solo.run(scenario.with_variates, _new(tmp_path / "1"), steps=1, lr=1e-3, **plain)
+    for name, correction in found["correction"].items():
+        used = found["mean"][name] + correction
+        clear = np.abs(used) > 1e-6
+        moved = (start[name] - found["weights"][name])[clear]
+        assert (np.sign(moved) == np.sign(used[clear])).all(), name
+        assert (np.sign(used) != np.sign(found["mean"][name])).any(), name
+
+
+def test_the_sum_of_the_gradients_survives_a_preemption(pair: Team, tmp_path: Path) -> None:
+    """SCAFFOLD: the mean is over all steps of the order, those of the earlier job included."""
+    once = pair.run(scenario.with_variates, _new(tmp_path / "1"))
+    again = pair.run(scenario.with_variates, _new(tmp_path / "2"), at=2)
+    assert_same(again["weights"], once["weights"], rtol=0)
+    assert_same(again["mean"], once["mean"], rtol=0)
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 def test_optimizer_can_be_reset(pair: Team) -> None:
     """``train.reset_optimizer`` forgets moments and their step count."""
     before, after = pair.run(scenario.moments)

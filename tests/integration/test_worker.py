@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from torch_helpers import LLAMA
 
 from flwr_hpc.config import DataConfig, ModelConfig, TrainConfig
@@ -87,11 +87,11 @@ class Site:
         }  # fmt: skip
 
     def order(self, allocation: AllocationDir, seq: int, **fields: Any) -> OrderDir:
-        """Hand in an order; ``start`` is the file of the weights it starts from."""
-        start = fields.pop("start", None)
+        """Hand in an order; ``start`` and ``further`` are the files that it comes with."""
+        start, further = fields.pop("start", None), fields.pop("further", None)
         order = Order("run", "a", seq, **fields)
         folder = self.spool.order(order.id)
-        folder.write_order(order, start)
+        folder.write_order(order, start, further)
         allocation.assign(order.id)
         return folder
 
@@ -226,11 +226,19 @@ def test_kill_of_an_idle_rank_ends_all(site: Site) -> None:
 
 def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
     """A preempted job saves in the middle of an order; requeued, it goes on from there, on
-    another number of ranks if need be, and no step is trained twice."""
+    another number of ranks if need be, and no step is trained twice. Of an order of SCAFFOLD,
+    the gradients of all its steps are kept."""
+    initial = load_file(weights_of(undisturbed, 0))
+    correction = site.spool.root.with_name("correction.safetensors")
+    save_file({name: np.full_like(w, 1e-3) for name, w in initial.items()}, correction)
+    scaffold: dict[str, Any] = {
+        "options": {"mean-gradient": True}, "further": {"correction": correction},
+    }  # fmt: skip
     allocation = site.start(train=dataclasses.replace(FAST, schedule_steps=3000))
     order = site.order(
-        allocation, 1, kind="train", steps=3000, evaluate=True, start=weights_of(undisturbed, 0)
-    )
+        allocation, 1, kind="train", steps=3000, evaluate=True,
+        start=weights_of(undisturbed, 0), **scaffold,
+    )  # fmt: skip
     site.wait(lambda: order.progress().get("step", 0) > 3)
     site.processes[0][0].send_signal(signal.SIGTERM)
     assert site.ended() == [0, 0], site.logs()
@@ -246,10 +254,15 @@ def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
     steps = meta["step"] + 2
     (order.path / "order.json").unlink()
     site.start(ranks=1, train=dataclasses.replace(FAST, micro_batch=4), requeued=allocation)
-    result = site.done(site.order(allocation, 1, kind="train", steps=steps, evaluate=True))
+    again = site.order(allocation, 1, kind="train", steps=steps, evaluate=True, **scaffold)
+    result = site.done(again)
     assert result.steps == steps
     assert result.tokens == steps * 4 * 31
     assert "held_out_loss" in result.metrics  # measured before the signal
+    mean = load_file(again.arrays("gradient"))
+    assert result.further.keys() == {"gradient"}
+    assert {n: g.shape for n, g in mean.items()} == {n: w.shape for n, w in initial.items()}
+    assert all(np.isfinite(g).all() and g.any() for g in mean.values())
     allocation.release()
     assert site.ended() == [0]
     after = allocation.state()

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from fake_grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from fake_grid import FakeGrid, FakeSite, as_numpy, initial_arrays, with_nan
 from flwr.app import ConfigRecord
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Status
@@ -256,7 +256,7 @@ def test_a_failure_that_may_mend_is_retried():
 
 def test_weights_that_are_not_finite_are_rejected():
     """NaN never reaches the model."""
-    bench = ready_bench(FakeSite("a", nan=True))
+    bench = ready_bench(FakeSite("a", spoil=with_nan))
     bench.train()
     failure = bench.run()
     assert isinstance(failure, Failure)

@@ -25,6 +25,8 @@ from flwr_hpc.exchange.codec import (
 from flwr_hpc.exchange.grid import REJECTED, TTL_S, ExchangeGrid
 from flwr_hpc.exchange.records import LazyArray, RecordTensors
 from flwr_hpc.exchange.store import PREFIX, Store
+from flwr_hpc.protocol import ORDER, Order, to_json
+from strategies.messages import part_of
 
 NODES = (11, 12, 13)
 
@@ -222,6 +224,47 @@ def test_replies_are_lazy_and_in_the_order_of_the_model(tmp_path):
     assert set(reply.content) == {"metrics", "arrays"}
 
 
+def order_of(**fields):
+    return ConfigRecord({"json": to_json(Order("run", "a", 1, "train", **fields))})
+
+
+def ask_for_a_part(federation, merges, returns, answer, kind="train"):
+    """Hand in an order whose reply is `answer`, or collect it."""
+    arrays = {"arrays": part_of(initial(), merges)} if merges and kind == "train" else {}
+    content = RecordDict({**arrays, ORDER: order_of(merges=merges, returns=returns)})
+    path = federation.folder / "answer"
+    FullWeights().encode(RecordTensors(part_of(initial(), answer)), path)
+
+    def site(message):
+        found = RecordDict()
+        limit_mb = federation.site.inline_below_mb
+        send(found, "arrays", path, sha256_of(path), federation.store, limit_mb, "a")
+        return found
+
+    federation.inner.site = site
+    (reply,) = federation.grid.send_and_receive([Message(content, 11, kind)])
+    return reply
+
+
+@pytest.mark.parametrize("inline_below_mb", [0.0, 1.0])
+def test_a_part_travels_and_only_what_was_asked_for_comes_back(tmp_path, inline_below_mb):
+    """Streaming DiLoCo: neither what was sent nor the whole model says what a reply holds."""
+    federation = Federation(tmp_path, inline_below_mb)
+    federation.grid.expect(initial(), "arrays")
+    for kind in ("train", "query.collect"):
+        for merges in (["w"], []):
+            reply = ask_for_a_part(federation, merges, ["b", "steps"], ["b", "steps"], kind)
+            assert_equal(
+                values(reply.content["arrays"]), values(part_of(initial(), ["b", "steps"]))
+            )
+    for answer in (["w"], ["b"], ["w", "b", "steps"]):
+        reply = ask_for_a_part(federation, ["w"], ["b", "steps"], answer)
+        assert reply.error.code == REJECTED, answer
+    assert federation.grid.rejected == 3
+    reply = ask_for_a_part(federation, None, None, ["w", "b", "steps"])
+    assert set(reply.content["arrays"]) == {"w", "b", "steps"}
+
+
 def test_every_message_lives_for_weeks_and_others_pass_untouched(tmp_path):
     """Jobs queue for days; messages without arrays and errors are no business of ours."""
     federation = Federation(tmp_path)
@@ -245,6 +288,30 @@ def test_disk_holds_the_newest_version_alone(tmp_path):
     del result
     federation.grid.close()
     assert federation.files("store") == []
+
+
+def test_what_orders_carry_besides_displaces_no_version(tmp_path):
+    """The newest weights wait for the next site, also when each site's order carries its own."""
+    federation, weights = Federation(tmp_path), initial()
+    federation.inner.site = lambda message: RecordDict()
+    for node, size in ((11, 2.0), (12, 3.0)):
+        correction = ArrayRecord({"w": Array(np.full((4, 3), size, dtype=np.float32))})
+        content = RecordDict({"arrays": weights, "correction": correction})
+        list(federation.grid.send_and_receive([Message(content, node, "train")]))
+    federation.grid.push_messages([])
+    sha256 = weights["w"].source.sha256  # it has become lazy over what was published
+    assert sha256 in {path.stem for path in federation.files("store")}
+    assert len(federation.files("store")) == 2
+
+
+def test_a_gradient_is_held_to_the_layout_of_the_weights(tmp_path):
+    """Protects the control variates of every site from one site's reply."""
+    federation = Federation(tmp_path)
+    wrong = ArrayRecord({"w": Array(np.zeros((2, 2), np.float32))})
+    federation.inner.site = lambda message: RecordDict({"gradient": wrong})
+    federation.grid.expect(initial(), "gradient")
+    (reply,) = federation.train(11)
+    assert reply.error.code == REJECTED
 
 
 def test_a_version_that_a_site_still_has_to_fetch_stays(tmp_path):

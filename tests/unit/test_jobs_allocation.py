@@ -453,10 +453,14 @@ def test_old_orders_and_weights_are_pruned(world: World) -> None:
     """Protects the facility's disk, and everything an unfinished order needs."""
     weights = [world.spool.weights(f"{k:064d}") for k in range(12)]
     weights[0].parent.mkdir(parents=True)
+    correction = world.spool.weights(f"{99:064d}")
+    correction.write_bytes(b"c")
+    os.utime(correction, (0, 0))
     for k in range(12):
         weights[k].write_bytes(b"w")
         os.utime(weights[k], (k, k))
-        world.site.hand_in(order(k), weights[k])
+        further = {"correction": correction} if k == 1 else {}
+        world.site.hand_in(order(k), weights[k], further)
         os.utime(world.spool.order(order(k).id).path / "order.json", (k, k))
         if k != 1:
             world.done(order(k))
@@ -465,6 +469,8 @@ def test_old_orders_and_weights_are_pruned(world: World) -> None:
     assert left == [order(k).id for k in (1, 8, 9, 10, 11)]
     assert world.alloc(0).inbox() == left
     assert [w for w in weights if w.exists()] == [weights[k] for k in (1, 8, 9, 10, 11)]
+    assert world.spool.order(order(1).id).further() == {"correction": correction}
+    assert correction.exists()
 
 
 def test_files_are_json(world: World) -> None:

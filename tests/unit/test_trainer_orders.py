@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flwr_hpc.config import DataConfig, TrainConfig
@@ -17,44 +18,55 @@ from flwr_hpc.train.ledger import Ledger
 from flwr_hpc.train.orders import OrderRunner
 from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Trained
 
+Array = np.ndarray
+
 
 class CountingTrainer:
     """Each step adds one to a state that checkpoints hold."""
 
     def __init__(self) -> None:
-        self.step, self.state = 0, {"moments": 0}
+        self.step, self.state = 0, {"moments": np.zeros(())}
         self.lr_scale = 1.0
 
-    def train(self, steps: int, so_far: Trained, may_go: Any, *_: object) -> Trained:
+    def train(self, steps: int, so_far: Trained, may_go: Any, *extras: Any) -> Trained:
         done = dataclasses.replace(so_far, ended=GO)
         while done.steps < steps and not (ended := may_go()):
             done.steps += 1
             self.step += 1
             self.state["moments"] += 1
+            if extras[-1] is not None:
+                extras[-1].sums["gradients"] += 1
         return done if done.steps == steps else dataclasses.replace(done, ended=ended)
 
-    def tensors(self) -> dict[str, int]:
+    def tensors(self) -> dict[str, Array]:
         return self.state
 
     def reset_optimizer(self) -> None:
-        self.state["moments"] = 0
+        self.state["moments"].fill(0)
 
-    def load_weights(self, path: Path) -> None:
+    def load_weights(self, path: Path, *_: object) -> None:
         """Take them as they are."""
 
-    def save_weights(self, path: Path) -> str:
+    def save_weights(self, path: Path, *_: object) -> str:
         return "sha"
+
+    def variates(self, correction: Path | None) -> SimpleNamespace:
+        sums = {"gradients": np.zeros(())}
+        return SimpleNamespace(correction=correction, sums=sums, tensors=lambda: sums)
+
+    def save_gradient(self, path: Path, variates: SimpleNamespace, steps: int) -> str:
+        return f"{path.name}: {variates.sums['gradients']:g} in {steps}"
 
 
 class Shelf:
     """Checkpoints in memory, shared by the allocations of a site."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, tuple[dict[str, Any], dict[str, int]]] = {}
+        self.kept: dict[str, tuple[dict[str, Any], dict[str, Array]]] = {}
         self.loads = 0
 
-    def save(self, order_id: str, step: int, tensors: dict[str, int], meta: Any) -> float:
-        self.kept[f"{order_id}@{step:010d}"] = meta, dict(tensors)
+    def save(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> float:
+        self.kept[f"{order_id}@{step:010d}"] = meta, {k: v.copy() for k, v in tensors.items()}
         return 0.5
 
     def newest(self, order_id: str | None = None) -> Saved | None:
@@ -62,9 +74,11 @@ class Shelf:
         found = [saved for saved in all_ if order_id in (None, saved.order_id)]
         return max(found, key=lambda saved: saved.place, default=None)
 
-    def load(self, saved: Saved, tensors: dict[str, int]) -> None:
+    def load(self, saved: Saved, tensors: dict[str, Array]) -> None:
         self.loads += 1
-        tensors.update(self.kept[saved.path.name][1])
+        kept = self.kept[saved.path.name][1]
+        for name, tensor in tensors.items():
+            tensor[...] = kept[name]
 
 
 @pytest.fixture
@@ -179,3 +193,56 @@ def test_the_learning_rate_is_scaled_for_its_order_only(shelf: Shelf) -> None:
     assert made.trainer.lr_scale == 0.25
     run(made, 1, steps=1)
     assert made.trainer.lr_scale == 1.0
+
+
+def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
+    """Protects SCAFFOLD's sums from a preemption, and other orders from their cost."""
+    made, options = runner(shelf), {"mean-gradient": True}
+    order = Order("run", "a", 0, "train", steps=4, options=options)
+    folder = OrderDir(Path("/nowhere") / order.id)
+    answers = [GO, INTERRUPTED]
+    made.may_go = lambda: answers.pop(0)
+    assert made.run(order, None, folder) is None
+    after = runner(shelf)
+    result = after.run(order, None, folder, {"correction": Path("c")})
+    assert result is not None
+    assert result.further == {"gradient": "gradient.safetensors: 4 in 4"}
+    other = run(after, 1)
+    assert other is not None
+    assert other.further == {}
+    assert "gradients" not in shelf.kept["run-a-000001@0000000008"][1]
+    died = runner(shelf).run(order, None, folder)  # ahead of its result; the sum was kept
+    assert died is not None
+    assert died.further == result.further
+
+
+def merging(made: OrderRunner, seq: int, after: int) -> Result | None:
+    order = Order("run", "a", seq, "train", steps=4, merges=[], options={"after": after})
+    return made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+
+
+def test_an_order_goes_on_from_its_predecessor_or_not_at_all(shelf: Shelf) -> None:
+    """Protects the model from fragments merged into weights of another order."""
+    first, second = runner(shelf), runner(shelf)
+    run(first, 0)
+    refused = merging(first, 1, after=7)
+    assert refused is not None
+    assert (refused.state, refused.refused, refused.fatal) == ("failed", True, False)
+    assert "run-a-000007" in refused.error
+    for seq in (1, 2):
+        result = merging(first, seq, after=seq - 1)
+        assert result is not None
+        assert result.state == "done"
+    assert merging(second, 3, after=2).state == "done"  # type: ignore[union-attr]
+    assert moments(second) == (16, 16)
+
+
+def test_merged_weights_are_not_saved_as_those_of_the_order_before(shelf: Shelf) -> None:
+    """Protects from merging twice: without a step of its own, an order leaves nothing to go on."""
+    made, successor = runner(shelf, checkpoint_every_orders=2), runner(shelf)
+    run(made, 0)
+    made.may_go = lambda: CUT
+    assert merging(made, 1, after=0) is None
+    made.save()
+    assert shelf.kept == {}
+    assert merging(successor, 1, after=0).state == "failed"  # type: ignore[union-attr]

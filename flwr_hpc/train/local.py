@@ -1,0 +1,100 @@
+"""The weights that a site keeps from order to order, where only some are merged with each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from flwr_hpc.protocol import Order
+from flwr_hpc.train.trainer import Trainer
+
+__all__ = ["LocalWeights", "missing_start"]
+
+
+def missing_start(order: Order, held: str) -> str | None:
+    """Say that an order goes on from weights that are not here, or None.
+
+    Parameters
+    ----------
+    order : Order
+    held : str
+        Id of the order that has left the weights that are here.
+    """
+    if order.merges is None:
+        return None
+    wanted = dataclasses.replace(order, seq=int(order.options.get("after", -1))).id
+    if held == wanted:
+        return None
+    found = f"those of {held}" if held else "none"
+    return f"it goes on from the weights of order {wanted}, and here are {found}: send all of them"
+
+
+class LocalWeights:
+    """Reads what comes with orders; beside mixtures it keeps the global values, on the CPU.
+
+    What the site was sent last of every tensor is the version that its order starts from: so it
+    can be evaluated without being sent whole. It is forgotten with the job.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._given: dict[str, Tensor] = {}
+
+    def read(self, order: Order, path: Path) -> None:
+        """Load all weights, or merge those that came into the site's own."""
+        if order.merges is None:
+            self.forget()
+            self._trainer.load_weights(path)
+            self._note(self._shards() if order.returns is not None else {})
+        else:
+            self._merge(path, order.merges, float(order.options.get("alpha", 0.0)))
+
+    def _merge(self, path: Path, names: list[str], alpha: float) -> None:
+        self._trainer.shapes(names)  # refuses names that are not the model's
+        shards = {name: shard for name, shard in self._shards().items() if name in names}
+        own = {name: shard.clone() for name, shard in shards.items()} if alpha else {}
+        self._trainer.load_weights(path, names)
+        self._note(shards if self._given else {})
+        for name, mine in own.items():
+            shards[name].mul_(1.0 - alpha).add_(mine, alpha=alpha)
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._given.clear()
+
+    @property
+    def knows_version(self) -> bool:
+        """Whether the version that the order starts from is here, whole."""
+        return bool(self._given)
+
+    @contextmanager
+    def version(self) -> Iterator[None]:
+        """Have the trainer hold that version, and this site's weights again after the block."""
+        with self.kept():
+            for name, shard in self._shards().items():
+                shard.copy_(self._given[name])
+            yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put this site's weights back after the block; meanwhile they are on the CPU."""
+        own = [shard.to("cpu", copy=True) for shard in self._trainer.shards()]
+        try:
+            yield
+        finally:
+            for shard, mine in zip(self._trainer.shards(), own, strict=True):
+                shard.copy_(mine)
+
+    def _shards(self) -> dict[str, Tensor]:
+        return dict(zip(self._trainer.shapes(), self._trainer.shards(), strict=True))
+
+    def _note(self, shards: dict[str, Tensor]) -> None:
+        self._given |= {name: shard.to("cpu", copy=True) for name, shard in shards.items()}
