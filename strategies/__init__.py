@@ -9,18 +9,22 @@ from strategies.engine import Engine
 from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg
 from strategies.fedbackfill import FedBackfill
+from strategies.fedbackfill_rounds import FedBackfillRounds
 from strategies.fedbuff import FedBuff
 from strategies.fedcompass import FedCompass
 from strategies.fedqueue import FedQueue
 from strategies.rounds import run_rounds
 from strategies.runtime import FatalSiteError, RunFailed, Runtime, Settings
-from strategies.sites import Arrival, Failure, Plan
+from strategies.scaffold import Scaffold
+from strategies.sites import Arrival, Binding, Failure, Plan
+from strategies.streaming import StreamingDiLoCo
 from strategies.window import WindowStrategy
 
 __all__ = [
     "Arrival",
     "AsyncDiLoCo",
     "AsyncStrategy",
+    "Binding",
     "DecoupledDiLoCo",
     "DiLoCo",
     "Engine",
@@ -29,6 +33,7 @@ __all__ = [
     "FedAsync",
     "FedAvg",
     "FedBackfill",
+    "FedBackfillRounds",
     "FedBuff",
     "FedCompass",
     "FedQueue",
@@ -36,7 +41,9 @@ __all__ = [
     "Plan",
     "RunFailed",
     "Runtime",
+    "Scaffold",
     "Settings",
+    "StreamingDiLoCo",
     "WindowStrategy",
     "run_rounds",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from strategies import rules
+from strategies import limits, rules
 from strategies.asynchronous import AsyncStrategy
 from strategies.pace import Pace
 from strategies.rules import Record, Tensors
@@ -50,6 +50,10 @@ class AsyncDiLoCo(AsyncStrategy):
         super().__init__()
         if delay is not None and delay < 1:
             raise ValueError(f"delay={delay} must be at least 1")
+        limits.positive("outer_lr", outer_lr)
+        limits.share("momentum", momentum)
+        limits.not_negative("steps", steps)
+        limits.not_negative("staleness_exponent", staleness_exponent)
         self.delay = delay
         self.outer_lr = outer_lr
         self.momentum = momentum
@@ -73,9 +77,13 @@ class AsyncDiLoCo(AsyncStrategy):
         """Return (1 + tau)^-a."""
         return rules.staleness_weight("polynomial", staleness, a=self.staleness_exponent)
 
+    def counts(self, arrival: Arrival, staleness: int) -> bool:
+        """Return whether the site has trained at all."""
+        return not arrival.empty
+
     def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
         """Step at once; the momentum's part every N-th time."""
-        if arrival.empty:
+        if not self.counts(arrival, staleness):
             return None
         assert arrival.base is not None
         assert arrival.arrays is not None

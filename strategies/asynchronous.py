@@ -11,17 +11,27 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from flwr_hpc.protocol import Order
 from strategies import messages
 from strategies.base import HpcStrategy, mean_metrics
 from strategies.engine import Engine, global_name
 from strategies.evaluation import final_evaluation
-from strategies.persistence import load_result, load_strategy, result_state, save_strategy
+from strategies.gathered import Gathered, shares
+from strategies.persistence import (
+    forget_metrics,
+    load_result,
+    load_strategy,
+    result_state,
+    save_strategy,
+)
 from strategies.rounds import EvaluateFn
-from strategies.rules import Tensor, tensors
+from strategies.rules import Tensor, in_dtypes_of, tensors
 from strategies.runtime import RunFailed
-from strategies.sites import Arrival, Event, Failure, Plan, Site
+from strategies.sites import Arrival, Bind, Binding, Event, Failure, Plan, Site
 
 __all__ = ["AsyncStrategy"]
+
+KEPT_METRICS = 1000  # versions: a run may make many more, and saves them with every order
 
 log = logging.getLogger("strategies")
 
@@ -29,7 +39,8 @@ log = logging.getLogger("strategies")
 class AsyncStrategy(HpcStrategy):
     """Base of asynchronous strategies: `on_arrival` is the part that differs.
 
-    ``num_rounds`` counts new versions of the global model.
+    ``num_rounds`` counts new versions of the global model. The result has the metrics of the last
+    1000 of them.
 
     Attributes
     ----------
@@ -72,6 +83,21 @@ class AsyncStrategy(HpcStrategy):
         iterable of (name, tensor), or None
             The next version of the global weights, if this arrival makes one.
         """
+
+    def counts(self, arrival: Arrival, staleness: int) -> bool:
+        """Return whether an arrival has a part in a version, this one or a later one."""
+        return True
+
+    def pending(self) -> Iterable[str]:
+        """Return the ids of the orders that arrived and wait for a version after the newest."""
+        return ()
+
+    def published(self) -> ArrayRecord:
+        """Return the weights that stand for the run: `evaluate_fn` sees them.
+
+        The last version is made of them, in the dtypes of the others.
+        """
+        return self.arrays
 
     def staleness_weight(self, staleness: int) -> float:
         """Return how much an update of that staleness counts."""
@@ -132,7 +158,9 @@ class _AsyncLoop:
         self.options = messages.options_of(RecordDict({messages.CONFIG: config}))
         self.steps = int(self.options.pop("steps", 0))
         self.result = Result()
-        self.window: list[dict[str, Any]] = []  # arrivals since the newest version
+        self._told: dict[str, Any] = {}  # the result in the last checkpoint
+        self.versions = 0  # to be made
+        self.gathered = Gathered()
         self.failures: dict[str, int] = {}
         self.not_before: dict[str, float] = {}
 
@@ -151,7 +179,7 @@ class _AsyncLoop:
             strategy.arrays = store.get(global_name(strategy.version))
             load_strategy(strategy, store, state["strategy"])
             self.result = load_result(state["result"])
-            self.window = state["window"]
+            self.gathered.entries = state["window"]
             log.info("resumed with version %d", strategy.version)
         self._save()
 
@@ -162,22 +190,23 @@ class _AsyncLoop:
     def _note(self) -> None:
         version = self.strategy.version
         own = save_strategy(self.strategy, self.runtime.checkpoints, str(version))
+        self._told = result_state(self.result, self._told)
         state = {
             "version": version,
             "round": version,
-            "window": self.window,
-            "result": result_state(self.result),
+            "window": self.gathered.entries,
+            "result": self._told,
             "strategy": own,
         }
         self.engine.note(state, [global_name(version), *own["tensors"]])
 
     def run(self, versions: int) -> Result:
         """Keep every site busy until there are enough versions."""
-        strategy = self.strategy
+        strategy, self.versions = self.strategy, versions
         while strategy.version < versions:
             self.engine.reattach(lambda v: self.runtime.checkpoints.get(global_name(v)))
             self._keep_busy()
-            self._take(self.engine.events(), versions)
+            self._take(self.engine.events())
         self.result.arrays = strategy.arrays
         replies = final_evaluation(self.engine, strategy.version, strategy.arrays)
         if replies:
@@ -210,23 +239,39 @@ class _AsyncLoop:
                     },
                     weights=lambda: (strategy.version, strategy.arrays),
                     ahead_after_s=plan.ahead_after_s,
+                    further=plan.further,
+                    bind=self._noting(plan.bind),
                 )
         if asked:
             self._note()  # the engine commits it ahead of sending the orders
 
-    def _take(self, events: list[Event], versions: int) -> None:
+    def _noting(self, bind: Bind | None) -> Bind | None:
+        """Commit what a strategy notes as an order is handed in together with the order."""
+        if bind is None:
+            return None
+
+        def noted(running: Order | None) -> Binding:
+            found = bind(running)
+            self._note()
+            return found
+
+        return noted
+
+    def _take(self, events: list[Event]) -> None:
         """Take in what has come, and make it durable: none is lost or counted twice."""
         made = []
         for event in events:
             if isinstance(event, Failure):
                 self._failed(event)
-            elif event.order.kind == "train" and self.strategy.version < versions:
+            elif event.order.kind == "train" and self.strategy.version < self.versions:
                 made.append(self._arrived(event))
                 self.engine.settle(event.facility)
             else:
                 self.engine.settle(event.facility)
         due = self.strategy.wake_at()
-        woken = due is not None and due <= self.engine.now() and self.strategy.version < versions
+        woken = (
+            due is not None and due <= self.engine.now() and self.strategy.version < self.versions
+        )
         if woken:
             new = self.strategy.on_wake()
             made.append(self._new_version(new) if new is not None else None)
@@ -238,40 +283,34 @@ class _AsyncLoop:
 
     def _arrived(self, arrival: Arrival) -> Mapping[str, Any] | None:
         """Take an arrival in; returns what there is to tell of the version it made, if any."""
-        strategy, facility = self.strategy, arrival.facility
-        self.failures.pop(facility, None)
+        strategy = self.strategy
+        self.failures.pop(arrival.facility, None)
         staleness = strategy.version - arrival.order.version
-        entry = {
-            "facility": facility,
-            "staleness": staleness,
-            "weight": strategy.staleness_weight(staleness),
-            "metrics": messages.flat_metrics(arrival.message),
-        }
+        if strategy.counts(arrival, staleness):
+            self.gathered.add(arrival)
         new = strategy.on_arrival(arrival, staleness)
-        self.window.append(entry)
         return self._new_version(new) if new is not None else None
 
     def _new_version(self, new: Iterable[tuple[str, Tensor]]) -> Mapping[str, Any]:
-        strategy, window = self.strategy, self.window
-        strategy.arrays = self.runtime.checkpoints.put(global_name(strategy.version + 1), new)
+        strategy = self.strategy
+        self._put(global_name(strategy.version + 1), new)
+        taken = self.gathered.take(strategy.pending())
+        told = shares(taken, strategy.version, strategy.staleness_weight)
         strategy.version += 1
-        metrics = mean_metrics([e["metrics"] for e in window])
+        metrics = mean_metrics([e["metrics"] for e in taken])
         if metrics is not None:
             self.result.train_metrics_clientapp[strategy.version] = metrics
+        forget_metrics(self.result, strategy.version - KEPT_METRICS)
         self._evaluate_here()
-        self.window = []
-        staleness: dict[str, int] = {}
-        weights: dict[str, float] = {}
-        for entry in window:
-            name = entry["facility"]
-            staleness[name] = max(staleness.get(name, 0), entry["staleness"])
-            weights[name] = weights.get(name, 0.0) + entry["weight"] / len(window)
-        return {
-            "version": strategy.version,
-            "facilities": sorted(weights),
-            "staleness": staleness,
-            "weights": weights,
-        }
+        return {"version": strategy.version, **told}
+
+    def _put(self, name: str, new: Iterable[tuple[str, Tensor]]) -> None:
+        """Store a version; the last one is what the strategy publishes."""
+        strategy, store = self.strategy, self.runtime.checkpoints
+        strategy.arrays = store.put(name, new)
+        last = strategy.published()
+        if strategy.version + 1 >= self.versions and last is not strategy.arrays:
+            strategy.arrays = store.put(name, in_dtypes_of(strategy.arrays, last))
 
     def _failed(self, failure: Failure) -> None:
         """Leave a failing site alone for a while; when all fail, end with their reasons."""
@@ -290,6 +329,6 @@ class _AsyncLoop:
 
     def _evaluate_here(self) -> None:
         version = self.strategy.version
-        metrics = self.evaluate_fn(version, self.strategy.arrays) if self.evaluate_fn else None
+        metrics = self.evaluate_fn(version, self.strategy.published()) if self.evaluate_fn else None
         if metrics is not None:
             self.result.evaluate_metrics_serverapp[version] = metrics

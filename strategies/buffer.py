@@ -8,12 +8,13 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from flwr_hpc.protocol import WEIGHT_KEY
 from strategies import rules
 from strategies.runtime import CheckpointStore
 from strategies.sites import Arrival
 
 __all__ = ["Buffer", "Update", "deltas"]
+
+DELTA = "delta-"  # and the order's id: its name in the store
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Update:
     tokens: int
     examples: int
 
+    @property
+    def order_id(self) -> str:
+        """The order that this came of."""
+        return self.name.removeprefix(DELTA)
+
 
 class Buffer:
     """Updates in the order of their arrival; its `state_dict` names the stored tensors."""
@@ -55,7 +61,7 @@ class Buffer:
         """Store an arrival's pseudo-gradient against the weights it STARTED from."""
         assert arrival.base is not None
         assert arrival.arrays is not None
-        name = f"delta-{arrival.order.id}"
+        name = f"{DELTA}{arrival.order.id}"
         store.put(name, rules.record_delta(arrival.base, arrival.arrays))
         result = arrival.status.result if arrival.status else None
         update = Update(
@@ -64,7 +70,7 @@ class Buffer:
             version=arrival.order.version,
             steps=arrival.steps,
             tokens=result.tokens if result else arrival.steps,
-            examples=int(result.examples if result else arrival.metrics.get(WEIGHT_KEY, 1)),
+            examples=arrival.examples,
         )
         self._updates.append(update)
         return update

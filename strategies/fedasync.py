@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strategies import rules
+from strategies import limits, rules
 from strategies.asynchronous import AsyncStrategy
 from strategies.rules import STALENESS, Tensors
 from strategies.sites import Arrival, Plan, Site
@@ -40,6 +40,8 @@ class FedAsync(AsyncStrategy):
         super().__init__()
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha={alpha} must lie in (0, 1]")
+        for name, value in (("a", a), ("b", b), ("proximal_mu", proximal_mu)):
+            limits.not_negative(name, value)
         if staleness not in STALENESS:
             raise ValueError(f"staleness='{staleness}' is not known. Valid: {', '.join(STALENESS)}")
         self.alpha = alpha
@@ -52,13 +54,17 @@ class FedAsync(AsyncStrategy):
         """Return s(tau)."""
         return rules.staleness_weight(self.staleness, staleness, **self.parameters)
 
+    def counts(self, arrival: Arrival, staleness: int) -> bool:
+        """Return whether the site has trained at all."""
+        return not arrival.empty
+
     def plan(self, site: Site) -> Plan:
         """Return an order with the proximal term, if any."""
         return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
 
     def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
         """Mix the site's weights in, unless they are only the old ones."""
-        if arrival.empty:
+        if not self.counts(arrival, staleness):
             return None
         assert arrival.arrays is not None
         alpha = self.alpha * self.staleness_weight(staleness)

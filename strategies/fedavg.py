@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from strategies import rules
+from strategies import limits, rules
 from strategies.buffer import Update, deltas
 from strategies.rules import Tensors
 from strategies.sites import Plan, Site
@@ -57,7 +57,10 @@ class FedAvg(WindowStrategy):
             weighted_by=weighted_by,
             exponent=exponent,
         )
-        if over_selection < 1:
+        limits.positive("sites_per_round", sites_per_round)
+        limits.positive("outer_lr", outer_lr)
+        limits.not_negative("proximal_mu", proximal_mu)
+        if not 1 <= over_selection < math.inf:
             raise ValueError(f"over_selection={over_selection} must be at least 1")
         self.sites_per_round = sites_per_round
         self.over_selection = over_selection

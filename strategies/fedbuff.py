@@ -7,8 +7,9 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from strategies import rules
+from strategies import limits, rules
 from strategies.asynchronous import AsyncStrategy
+from strategies.balance import Balance
 from strategies.rules import STALENESS, Tensors
 from strategies.sites import Arrival
 
@@ -33,6 +34,9 @@ class FedBuff(AsyncStrategy):
         `strategies.rules.staleness_weight`.
     exponent : float
         a of the polynomial; 0.5 is the paper's 1 / sqrt(1 + tau).
+    debias : bool
+        Divide a site's weight by how often it arrives, see `strategies.balance.Balance`: fast
+        sites fill the buffer with their data's updates. Not in the paper.
     """
 
     def __init__(
@@ -42,30 +46,42 @@ class FedBuff(AsyncStrategy):
         outer_lr: float = 1.0,
         staleness: str = "polynomial",
         exponent: float = 0.5,
+        debias: bool = False,
     ) -> None:
         super().__init__()
         if buffer_size < 1:
             raise ValueError(f"buffer_size={buffer_size} must be at least 1")
+        limits.positive("outer_lr", outer_lr)
+        limits.not_negative("exponent", exponent)
         if staleness not in STALENESS:
             raise ValueError(f"staleness='{staleness}' is not known. Valid: {', '.join(STALENESS)}")
         self.buffer_size = buffer_size
         self.outer_lr = outer_lr
         self.staleness = staleness
         self.exponent = exponent
-        self._buffer: list[tuple[str, float, ArrayRecord]] = []  # name, s(tau), delta
+        self.debias = debias
+        self.rates = Balance()
+        self._buffer: list[tuple[str, float, ArrayRecord]] = []  # name, weight, delta
 
     def staleness_weight(self, staleness: int) -> float:
         """Return s(tau)."""
         parameters = {"a": self.exponent} if self.staleness == "polynomial" else {}
         return rules.staleness_weight(self.staleness, staleness, **parameters)
 
+    def counts(self, arrival: Arrival, staleness: int) -> bool:
+        """Return whether something was trained."""
+        return not arrival.empty
+
     def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
         """Buffer the pseudo-gradient; the K-th makes a new version."""
+        if arrival.empty:
+            return None
         assert arrival.base is not None
         assert arrival.arrays is not None
         name = f"delta-{arrival.order.id}"
         delta = self.runtime.checkpoints.put(name, rules.record_delta(arrival.base, arrival.arrays))
-        self._buffer.append((name, self.staleness_weight(staleness), delta))
+        weight = self.staleness_weight(staleness) * self._frequency_weight(arrival)
+        self._buffer.append((name, weight, delta))
         if len(self._buffer) < self.buffer_size:
             return None
         full, self._buffer = self._buffer, []
@@ -73,15 +89,22 @@ class FedBuff(AsyncStrategy):
             self.arrays, [d for _, _, d in full], [s for _, s, _ in full], self.outer_lr
         )
 
+    def _frequency_weight(self, arrival: Arrival) -> float:
+        sites = max(1, len(self.sites))
+        self.rates.observe(arrival.facility, arrival.steps, sites)
+        return self.rates.by_arrivals(arrival.facility, sites) if self.debias else 1.0
+
     def state_dict(self) -> dict[str, Any]:
         """Return the buffer: names of the pseudo-gradients and their weights."""
         return {
+            "rates": self.rates.state_dict(),
             "tensors": [name for name, _, _ in self._buffer],
             "weights": [weight for _, weight, _ in self._buffer],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the buffer."""
+        self.rates.load_state_dict(state["rates"])
         get = self.runtime.checkpoints.get
         pairs = zip(state["tensors"], state["weights"], strict=True)
         self._buffer = [(name, weight, get(name)) for name, weight in pairs]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from strategies import rules
+from strategies import limits, rules
 from strategies.asynchronous import AsyncStrategy
 from strategies.buffer import Buffer, Update, deltas
 from strategies.pace import Pace
@@ -62,8 +62,10 @@ class FedCompass(AsyncStrategy):
         normalise: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < min_steps <= max_steps:
-            raise ValueError(f"min_steps={min_steps} must lie in [1, max_steps={max_steps}]")
+        limits.steps(min_steps, max_steps)
+        limits.positive("slack", slack)
+        limits.share("momentum", momentum)
+        limits.not_negative("exponent", exponent)
         self.min_steps = min_steps
         self.max_steps = max_steps
         self.slack = slack
@@ -138,6 +140,13 @@ class FedCompass(AsyncStrategy):
         group.buffer.add(store, arrival)
         return self._fire(group) if not group.members else None
 
+    def pending(self) -> list[str]:
+        """Return what waits for its group, or for any."""
+        return [u.order_id for b in self._buffers() for u in b]
+
+    def _buffers(self) -> list[Buffer]:
+        return [self._general, *(g.buffer for g in self._groups)]
+
     def on_failure(self, failure: Failure) -> None:
         """Wait for a failed site no longer."""
         group = self._group_of(failure.facility)
@@ -176,9 +185,8 @@ class FedCompass(AsyncStrategy):
     def state_dict(self) -> dict[str, Any]:
         """Return groups, buffers and speeds; times as what is left of them."""
         now = self.now()
-        buffers = [self._general, *(g.buffer for g in self._groups)]
         return {
-            "tensors": [u.name for b in buffers for u in b],
+            "tensors": [u.name for b in self._buffers() for u in b],
             "general": [asdict(u) for u in self._general],
             "pace": self.pace.state_dict(),
             "groups": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from strategies import rules
+from strategies import limits, rules
 from strategies.buffer import Update, deltas
 from strategies.pace import Pace
 from strategies.rules import Tensors
@@ -55,6 +55,13 @@ class FedQueue(WindowStrategy):
         scale_lr: bool = True,
         exponent: float = 0.5,
     ) -> None:
+        limits.positive("round_s", round_s)
+        limits.positive("timer", timer)
+        limits.not_negative("margin_s", margin_s)
+        limits.not_negative("tolerance", tolerance)
+        limits.steps(min_steps, max_steps)
+        if not 0 < momentum <= 1:  # b = 1: the last wait is the forecast
+            raise ValueError(f"momentum={momentum} must be greater than 0 and at most 1")
         super().__init__(deadline_s=timer * round_s, late="merge", exponent=exponent)
         self.round_s = round_s
         self.margin_s = margin_s
@@ -105,7 +112,9 @@ class FedQueue(WindowStrategy):
         return min(self.max_steps, max(int(work_s / speed), self.min_steps))
 
     def _least(self) -> int:
-        return min((self._steps(name) for name in self.sites), default=self.min_steps)
+        """Return the least work of a site that takes part: one long gone scales nobody's rate."""
+        here = [name for name, site in self.sites.items() if site.online or self.busy(name)]
+        return min((self._steps(name) for name in here), default=self.min_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window and the forecasts."""

@@ -41,7 +41,8 @@ class Pace:
     def observe(self, arrival: Arrival, *, ahead: bool = False) -> None:
         """Take an arrival's times in; of an order that was handed in `ahead`, not what it cost.
 
-        Such an order has waited at the site for the one before it.
+        Such an order has waited at the site for the one before it; of one that was resumed, the
+        beginning is not known.
         """
         facility, steps, train_s = arrival.facility, arrival.steps, arrival.train_s
         if train_s is None:  # an ordinary ClientApp tells nothing
@@ -49,7 +50,7 @@ class Pace:
         if steps > 0:
             self._blend(self.step_s, facility, train_s / steps)
         waited = self.waited_s(arrival)
-        if not ahead:
+        if not (ahead or arrival.resumed):
             extra = self._besides(facility, max(0.0, arrival.took_s - train_s), waited)
             self._blend(self.overhead_s, facility, extra)
         self._blend(self.queue_s, facility, waited)

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from strategies.rules import Tensor, Tensors, tensors
 from strategies.runtime import CheckpointStore
 
-__all__ = ["load_result", "load_strategy", "result_state", "save_strategy"]
+__all__ = ["forget_metrics", "load_result", "load_strategy", "result_state", "save_strategy"]
 
 HISTORIES = (
     "train_metrics_clientapp",
@@ -99,15 +99,27 @@ def _copies(pairs: Tensors) -> Tensors:
         yield name, np.array(tensor)
 
 
-def result_state(result: Result) -> dict[str, Any]:
-    """Return the finite metrics of a result as JSON."""
-    return {
-        key: {
-            str(r): {k: v for k, v in record.items() if np.isfinite(v).all()}
-            for r, record in getattr(result, key).items()
-        }
-        for key in HISTORIES
-    }
+def result_state(result: Result, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the finite metrics of a result as JSON.
+
+    What is in `known`, the state some versions ago, is not looked at again.
+    """
+    state: dict[str, Any] = {}
+    for key in HISTORIES:
+        before = (known or {}).get(key, {})
+        records = ((str(r), record) for r, record in getattr(result, key).items())
+        state[key] = {r: before[r] if r in before else _finite(record) for r, record in records}
+    return state
+
+
+def _finite(record: MetricRecord) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if np.isfinite(v).all()}
+
+
+def forget_metrics(result: Result, version: int) -> None:
+    """Drop what a result says of a version: the event log keeps it."""
+    for key in HISTORIES:
+        getattr(result, key).pop(version, None)
 
 
 def load_result(state: Mapping[str, Any]) -> Result:

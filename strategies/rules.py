@@ -23,6 +23,8 @@ __all__ = [
     "buffered_step",
     "combined_delta",
     "descend",
+    "in_dtypes_of",
+    "interpolated",
     "mixed",
     "momentum_step",
     "nesterov_step",
@@ -35,6 +37,7 @@ __all__ = [
     "tensors",
     "weighted_mean",
     "weighted_step",
+    "weighted_sum",
 ]
 
 Tensor = NDArray[Any]
@@ -116,6 +119,18 @@ def nesterov_step(theta: Tensor, delta: Tensor, momentum: Tensor, lr: float, bet
     return _like(_math(theta) - kind(lr) * (delta + kind(beta) * momentum), theta)
 
 
+def interpolated(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """Return ``(1 - c) x + c y``, never in less than float32: small c would be rounded away."""
+    here = _math(x)
+    return np.asarray(here + here.dtype.type(c) * (_math(y) - here))
+
+
+def in_dtypes_of(reference: Record, record: Record) -> Tensors:
+    """Yield the tensors of a record in the dtypes of another."""
+    for name, array in reference.items():
+        yield name, _like(record[name].numpy(), array.numpy())
+
+
 # ---- staleness ------------------------------------------------------------------------------
 
 
@@ -195,13 +210,22 @@ def buffered_step(
     return weighted_step(theta, deltas, weights, lr / len(deltas))
 
 
+def weighted_sum(name: str, deltas: Sequence[Record], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_k w_k delta_k`` of one tensor; the weights are taken as they are."""
+    first = deltas[0][name].numpy()
+    total = np.zeros(first.shape, dtype=_math(first).dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        total += total.dtype.type(weight) * delta[name].numpy()
+    return total
+
+
 def weighted_step(
     theta: Record, deltas: Sequence[Record], weights: Sequence[float], lr: float = 1.0
 ) -> Tensors:
     """Yield ``theta - lr sum_k w_k delta_k``; the weights are taken as they are."""
     for name, array in theta.items():
         here = array.numpy()
-        yield name, descend(here, _summed(name, here, deltas, weights), lr)
+        yield name, descend(here, weighted_sum(name, deltas, weights), lr)
 
 
 def mixed(theta: Record, trained: Record, alpha: float) -> Tensors:
@@ -229,13 +253,6 @@ def radial_directional(deltas: Sequence[Tensor], weights: Sequence[float]) -> Te
     radius = sum(w * n for w, n in zip(share, norms, strict=True))
     scale = radius / length if length > 0 else 0.0
     return np.asarray(direction * direction.dtype.type(scale))
-
-
-def _summed(name: str, theta: Tensor, deltas: Sequence[Record], weights: Sequence[float]) -> Tensor:
-    total = np.zeros(theta.shape, dtype=_math(theta).dtype)
-    for delta, weight in zip(deltas, weights, strict=True):
-        total += total.dtype.type(weight) * delta[name].numpy()
-    return total
 
 
 def descend(theta: Tensor, direction: Tensor, lr: float = 1.0) -> Tensor:

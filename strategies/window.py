@@ -16,7 +16,31 @@ from strategies.buffer import Buffer, Update
 from strategies.rules import Tensors
 from strategies.sites import Arrival, Failure, Plan, Site
 
-__all__ = ["WindowStrategy"]
+__all__ = ["WindowStrategy", "check_window"]
+
+
+def check_window(
+    *,
+    deadline_s: float | None = None,
+    quorum: int = 1,
+    grace_s: float | None = None,
+    exponent: float = 0.0,
+) -> None:
+    """Refuse settings of a window that make no sense.
+
+    Raises
+    ------
+    ValueError
+        If one of them is out of its range.
+    """
+    if deadline_s is not None and not deadline_s > 0.0:  # at 0 it would be due at every moment
+        raise ValueError(f"deadline_s={deadline_s} must be greater than 0, or None (no deadline)")
+    if quorum < 1:
+        raise ValueError(f"quorum={quorum} must be at least 1")
+    if grace_s is not None and not grace_s >= 0.0:
+        raise ValueError(f"grace_s={grace_s} must be at least 0, or None (no grace)")
+    if not exponent >= 0.0:
+        raise ValueError(f"exponent={exponent} must be at least 0 (0: staleness does not count)")
 
 
 class WindowStrategy(AsyncStrategy):
@@ -52,8 +76,7 @@ class WindowStrategy(AsyncStrategy):
         super().__init__(weighted_by=weighted_by)
         if late not in ("merge", "drop"):
             raise ValueError(f"late='{late}' is not known. Valid: merge, drop")
-        if quorum < 1:
-            raise ValueError(f"quorum={quorum} must be at least 1")
+        check_window(deadline_s=deadline_s, quorum=quorum, grace_s=grace_s, exponent=exponent)
         self.deadline_s = deadline_s
         self.quorum = quorum
         self.grace_s = grace_s
@@ -85,6 +108,10 @@ class WindowStrategy(AsyncStrategy):
         """Return an update's weight, before normalisation and staleness."""
         return float(update.examples) if self.weighted_by == "num-examples" else 1.0
 
+    def shares(self, updates: Sequence[Update]) -> list[float]:
+        """Return the weights of a window's updates before staleness: they sum to 1."""
+        return rules.normalised([self.weight(u) or 1e-12 for u in updates])
+
     # ---- what it knows ----------------------------------------------------------------------
 
     def reported(self) -> set[str]:
@@ -94,6 +121,14 @@ class WindowStrategy(AsyncStrategy):
     def awaited(self) -> set[str]:
         """Return who works on an order of the present window."""
         return {facility for facility in self.working if self.busy(facility)}
+
+    def counts(self, arrival: Arrival, staleness: int) -> bool:
+        """Return whether an arrival is gathered."""
+        return not arrival.empty and (staleness == 0 or self.late == "merge")
+
+    def pending(self) -> list[str]:
+        """Return what the last window has left for the next one."""
+        return [u.order_id for u in self.buffer]
 
     def staleness_weight(self, staleness: int) -> float:
         """Return (1 + tau)^-a."""
@@ -118,7 +153,7 @@ class WindowStrategy(AsyncStrategy):
     def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
         """Gather an update; the last one closes the window."""
         self.working.pop(arrival.facility, None)
-        if not arrival.empty and (staleness == 0 or self.late == "merge"):
+        if self.counts(arrival, staleness):
             self.buffer.add(self.runtime.checkpoints, arrival)
         if len(self.buffer) >= self.quorum and self.grace_s is not None:
             closes = self.now() + self.grace_s
@@ -147,9 +182,9 @@ class WindowStrategy(AsyncStrategy):
         self._closes_at = None
         self._opened = False
         self.working.clear()
-        share = rules.normalised([self.weight(u) or 1e-12 for u in updates])
         decay = [self.staleness_weight(self.version - u.version) for u in updates]
-        return self.merge(updates, [w * d for w, d in zip(share, decay, strict=True)])
+        both = zip(self.shares(updates), decay, strict=True)
+        return self.merge(updates, [w * d for w, d in both])
 
     # ---- state ------------------------------------------------------------------------------
 

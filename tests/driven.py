@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from fake_grid import VirtualClock, name_this_process
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from flwr_hpc.protocol import Order, Result, Status
+from flwr_hpc.protocol import GRADIENT, TRAIN, Order, Result, Status
 from strategies import Arrival, AsyncStrategy, Failure, Plan, Runtime
 from strategies.sites import Site
 
@@ -86,6 +86,8 @@ class Driven:
         examples: int = 10,
         queued: float = 0.0,
         step_s: float = 1.0,
+        gradient: Tensors | None = None,
+        resumed: bool = False,
         **metrics: float,
     ) -> bool:
         """A site returns its weights minus `moved`; whether that made a version."""
@@ -97,7 +99,10 @@ class Driven:
         result = Result(order.id, "done", done, tokens, examples, metrics, "w", seconds=seconds)
         ledger = {"all": {"queue": self.queued[name]}}
         status = Status("done", name, result=result, ledger=ledger)
-        arrival = Arrival(order, base, trained, metrics, None, status, self.clock.t - began)
+        content = {} if gradient is None else {GRADIENT: record(gradient)}
+        reply = Message(RecordDict(content), 1, TRAIN)
+        took_s = self.clock.t - began
+        arrival = Arrival(order, base, trained, metrics, reply, status, took_s, resumed)
         new = self.strategy.on_arrival(arrival, self.strategy.version - order.version)
         made = self._take(new)
         del self.orders[name]

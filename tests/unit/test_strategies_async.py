@@ -7,8 +7,19 @@ import math
 import numpy as np
 import pytest
 from driven import Driven, close, delta, minus, record, theta
+from fake_grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from flwr.app import ArrayRecord, ConfigRecord
 
-from strategies import AsyncDiLoCo, FedAsync, FedBackfill, FedBuff, FedCompass, rules
+from strategies import (
+    AsyncDiLoCo,
+    FedAsync,
+    FedBackfill,
+    FedBuff,
+    FedCompass,
+    Runtime,
+    asynchronous,
+    rules,
+)
 from strategies.outer import Nesterov
 from strategies.runtime import MemoryCheckpoints
 
@@ -232,12 +243,39 @@ def test_fedcompass_waits_for_no_failed_site():
     assert run.strategy.wake_at() is None
 
 
+def test_fedbuff_counts_no_empty_order():
+    """Else it would fill the buffer and shorten the step."""
+    run = Driven(FedBuff(buffer_size=2), "ab")
+    for steps in (0, 10, 10):
+        run.ask("a")
+        run.arrive("a", delta(float(steps)), steps=steps)
+    assert run.strategy.version == 1
+    close(run.now, minus(theta(), (1.0, delta(10.0))))
+
+
+def test_fedbuff_debiased_by_hand():
+    """A site's weight is divided by its share of the arrivals, relative to 1/N; plain is not."""
+    plain, debiased = (Driven(FedBuff(buffer_size=3, debias=on), "ab") for on in (False, True))
+    for run in (plain, debiased):
+        for name in "aab":
+            run.ask(name)
+            run.arrive(name, delta(1.0))
+    close(plain.now, minus(theta(), (1.0, delta(1.0))))
+    share, total = {"a": 0.5}, 0.0
+    for name in "aab":
+        share.setdefault(name, 0.5)
+        share = {n: 15 / 16 * f + 1 / 16 * (n == name) for n, f in share.items()}
+        total += 0.5 / share[name]
+    close(debiased.now, minus(theta(), (total / 3, delta(1.0))))
+
+
 # ---- FedBackfill --------------------------------------------------------------------------------
 
 
 def test_fedbackfill_by_hand():
     """theta - eta g_k s(tau) delta_k: g and s recomputed here from the arrivals."""
-    run = Driven(FedBackfill(outer_lr=0.9, momentum=0.0))
+    balanced = {"balance": True, "balance_arrivals": True}
+    run = Driven(FedBackfill(outer_lr=0.9, momentum=0.0, **balanced))
     here, steps, share = theta(), {}, {}
     started: dict[str, int] = {}
     for k, (name, done) in enumerate([("a", 80), ("a", 60), ("b", 10), ("a", 80), ("c", 20)]):
@@ -257,6 +295,19 @@ def test_fedbackfill_by_hand():
     close(run.now, here)
 
 
+def test_fedbackfill_scales_momentum_by_participation():
+    """m <- beta^rho m + rho delta, theta <- theta - eta rho (delta + beta m)."""
+    run = Driven(FedBackfill(outer_lr=2.0, momentum=0.8))
+    here, m = theta(), dict.fromkeys(theta(), 0.0)
+    for k, name in enumerate("abcab"):
+        run.ask(name)  # no staleness: rho is 1/3
+        d = delta(1.0 + k, turn=k)
+        run.arrive(name, d)
+        m = {key: 0.8 ** (1 / 3) * m[key] + d[key] / 3 for key in m}
+        here = minus(here, (2.0 / 3, d), (2.0 * 0.8 / 3, m))
+    close(run.now, here)
+
+
 def test_fedbackfill_of_one_site_is_nesterov():
     """rho = 1: the participation-scaled momentum is DiLoCo's outer step."""
     run = Driven(FedBackfill(outer_lr=0.7, momentum=0.9), "a")
@@ -270,9 +321,54 @@ def test_fedbackfill_of_one_site_is_nesterov():
     close(run.now, here)
 
 
+def test_fedbackfill_publishes_an_average():
+    """(1 - c) mean + c theta, c = (1 + gamma) rho / (t + gamma); the last version is the mean."""
+    run = Driven(FedBackfill(outer_lr=0.7, momentum=0.9, average=4.0), "a")
+    mean = theta()
+    for k in range(5):
+        run.ask("a")
+        run.arrive("a", delta(1.0 + k, turn=k))
+        c = 5.0 / (k + 1 + 4.0)
+        mean = {name: (1 - c) * mean[name] + c * run.now[name] for name in mean}
+        published = {name: a.numpy() for name, a in run.strategy.published().items()}
+        close(published, mean)
+    plain = Driven(FedBackfill(average=None), "a")
+    assert plain.strategy.published() is plain.strategy.arrays
+
+
+def test_the_last_version_is_what_is_published():
+    """In the dtypes of the others; the versions before it are what sites train on."""
+    grid, strategy = FakeGrid([FakeSite("a"), FakeSite("b", 2.0)]), FedBackfill(average=1.0)
+    strategy.runtime, seen = Runtime(clock=grid.clock), {}
+
+    def look(version: int, arrays: ArrayRecord) -> None:
+        seen[version] = as_numpy(arrays)
+
+    result = strategy.start(
+        grid, initial_arrays(), 6, train_config=ConfigRecord({"steps": 3}), evaluate_fn=look
+    )
+    mean = as_numpy(strategy.outer.mean)
+    for name, tensor in as_numpy(result.arrays).items():
+        np.testing.assert_array_equal(tensor, mean[name].astype(tensor.dtype))
+        np.testing.assert_array_equal(seen[6][name], mean[name])
+        assert tensor.dtype == initial_arrays()[name].numpy().dtype
+
+
+def test_fedbackfill_bound_early_trains_old_weights():
+    """The ablation: what was newest when the site was asked to queue, and kept until then."""
+    run = Driven(FedBackfill(late_binding=False))
+    plan = run.ask("a")
+    run.ask("b")
+    run.arrive("b", delta(1.0))
+    assert run.strategy.version == 1
+    assert plan.bind is not None
+    assert plan.bind(None).version == 0
+    assert "global-0" in run.strategy.state_dict()["tensors"]
+
+
 def test_fedbackfill_without_balance_weighs_one_over_n():
-    """The ablation: every update counts alike."""
-    run = Driven(FedBackfill(balance=False, balance_arrivals=False, momentum=0.0))
+    """The default: every update counts alike."""
+    run = Driven(FedBackfill(outer_lr=1.0, momentum=0.0))
     run.ask("a")
     run.arrive("a", delta(3.0), steps=1000)
     close(run.now, minus(theta(), (1 / 3, delta(3.0))))
@@ -280,7 +376,7 @@ def test_fedbackfill_without_balance_weighs_one_over_n():
 
 def test_fedbackfill_a_frequent_site_never_loses_more_than_two_thirds():
     """The factor of the arrivals is clipped to [1/3, 3]."""
-    run = Driven(FedBackfill(balance=False, momentum=0.0))
+    run = Driven(FedBackfill(balance_arrivals=True, momentum=0.0))
     for _ in range(200):
         run.ask("a")
         run.arrive("a", delta(0.0))
@@ -300,20 +396,20 @@ def sized(**arguments) -> Driven:
 
 
 def test_fedbackfill_sizes_an_order_by_its_cost():
-    """Ten times what an order costs besides: 300 s, 150 steps; or `round_s`; within the bounds."""
+    """Five times what an order costs besides: 150 s, 75 steps; or `round_s`; within the bounds."""
     assert Driven(FedBackfill()).ask("a").steps == 10  # nothing is known yet
-    assert sized().ask("a").steps == 150
+    assert sized().ask("a").steps == 75
     assert sized(round_s=60.0).ask("a").steps == 30
     assert sized(round_s=1.0).ask("a").steps == 10
-    assert sized(max_steps=70).ask("a").steps == 70
+    assert sized(max_steps=50).ask("a").steps == 50
     assert sized(size_steps=False).ask("a").steps == 0  # as configured
 
 
 @pytest.mark.parametrize(
     ("left_s", "steps"),
     [
-        (10_000, 150),  # room enough
-        (30 + 150 * 2 * 1.2, 169),  # the last order is stretched to the end: 360 / (1.06 * 2)
+        (10_000, 75),  # room enough
+        (30 + 75 * 2 * 1.2, 84),  # the last order is stretched to the end: 180 / (1.06 * 2)
         (130, 47),  # cut to what is left: 100 / (1.06 * 2)
         (31, 5),  # below that an order is not worth its transfer
     ],
@@ -326,10 +422,22 @@ def test_fedbackfill_fits_an_order_into_the_walltime(left_s, steps):
     assert run.ask("a").steps == steps
     del run.orders["a"]
     site.warm = False  # the walltime of a job that has ended says nothing
-    assert run.ask("a").steps == 150
+    assert run.ask("a").steps == 75
 
 
 # ---- all of them --------------------------------------------------------------------------------
+
+
+def test_the_metrics_of_old_versions_are_forgotten(monkeypatch):
+    """Else every checkpoint of a long run would be as long as the run."""
+    monkeypatch.setattr(asynchronous, "KEPT_METRICS", 5)
+    grid, strategy = FakeGrid([FakeSite("a"), FakeSite("b")]), FedAsync()
+    strategy.runtime = Runtime(clock=grid.clock)
+    result = strategy.start(grid, initial_arrays(), 20, train_config=ConfigRecord({"steps": 3}))
+    assert set(result.train_metrics_clientapp) == {16, 17, 18, 19, 20}
+    kept = strategy.runtime.checkpoints.restore()["result"]["train_metrics_clientapp"]
+    assert list(kept) == ["16", "17", "18", "19", "20"]
+
 
 ASYNC = [FedAsync, AsyncDiLoCo, lambda: FedBackfill(), lambda: FedBuff(buffer_size=1)]
 

@@ -200,7 +200,19 @@ def test_7_waiting_behind_another_order_is_not_its_cost():
         run.at(run.clock.now() + 5000.0)
         run.arrive("a", delta(0.0), step_s=2.0)
         assert run.strategy.pace.overhead_s["a"] == 30.0
-    assert run.strategy.plan(site).steps == 150
+    assert run.strategy.plan(site).steps == 75
+
+
+def test_7_the_time_of_a_resumed_order_is_not_its_cost():
+    """It is counted from the second hand-in, when most of it was done."""
+    run = Driven(FedBackfill())
+    run.ask("a")
+    run.at(50.0)
+    run.arrive("a", delta(0.0), step_s=2.0)
+    run.ask("a")
+    run.at(55.0)
+    run.arrive("a", delta(0.0), step_s=2.0, resumed=True)
+    assert run.strategy.pace.overhead_s["a"] == 30.0
 
 
 def test_8_queue_time_is_the_schedulers_own():

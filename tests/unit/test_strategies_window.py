@@ -149,7 +149,19 @@ def test_state_keeps_what_is_left_of_a_window():
     assert other.strategy.state_dict() == state
 
 
-@pytest.mark.parametrize("arguments", [{"late": "x"}, {"quorum": 0}, {"over_selection": 0.5}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"late": "x"},
+        {"quorum": 0},
+        {"over_selection": 0.5},
+        {"deadline_s": 0},  # due at every moment
+        {"deadline_s": -1.0},
+        {"deadline_s": float("nan")},
+        {"grace_s": -1.0},
+        {"exponent": -0.5},  # the older, the heavier
+    ],
+)
 def test_fedavg_refuses_nonsense(arguments):
     """At once, naming what it was given."""
     with pytest.raises(ValueError, match=next(iter(arguments))):
@@ -212,6 +224,14 @@ def test_fedqueue_steps():
     assert [plans[n].options["lr-scale"] for n in "abc"] == pytest.approx([20 / 420, 20 / 85, 1.0])
 
 
+def test_fedqueue_scales_by_the_sites_that_are_there():
+    """c, whose 20 steps were the least, has left: E_min is b's 85 steps."""
+    run = queued({"a": 100.0, "b": 340.0, "c": 5000.0}, {"a": 2.0, "b": 7.0, "c": 1.0})
+    run.strategy.sites["c"].offline_since = 0.0
+    plans = [run.ask(name) for name in "ab"]
+    assert [p.options["lr-scale"] for p in plans] == pytest.approx([85 / 420, 1.0])
+
+
 def test_fedqueue_before_anything_is_known():
     """The least there is; and no scaling where it is switched off."""
     run = Driven(FedQueue(scale_lr=False, min_steps=30))
@@ -246,6 +266,22 @@ def test_fedqueue_admission():
     assert len(run.strategy.buffer) == 0
 
 
+def test_fedqueue_weights():
+    """n_k / n s(u): b's update of 30 examples is two rounds old, a's of 10 is fresh."""
+    run = queued({"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0})
+    asked(run, "ab")
+    for _ in range(2):
+        begun = run.clock.now()
+        run.arrive("a", delta(0.0))
+        run.at(begun + 1150.0)
+        run.ask("a")
+    before = run.now
+    run.arrive("b", delta(4.0), examples=30)
+    run.arrive("a", delta(1.0), examples=10)
+    run.at(run.clock.now() + 1150.0)
+    close(run.now, minus(before, (0.25, delta(1.0)), (0.75 * 3**-0.5, delta(4.0))))
+
+
 def test_fedqueue_a_round_whose_updates_are_all_late_goes_on():
     """With what there is."""
     run = queued({"a": 100.0, "b": 100.0}, {"a": 1.0, "b": 1.0})
@@ -269,6 +305,44 @@ def test_fedqueue_timer():
 
 
 # ---- over a grid --------------------------------------------------------------------------------
+
+
+class HoldsBack(FedQueue):
+    """Holds b's first update back, as FedQueue does with one whose job waited for long."""
+
+    def on_arrival(self, arrival, staleness):
+        if arrival.facility == "b" and arrival.order.version == 0:
+            self._held.append("b")
+        return super().on_arrival(arrival, staleness)
+
+
+def told(strategy, sites: list[FakeSite], versions: int = 3) -> list[dict]:
+    """Run, and return what was told of each version."""
+    grid, log = FakeGrid(sites), []
+    strategy.runtime = Runtime(
+        clock=grid.clock, emit=lambda event, **fields: log.append((event, fields))
+    )
+    strategy.start(grid, initial_arrays(), versions, train_config=ConfigRecord({"steps": 10}))
+    return [fields for event, fields in log if event == "aggregated"]
+
+
+def test_what_is_dropped_is_not_told_as_merged():
+    """late=drop: the log shows who has a part in a version, and no one else."""
+    for late, facilities in (("drop", ["a"]), ("merge", ["a", "b"])):
+        sites = [
+            FakeSite("a", step_s=4.0),
+            FakeSite("b", step_s=15.0),
+        ]
+        events = told(FedAvg(deadline_s=60.0, late=late), sites, 4)
+        assert [e["facilities"] for e in events] == [["a"], ["a"], ["a"], facilities]
+        assert events[-1]["staleness"].get("b") == (3 if late == "merge" else None)
+
+
+def test_what_is_held_back_is_told_with_the_version_it_went_into():
+    """An update that FedQueue admits a round later is told there, one version stale."""
+    events = told(HoldsBack(round_s=100.0), [FakeSite("a"), FakeSite("b")])
+    assert [e["facilities"] for e in events] == [["a"], ["a", "b"], ["a", "b"]]
+    assert [e["staleness"].get("b") for e in events] == [None, 1, 0]
 
 
 def test_the_proximal_term_reaches_the_order():

@@ -1,0 +1,58 @@
+"""Weights by which no site owns the model, however fast it is or short its queue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Balance"]
+
+CLIP = 3.0
+
+
+class Balance:
+    """Moving averages of how often sites arrive and of how many steps their orders have.
+
+    Attributes
+    ----------
+    steps : dict of str to float
+        Per order, by facility.
+    frequency : dict of str to float
+        Share of the arrivals, by facility.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, float] = {}
+        self.frequency: dict[str, float] = {}
+
+    def observe(self, facility: str, steps: int, sites: int) -> None:
+        """Take an arrival in; shares of arrivals are followed over about 8 of every site."""
+        _blend(self.steps, facility, float(max(1, steps)), 0.3)
+        self.frequency.setdefault(facility, 1.0 / sites)
+        for name in self.frequency:
+            _blend(self.frequency, name, float(name == facility), 1.0 / (8.0 * sites))
+
+    def by_steps(self, facility: str) -> float:
+        """Return ``clip(sqrt(n_mean / n_k), 1/3, 3)``, n_k the steps of the site's orders."""
+        mean = sum(self.steps.values()) / len(self.steps)
+        return _clip((mean / self.steps[facility]) ** 0.5)
+
+    def by_arrivals(self, facility: str, sites: int) -> float:
+        """Return ``clip(1/N / f_k, 1/3, 3)``, f_k the site's share of the arrivals."""
+        return _clip(1.0 / (sites * self.frequency[facility]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages as JSON."""
+        return {"steps": self.steps, "frequency": self.frequency}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self.steps, self.frequency = dict(state["steps"]), dict(state["frequency"])
+
+
+def _clip(factor: float) -> float:
+    return min(CLIP, max(1.0 / CLIP, factor))
+
+
+def _blend(table: dict[str, float], name: str, value: float, new: float) -> None:
+    table[name] = (1.0 - new) * table[name] + new * value if name in table else value

@@ -1,0 +1,217 @@
+"""FedBackfill with barriers: windows of a quorum and a grace that adapts to the orders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr.app import ArrayRecord
+
+from flwr_hpc.protocol import Order
+from strategies import limits
+from strategies.balance import Balance
+from strategies.buffer import Update, deltas
+from strategies.outer import PartialNesterov
+from strategies.pace import Pace
+from strategies.rules import Tensors
+from strategies.sites import Arrival, Bind, Binding, Plan, Site
+from strategies.sizing import Sizing
+from strategies.window import WindowStrategy
+
+__all__ = ["FedBackfillRounds"]
+
+NO_WORK = ("queued", "ended")  # states of an allocation in which an order does not go on
+
+
+class FedBackfillRounds(WindowStrategy):
+    """FedBackfill for those who need barriers: a version per window, merged in one step.
+
+    A site joins the window in which its order is handed in: one that waits in a queue holds
+    nobody up. A window closes when all who joined have reported, or ``grace R`` seconds after
+    its quorum has; what comes later is merged into the next one. The updates of a window make
+    one step of `strategies.outer.PartialNesterov` with the weights of FedBackfill::
+
+        rho_k = g_k s(tau_k)
+        g_k = 1/N, with the factors of FedBackfill on request
+        s(tau) = (1 + tau / N)^-a
+
+    They are not normalised: a window of few sites makes a small step. R is how long an
+    order takes from its hand-in to its arrival without the queue, by moving averages over the
+    orders of those who have reported; or `round_s`.
+
+    Parameters
+    ----------
+    round_s : float or None
+        Seconds of training per order (None: five times what an order costs besides).
+    min_steps, max_steps : int
+        Bounds of an order.
+    outer_lr, momentum : float
+        eta and beta of the step.
+    average : float or None
+        gamma of the average that is published; None: the newest version is.
+    quorum : int or None
+        Reports of its own that a window needs (None: of half of the known sites, rounded up);
+        never more than there are sites at work on it.
+    grace : float
+        As a share of R; 0: the quorum closes the window.
+    balance, balance_arrivals : bool
+        The factors of g_k by steps and by arrivals.
+    exponent : float
+        a.
+
+    Raises
+    ------
+    ValueError
+        If `quorum` is less than 1 or `grace` less than 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        round_s: float | None = None,
+        min_steps: int = 10,
+        max_steps: int = 4000,
+        outer_lr: float = 2.0,
+        momentum: float = 0.8,
+        average: float | None = 8.0,
+        quorum: int | None = None,
+        grace: float = 0.33,
+        balance: bool = False,
+        balance_arrivals: bool = False,
+        exponent: float = 0.5,
+    ) -> None:
+        super().__init__(exponent=exponent)
+        if quorum is not None and quorum < 1:
+            raise ValueError(f"quorum={quorum} must be at least 1")
+        limits.not_negative("grace", grace)
+        self.wanted = quorum
+        self.grace = grace
+        self.balance = balance
+        self.balance_arrivals = balance_arrivals
+        self.sizing = Sizing(round_s, min_steps, max_steps)
+        self.outer = PartialNesterov(outer_lr, momentum, average)
+        self.pace = Pace(0.7)
+        self.rates = Balance()
+        self._reports: list[float] = []  # when they came, of the present window
+
+    # ---- who works, and how much --------------------------------------------------------------
+
+    def plan(self, site: Site) -> Plan | None:
+        """Return an order for a site that has not reported yet."""
+        plan = super().plan(site)
+        if plan is not None:  # it may have to queue: it joins when the order is handed in
+            del self.working[site.facility]
+        return plan
+
+    def order(self, site: Site) -> Plan:
+        """Return an order that fits the site's speed and what is left of its walltime."""
+        steps = self.sizing.steps(site, self.pace, self.now())
+        return Plan(steps, bind=self._joining(site.facility))
+
+    def _joining(self, facility: str) -> Bind:
+        def bind(running: Order | None) -> Binding:
+            self.working[facility] = self.version
+            return Binding(self.version, self.arrays)
+
+        return bind
+
+    # ---- when a window closes -----------------------------------------------------------------
+
+    def needed(self) -> int:
+        """Return the quorum of the present window, as things are now."""
+        wanted = math.ceil(len(self.sites) / 2) if self.wanted is None else self.wanted
+        at_work = {name for name in self.awaited() if self._at_work(name)}
+        return max(1, min(wanted, len(self.reported() | at_work)))
+
+    def _at_work(self, facility: str) -> bool:
+        """Return whether an order goes on there, for all that is known."""
+        site = self.sites.get(facility)
+        return site is not None and site.online and site.allocation_state not in NO_WORK
+
+    def duration_s(self) -> float:
+        """Return R; at least one site has reported."""
+        if self.sizing.round_s is not None:
+            return self.sizing.round_s
+        took = [self._order_s(name) for name in self.reported()]
+        return sum(took) / len(took)
+
+    def _order_s(self, facility: str) -> float:
+        pace = self.pace
+        return (
+            pace.overhead_s.get(facility, 0.0) + pace.step_s[facility] * self.rates.steps[facility]
+        )
+
+    def wake_at(self) -> float | None:
+        """Return when the window closes: its quorum may shrink with the sites at work."""
+        needed = self.needed()
+        made = len(self._reports) >= needed
+        self._closes_at = (
+            self._reports[needed - 1] + self.grace * self.duration_s() if made else None
+        )
+        return super().wake_at()
+
+    # ---- what is merged -----------------------------------------------------------------------
+
+    def staleness_weight(self, staleness: int) -> float:
+        """Return (1 + tau / N)^-a."""
+        return float((1.0 + staleness / self._sites()) ** -self.exponent)
+
+    def weight(self, update: Update) -> float:
+        """Return g_k."""
+        name, sites = update.facility, self._sites()
+        share = 1.0 / sites
+        if self.balance:
+            share *= self.rates.by_steps(name)
+        if self.balance_arrivals:
+            share *= self.rates.by_arrivals(name, sites)
+        return share
+
+    def shares(self, updates: Sequence[Update]) -> list[float]:
+        """Return every g_k as it is: a window of a part of the sites is a part of a step."""
+        return [self.weight(u) for u in updates]
+
+    def _sites(self) -> int:
+        return max(1, len(self.sites))
+
+    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+        """Gather an update; the last one at work closes the window."""
+        if self.counts(arrival, staleness):
+            self.pace.observe(arrival)
+            self.rates.observe(arrival.facility, arrival.steps, self._sites())
+            if staleness == 0:
+                self._reports.append(self.now())
+        return super().on_arrival(arrival, staleness)
+
+    def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
+        """Take one step along the sum of the pseudo-gradients."""
+        store = self.runtime.checkpoints
+        self._reports = []
+        found = deltas(store, updates)
+        return self.outer.step(store, self.arrays, found, weights, self.version + 1)
+
+    def published(self) -> ArrayRecord:
+        """Return the average of the versions."""
+        return self.outer.mean or self.arrays
+
+    # ---- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window and what is known of the sites; times as what has passed since."""
+        own, outer, now = super().state_dict(), self.outer.state_dict(), self.now()
+        return {
+            **own,
+            "tensors": [*own["tensors"], *outer["tensors"]],
+            "outer": outer,
+            "pace": self.pace.state_dict(),
+            "rates": self.rates.state_dict(),
+            "reported_ago": [now - t for t in self._reports],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`."""
+        super().load_state_dict(state)
+        self.outer.load_state_dict(state["outer"], self.runtime.checkpoints)
+        self.pace.load_state_dict(state["pace"])
+        self.rates.load_state_dict(state["rates"])
+        self._reports = [self.now() - ago for ago in state["reported_ago"]]

@@ -1,0 +1,53 @@
+"""Ranges of the strategies' arguments."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["not_negative", "positive", "share", "steps"]
+
+
+def positive(name: str, value: float | None) -> None:
+    """Refuse what is not a finite number above zero; None is no number, and passes.
+
+    Raises
+    ------
+    ValueError
+    """
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} must be greater than zero")
+
+
+def not_negative(name: str, value: float | None) -> None:
+    """Refuse what is not zero or a finite number above it; None passes.
+
+    Raises
+    ------
+    ValueError
+    """
+    if value is not None and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value} must be zero or greater")
+
+
+def share(name: str, value: float) -> None:
+    """Refuse what lies outside [0, 1).
+
+    Raises
+    ------
+    ValueError
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} must be at least 0 and less than 1")
+
+
+def steps(min_steps: int, max_steps: int) -> None:
+    """Refuse bounds of an order that are not ``1 <= min_steps <= max_steps``.
+
+    Raises
+    ------
+    ValueError
+    """
+    if min_steps < 1:
+        raise ValueError(f"min_steps={min_steps} must be at least 1")
+    if max_steps < min_steps:
+        raise ValueError(f"max_steps={max_steps} must be at least min_steps={min_steps}")
