@@ -9,6 +9,7 @@ replies, refused pushes, duplicated replies, weights with NaN.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -56,15 +57,27 @@ def pull_towards(target: float, rate: float = 0.1) -> Callable[[dict, int], dict
     return train
 
 
+def with_nan(content: RecordDict) -> None:
+    """Spoil a result: its weights are no numbers."""
+    arrays = content[protocol.ARRAYS]
+    content[protocol.ARRAYS] = ArrayRecord(
+        {k: _array(a.numpy() * np.float32("nan")) for k, a in arrays.items()}
+    )
+
+
 class VirtualClock:
-    def __init__(self) -> None:
+    """Time that passes in `sleep` alone; past `limit` somebody waits for ever."""
+
+    def __init__(self, limit: float = float("inf")) -> None:
         self.t = 0.0
+        self.limit = limit
 
     def now(self) -> float:
         return self.t
 
     def sleep(self, seconds: float) -> None:
         assert seconds > 0
+        assert self.t < self.limit, "nothing will ever happen again"
         self.t += seconds
 
 
@@ -80,10 +93,13 @@ class FakeSite:
     examples: int = 10
     plain: bool = False
     fail: Status | None = None  # answers every ACQUIRE and order with this
-    nan: bool = False
+    most_steps: int | None = None  # an order ends there, as with the walltime
+    spoil: Callable[[RecordDict], None] | None = None  # what it does to its results
+    cancels: int = 0  # so many jobs are cancelled at work; what they trained is lost
     extra_metrics: dict[str, float] = field(default_factory=dict)
     trained: dict[str, int] = field(default_factory=dict)  # order id -> how often
     orders: list[Order] = field(default_factory=list)
+    gradients: dict[str, dict] = field(default_factory=dict)  # order id -> mean over its steps
     finish: dict[str, tuple[float, Order, dict]] = field(default_factory=dict)
     alloc_ready: float | None = None
     alloc_busy: float = 0.0
@@ -112,6 +128,9 @@ class FakeSite:
             return min(ready, now + wait_s), self._status(Status(state))
         order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
         if kind != protocol.COLLECT:
+            if order.merges is not None and self._before(order) not in self.finish:
+                lacking = Result(order.id, "failed", error="no weights", refused=True)
+                return now, self._status(Status("failed", order_id=order.id, result=lacking))
             self._hand_in(order, message, max(now, ready))
         return self._collect(order, now, wait_s)
 
@@ -125,45 +144,89 @@ class FakeSite:
         if order.id in self.finish:  # idempotent: the order re-attaches
             return
         begin = max(begin, self.alloc_busy)
-        steps = order.steps if order.kind == "train" else 1
-        self.alloc_busy = begin + steps * self.step_s
+        self.alloc_busy = begin + max(1, self._steps(order)) * self.step_s
         self.trained[order.id] = self.trained.get(order.id, 0) + 1
         self.orders.append(order)
         self.finish[order.id] = (self.alloc_busy, order, self._work(order, message))
 
+    def _steps(self, order: Order) -> int:
+        """Return how many steps of an order are trained."""
+        if order.kind != "train":
+            return 1
+        return order.steps if self.most_steps is None else min(order.steps, self.most_steps)
+
     def _work(self, order: Order, message: Message) -> dict[str, np.ndarray]:
         if order.kind == "initialize":
             return as_numpy(initial_arrays())
-        weights = as_numpy(next(iter(message.content.array_records.values())))
+        weights = as_numpy(message.content.get(protocol.ARRAYS, {}))
         if order.kind == "evaluate":
             return weights
-        return pull_towards(self.target)(weights, order.steps)
+        if order.merges is not None:
+            weights = self._merged(order, weights)
+        steps = self._steps(order)
+        if not steps:
+            return weights
+        zero = {k: np.zeros_like(w) for k, w in weights.items()}
+        shift = as_numpy(message.content.get(protocol.CORRECTION, {})) or zero
+        ahead = {k: w + shift[k] for k, w in weights.items()}  # the gradient is w - target + shift
+        trained = {k: w - shift[k] for k, w in pull_towards(self.target)(ahead, steps).items()}
+        if order.options.get(protocol.MEAN_GRADIENT):
+            self.gradients[order.id] = {
+                k: (w - trained[k]) / w.dtype.type(0.1 * steps) - shift[k]
+                for k, w in weights.items()
+            }
+        return trained
+
+    def _before(self, order: Order) -> str:
+        """Return the id of the order whose weights this one goes on from."""
+        return dataclasses.replace(order, seq=order.options["after"]).id
+
+    def _merged(self, order: Order, given: dict) -> dict[str, np.ndarray]:
+        """Merge what came with an order into what the one before it has left here."""
+        assert set(given) == set(order.merges)
+        here, alpha = self.finish[self._before(order)][2], np.float32(order.options["alpha"])
+        return {k: (1 - alpha) * given[k] + alpha * w if k in given else w for k, w in here.items()}
 
     def _collect(self, order: Order, now: float, wait_s: float) -> tuple[float, RecordDict]:
         if order.id not in self.finish:
             return now, self._status(Status("ready", order_id=order.id))
         done, order, weights = self.finish[order.id]
+        if self.cancels > 0 and order.kind == "train":
+            return self._cancel(order, now)
         if done > now + wait_s:
             step = int(order.steps - (done - now - wait_s) / self.step_s)
             running = Status("running", order_id=order.id, step=step, steps=order.steps, loss=1.0)
             return now + wait_s, self._status(running)
         return max(now, done), self._result(order, weights)
 
+    def _cancel(self, order: Order, now: float) -> tuple[float, RecordDict]:
+        """Lose an allocation and the order it works on."""
+        self.cancels -= 1
+        del self.finish[order.id], self.trained[order.id]
+        self.alloc_ready, self.alloc_busy = None, now
+        lost = Status("failed", order_id=order.id, error="its job was cancelled")
+        return now + self.step_s, self._status(lost)
+
     def _result(self, order: Order, weights: dict[str, np.ndarray]) -> RecordDict:
         metrics = {"train_loss": 1.0, **self.extra_metrics}
         if order.evaluate or order.kind == "evaluate":
             metrics["held_out_loss"] = float(np.square(weights[NAMES[0]]).mean())
         files = {"config.json": "{}"} if order.kind == "initialize" else {}
-        seconds = {"train": order.steps * self.step_s}
+        steps = self._steps(order) if order.kind == "train" else order.steps
+        seconds = {"train": steps * self.step_s}
         result = Result(
-            order.id, "done", order.steps, 100, self.examples, metrics, "w", "", files, seconds
+            order.id, "done", steps, 100, self.examples, metrics, "w", "", files, seconds
         )
         content = self._status(Status("done", order_id=order.id, result=result))
         content[protocol.METRICS] = MetricRecord({protocol.WEIGHT_KEY: self.examples, **metrics})
         if order.kind != "evaluate":
-            if self.nan:
-                weights = {k: w * np.float32("nan") for k, w in weights.items()}
-            content[protocol.ARRAYS] = ArrayRecord({k: _array(w) for k, w in weights.items()})
+            names = weights if order.returns is None else order.returns
+            content[protocol.ARRAYS] = ArrayRecord({k: _array(weights[k]) for k in names})
+            if order.id in self.gradients:
+                means = self.gradients[order.id]
+                content[protocol.GRADIENT] = ArrayRecord({k: _array(g) for k, g in means.items()})
+        if self.spoil is not None and order.kind == "train":
+            self.spoil(content)
         return content
 
     def _status(self, status: Status) -> RecordDict:
