@@ -13,32 +13,37 @@ from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
 
 from flwr_hpc.errors import UserError
+from flwr_hpc.federation.options import check_options
 
 __all__ = ["build_strategy"]
 
 
-def build_strategy(spec: dict[str, Any]) -> Strategy:
+def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
     """Instantiate any Flower Strategy, ours or not, from its class path and arguments.
 
     Parameters
     ----------
     spec : dict
         ``_target_`` and keyword arguments.
+    key : str
+        Where the configuration has it, for messages.
 
     Raises
     ------
     UserError
-        If the class is not found, refuses its arguments or is no Strategy.
+        If the class is not found, an argument has not the type it should, or the class refuses
+        it or is no Strategy.
     """
     _check_import_name()
     target = spec.get("_target_")
+    check_options(spec, key)
     try:
         strategy = instantiate(spec, _convert_="all")
     except (HydraException, OmegaConfBaseException) as exc:
         raise UserError(f"strategy {target} cannot be made: {_explain(exc)}") from None
     if not isinstance(strategy, Strategy):
         raise UserError(
-            f"strategy._target_={target} is not a subclass of flwr.serverapp.strategy.Strategy "
+            f"{key}._target_={target} is not a subclass of flwr.serverapp.strategy.Strategy "
             f"(it makes a {type(strategy).__name__})"
         )
     return strategy
