@@ -24,9 +24,9 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Everything in benchmarks/, up to an hour; those on Slurm clusters need root.
+# Everything in benchmarks/, about three hours; those on Slurm clusters need root.
 bench: $(VENV)/.dev
-	for script in benchmarks/[a-z]*.py; do $(PY) $$script || exit 1; done
+	for script in benchmarks/[a-z]*.py benchmarks/strategies/compare.py; do $(PY) $$script || exit 1; done
 
 # Two throw-away Slurm clusters on this machine; needs root and a few packages, which it names.
 lab: $(VENV)/.train

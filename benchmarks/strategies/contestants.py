@@ -1,0 +1,125 @@
+"""Who takes part, and the settings that are searched: twelve for everybody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+__all__ = ["ABLATION", "CONTESTANTS", "Contestant", "grid"]
+
+QUIET = {"fraction_evaluate": 0.0, "min_evaluate_nodes": 0}  # evaluation rounds would cost jobs
+STEPS = "steps"  # per order where the strategy does not decide: no argument of the strategy
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A strategy, how its jobs are had, and the grid of its settings.
+
+    Attributes
+    ----------
+    target : str
+        Its class.
+    search : dict of str to list
+        Settings whose product is searched.
+    fixed : dict
+        Settings that are not.
+    policy : str
+        ``warm``: an allocation is kept between orders, its successor submitted ahead (both are
+        the launcher's, whatever the strategy); ``per_round``: a job per order.
+    """
+
+    target: str
+    search: dict[str, list[Any]]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    policy: str = "warm"
+
+
+def grid(contestant: Contestant) -> list[dict[str, Any]]:
+    """Return every combination of a contestant's settings."""
+    names = list(contestant.search)
+    values = product(*contestant.search.values())
+    return [{**contestant.fixed, **dict(zip(names, v, strict=True))} for v in values]
+
+
+_LONG = {STEPS: [100, 200, 400, 800, 1600, 3200], "weighted_by": ["num-examples", "uniform"]}
+_OUTER = {"outer_lr": [0.7, 1.0], "momentum": [0.8, 0.9]}
+_BUFFER = {STEPS: [50, 100], "buffer_size": [2, 4], "outer_lr": [1.0, 2.0, 4.0]}
+_QUEUE = {"tolerance": [0.2, 0.5], "scale_lr": [True, False]}
+
+CONTESTANTS: dict[str, Contestant] = {
+    "fedavg, job per round": Contestant("strategies.FedAvg", _LONG, policy="per_round"),
+    "fedavg": Contestant("strategies.FedAvg", _LONG),
+    "fedadam": Contestant(
+        "flwr.serverapp.strategy.FedAdam",
+        {STEPS: [25, 50, 100, 200], "eta": [0.01, 0.03, 0.1]},
+        QUIET,
+    ),
+    "fedprox": Contestant(
+        "strategies.FedAvg",
+        {STEPS: [100, 200, 400, 800], "proximal_mu": [0.0003, 0.001, 0.01]},
+    ),
+    "scaffold": Contestant(
+        "strategies.Scaffold", {STEPS: [100, 200, 400, 800], "outer_lr": [1.0, 2.0, 3.0]}
+    ),
+    "fedavg, quorum": Contestant(
+        "strategies.FedAvg",
+        {STEPS: [50, 100, 200], "quorum": [2, 3], "grace_s": [60.0, 300.0]},
+    ),
+    "diloco, job per round": Contestant(
+        "strategies.DiLoCo", {STEPS: [200, 400, 800], **_OUTER}, policy="per_round"
+    ),
+    "diloco": Contestant("strategies.DiLoCo", {STEPS: [100, 200, 400], **_OUTER}),
+    "streaming_diloco": Contestant(
+        "strategies.StreamingDiLoCo",
+        {STEPS: [200, 400, 800], "alpha": [0.0, 0.5], "overlap": [True, False]},
+    ),
+    "decoupled_diloco": Contestant(
+        "strategies.DecoupledDiLoCo",
+        {STEPS: [50, 100, 200], "quorum": [2, 3], "momentum": [0.5, 0.8]},
+    ),
+    "async_diloco": Contestant(
+        "strategies.AsyncDiLoCo",
+        {STEPS: [25, 50, 100], "outer_lr": [0.7, 1.2], "momentum": [0.8, 0.9]},
+    ),
+    "fedasync": Contestant(
+        "strategies.FedAsync", {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]}
+    ),
+    "fedbuff": Contestant("strategies.FedBuff", _BUFFER),
+    "fedbuff, debiased": Contestant("strategies.FedBuff", _BUFFER, {"debias": True}),
+    "fedcompass": Contestant(
+        "strategies.FedCompass",
+        {"min_steps": [10, 20, 40], "max_steps": [50, 100], "slack": [1.2, 1.5]},
+    ),
+    "fedqueue, job per round": Contestant(
+        "strategies.FedQueue", {"round_s": [1800.0, 3600.0, 7200.0], **_QUEUE}, policy="per_round"
+    ),
+    "fedqueue": Contestant("strategies.FedQueue", {"round_s": [300.0, 600.0, 1800.0], **_QUEUE}),
+    "fedbackfill": Contestant(
+        "strategies.FedBackfill",
+        {"outer_lr": [2.0, 3.0, 4.0], "round_s": [60.0, 100.0, 200.0, 300.0]},
+    ),
+    "fedbackfill_rounds": Contestant(
+        "strategies.FedBackfillRounds",
+        {"outer_lr": [2.0, 3.0, 4.0], "round_s": [100.0, 200.0, 300.0, 450.0]},
+    ),
+}
+
+# FedBackfill without one of its parts, or with an optional one: settings, policy, successor ahead.
+ABLATION: dict[str, tuple[dict[str, Any], str, bool]] = {
+    "whole": ({}, "warm", True),
+    "a job per order": ({}, "per_round", False),
+    "no successor ahead": ({}, "warm", False),
+    "early binding": ({"late_binding": False}, "warm", True),
+    "fixed steps": ({"size_steps": False}, "warm", True),
+    "balance by steps": ({"balance": True}, "warm", True),
+    "balance by arrivals": ({"balance_arrivals": True}, "warm", True),
+    "balance by both": ({"balance": True, "balance_arrivals": True}, "warm", True),
+    "no staleness weight": ({"exponent": 0.0}, "warm", True),
+    "no average": ({"average": None}, "warm", True),
+    "no average, no momentum, eta 4": (
+        {"average": None, "momentum": 0.0, "outer_lr": 4.0}, "warm", True
+    ),
+    "no momentum, eta 8": ({"momentum": 0.0, "outer_lr": 8.0}, "warm", True),
+    "with overlap": ({"overlap": True}, "warm", True),
+}  # fmt: skip
