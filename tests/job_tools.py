@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -66,11 +67,19 @@ def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faci
 def _install_fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "bin").mkdir(parents=True)
     for command in ("sbatch", "srun", "squeue", "sacct", "scancel"):
-        program = home / "bin" / command
-        program.write_text(f"#!{sys.executable}\n{FAKES.read_text()}")
-        program.chmod(0o755)
+        _program(home, command, FAKES.read_text())
     monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(home))
+
+
+def _program(home: Path, command: str, code: str) -> None:
+    """Write a command in Python; a path with a space is no interpreter for a first line."""
+    script, program = home / "python" / command, home / "bin" / command
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(code)
+    run = shlex.join([sys.executable, str(script)])
+    program.write_text(f'#!/bin/sh\nexec {run} "$@"\n')
+    program.chmod(0o755)
 
 
 def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,12 +87,11 @@ def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "bin").mkdir(parents=True)
     for module, commands in FAKE_PBS.items():
         for command in commands:
-            program = home / "bin" / command
-            program.write_text(
-                f"#!{sys.executable}\nimport sys\n"
+            code = (
+                f"import sys\nsys.argv[0] = {str(home / 'bin' / command)!r}\n"
                 f"sys.path.insert(0, {str(TESTS / 'contract' / 'fake_pbs')!r})\n"
                 f"import {module}\n{module}.{command}(sys.argv[1:])\n"
             )
-            program.chmod(0o755)
+            _program(home, command, code)
     monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_PBS", str(home))
