@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from fake_grid import as_numpy
 from flwr.serverapp.strategy import Strategy
-from strategy_world import LATE, Killed, World, apart, each, each_late, finite, sites
+from strategy_world import LATE, ROUNDS, Killed, World, apart, each, each_late, finite, sites
 
 from strategies import FedAvg, FedBackfill, FedBuff
 
 
-def killed_everywhere(make, world_of):
+def killed_everywhere(make, sites_of, rounds=ROUNDS, every=1):
     """Compare every resumed run with the one that was never killed, bit by bit."""
-    whole = World(world_of())
+    whole = World(sites_of(), rounds=rounds)
     expected = as_numpy(whole.serve(make).arrays)
     trained = [set(site.trained) for site in whole.sites]
-    for k in range(whole.moments):
-        world = World(world_of())
+    for k in range(0, whole.moments, every):
+        world = World(sites_of(), rounds=rounds)
         with pytest.raises(Killed):
             world.serve(make, die_at=k)
         result = as_numpy(world.serve(make).arrays)
@@ -60,15 +60,7 @@ DEEP = {
 @pytest.mark.parametrize("make", DEEP.values(), ids=DEEP.keys())
 def test_kill_in_a_longer_run(make):
     """What is known of the sites, momenta and averages go on as they were."""
-    whole = World(sites(), rounds=8)
-    expected = as_numpy(whole.serve(make).arrays)
-    for k in range(0, whole.moments, 5):
-        world = World(sites(), rounds=8)
-        with pytest.raises(Killed):
-            world.serve(make, die_at=k)
-        result = as_numpy(world.serve(make).arrays)
-        for name, tensor in expected.items():
-            np.testing.assert_array_equal(result[name], tensor, err_msg=f"killed at moment {k}")
+    killed_everywhere(make, sites, rounds=8, every=5)
 
 
 def test_orders_handed_in_ahead():
