@@ -30,7 +30,7 @@ __all__ = ["CASES", "MEAN_RUN_S", "NODES", "PLACES", "SEED", "STEPS", "Case", "P
 ROOT = Path(__file__).parents[1]
 SEED = 0
 NODES, MEAN_RUN_S, WARM_UP_S = 2, 12.0, 15.0  # of a cluster; of other users' jobs
-HOOK = 'from flwr_hpc.jobs import entry\nentry.WORKER = "_paced_worker"\n'
+HOOK = 'from flwr_hpc.worker import entry\nentry.WORKER = "_paced_worker"\n'
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from flwr_hpc.jobs.times import times
 from flwr_hpc.simulate.learning import Learner, LearnerConfig
+from flwr_hpc.site.job_times import times
 from flwr_hpc.spool import AllocationDir, Spool
 
 __all__ = ["Figures", "Speeds", "figures", "speeds"]

@@ -21,10 +21,10 @@ from flwr_hpc.exchange.codec import write_safetensors
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.simulate.learning import Learner, LearnerConfig
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool, publish
-from flwr_hpc.train.ending import Ending
-from flwr_hpc.train.inbox import Inbox
-from flwr_hpc.train.ledger import Ledger, process_start
-from flwr_hpc.train.reporter import Reporter
+from flwr_hpc.worker.deadline import Ending
+from flwr_hpc.worker.inbox import Inbox
+from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.reporter import Reporter
 
 __all__ = ["run"]
 

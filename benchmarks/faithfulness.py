@@ -30,7 +30,7 @@ from _lab_runs import CASES, MEAN_RUN_S, NODES, PLACES, SEED, STEPS, Case, Place
 from _machine import record
 from _measured import Figures, Speeds, figures, learner, speeds
 
-from flwr_hpc.config import FederationConfig
+from flwr_hpc.config.schema import FederationConfig
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
 from flwr_hpc.simulate.federation import simulate
 

@@ -24,15 +24,15 @@ from _machine import record
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from flwr_hpc.compose import compose_config
-from flwr_hpc.config import Config
-from flwr_hpc.train.data import load_corpus
-from flwr_hpc.train.models import build
-from flwr_hpc.train.ranks import Ranks
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.schema import Config
+from flwr_hpc.data.batches import load_corpus
+from flwr_hpc.train.model import build
 from flwr_hpc.train.rendezvous import Group, join
 from flwr_hpc.train.schedule import schedule_steps
 from flwr_hpc.train.trainer import Trainer
-from strategies import rules
+from flwr_hpc.worker.ranks import Ranks
+from strategies.parts import rules
 
 BOUND = 2.1  # nats per byte: what the demo promises on each held-out set
 

@@ -24,10 +24,10 @@ from urllib.parse import quote
 
 from _machine import record
 
-from flwr_hpc.compose import compose_config
-from flwr_hpc.federation.run_dir import RunDir
-from flwr_hpc.federation.site import Launcher, load_launcher, write_site
+from flwr_hpc.config.compose import compose_config
 from flwr_hpc.protocol import Order, OrderKind, Result
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.site.settings import Launcher, load_launcher, write_site
 
 STEPS = 20
 

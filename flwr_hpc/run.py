@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 from flwr_hpc import __version__
 from flwr_hpc.command import exit_code
-from flwr_hpc.compose import compose_config, resume_config, shown
-from flwr_hpc.config import Config
+from flwr_hpc.config.compose import compose_config, resume_config, shown
+from flwr_hpc.config.schema import Config
 
 __all__ = ["main"]
 
@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.cfg:
         print(shown(config), end="")
         return 0
-    from flwr_hpc import session  # later, so that --cfg and errors answer at once
+    from flwr_hpc.server import session  # later, so that --cfg and errors answer at once
 
     if config.dry_run:
         return session.show_plan(config)
@@ -48,7 +48,7 @@ def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bo
     resume = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
     if not resume or resume[-1] in ("", "null"):
         return compose_config(overrides, config_dir), False
-    from flwr_hpc.federation.run_dir import RunDir
+    from flwr_hpc.server.run_dir import RunDir
 
     run = RunDir.open(resume[-1])
     changes = [o for o in overrides if not o.startswith("resume=")]

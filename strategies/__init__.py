@@ -1,11 +1,15 @@
 """Federated strategies for batch systems, on Flower's public API."""
 
 from strategies.async_diloco import AsyncDiLoCo
-from strategies.asynchronous import AsyncStrategy
-from strategies.base import HpcStrategy
-from strategies.decoupled import DecoupledDiLoCo
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.synchronous import HpcStrategy
+from strategies.base.window import WindowStrategy
+from strategies.decoupled_diloco import DecoupledDiLoCo
 from strategies.diloco import DiLoCo
-from strategies.engine import Engine
+from strategies.engine.engine import Engine
+from strategies.engine.rounds import run_rounds
+from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
+from strategies.engine.state import Arrival, Binding, Failure, Plan
 from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg
 from strategies.fedbackfill import FedBackfill
@@ -13,12 +17,8 @@ from strategies.fedbackfill_rounds import FedBackfillRounds
 from strategies.fedbuff import FedBuff
 from strategies.fedcompass import FedCompass
 from strategies.fedqueue import FedQueue
-from strategies.rounds import run_rounds
-from strategies.runtime import FatalSiteError, RunFailed, Runtime, Settings
 from strategies.scaffold import Scaffold
-from strategies.sites import Arrival, Binding, Failure, Plan
-from strategies.streaming import StreamingDiLoCo
-from strategies.window import WindowStrategy
+from strategies.streaming_diloco import StreamingDiLoCo
 
 __all__ = [
     "Arrival",

@@ -7,11 +7,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from strategies import limits, rules
-from strategies.asynchronous import AsyncStrategy
-from strategies.pace import Pace
-from strategies.rules import Record, Tensors
-from strategies.sites import Arrival, Plan, Site
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.engine.state import Arrival, Plan, Site
+from strategies.parts import limits, rules
+from strategies.parts.pace import Pace
+from strategies.parts.rules import Record, Tensors
 
 __all__ = ["AsyncDiLoCo"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from strategies import rules
-from strategies.base import HpcStrategy
-from strategies.outer import Nesterov
-from strategies.rules import Record, Tensor, Tensors
+from strategies.base.synchronous import HpcStrategy
+from strategies.parts import rules
+from strategies.parts.outer import Nesterov
+from strategies.parts.rules import Record, Tensor, Tensors
 
 __all__ = ["DiLoCo"]
 

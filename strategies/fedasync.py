@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from strategies import limits, rules
-from strategies.asynchronous import AsyncStrategy
-from strategies.rules import STALENESS, Tensors
-from strategies.sites import Arrival, Plan, Site
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.engine.state import Arrival, Plan, Site
+from strategies.parts import limits, rules
+from strategies.parts.rules import STALENESS, Tensors
 
 __all__ = ["FedAsync"]
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from strategies import limits, rules
-from strategies.buffer import Update, deltas
-from strategies.rules import Tensors
-from strategies.sites import Plan, Site
-from strategies.window import WindowStrategy
+from strategies.base.window import WindowStrategy
+from strategies.engine.state import Plan, Site
+from strategies.parts import limits, rules
+from strategies.parts.buffer import Update, deltas
+from strategies.parts.rules import Tensors
 
 __all__ = ["FedAvg"]
 
@@ -32,7 +32,7 @@ class FedAvg(WindowStrategy):
     proximal_mu : float
         FedProx (arXiv 1812.06127): sites add ``mu / 2 ||w - theta||^2`` to their loss.
     deadline_s, quorum, grace_s, late, weighted_by, exponent :
-        See `strategies.window.WindowStrategy`.
+        See `strategies.base.window.WindowStrategy`.
     """
 
     def __init__(

@@ -7,15 +7,15 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from strategies import limits, rules
-from strategies.asynchronous import AsyncStrategy
-from strategies.balance import Balance
-from strategies.engine import global_name
-from strategies.outer import PartialNesterov
-from strategies.pace import Pace
-from strategies.rules import Tensors
-from strategies.sites import Arrival, Bind, Binding, Failure, Plan, Site
-from strategies.sizing import Sizing
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.engine.engine import global_name
+from strategies.engine.state import Arrival, Bind, Binding, Failure, Plan, Site
+from strategies.parts import limits, rules
+from strategies.parts.balance import Balance
+from strategies.parts.outer import PartialNesterov
+from strategies.parts.pace import Pace
+from strategies.parts.rules import Tensors
+from strategies.parts.sizing import Sizing
 
 __all__ = ["FedBackfill"]
 
@@ -32,7 +32,7 @@ class FedBackfill(AsyncStrategy):
         g_k = 1/N
         s(tau) = (1 + tau / N)^-a
 
-    What is published is an average of the versions, see `strategies.outer.PartialNesterov`: it
+    What is published is an average of the versions (`strategies.parts.outer.PartialNesterov`): it
     takes out the noise that steps as large as these bring in. A site that is eight times faster,
     or whose queue is shorter, contributes more; what it pulls to its own data has not been worth
     the noise of balancing it (`benchmarks/README.md`), which two factors of g_k do on request:

@@ -9,15 +9,15 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from flwr_hpc.protocol import Order
-from strategies import limits
-from strategies.balance import Balance
-from strategies.buffer import Update, deltas
-from strategies.outer import PartialNesterov
-from strategies.pace import Pace
-from strategies.rules import Tensors
-from strategies.sites import Arrival, Bind, Binding, Plan, Site
-from strategies.sizing import Sizing
-from strategies.window import WindowStrategy
+from strategies.base.window import WindowStrategy
+from strategies.engine.state import Arrival, Bind, Binding, Plan, Site
+from strategies.parts import limits
+from strategies.parts.balance import Balance
+from strategies.parts.buffer import Update, deltas
+from strategies.parts.outer import PartialNesterov
+from strategies.parts.pace import Pace
+from strategies.parts.rules import Tensors
+from strategies.parts.sizing import Sizing
 
 __all__ = ["FedBackfillRounds"]
 
@@ -30,7 +30,7 @@ class FedBackfillRounds(WindowStrategy):
     A site joins the window in which its order is handed in: one that waits in a queue holds
     nobody up. A window closes when all who joined have reported, or ``grace R`` seconds after
     its quorum has; what comes later is merged into the next one. The updates of a window make
-    one step of `strategies.outer.PartialNesterov` with the weights of FedBackfill::
+    one step of `strategies.parts.outer.PartialNesterov` with the weights of FedBackfill::
 
         rho_k = g_k s(tau_k)
         g_k = 1/N, with the factors of FedBackfill on request

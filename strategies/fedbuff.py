@@ -7,11 +7,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from strategies import limits, rules
-from strategies.asynchronous import AsyncStrategy
-from strategies.balance import Balance
-from strategies.rules import STALENESS, Tensors
-from strategies.sites import Arrival
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.engine.state import Arrival
+from strategies.parts import limits, rules
+from strategies.parts.balance import Balance
+from strategies.parts.rules import STALENESS, Tensors
 
 __all__ = ["FedBuff"]
 
@@ -31,11 +31,11 @@ class FedBuff(AsyncStrategy):
         eta.
     staleness : str
         s(tau): ``polynomial`` (1 + tau)^-a, ``constant`` or ``hinge``; see
-        `strategies.rules.staleness_weight`.
+        `strategies.parts.rules.staleness_weight`.
     exponent : float
         a of the polynomial; 0.5 is the paper's 1 / sqrt(1 + tau).
     debias : bool
-        Divide a site's weight by how often it arrives, see `strategies.balance.Balance`: fast
+        Divide a site's weight by how often it arrives, see `strategies.parts.balance.Balance`: fast
         sites fill the buffer with their data's updates. Not in the paper.
     """
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from strategies import limits, rules
-from strategies.asynchronous import AsyncStrategy
-from strategies.buffer import Buffer, Update, deltas
-from strategies.pace import Pace
-from strategies.rules import Tensors
-from strategies.sites import Arrival, Failure, Plan, Site
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.engine.state import Arrival, Failure, Plan, Site
+from strategies.parts import limits, rules
+from strategies.parts.buffer import Buffer, Update, deltas
+from strategies.parts.pace import Pace
+from strategies.parts.rules import Tensors
 
 __all__ = ["FedCompass"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from strategies import limits, rules
-from strategies.buffer import Update, deltas
-from strategies.pace import Pace
-from strategies.rules import Tensors
-from strategies.sites import Arrival, Plan, Site
-from strategies.window import WindowStrategy
+from strategies.base.window import WindowStrategy
+from strategies.engine.state import Arrival, Plan, Site
+from strategies.parts import limits, rules
+from strategies.parts.buffer import Update, deltas
+from strategies.parts.pace import Pace
+from strategies.parts.rules import Tensors
 
 __all__ = ["FedQueue"]
 

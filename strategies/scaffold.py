@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, Literal
 
 from flwr_hpc.protocol import CORRECTION, MEAN_GRADIENT
-from strategies import rules
-from strategies.buffer import Update
+from strategies.engine.state import Arrival, Plan, Site
 from strategies.fedavg import FedAvg
-from strategies.rules import Tensors
-from strategies.sites import Arrival, Plan, Site
+from strategies.parts import rules
+from strategies.parts.buffer import Update
+from strategies.parts.rules import Tensors
 
 __all__ = ["Scaffold"]
 

@@ -20,7 +20,7 @@ from flwr_hpc.batch_mod.app import AppRef
 from flwr_hpc.batch_mod.carry import REQUEST, Failure, load, save
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.spool import AllocationDir, Spool, publish, read_json
-from flwr_hpc.train.ranks import Ranks
+from flwr_hpc.worker.ranks import Ranks
 
 __all__ = ["Crew", "follow"]
 

@@ -19,10 +19,10 @@ from flwr_hpc.batch_mod.app import Next, copy_app, find_app, rest
 from flwr_hpc.batch_mod.carry import REPLY, REQUEST, load, save, take_over, versions
 from flwr_hpc.batch_mod.settings import HERE, Settings, gather, settle
 from flwr_hpc.batch_mod.worker import run
-from flwr_hpc.jobs.allocation import Site
-from flwr_hpc.jobs.scheduler import make_scheduler
-from flwr_hpc.jobs.waiting import SystemClock
 from flwr_hpc.protocol import Order, Status
+from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.site.long_poll import SystemClock
+from flwr_hpc.site.manager import Site
 from flwr_hpc.spool import Spool
 
 __all__ = ["BatchError", "Mod", "batch"]
@@ -52,11 +52,11 @@ def batch(facility: str | None = None, **settings: Any) -> Mod:
         None: the SuperNode's node config, or the run config, names it as
         ``flwr-hpc.facility``; they win over what is given here.
     **settings
-        Fields of `flwr_hpc.config.FacilityConfig` and `flwr_hpc.config.AllocationConfig`, such
-        as ``account``, ``walltime``, ``nodes``, ``idle_timeout_s``; ``config_dir``, a folder
-        with further facilities; ``app``, the ClientApp as ``module:attribute``, needed only
-        when no ``pyproject.toml`` names it. Each can be set as ``flwr-hpc.<name>`` in the node
-        or run config too.
+        Fields of `FacilityConfig` and `AllocationConfig` (`flwr_hpc.config.schema`), such as
+        ``account``, ``walltime``, ``nodes``, ``idle_timeout_s``; ``config_dir``, a folder with
+        further facilities; ``app``, the ClientApp as ``module:attribute``, needed only when no
+        ``pyproject.toml`` names it. Each can be set as ``flwr-hpc.<name>`` in the node or run
+        config too.
 
     Raises
     ------

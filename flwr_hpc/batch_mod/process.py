@@ -17,7 +17,7 @@ from typing import Any
 
 from flwr_hpc.batch_mod.app import AppRef, call, import_app
 from flwr_hpc.batch_mod.carry import Failure, check_versions, load, save
-from flwr_hpc.jobs.entry import die_with
+from flwr_hpc.worker.entry import die_with
 
 __all__ = ["AppProcess", "Stopped"]
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from flwr.app import Context
 
-from flwr_hpc.compose import compose_config
-from flwr_hpc.config import AllocationConfig, FacilityConfig
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.facility_rules import check_facility
+from flwr_hpc.config.overrides import quoted
+from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
 from flwr_hpc.errors import UserError, closest
-from flwr_hpc.facility_checks import check_facility
-from flwr_hpc.overrides import quoted
 
 __all__ = ["HERE", "PREFIX", "Settings", "gather", "settle"]
 

@@ -18,10 +18,10 @@ from flwr_hpc.batch_mod.crew import Crew, follow
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
-from flwr_hpc.train.inbox import Inbox
-from flwr_hpc.train.ledger import Ledger, process_start
-from flwr_hpc.train.ranks import Ranks
-from flwr_hpc.train.reporter import Reporter
+from flwr_hpc.worker.inbox import Inbox
+from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.ranks import Ranks
+from flwr_hpc.worker.reporter import Reporter
 
 __all__ = ["run"]
 

@@ -22,14 +22,14 @@ from rich.console import Console
 
 from flwr_hpc import __version__
 from flwr_hpc.command import exit_code
-from flwr_hpc.compose import compose_config, conf_dir
-from flwr_hpc.config import Config, walltime_s
+from flwr_hpc.config.compose import compose_config, conf_dir
+from flwr_hpc.config.schema import Config, walltime_s
 from flwr_hpc.doctor.examine import Patient, Stopped, patient, probing, settled
 from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError
-from flwr_hpc.jobs.waiting import Clock, SystemClock
+from flwr_hpc.site.long_poll import Clock, SystemClock
 
 __all__ = ["main"]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from flwr_hpc.config import Config
+from flwr_hpc.config.schema import Config
 from flwr_hpc.doctor import files  # noqa: F401 (it adds its checks)
 from flwr_hpc.doctor.files import WORKDIR
 from flwr_hpc.doctor.findings import Finding
@@ -21,10 +21,10 @@ from flwr_hpc.doctor.login import ACCEPTED, Login, login
 from flwr_hpc.doctor.nodes import Nodes, nodes
 from flwr_hpc.doctor.outside import Outside, hub_url, versions
 from flwr_hpc.doctor.probe import PACKAGES
-from flwr_hpc.federation.run_dir import RunDir
-from flwr_hpc.federation.site import job_spec
-from flwr_hpc.jobs.scheduler import make_scheduler
-from flwr_hpc.jobs.waiting import Clock
+from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.site.long_poll import Clock
+from flwr_hpc.site.settings import job_spec
 
 __all__ = ["Patient", "Stopped", "patient", "probing", "settled"]
 

@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc import preflight
-from flwr_hpc.config import ModelConfig
+from flwr_hpc.config.schema import ModelConfig
+from flwr_hpc.data import sources
 from flwr_hpc.doctor.findings import Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.login import Login, login
 from flwr_hpc.doctor.outside import hub_url
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.store import Store
-from flwr_hpc.train import sources
+from flwr_hpc.server import preflight
 
 __all__ = ["WORKDIR", "existing", "needed_bytes", "parameters", "quota_left", "usage"]
 

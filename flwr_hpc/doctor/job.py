@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.config import FacilityConfig, walltime_s
+from flwr_hpc.config.facility import queue_of
+from flwr_hpc.config.schema import FacilityConfig, walltime_s
 from flwr_hpc.doctor import probe
 from flwr_hpc.doctor.login import duration, refusal
 from flwr_hpc.errors import UserError
-from flwr_hpc.facility import queue_of
-from flwr_hpc.jobs.scheduler import (
+from flwr_hpc.schedulers.base import (
     JobInfo,
     JobSpec,
     Scheduler,
@@ -24,7 +24,7 @@ from flwr_hpc.jobs.scheduler import (
     checkout,
     stderr_tail,
 )
-from flwr_hpc.jobs.waiting import Clock
+from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.spool import publish, read_json
 
 __all__ = ["Probe", "Probed", "probe_facility"]

@@ -7,11 +7,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr_hpc.config import Config, FacilityConfig
+from flwr_hpc.config.schema import Config, FacilityConfig
 from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.outside import Outside
 from flwr_hpc.errors import UserError
-from flwr_hpc.jobs.scheduler import JobSpec, Scheduler, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError
 
 __all__ = ["ACCEPTED", "LOGIN", "Login", "login", "mend_refusal", "refusal"]
 

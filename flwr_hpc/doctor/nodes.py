@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr_hpc import __version__
-from flwr_hpc.config import FacilityConfig
+from flwr_hpc.config.schema import FacilityConfig
 from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.job import Probed
 from flwr_hpc.doctor.login import duration, mend_refusal

@@ -21,7 +21,7 @@ from typing import Any
 import flwr_hpc
 from flwr_hpc.doctor.outside import reach, versions
 from flwr_hpc.spool import publish, read_json
-from flwr_hpc.train.ranks import Ranks
+from flwr_hpc.worker.ranks import Ranks
 
 __all__ = ["LOOK_S", "PACKAGES", "PING_S", "run"]
 

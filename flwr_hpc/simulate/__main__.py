@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from omegaconf import OmegaConf
 
 from flwr_hpc.command import exit_code
-from flwr_hpc.compose import composed
+from flwr_hpc.config.compose import composed
 from flwr_hpc.errors import UserError
 from flwr_hpc.simulate.config import SimulateConfig, parse
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flwr_hpc.facility import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, check_site
 from flwr_hpc.simulate.federation import Outcome, simulate
 from flwr_hpc.spool import publish

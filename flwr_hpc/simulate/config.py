@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flwr_hpc.config import explain
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
+from flwr_hpc.config.schema import explain
 from flwr_hpc.errors import UserError, not_negative, one_of, positive
-from flwr_hpc.facility import FacilityConfig, walltime_s
 
 __all__ = ["QueueModel", "ScenarioConfig", "SimulateConfig", "SiteModel", "check_site", "parse"]
 

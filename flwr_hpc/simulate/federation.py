@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
+from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.errors import UserError
-from flwr_hpc.facility import walltime_s
-from flwr_hpc.federation.strategy import build_strategy
-from flwr_hpc.jobs.history import History
+from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.simulate.clock import HorizonReached, VirtualClock
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
 from flwr_hpc.simulate.facility import Facility, Learns, Segment
@@ -31,10 +30,11 @@ from flwr_hpc.simulate.queues import (
 )
 from flwr_hpc.simulate.site import SimulatedSite
 from flwr_hpc.simulate.surrogate import Surrogate
-from strategies.base import HpcStrategy
-from strategies.engine import Engine
-from strategies.rounds import run_rounds
-from strategies.runtime import RunFailed, Runtime, Settings
+from flwr_hpc.site.forecast.history import History
+from strategies.base.synchronous import HpcStrategy
+from strategies.engine.engine import Engine
+from strategies.engine.rounds import run_rounds
+from strategies.engine.runtime import RunFailed, Runtime, Settings
 
 __all__ = ["Outcome", "simulate"]
 

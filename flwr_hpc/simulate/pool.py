@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flwr_hpc.config import AllocationConfig
-from flwr_hpc.jobs.renewal import lead_s
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.facility import Facility, Segment, Weights
 from flwr_hpc.simulate.queues import Queue, Ticket
+from flwr_hpc.site.renewal import lead_s
 
 __all__ = ["Allocation", "Pool", "Task"]
 

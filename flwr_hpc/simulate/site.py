@@ -1,6 +1,6 @@
 """A simulated site: answers the messages of a launcher, with allocations that are models.
 
-It behaves as `flwr_hpc.federation.client_app` over `flwr_hpc.jobs` and a worker do: one message
+It behaves as `flwr_hpc.site.client_app` over the allocation manager and a worker does: one message
 at a time, long polls, idempotent orders, warm allocations that end with their walltime, partial
 results, preempted orders that go on where they were.
 """

@@ -48,7 +48,7 @@ class Job:
     Attributes
     ----------
     outcome : str
-        How it ended, in the words of `flwr_hpc.jobs.scheduler.Outcome`; empty before that, and
+        How it ended, in the words of `flwr_hpc.schedulers.base.Outcome`; empty before that, and
         if nobody knows.
     queue_s : float
         Seconds in the queue by the facility's account, over all stays.

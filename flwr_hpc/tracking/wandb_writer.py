@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from flwr_hpc.config import TrackingConfig
+from flwr_hpc.config.schema import TrackingConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.tracking.events import Event
 from flwr_hpc.tracking.records import FacilityState

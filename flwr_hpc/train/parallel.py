@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flwr_hpc.train.models import layers
+from flwr_hpc.train.model import layers
 
 __all__ = ["full", "local", "precision_policy", "put", "reshard", "shard"]
 

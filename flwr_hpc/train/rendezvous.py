@@ -18,8 +18,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import publish, read_json
-from flwr_hpc.train.lifeline import Lifeline, LoneFailureError
-from flwr_hpc.train.ranks import Ranks
+from flwr_hpc.worker.lifeline import Lifeline, LoneFailureError
+from flwr_hpc.worker.ranks import Ranks
 
 __all__ = ["COLLECTIVE", "Failure", "Group", "join"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from flwr_hpc.config import TrainConfig
+from flwr_hpc.config.schema import TrainConfig
 
 __all__ = ["learning_rate", "schedule_steps"]
 

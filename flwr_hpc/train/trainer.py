@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flwr_hpc.config import TrainConfig
+from flwr_hpc.config.schema import TrainConfig
+from flwr_hpc.data.batches import Batch, Corpus
 from flwr_hpc.errors import UserError
-from flwr_hpc.train.data import Batch, Corpus
+from flwr_hpc.train.control_variates import Variates
 from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
-from flwr_hpc.train.models import Built, exchanged
-from flwr_hpc.train.optimizer import adamw, clip, gradient
+from flwr_hpc.train.model import Built, exchanged
+from flwr_hpc.train.optim import adamw, clip, gradient
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
 from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Evaluated, Progress, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.schedule import learning_rate
 from flwr_hpc.train.tensorfile import read_tensors, write_tensors
-from flwr_hpc.train.variates import Variates
 
 __all__ = ["Trainer"]
 

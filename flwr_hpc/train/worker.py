@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr_hpc.config import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from flwr_hpc.config.schema import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
-from flwr_hpc.train.ending import Ending
-from flwr_hpc.train.inbox import Inbox
-from flwr_hpc.train.ledger import Ledger, process_start
-from flwr_hpc.train.lifeline import LoneFailureError, end_process
-from flwr_hpc.train.ranks import Ranks
-from flwr_hpc.train.reporter import Reporter
+from flwr_hpc.worker.deadline import Ending
+from flwr_hpc.worker.inbox import Inbox
+from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.lifeline import LoneFailureError, end_process
+from flwr_hpc.worker.ranks import Ranks
+from flwr_hpc.worker.reporter import Reporter
 
 if TYPE_CHECKING:
-    from flwr_hpc.train.orders import OrderRunner
+    from flwr_hpc.train.order import OrderRunner
     from flwr_hpc.train.rendezvous import Group
 
 __all__ = ["run"]
@@ -248,10 +248,10 @@ class Worker:
 def _runner(spec: Spec, group: Group, ledger: Ledger, reporter: Reporter) -> OrderRunner:
     import torch
 
+    from flwr_hpc.data.batches import load_corpus
     from flwr_hpc.train.checkpoint import Checkpoints
-    from flwr_hpc.train.data import load_corpus
-    from flwr_hpc.train.models import build
-    from flwr_hpc.train.orders import OrderRunner
+    from flwr_hpc.train.model import build
+    from flwr_hpc.train.order import OrderRunner
     from flwr_hpc.train.progress import GO
     from flwr_hpc.train.schedule import schedule_steps
     from flwr_hpc.train.trainer import Trainer

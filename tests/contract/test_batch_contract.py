@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from batch_app import Node, make_app
-from job_tools import facility, until
+from worlds.batch_app import Node, make_app
+from worlds.jobs import facility, until
 
 SOURCE = """
 CALLS = []

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_worker
 import pytest
-from job_tools import facility, processes_of, until
+from worlds import worker as fake_worker
+from worlds.jobs import facility, processes_of, until
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.jobs.pbs import PbsScheduler
-from flwr_hpc.jobs.scheduler import JobInfo, JobSpec, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
+from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
 
 
 class Server:

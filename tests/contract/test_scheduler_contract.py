@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_worker
 import pytest
-from job_tools import facility, processes_of, until
+from worlds import worker as fake_worker
+from worlds.jobs import facility, processes_of, until
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.jobs.scheduler import JobInfo, JobSpec, Scheduler, make_scheduler, stderr_tail
-from flwr_hpc.jobs.slurm import SlurmScheduler
+from flwr_hpc.schedulers.base import JobInfo, JobSpec, Scheduler, make_scheduler, stderr_tail
+from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 
 KINDS = ["local", "fake_slurm", "fake_pbs", pytest.param("slurm", marks=pytest.mark.slurm)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_grid import FakeSite, as_numpy
 from hydra.utils import instantiate
-from strategy_world import ROUNDS, Killed, World, each, finite, sites
+from worlds.grid import FakeSite, as_numpy
+from worlds.strategies import ROUNDS, Killed, World, each, finite, sites
 
 
 @each

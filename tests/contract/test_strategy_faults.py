@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from fake_grid import FakeSite, as_numpy, with_nan
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from strategy_world import World, each, ends_well, long, sites
+from worlds.grid import FakeSite, as_numpy, with_nan
+from worlds.strategies import World, each, ends_well, long, sites
 
 from flwr_hpc.protocol import ARRAYS, METRICS, STATUS, TRAIN, WEIGHT_KEY, Status
 from strategies import AsyncStrategy, RunFailed, Settings

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_grid import (
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
+from worlds.grid import (
     FakeGrid,
     FakeSite,
     as_numpy,
@@ -12,9 +14,7 @@ from fake_grid import (
     name_this_process,
     pull_towards,
 )
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
-from strategy_world import ANY_NUMBER, ROUNDS, World, sites
+from worlds.strategies import ANY_NUMBER, ROUNDS, World, sites
 
 import strategies
 from flwr_hpc.protocol import WEIGHT_KEY

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_grid import as_numpy
 from flwr.serverapp.strategy import Strategy
-from strategy_world import LATE, ROUNDS, Killed, World, apart, each, each_late, finite, sites
+from worlds.grid import as_numpy
+from worlds.strategies import LATE, ROUNDS, Killed, World, apart, each, each_late, finite, sites
 
 from strategies import FedAvg, FedBackfill, FedBuff
 

@@ -28,4 +28,4 @@ export SUBMITIT_LOCAL_JOB_NUM_NODES=1
 export SUBMITIT_LOCAL_NTASKS=12
 
 mpiexec -n 12 -ppn 12 \
-  /opt/venv/bin/python -u -m flwr_hpc.jobs.pbs_rank /scratch/me/run/allocations/a0000/job
+  /opt/venv/bin/python -u -m flwr_hpc.schedulers.mpi_rank /scratch/me/run/allocations/a0000/job

@@ -17,4 +17,4 @@ export FLWR_HPC_WALLTIME_S=3600
 export FLWR_HPC_JOB_DIR='/scratch/me/run 1/allocations/a0000/job'
 export PYTHONPATH=/opt/flwr-hpc${PYTHONPATH:+:$PYTHONPATH}
 
-exec /opt/venv/bin/python -m flwr_hpc.jobs.controller '/scratch/me/run 1/allocations/a0000/job'
+exec /opt/venv/bin/python -m flwr_hpc.schedulers.local.controller '/scratch/me/run 1/allocations/a0000/job'

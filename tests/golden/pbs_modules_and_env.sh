@@ -28,4 +28,4 @@ export SUBMITIT_LOCAL_NTASKS=8
 export PYTHONPATH=/opt/flwr-hpc${PYTHONPATH:+:$PYTHONPATH}
 
 mpiexec -n 8 -ppn 4 --cpu-bind depth \
-  apptainer exec --nv --bind '/scratch/me/run 1' --bind /opt/flwr-hpc '/scratch/images/torch 2.sif' python3 -u -m flwr_hpc.jobs.pbs_rank '/scratch/me/run 1/allocations/a0000/job'
+  apptainer exec --nv --bind '/scratch/me/run 1' --bind /opt/flwr-hpc '/scratch/images/torch 2.sif' python3 -u -m flwr_hpc.schedulers.mpi_rank '/scratch/me/run 1/allocations/a0000/job'

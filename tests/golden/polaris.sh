@@ -25,4 +25,4 @@ export SUBMITIT_LOCAL_JOB_NUM_NODES=1
 export SUBMITIT_LOCAL_NTASKS=4
 
 mpiexec -n 4 -ppn 4 --cpu-bind depth -d 16 \
-  /opt/venv/bin/python -u -m flwr_hpc.jobs.pbs_rank /scratch/me/run/allocations/a0000/job
+  /opt/venv/bin/python -u -m flwr_hpc.schedulers.mpi_rank /scratch/me/run/allocations/a0000/job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from filelock import FileLock
-from harness import Run
+from worlds.runs import Run
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from harness import ROOT
-from job_tools import until
+from worlds.jobs import until
+from worlds.runs import ROOT
 
-from flwr_hpc.federation.bundle import CONNECTION
-from flwr_hpc.federation.driver import FLOWER_ENV
-from flwr_hpc.federation.processes import free_port
+from flwr_hpc.server.bundle import CONNECTION
+from flwr_hpc.server.driver import FLOWER_ENV
+from flwr_hpc.server.processes import free_port
 
 NODES = 2
 RUN = "num-server-rounds=2 fraction-evaluate=0.0"

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from batch_app import Node, make_app, make_context, make_message
-from job_tools import until
+from worlds.batch_app import Node, make_app, make_context, make_message
+from worlds.jobs import until
 
 from flwr_hpc.batch_mod.carry import AppError
 from flwr_hpc.batch_mod.mod import BatchError

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Run
+from worlds.runs import ROOT, Run
 
 
 @pytest.mark.slow

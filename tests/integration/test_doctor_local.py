@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from job_tools import install_fake_pbs
+from worlds.jobs import install_fake_pbs
 
 ROOT = Path(__file__).parents[2]
 

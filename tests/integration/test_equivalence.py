@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import SMALL, Run
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from worlds.runs import SMALL, Run
 
 ALONE = [s for s in SMALL if "local_b" not in s]  # the facilities, too
 ALONE += ["+facility=[local_a]", "train.schedule_steps=90"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import ROOT, SMALL, Run
+from worlds.runs import ROOT, SMALL, Run
 
 
 def test_ctrl_c_during_start_up(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import numpy as np
-from harness import Run, kill
 from safetensors.numpy import load_file
+from worlds.runs import Run, kill
 
 FACILITIES = ("local_a", "local_b")
 

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fake_worker
 import psutil
 import pytest
-from job_tools import TESTS, command_line, processes_of, until
+from worlds import worker as fake_worker
+from worlds.jobs import TESTS, command_line, processes_of, until
 
-from flwr_hpc.config import AllocationConfig, FacilityConfig
-from flwr_hpc.jobs.allocation import Site
-from flwr_hpc.jobs.local import LocalScheduler
-from flwr_hpc.jobs.waiting import SystemClock
+from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
 from flwr_hpc.protocol import Order, Status
+from flwr_hpc.schedulers.local.adapter import LocalScheduler
+from flwr_hpc.site.long_poll import SystemClock
+from flwr_hpc.site.manager import Site
 from flwr_hpc.spool import Spool
 
 FINAL = {"done", "failed"}

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numerics_scenarios as scenario
 import numpy as np
 import pytest
+import worlds.numerics_scenarios as scenario
 from safetensors.numpy import load_file, save_file
-from torch_helpers import Team, start_team
+from worlds.torch_ranks import Team, start_team
 
 KINDS = [
     pytest.param({"tied": tied, "lora": lora}, id=f"{'tied' if tied else 'untied'}-{name}")

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import fake_worker
 import pytest
-from harness import SMALL, Run
-from job_tools import facility, install_fake_pbs, processes_of, until
+from worlds import worker as fake_worker
+from worlds.jobs import facility, install_fake_pbs, processes_of, until
+from worlds.runs import SMALL, Run
 
-from flwr_hpc.config import AllocationConfig
-from flwr_hpc.jobs.allocation import Site
-from flwr_hpc.jobs.pbs import PbsScheduler
-from flwr_hpc.jobs.waiting import SystemClock
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Status
+from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
+from flwr_hpc.site.long_poll import SystemClock
+from flwr_hpc.site.manager import Site
 from flwr_hpc.spool import Spool
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, SMALL, Run
+from worlds.runs import ROOT, SMALL, Run
 
 
 def test_run_directory_is_complete(undisturbed: Run) -> None:

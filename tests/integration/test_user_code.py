@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from harness import Run
+from worlds.runs import Run
 
 STRATEGY = """
-from strategies import HpcStrategy, rules
+from strategies import HpcStrategy
+from strategies.parts import rules
 
 class HalfWay(HpcStrategy):
     '''Move half of the way to the mean.'''

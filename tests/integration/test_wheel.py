@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from worlds.runs import ROOT
 
 
 @pytest.fixture(scope="module")

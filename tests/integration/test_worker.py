@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from torch_helpers import LLAMA
+from worlds.torch_ranks import LLAMA
 
-from flwr_hpc.config import DataConfig, ModelConfig, TrainConfig
+from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool, publish
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from job_tools import until
 from lab import host
 from lab.cluster import Cluster
 from lab.fixtures import Lab
 from lab.plan import Shape
 from lab.traffic import schedule
+from worlds.jobs import until
 
 SMALL = Shape(accounting=False)
 

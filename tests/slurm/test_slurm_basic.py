@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from lab.cluster import Cluster
-from slurm_site import SlurmSite
+from worlds.slurm_site import SlurmSite
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.jobs.slurm import SlurmScheduler
+from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 
 pytestmark = pytest.mark.slurm
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from job_tools import until
 from lab.cluster import Cluster
+from worlds.jobs import until
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from job_tools import until
 from lab.cluster import Cluster
-from slurm_site import SlurmSite
+from worlds.jobs import until
+from worlds.slurm_site import SlurmSite
 
-from flwr_hpc.config import AllocationConfig
+from flwr_hpc.config.schema import AllocationConfig
 
 pytestmark = pytest.mark.slurm
 

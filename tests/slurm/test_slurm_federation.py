@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import SMALL, Run
 from lab.cluster import Cluster
 from lab.fixtures import Lab
 from lab.plan import Shape
+from worlds.runs import SMALL, Run
 
 pytestmark = pytest.mark.slurm
 

@@ -10,9 +10,9 @@ from textwrap import dedent
 
 import pytest
 
-from flwr_hpc import preflight
-from flwr_hpc.compose import compose_config, shown
+from flwr_hpc.config.compose import compose_config, shown
 from flwr_hpc.run import main
+from flwr_hpc.server import preflight
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,0 +1,147 @@
+"""What each setting may be, and how settings go together. Standard library only."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from flwr_hpc.config.facility import walltime_s
+from flwr_hpc.config.facility_rules import check_facility
+from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
+
+__all__ = ["check_values"]
+
+CHOICES = {
+    "data.kind": ("stdlib", "text", "jsonl", "parquet"),
+    "allocation.policy": ("warm", "per_round"),
+    "train.precision": ("auto", "fp32", "bf16"),
+    "train.activation_checkpointing": ("none", "full"),
+    "tracking.mode": ("auto", "online", "offline", "disabled"),
+}
+POSITIVE = (
+    *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
+    *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
+    *("train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
+    *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
+    "federation.order_deadline_s",
+)
+NOT_NEGATIVE = (
+    *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
+    *(f"train.{k}" for k in ("clip", "warmup_steps", "weight_decay", "checkpoint_every_orders")),
+    *(f"federation.{k}" for k in ("retries", "restarts", "offline_grace_s")),
+)
+INTERVALS = {
+    "seed": "[0, 9e18]",  # what both numpy and torch take
+    "train.min_lr_ratio": "[0, 1]",
+    "allocation.renew_quantile": "(0, 1)",
+    "data.held_out_fraction": "(0, 1)",
+    "model.lora.dropout": "[0, 1)",
+}
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+)
+
+
+def check_values(c: Any) -> None:
+    """Check every setting that can be judged without looking at any machine.
+
+    Parameters
+    ----------
+    c : flwr_hpc.config.schema.Config
+        Not typed, because that module calls this one.
+
+    Raises
+    ------
+    UserError
+        Naming the key, the value found and what would be valid.
+    """
+    for key, choices in CHOICES.items():
+        one_of(key, attrgetter(key)(c), choices)
+    for keys, check in ((POSITIVE, positive), (NOT_NEGATIVE, not_negative)):
+        for key in keys:
+            if (value := attrgetter(key)(c)) is not None:
+                check(key, value)
+    for key, interval in INTERVALS.items():
+        within(key, attrgetter(key)(c), interval)
+    if c.allocation.renew_ahead not in ("forecast", "off"):
+        _check_walltime("allocation.renew_ahead", c.allocation.renew_ahead)
+    if len(c.train.betas) != 2:
+        raise UserError(f"train.betas takes two numbers, found {c.train.betas}")
+    for i, beta in enumerate(c.train.betas):
+        within(f"train.betas[{i}]", beta, "[0, 1)")
+    for name, facility in c.facilities.items():
+        check_facility(name, facility)
+    _check_paths(c)
+    _check_model(c)
+    if not c.strategy.get("_target_"):
+        raise UserError("strategy._target_ must name a Flower Strategy, e.g. strategies.DiLoCo")
+
+
+def _check_walltime(key: str, text: str) -> None:
+    try:
+        walltime_s(text)
+    except UserError:
+        raise UserError(
+            f"{key}={text} must be forecast, off or a walltime. Example: {key}=02:00:00"
+        ) from None
+
+
+def _check_paths(c: Any) -> None:
+    for key in ("paths", "held_out_paths"):
+        for name in getattr(c.data, key):
+            if c.facilities and name not in c.facilities:
+                raise UserError(
+                    f"data.{key}.{name}: no facility of that name in this run."
+                    f"{closest(name, c.facilities)} Facilities: {', '.join(c.facilities)}."
+                )
+    if c.data.kind != "stdlib":
+        for name in c.facilities:
+            if not c.data.paths.get(name):
+                raise UserError(
+                    f"data={c.data.kind} needs the files of facility '{name}'. "
+                    f"Add to the command: 'data.paths.{name}=[/path/to/files/*]'"
+                )
+
+
+def _check_model(c: Any) -> None:
+    if c.model.path:
+        return
+    if c.model.lora.r > 0:
+        raise UserError(
+            "model.lora adapts a checkpoint. Add to the command: model.path=DIRECTORY_OR_HUB_NAME"
+        )
+    if not c.model.config.get("model_type"):
+        raise UserError("model: give model.path or model.config with a model_type")
+    _check_sizes(c.model.config, c.data.seq_len)
+
+
+def _check_sizes(sizes: dict[str, Any], seq_len: int) -> None:
+    """Find what transformers would refuse inside the job, as far as the numbers alone say it."""
+    for key in SIZES:
+        value = sizes.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"model.config.{key}={value} must be a whole number")
+        positive(f"model.config.{key}", value)
+    width, heads, groups, longest = (
+        sizes.get(k) for k in (SIZES[0], SIZES[3], "num_key_value_heads", "max_position_embeddings")
+    )
+    if width and heads and width % heads and not sizes.get("head_dim"):
+        raise UserError(
+            f"model.config.hidden_size={width} cannot be shared by num_attention_heads={heads}. "
+            f"Add to the command: model.config.hidden_size={-(-width // heads) * heads}, "
+            "or give model.config.head_dim"
+        )
+    if heads and groups and heads % groups:
+        raise UserError(
+            f"model.config.num_attention_heads={heads} must be a multiple of "
+            f"num_key_value_heads={groups}. "
+            f"Add to the command: model.config.num_key_value_heads={heads}"
+        )
+    if longest and seq_len > longest:
+        raise UserError(
+            f"data.seq_len={seq_len} is longer than model.config.max_position_embeddings={longest}"
+            f" allows. Add to the command: model.config.max_position_embeddings={seq_len}"
+        )

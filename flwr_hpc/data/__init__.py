@@ -1,0 +1,1 @@
+"""From a facility's files to batches of token sequences."""

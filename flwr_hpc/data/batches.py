@@ -1,0 +1,245 @@
+"""A facility's data as batches of token sequences, the same on every machine."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flwr_hpc.config.schema import DataConfig
+from flwr_hpc.data import packing, reading, sources
+from flwr_hpc.data.packing import Sequences, Tokens
+from flwr_hpc.errors import UserError
+
+__all__ = ["Batch", "Corpus", "load_corpus", "load_tokenizer"]
+
+_BYTE_OFFSET = 3  # ByT5: pad, eos and unk come first
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences and what is to be predicted of them.
+
+    Attributes
+    ----------
+    input_ids, labels : int64 tensor, shape (n, seq_len)
+        Labels are unshifted, as transformers expects them, and -100 where no loss is taken;
+        the first of each sequence always is, so ``(labels != -100).sum()`` counts the tokens
+        the loss is taken on.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out sequences of one facility.
+
+    Attributes
+    ----------
+    tokenizer : transformers tokenizer
+        ``len(tokenizer)`` is the vocabulary's size.
+    """
+
+    tokenizer: Any
+    facility: str
+    seed: int
+    train: Sequences
+    held: Sequences
+    held_out_sequences: int
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of one epoch the loss is taken on."""
+        return self.train.tokens
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens one evaluation takes the loss on, over all ranks."""
+        return int(np.diff(self.held.spans[self._held_rows]).sum())
+
+    def batch(self, step: int, rank_count: int, rank: int, sequences_per_rank: int) -> Batch:
+        """Return one rank's sequences of one step.
+
+        The facility's sequences are reshuffled for every epoch and read one after the other
+        without end. Step s takes those from s x G to (s + 1) x G, with the global batch
+        G = rank_count x sequences_per_rank, and rank r the r-th part of them: 2 ranks of 4 see
+        together what 1 process of 8 sees.
+        """
+        start = (step * rank_count + rank) * sequences_per_rank
+        rows = np.empty(sequences_per_rank, np.int64)
+        for i in range(sequences_per_rank):
+            epoch, place = divmod(start + i, len(self.train))
+            rows[i] = _epoch_order(self.seed, self.facility, epoch, len(self.train))[place]
+        return _batch(self.train, rows)
+
+    def held_out(self, rank: int, rank_count: int, sequences: int = 8) -> Iterator[Batch]:
+        """Yield this rank's share of the held-out sequences, `sequences` at a time.
+
+        Over all ranks every chosen sequence comes once. All ranks yield equally many batches,
+        because a sharded model's forward pass is collective; where the sequences do not divide
+        evenly, a batch may be all padding (no label but -100: take a sum, not a mean).
+        """
+        rows = self._held_rows
+        share = rows[rank::rank_count]
+        for i in range(0, -(-len(rows) // rank_count), sequences):
+            if len(part := share[i : i + sequences]):
+                yield _batch(self.held, part)
+            else:
+                spare = _batch(self.held, rows[:1])
+                ignored = torch.full_like(spare.labels, packing.IGNORED)
+                yield Batch(spare.input_ids, ignored)
+
+    @property
+    def _held_rows(self) -> NDArray[np.int64]:
+        count = min(self.held_out_sequences, len(self.held))
+        return np.arange(count) * len(self.held) // count
+
+
+def load_corpus(
+    data: DataConfig,
+    facility: str,
+    facilities: Sequence[str],
+    seed: int,
+    cache: Path | None = None,
+) -> Corpus:
+    """Read, tokenize and pack a facility's data.
+
+    Parameters
+    ----------
+    data : DataConfig
+    facility : str
+    facilities : sequence of str
+        All facilities of the federation.
+    seed : int
+        Of the order of the training sequences.
+    cache : Path, optional
+        Folder for what Hugging Face ``datasets`` makes of jsonl, parquet and text files.
+
+    Raises
+    ------
+    UserError
+        If files are missing or malformed, the tokenizer cannot be loaded, or there is less
+        than one sequence to train on.
+    """
+    found = sources.resolve(data, facility, facilities)
+    tokenizer = load_tokenizer(data.tokenizer)
+    train, held = reading.separate(data, found, cache)
+    corpus = Corpus(
+        tokenizer,
+        facility,
+        seed,
+        _sequences(train, data, tokenizer, overlap=False),
+        _sequences(held, data, tokenizer, overlap=True),
+        data.held_out_sequences,
+    )
+    for what, part in (("to train on", corpus.train), ("held out", corpus.held)):
+        if not len(part):
+            raise UserError(
+                f"facility {facility}: the data {what} ({len(found.files)} file(s), "
+                f"{sum(p.stat().st_size for p in found.files)} bytes in all) makes no sequence "
+                f"of data.seq_len={data.seq_len} tokens. Add data, or lower data.seq_len"
+            )
+    return corpus
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer ``byte``, one from a local directory, or one by its hub name.
+
+    Raises
+    ------
+    UserError
+        If there is none, or it has no end-of-sequence token.
+    """
+    import transformers
+
+    if name == "byte":
+        return transformers.ByT5Tokenizer(extra_ids=0)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as exc:  # transformers raises many kinds
+        raise UserError(
+            f"data.tokenizer={name} cannot be loaded: {_first_line(exc)}. "
+            "Valid: byte, a local directory with a tokenizer, or a hub name. Compute nodes "
+            "often have no network: download it on the login node first (hf download NAME "
+            "--local-dir DIR) and give data.tokenizer=DIR"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"data.tokenizer={name} has no end-of-sequence token, so it is none of a causal "
+            "language model"
+        )
+    return tokenizer
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip() or type(exc).__name__).splitlines()[0].rstrip(".")
+
+
+def _sequences(
+    examples: Iterable[reading.Example], data: DataConfig, tokenizer: Any, overlap: bool
+) -> Sequences:
+    encode = _encoder(tokenizer)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    first = np.array([] if bos in (None, eos) else [bos], dtype)
+    documents: list[Tokens] = []
+    pairs: list[tuple[Tokens, Tokens]] = []
+    stream = iter(examples)
+    while some := list(islice(stream, 1000)):
+        texts = encode([example.text for example in some])
+        prompts = iter(encode([e.prompt for e in some if e.prompt is not None]))
+        for example, text in zip(some, texts, strict=True):
+            if example.prompt is None:
+                documents.append(np.concatenate([first, text.astype(dtype)]))
+            else:
+                prompt = np.concatenate([first, next(prompts).astype(dtype)])
+                pairs.append((prompt, text.astype(dtype)))
+    return packing.concatenate(
+        [
+            packing.pack(documents, data.seq_len, eos, pad, dtype, overlap),
+            packing.pack_pairs(pairs, data.seq_len, eos, pad, dtype),
+        ]
+    )
+
+
+def _encoder(tokenizer: Any) -> Callable[[list[str]], list[Tokens]]:
+    import transformers
+
+    if isinstance(tokenizer, transformers.ByT5Tokenizer):  # in Python, a thousand times slower
+        return lambda texts: [
+            np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.uint16) + _BYTE_OFFSET
+            for text in texts
+        ]
+    return lambda texts: (
+        [
+            np.array(ids, np.uint32)
+            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+        if texts
+        else []
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, facility: str, epoch: int, count: int) -> NDArray[np.int64]:
+    # Sorting raw bits: numpy promises their stream for all time, that of its shuffles not.
+    bits = np.random.PCG64([seed, zlib.crc32(facility.encode()), epoch])
+    return np.argsort(bits.random_raw(count), kind="stable")
+
+
+def _batch(source: Sequences, rows: NDArray[np.int64]) -> Batch:
+    ids, spans = source.ids[rows], source.spans[rows]
+    return Batch(
+        torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(packing.labels(ids, spans))
+    )

@@ -1,0 +1,67 @@
+"""What may be wrong with one record. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from flwr_hpc.config.schema import DataConfig
+from flwr_hpc.errors import closest
+
+__all__ = ["columns", "record_fault"]
+
+
+def record_fault(data: DataConfig, line: str) -> str | None:
+    """Say what is wrong with one line of a jsonl file, None if nothing is."""
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as exc:
+        return f"not valid JSON: {exc.msg} at column {exc.colno}. Each line holds one record"
+    except RecursionError:
+        return "not a record: lists or objects are nested too deeply"
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        return "not a record: a number has thousands of digits. Write it as a string"
+    if "\\ud" in line.lower() and _has_lone_surrogate(record):
+        return "a string holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+    if not isinstance(record, dict):
+        return f"a record must be an object like {{...}}, found {_type(record)}"
+    keys = columns(data, [key for key, value in record.items() if value is not None])
+    if isinstance(keys, str):
+        return keys
+    for key in keys:
+        if not isinstance(record[key], str):
+            return f"'{key}' must be a string, found {_type(record[key])}"
+    return None
+
+
+def _has_lone_surrogate(record: Any) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def columns(data: DataConfig, present: Sequence[str]) -> tuple[str, ...] | str:
+    """Return the columns that make an example, or say what is missing."""
+    pair = (data.prompt_key, data.response_key)
+    if all(key in present for key in pair):
+        return pair
+    if data.text_key in present:
+        return (data.text_key,)
+    missing = [key for key in pair if key not in present]
+    if len(missing) == 1:
+        hint = closest(missing[0], present)
+        return f"'{missing[0]}' is missing beside the other one of {pair}.{hint}"
+    return (
+        f"needs '{data.text_key}', or '{pair[0]}' and '{pair[1]}'; found "
+        f"{', '.join(repr(key) for key in present) or 'nothing'}.{closest(data.text_key, present)} "
+        "Name others by data.text_key, or data.prompt_key and data.response_key"
+    )
+
+
+def _type(value: Any) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    names |= {list: "a list", dict: "an object", type(None): "null"}
+    return names[type(value)]

@@ -1,1 +1,0 @@
-"""The driver and the two Flower apps."""

@@ -1,1 +1,0 @@
-"""From a facility to jobs: rendering, submitting, watching, and an allocation's life."""

@@ -1,0 +1,1 @@
+"""Batch systems: one folder each, one executor loop above them."""

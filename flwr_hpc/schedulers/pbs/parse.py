@@ -1,0 +1,269 @@
+"""What qsub, qstat and qdel are told and what they answer: pure functions, tables of PBS's words.
+
+A command builds the request; the ``read_`` function beside it reads exit code and output. The
+exit codes are PBS's error numbers modulo 256. Read so on OpenPBS 23.06.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from typing import Any
+
+from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome, SchedulerUnavailableError
+
+__all__ = [
+    "FINISHED",
+    "GarbledError",
+    "NAME",
+    "NO_ANSWER",
+    "NO_HISTORY",
+    "UNKNOWN_JOB",
+    "duration_s",
+    "number",
+    "qdel",
+    "qstat",
+    "qsub",
+    "read_job",
+    "read_qdel",
+    "read_qstat",
+    "read_qsub",
+    "short_name",
+]
+
+# A job's full name, in its environment (-v) and so in its Variable_List; -N may be too short.
+NAME = "FLWR_HPC_JOB"
+
+UNKNOWN_JOB = 153
+FINISHED = 35  # known to the history alone
+NO_HISTORY = 36  # asked with -x of a server that keeps none
+# qsub: server down, no (free) connection, no server, shutting down, try again; qstat: 255; 124 is
+# that of `timeout`. Anything else is a refusal.
+NO_ANSWER = (124, 162, 185, 186, 212, 104, 255)
+
+_STATES: dict[str, tuple[JobState, str]] = {
+    "Q": ("pending", "queued"),
+    "H": ("pending", "held"),
+    "W": ("pending", "waiting for its start time"),
+    "T": ("pending", "in transit"),
+    "R": ("running", "running"),
+    "E": ("running", "exiting"),
+    "S": ("running", "suspended"),
+    "U": ("running", "suspended while its node is in use"),
+    "B": ("running", "array begun"),
+    "X": ("ended", "finished"),
+    "F": ("ended", "finished"),
+    "M": ("unknown", "moved to another server"),
+}
+_DELETED = 91  # substate; 92 and 93 say less than Exit_status
+_EXITS = {
+    -29: "over its walltime",
+    -20: "a node failed",
+    127: "command or interpreter not found",
+    254: "could not be executed",
+}
+_SIGNALLED = 256
+_HOLDS = ("user", "operator", "system")
+
+
+class GarbledError(SchedulerUnavailableError):
+    """qstat answered with something that is not JSON."""
+
+
+def qsub(script: str, output: str) -> list[str]:
+    """Return the command that submits a job script; its directives could quote no path."""
+    return ["qsub", "-o", output, script]
+
+
+def read_qsub(text: str) -> str:
+    """Return the job's id, e.g. ``21.pbshost``; ``""`` if there is none."""
+    ids = re.findall(r"^\s*(\d+\.\S+)\s*$", text, flags=re.MULTILINE)
+    return ids[-1] if ids else ""
+
+
+def qstat(job_id: str = "", history: bool = False) -> list[str]:
+    """Return the command that shows one job, or all of them.
+
+    Of several ids the JSON holds only the first, and ``-u`` cannot be combined with it.
+    """
+    return [
+        "qstat",
+        "-f",
+        "-F",
+        "json",
+        *(["-x"] if history else []),
+        *([job_id] if job_id else []),
+    ]
+
+
+def read_qstat(code: int, out: str, err: str = "") -> list[JobInfo]:
+    """Read the jobs in qstat's answer; none if it does not know the one that was asked for.
+
+    Raises
+    ------
+    SchedulerUnavailableError
+        If it did not answer. What it prints then is JSON too, without jobs: the code decides.
+    """
+    if code in (UNKNOWN_JOB, FINISHED):
+        return []
+    if code:
+        raise SchedulerUnavailableError(f"qstat: {err.strip() or f'exit code {code}'}")
+    try:
+        answer = json.loads(out, strict=False)
+    except ValueError as exc:
+        raise GarbledError(f"qstat: its answer is no JSON: {exc}") from None
+    return [read_job(job_id, job) for job_id, job in answer.get("Jobs", {}).items()]
+
+
+def qdel(job_id: str) -> list[str]:
+    """Return the command that deletes a job."""
+    return ["qdel", job_id]
+
+
+def read_qdel(code: int, err: str = "") -> None:
+    """Read qdel's answer; a job that has ended is well deleted.
+
+    Raises
+    ------
+    SchedulerUnavailableError
+        If the request was not taken.
+    """
+    if code not in (0, FINISHED, UNKNOWN_JOB):
+        raise SchedulerUnavailableError(f"qdel: {err.strip() or f'exit code {code}'}")
+
+
+def read_job(job_id: str, job: dict[str, Any]) -> JobInfo:
+    """Read one of qstat's jobs; a job without our name has the name ``""``."""
+    letter = str(job.get("job_state", ""))
+    state, word = _STATES.get(letter, ("unknown", f"state {letter}"))
+    runs = int(job.get("run_count", 0))
+    restarts = runs if state == "pending" else max(0, runs - 1)
+    started = _epoch(job.get("stime")) if state in ("running", "ended") else None
+    said = str(job.get("comment", "")).strip()
+    return JobInfo(
+        job_id,
+        # Values that look like numbers may come as such.
+        str(job.get("Variable_List", {}).get(NAME, "")),
+        state,
+        submitted_s=_submitted(job, state, restarts),
+        eligible_s=_epoch(job.get("etime")) if not restarts else None,
+        started_s=started,
+        ended_s=_end(job, started) if state == "ended" else None,
+        expected_start_s=_expected(job) if state == "pending" else None,
+        nodes=_nodes(job),
+        restarts=restarts,
+        outcome=_outcome(job) if state == "ended" else None,
+        suspended=letter in ("S", "U"),
+        stuck=_stuck(letter, said),
+        reason=": ".join(filter(None, (_with_exit(word, job), said))),
+    )
+
+
+def number(job_id: str) -> int:
+    """Return the sequence number in a job's id."""
+    found = re.match(r"\d+", job_id)
+    return int(found[0]) if found else -1
+
+
+def short_name(name: str) -> str:
+    """Return a name for ``-N``: at most 15 characters, a letter first, for people to read."""
+    return "flwr-" + re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-10:].lstrip("-_.")
+
+
+def duration_s(text: str | float) -> float:
+    """Return the seconds of ``HH:MM:SS``, ``MM:SS`` or a number."""
+    seconds = 0.0
+    for part in str(text).split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def _submitted(job: dict[str, Any], state: JobState, restarts: int) -> float | None:
+    """Return when it entered the queue this time; of a job put back PBS keeps no such time.
+
+    While it waits its last change stands for that: never too early, so no wait seems too long.
+    """
+    if not restarts:
+        return _epoch(job.get("ctime"))
+    return _epoch(job.get("mtime")) if state == "pending" else None
+
+
+def _stuck(letter: str, said: str) -> Any:
+    if letter == "H":
+        return "held"
+    return "impossible" if letter == "Q" and "can never run" in said.lower() else ""
+
+
+def _outcome(job: dict[str, Any]) -> Outcome | None:
+    """Judge by Exit_status first: substate 92 alone is no success."""
+    code = _exit_status(job)
+    if code == -29:
+        return "timeout"
+    if job.get("substate") == _DELETED:
+        return "cancelled"
+    if code == -20:
+        return "node_fail"
+    if code is None:  # it never ran
+        return None
+    return "failed" if code else "completed"
+
+
+def _with_exit(word: str, job: dict[str, Any]) -> str:
+    code = _exit_status(job)
+    if job.get("job_state") == "F" and job.get("substate") == _DELETED:
+        return "deleted"
+    if job.get("job_state") == "H":
+        kinds = [kind for kind in _HOLDS if kind[0] in str(job.get("Hold_Types", ""))]
+        return f"{word} ({', '.join(kinds)} hold)" if kinds else word
+    if not code:
+        return word
+    if code > _SIGNALLED:
+        return f"{word}, killed by {_signal(code - _SIGNALLED)}"
+    return f"{word}, {_EXITS.get(code, 'failed')} (Exit_status {code})"
+
+
+def _signal(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
+
+
+def _exit_status(job: dict[str, Any]) -> int | None:
+    return int(job["Exit_status"]) if "Exit_status" in job else None
+
+
+def _expected(job: dict[str, Any]) -> float | None:
+    """Return the start of a job that the scheduler has planned."""
+    return _epoch(job.get("estimated", {}).get("start_time"))
+
+
+def _end(job: dict[str, Any], started: float | None) -> float | None:
+    used = job.get("resources_used", {}).get("walltime")
+    if started is not None and used is not None:
+        return started + duration_s(used)
+    return _epoch(job.get("mtime"))
+
+
+def _nodes(job: dict[str, Any]) -> int | None:
+    """Return the nodes it has, else those it asks for."""
+    hosts = {place.partition("/")[0] for place in str(job.get("exec_host", "")).split("+")}
+    if hosts != {""}:
+        return len(hosts)
+    asked = job.get("Resource_List", {}).get("nodect")
+    return int(asked) if asked is not None else None
+
+
+def _epoch(value: Any) -> float | None:
+    """Return Unix seconds of ``Fri Nov 20 08:23:49 2026``, which is this host's local time."""
+    if value is None:
+        return None
+    text = str(value)
+    if text.isdigit():
+        return float(text)
+    try:
+        return time.mktime(time.strptime(text, "%a %b %d %H:%M:%S %Y"))
+    except ValueError:
+        return None

@@ -1,0 +1,49 @@
+"""The Flower app that is sent to every site: a few lines that name the installed package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr_hpc import __version__
+from flwr_hpc.spool import publish
+
+__all__ = ["write_bundle"]
+
+PYPROJECT = f"""\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "flwr-hpc-run"
+version = "{__version__}"
+description = "Runs the installed flwr-hpc"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "flwr-hpc"
+
+[tool.flwr.app.components]
+serverapp = "flwr_hpc.server.server_app:app"
+clientapp = "flwr_hpc.site.client_app:app"
+
+[tool.flwr.app.config]
+run-dir = ""
+"""
+
+CONNECTION = """\
+[superlink]
+default = "flwr-hpc"
+
+[superlink.flwr-hpc]
+address = "{address}"
+insecure = true
+"""
+
+
+def write_bundle(folder: Path, address: str) -> Path:
+    """Write the app and Flower's connection file under `folder` (FLWR_HOME); return the app."""
+    publish(folder / "config.toml", CONNECTION.format(address=address))
+    publish(folder / "app" / "pyproject.toml", PYPROJECT)
+    return folder / "app"

@@ -1,0 +1,119 @@
+"""What can go wrong is found before anything starts. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from flwr.serverapp.strategy import Strategy
+
+from flwr_hpc.config.schema import Config, FacilityConfig
+from flwr_hpc.data import sources
+from flwr_hpc.errors import UserError, closest
+from flwr_hpc.server.strategy_factory import build_strategy
+
+__all__ = ["check", "check_pretrained"]
+
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
+MIN_NODES = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def check(config: Config) -> None:
+    """Check strategy, packages, models and data as far as they can be seen from here.
+
+    Raises
+    ------
+    UserError
+        For the first thing that would fail later.
+    """
+    _check_nodes(build_strategy(config.strategy), len(config.facilities))
+    if config.tracking.wandb and find_spec("wandb") is None:
+        raise UserError(
+            "tracking=wandb needs the package wandb. Mend it with: pip install 'flwr-hpc[wandb]'"
+        )
+    if config.exchange.store:
+        _check_store(config.exchange.store)
+    for name, facility in config.facilities.items():
+        local = facility.scheduler == "local"
+        if local and facility.python is None:
+            _check_packages(name)
+        if local and facility.container is None:
+            check_pretrained(config, name, facility)
+        sources.check(config.data, name, list(config.facilities), must_exist=local)
+
+
+def _check_nodes(strategy: Strategy, facilities: int) -> None:
+    """Refuse a strategy that would wait for ever for more sites than there are."""
+    asked = {key: getattr(strategy, key, 0) for key in MIN_NODES}
+    wrong = {key: n for key, n in asked.items() if isinstance(n, int) and n > facilities}
+    if wrong:
+        found = ", ".join(f"{key}={n}" for key, n in wrong.items())
+        mend = " ".join(f"strategy.{key}={facilities}" for key in wrong)
+        raise UserError(
+            f"the strategy waits for {found} sites, but the run has {facilities} "
+            f"{'facility' if facilities == 1 else 'facilities'}. Add to the command: {mend}"
+        )
+
+
+def _check_packages(facility: str) -> None:
+    missing = [p for p in TRAIN_PACKAGES if find_spec(p) is None]
+    if missing:
+        raise UserError(
+            f"facility '{facility}' runs here, but {', '.join(missing)} cannot be imported. "
+            "Mend it with: pip install 'flwr-hpc[train]'"
+        )
+
+
+def _check_store(url: str) -> None:
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme == "file":
+        return
+    import fsspec  # not needed where weights lie in a folder
+
+    for protocol in scheme.split("::"):
+        known = fsspec.available_protocols()
+        if protocol not in known:
+            raise UserError(
+                f"exchange.store={url}: there is no file system '{protocol}'."
+                f"{closest(protocol, known)} Examples: exchange.store=/shared/folder, "
+                "exchange.store=s3://bucket/folder, exchange.store=sftp://host/folder"
+            )
+        try:
+            fsspec.get_filesystem_class(protocol)
+        except ImportError as exc:
+            raise UserError(f"exchange.store={url} cannot be reached from here: {exc}") from None
+
+
+def check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:
+    """Look for model and tokenizer where a job on this machine will.
+
+    Raises
+    ------
+    UserError
+        If one is not there.
+    """
+    for key, name in (("model.path", config.model.path), ("data.tokenizer", config.data.tokenizer)):
+        if not name or (key == "data.tokenizer" and name == "byte") or Path(name).is_dir():
+            continue
+        if not HUB_NAME.fullmatch(name):
+            raise UserError(f"{key}={name}: there is no such folder on this machine")
+        cache = _hub_cache({**os.environ, **f.env})
+        unseen = f.internet or any("HF_" in line for line in f.setup)
+        if not unseen and not (cache / f"models--{name.replace('/', '--')}" / "snapshots").is_dir():
+            raise UserError(
+                f"{key}={name} is neither a folder nor in the Hugging Face cache ({cache}), and "
+                f"jobs of facility '{facility}' download nothing. Fetch it first: hf download "
+                f"{name}. Or name a folder: {key}=/path/to/folder. Or let the jobs download it: "
+                f"facilities.{facility}.internet=true"
+            )
+
+
+def _hub_cache(env: Mapping[str, str]) -> Path:
+    """Return where huggingface_hub keeps what it downloaded."""
+    base = env.get("XDG_CACHE_HOME") or "~/.cache"
+    home = env.get("HF_HOME") or f"{base}/huggingface"
+    return Path(env.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()

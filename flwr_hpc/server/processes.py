@@ -1,0 +1,193 @@
+"""The processes a driver starts: their logs, their restarts, and their certain end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+from flwr_hpc.server import reaper
+
+__all__ = ["Child", "Processes", "free_port", "ignore_signals"]
+
+RESTART_S = 3.0  # least time between two starts
+STABLE_S = 30.0  # a process that lived so long did not fail to start
+QUICK_ENDS = 5  # in a row, and it is given up
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that is free right now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def ignore_signals() -> Iterator[None]:
+    """Let a clean-up finish, however often Ctrl-C is pressed."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Child:
+    """A long-lived process.
+
+    Attributes
+    ----------
+    command : callable
+        Returns the command line; called at each start.
+    restartable : bool
+        Whether it is started again when it ends, unless it keeps ending at once.
+    needed : bool
+        Whether the session cannot go on without it.
+    """
+
+    name: str
+    command: Callable[[], Sequence[str]]
+    restartable: bool = False
+    needed: bool = True
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    started_at: float = 0.0
+    quick_ends: int = 0
+
+    def dead(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def listening(self) -> set[int]:
+        """Return the TCP ports this process listens on."""
+        if self.process is None:
+            return set()
+        try:
+            found = psutil.Process(self.process.pid).net_connections("tcp")
+        except psutil.Error:
+            return set()
+        return {int(c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
+
+
+class Processes:
+    """Starts processes in a session of their own and ends them on every exit path.
+
+    A small helper process watches this one through a pipe, so they end even when this
+    process is killed.
+
+    Parameters
+    ----------
+    logs : Path
+        Folder of one log per process.
+    env : mapping
+        Added to this process's environment.
+    lock : int
+        File descriptor that the helper keeps open until the last process has ended.
+    say : callable
+        Told of restarts.
+    """
+
+    def __init__(
+        self, logs: Path, env: Mapping[str, str], lock: int, say: Callable[[str], None]
+    ) -> None:
+        self._logs = logs
+        self._say = say
+        token = secrets.token_hex(8)
+        self._env = {**os.environ, **env, reaper.MARK: token}
+        self._children: list[Child] = []
+        clean = {k: v for k, v in os.environ.items() if k != reaper.MARK}
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-S", str(Path(reaper.__file__)), token],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=clean,
+            pass_fds=(lock,),
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self, child: Child) -> None:
+        """Start a process; its output is appended to ``logs/<name>.log``."""
+        with open(self._logs / f"{child.name}.log", "ab") as log:
+            child.process = subprocess.Popen(
+                child.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                start_new_session=True,
+            )
+        child.started_at = time.monotonic()
+        if child not in self._children:
+            self._children.append(child)
+
+    def run(self, command: Sequence[str], timeout_s: float = 120.0) -> str:
+        """Run a short command to its end and return its standard output.
+
+        Raises
+        ------
+        RuntimeError
+            With what it printed, if it fails.
+        subprocess.TimeoutExpired
+            If it takes longer than `timeout_s` seconds.
+        """
+        done = subprocess.run(
+            command, env=self._env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}".strip())
+        return done.stdout
+
+    def tend(self) -> list[Child]:
+        """Restart what ended and may be restarted; return what ended for good."""
+        gone = []
+        for child in self._children:
+            if not child.dead() or not child.needed:
+                continue
+            lived = time.monotonic() - child.started_at
+            if not child.restartable or child.quick_ends >= QUICK_ENDS:
+                gone.append(child)
+            elif lived >= RESTART_S:  # a node that comes back sooner may be refused
+                child.quick_ends = child.quick_ends + 1 if lived < STABLE_S else 0
+                self._say(f"{child.name} ended (see logs/{child.name}.log); starting it again")
+                self.start(child)
+        return gone
+
+    def wait(self, name: str, timeout_s: float) -> None:
+        """Let a process end by itself, if there is one of that name."""
+        for child in self._children:
+            if child.name == name and child.process is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    child.process.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End every process, uninterrupted by Ctrl-C; returns when none is left."""
+        with ignore_signals():
+            if self._reaper.stdin and not self._reaper.stdin.closed:
+                self._reaper.stdin.close()
+            self._reaper.wait()
+            for child in self._children:
+                if child.process is not None:
+                    child.process.wait()

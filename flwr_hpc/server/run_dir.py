@@ -1,0 +1,185 @@
+"""The folder of one run: what lies where, and who may write to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from omegaconf import OmegaConf
+
+from flwr_hpc.config.schema import Config, parse
+from flwr_hpc.errors import UserError
+from flwr_hpc.site.lock import try_lock
+from flwr_hpc.spool import publish, read_json
+
+__all__ = ["RunDir"]
+
+LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
+_held: dict[Path, int] = {}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder.
+
+    ::
+
+        config.yaml     resolved configuration         events.jsonl   every state change
+        run.json        run key                        summary.json, report.html
+        model/          Hugging Face directory         logs/          one file per process
+        jobs/           rendered job scripts           facilities/    local sites' folders
+        exchange/       weights in transit             checkpoints/   server state
+        flower/         FLWR_HOME and the app bundle
+    """
+
+    path: Path
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def flower(self) -> Path:
+        return self.path / "flower"
+
+    @property
+    def key(self) -> str:
+        """Names the run in order ids and job names; the same after a resume."""
+        raw = read_json(self.path / "run.json")
+        if raw is None:
+            raise UserError(f"{self.path} is not a run directory: it holds no run.json")
+        return str(raw["run_key"])
+
+    def config(self) -> Config:
+        """Load the resolved configuration."""
+        return parse(OmegaConf.load(self.path / "config.yaml"))  # type: ignore[arg-type]
+
+    def write_config(self, config: Config) -> None:
+        publish(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+    def store_url(self, config: Config) -> str:
+        """Where weights lie on their way; this run's alone."""
+        if config.exchange.store:
+            return f"{config.exchange.store.rstrip('/')}/{self.key}"
+        return f"file://{self.path / 'exchange'}"
+
+    def site_root(self, config: Config, facility: str, run_key: str | None = None) -> Path:
+        """The site's folder on the facility's shared file system."""
+        workdir = config.facilities[facility].workdir
+        if workdir is None:
+            return self.path / "facilities" / facility
+        return Path(workdir).expanduser() / "flwr-hpc" / (run_key or self.key) / facility
+
+    @classmethod
+    def create(cls, config: Config) -> RunDir:
+        """Make a new run's folder: ``runs/<date>_<time>`` or `config.run_dir`.
+
+        Raises
+        ------
+        UserError
+            If the folder already holds a run, or cannot be made.
+        """
+        now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        path = Path(config.run_dir or f"runs/{now}").expanduser().absolute()
+        for attempt in range(1, 100):  # two runs started in the same second
+            if config.run_dir or not path.exists():
+                break
+            path = path.with_name(f"{now}_{attempt + 1}")
+        if (path / "run.json").exists():
+            raise UserError(
+                f"run_dir={path} already holds a run. Continue it with: resume={path}, "
+                "or name another folder."
+            )
+        run = cls(path)
+        try:
+            for folder in (run.logs, run.jobs, run.flower):
+                folder.mkdir(parents=True, exist_ok=True)
+            key = f"{now.replace('_', '-')}-{secrets.token_hex(2)}"
+            run.write_config(config)
+            publish(path / "run.json", json.dumps({"run_key": key, "created": now}))
+        except OSError as exc:
+            raise UserError(f"the run directory {path} cannot be written: {exc}") from None
+        return run
+
+    @classmethod
+    def open(cls, path: str) -> RunDir:
+        """Open an existing run's folder.
+
+        Raises
+        ------
+        UserError
+            If there is none.
+        """
+        run = cls(Path(path).expanduser().absolute())
+        if not (run.path / "run.json").exists() or not (run.path / "config.yaml").exists():
+            raise UserError(
+                f"{run.path} is not a run directory (no run.json and config.yaml there). "
+                "Name the folder that the run printed, e.g. resume=runs/2026-01-31_12-00-00"
+            )
+        return run
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for one driver, and for what a killed one has left until it has ended.
+
+        Raises
+        ------
+        UserError
+            If another driver on this host works on it.
+        """
+        path = self.path / "lock"
+        deadline = time.monotonic() + LEFTOVERS_S
+        with open(path, "a+") as f:
+            while not try_lock(f):
+                if psutil.pid_exists(_driver(path)) or time.monotonic() > deadline:
+                    raise UserError(f"{self.path} is in use by another flwr_hpc.run")
+                time.sleep(0.5)
+            f.truncate(0)
+            f.write(str(os.getpid()))
+            f.flush()
+            _held[self.path] = f.fileno()
+            try:
+                yield
+            finally:
+                del _held[self.path]
+
+    def lock_fd(self) -> int:
+        """Return the descriptor of the lock that this process holds."""
+        return _held[self.path]
+
+
+def _driver(lock: Path) -> int:
+    text = lock.read_text().strip()
+    return int(text) if text.isdigit() else 0

@@ -1,0 +1,182 @@
+"""The ServerApp: a strategy over the exchange grid, from the newest checkpoint to the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from urllib.parse import unquote
+
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+
+from flwr_hpc.config.schema import Config
+from flwr_hpc.exchange.checkpoint import FileCheckpoints
+from flwr_hpc.exchange.codec import write_safetensors
+from flwr_hpc.exchange.grid import ExchangeGrid
+from flwr_hpc.exchange.records import tensors
+from flwr_hpc.exchange.store import Store
+from flwr_hpc.protocol import ARRAYS, GRADIENT
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.server.strategy_factory import build_strategy
+from flwr_hpc.site.long_poll import SystemClock
+from flwr_hpc.spool import publish
+from flwr_hpc.tracking.events import EventLog
+from strategies.base.synchronous import HpcStrategy
+from strategies.engine.engine import Engine, FatalSiteError, RunFailed, global_name
+from strategies.engine.rounds import run_rounds
+from strategies.engine.runtime import Runtime, Settings
+
+__all__ = ["app"]
+
+POLL_S = 0.5  # SuperLink is on this host
+SITES_S = 600.0  # for all sites to come up
+
+app = ServerApp()
+log = logging.getLogger("flwr_hpc")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run directory describes."""
+    run = RunDir(Path(unquote(str(context.run_config["run-dir"]))))
+    _log_to(run.logs / "server_app.log")
+    publish(run.flower / "server.json", json.dumps({"pid": os.getpid()}))
+    with EventLog(run.events) as events:
+        try:
+            train(run, run.config(), grid, events)
+        except RunFailed as exc:
+            log.error("%s", exc)
+            fatal = isinstance(exc, FatalSiteError)
+            events.emit("run_finished", status="failed", error=str(exc), fatal=fatal)
+        except BaseException as exc:
+            log.exception("the run failed")
+            events.emit("run_finished", status="failed", error=f"{type(exc).__name__}: {exc}")
+            raise
+        else:
+            events.emit("run_finished", status="finished", error="")
+
+
+def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
+    """Train from the newest checkpoint, or from the start, to the last round."""
+    store = Store(run.store_url(config))
+    store.sweep()
+    exchange = ExchangeGrid(
+        grid,
+        store,
+        run.flower / "replies",
+        inline_below_mb=config.exchange.inline_below_mb,
+        emit=events.emit,
+    )
+    checkpoints = FileCheckpoints(run.checkpoints)
+    runtime = Runtime(
+        clock=SystemClock(),
+        emit=events.emit,
+        checkpoints=checkpoints,
+        run_key=run.key,
+        settings=_settings(config),
+        check=None,  # the exchange checks replies
+    )
+    strategy = build_strategy(config.strategy)
+    engine = Engine(exchange, runtime)
+    state = checkpoints.restore()
+    events.emit(
+        "run_started",
+        run_key=run.key,
+        strategy=config.strategy["_target_"],
+        rounds=config.rounds,
+        facilities=list(config.facilities),
+        resumed=state is not None,
+        version=(state or {}).get("version", 0),
+    )
+    _wait_for_sites(engine, list(config.facilities))
+    initial = _initial(run, engine, checkpoints)
+    for key in (ARRAYS, GRADIENT):
+        exchange.expect(initial, key)
+    final = _start(strategy, exchange, initial, config, runtime, engine)
+    write_model(run.model, final)
+    engine.release()
+    exchange.close()
+
+
+def _wait_for_sites(engine: Engine, facilities: list[str]) -> None:
+    """Wait until every facility's site has answered."""
+    deadline = engine.now() + SITES_S
+    while True:
+        try:
+            engine.wait_for(facilities, timeout=5.0)
+        except RunFailed as exc:
+            strangers = sorted(set(engine.sites) - set(facilities))
+            if strangers:
+                raise RunFailed("the ClientApp of a site fails: see logs/supernode-*.log") from None
+            if engine.now() > deadline:
+                raise RunFailed(f"{exc} (waited {SITES_S:.0f} s)") from None
+        else:
+            return
+
+
+def _start(
+    strategy: Strategy,
+    grid: Grid,
+    initial: ArrayRecord,
+    config: Config,
+    runtime: Runtime,
+    engine: Engine,
+) -> ArrayRecord:
+    """Hand over to the strategy and return the final weights."""
+    train_config = ConfigRecord({"steps": config.train.steps})
+    if isinstance(strategy, HpcStrategy):
+        strategy.runtime, strategy.engine = runtime, engine
+        result = strategy.start(grid, initial, config.rounds, train_config=train_config)
+    elif type(strategy).start is not Strategy.start:  # a loop of its own
+        result = strategy.start(grid, initial, config.rounds, train_config=train_config)
+    else:
+        result = run_rounds(
+            strategy,
+            grid,
+            initial,
+            config.rounds,
+            train_config=train_config,
+            runtime=runtime,
+            engine=engine,
+        )
+    return result.arrays if result.arrays else initial
+
+
+def _initial(run: RunDir, engine: Engine, checkpoints: FileCheckpoints) -> ArrayRecord:
+    """Return the weights to start from: those of the checkpoint, or new ones made by a site."""
+    if engine.restored is not None:
+        return checkpoints.get(global_name(int(engine.restored["version"])))
+    arrays, files = engine.initialize()
+    for name, text in files.items():
+        publish(run.model / Path(name).name, text)
+    return arrays
+
+
+def write_model(folder: Path, arrays: ArrayRecord) -> None:
+    """Complete a Hugging Face directory (a model's or an adapter's) with its weights."""
+    adapter = (folder / "adapter_config.json").exists()
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    write_safetensors(folder / name, tensors(arrays))
+
+
+def _settings(config: Config) -> Settings:
+    f = config.federation
+    return Settings(
+        wait_s=f.wait_s,
+        acquire_deadline_s=f.acquire_deadline_s,
+        order_deadline_s=f.order_deadline_s,
+        offline_grace_s=f.offline_grace_s,
+        retries=f.retries,
+        poll_s=POLL_S,
+    )
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("flwr_hpc", "strategies", "flwr"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,138 @@
+"""What `flwr_hpc.run` does with a checked configuration: plan it, or run it to the end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flwr_hpc.config.schema import Config, FacilityConfig
+from flwr_hpc.errors import UserError
+from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.server import preflight
+from flwr_hpc.server.driver import Outcome, drive
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.site.settings import job_spec
+from flwr_hpc.spool import publish, read_json
+from flwr_hpc.tracking.live import LiveView
+from flwr_hpc.tracking.report import rebuild
+from flwr_hpc.tracking.text import node_hours_line
+
+__all__ = ["run", "show_plan"]
+
+
+def show_plan(config: Config) -> int:
+    """Print the plan and the job scripts; start nothing and write nothing."""
+    preflight.check(config)
+    console = Console()
+    console.print(_plan(config))
+    planned = RunDir(Path(config.resume or config.run_dir or "runs/DATE_TIME").absolute())
+    run_key = planned.key if config.resume else "RUN"
+    for name in config.facilities:
+        console.rule(f"job script of {name}")
+        console.out(_script(planned, config, name, run_key), highlight=False)
+    return 0
+
+
+def run(config: Config, resumed: bool) -> int:
+    """Run the federation and return the command's exit code."""
+    preflight.check(config)
+    run_dir = RunDir.open(str(config.resume)) if resumed else RunDir.create(config)
+    console = _Console()
+    with run_dir.lock():
+        if resumed and _is_complete(run_dir, config):
+            more = f"rounds={2 * config.rounds}"
+            console.print(f"finished already after {config.rounds} rounds; to go on, add {more}")
+            return _conclude(console, run_dir, Outcome("finished"))
+        if resumed:
+            run_dir.write_config(config)
+        for name in config.facilities:
+            script = _script(run_dir, config, name, run_dir.key)
+            publish(run_dir.jobs / f"{name}.sh", script)
+        console.print(f"run directory: {run_dir.path}", soft_wrap=True)
+        with LiveView(console, config.rounds, list(config.facilities)) as view:
+            outcome = drive(run_dir, config, view)
+        try:
+            if spent := node_hours_line(rebuild(run_dir.path)):
+                console.print(spent, soft_wrap=True, highlight=False, markup=False)
+        except (OSError, UserError) as exc:
+            console.print(f"the report could not be written: {exc}", markup=False)
+    return _conclude(console, run_dir, outcome)
+
+
+class _Console(Console):
+    """A console that falls silent when nobody reads it any more; the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
+def _conclude(console: Console, run_dir: RunDir, outcome: Outcome) -> int:
+    """Say how it ended and what to type next."""
+    path = shlex.quote(str(_short(run_dir.path)))
+    lines = [f"report: {_short(run_dir.report)}"]
+    if outcome.status == "finished":
+        kind = "AutoPeftModelForCausalLM" if _is_adapter(run_dir) else "AutoModelForCausalLM"
+        model = repr(str(_short(run_dir.model)))
+        lines.append(f"finished: {path}   load the model with {kind}.from_pretrained({model})")
+        code = 0
+    elif outcome.fatal:
+        lines = [f"error: {outcome.error}"]
+        code = 2
+    else:
+        see = f"   (see {_short(run_dir.logs / 'server_app.log')})" * (not outcome.signal)
+        lines.append(f"{outcome.status}: {outcome.error}{see}")
+        lines.append(f"continue with: python -m flwr_hpc.run resume={path}")
+        code = 128 + outcome.signal if outcome.signal else 1
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    return code
+
+
+def _is_complete(run_dir: RunDir, config: Config) -> bool:
+    summary = read_json(run_dir.summary) or {}
+    return summary.get("status") == "finished" and summary.get("versions", 0) >= config.rounds
+
+
+def _is_adapter(run_dir: RunDir) -> bool:
+    return (run_dir.model / "adapter_config.json").exists()
+
+
+def _short(path: Path) -> Path:
+    with contextlib.suppress(ValueError):
+        return path.relative_to(Path.cwd())
+    return path
+
+
+def _script(run_dir: RunDir, config: Config, facility: str, run_key: str) -> str:
+    spec = job_spec(run_dir, config, facility, run_key)
+    return make_scheduler(config.facilities[facility]).script(spec)
+
+
+def _plan(config: Config) -> Table:
+    table = Table(title=f"{config.rounds} rounds of {config.strategy['_target_']}")
+    for column in ("facility", "scheduler", "allocation", "walltime", "steps per order", "data"):
+        table.add_column(column)
+    for name, facility in config.facilities.items():
+        table.add_row(
+            name,
+            facility.scheduler,
+            _shape(facility),
+            facility.walltime,
+            str(config.train.steps),
+            f"{config.data.kind} {' '.join(config.data.paths.get(name, []))}".strip(),
+        )
+    return table
+
+
+def _shape(f: FacilityConfig) -> str:
+    gpus = f", {f.gpus_per_node} GPUs/node" if f.gpus_per_node else ""
+    nodes = "node" if f.nodes == 1 else "nodes"
+    return f"{f.nodes} {nodes} x {f.ranks_per_node} ranks{gpus}"

@@ -1,0 +1,79 @@
+"""From `strategy._target_` to a Flower Strategy."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf.errors import OmegaConfBaseException
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.server.strategy_options import check_options
+
+__all__ = ["build_strategy"]
+
+
+def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
+    """Instantiate any Flower Strategy, ours or not, from its class path and arguments.
+
+    Parameters
+    ----------
+    spec : dict
+        ``_target_`` and keyword arguments.
+    key : str
+        Where the configuration has it, for messages.
+
+    Raises
+    ------
+    UserError
+        If the class is not found, an argument has not the type it should, or the class refuses
+        it or is no Strategy.
+    """
+    _check_import_name()
+    target = spec.get("_target_")
+    check_options(spec, key)
+    try:
+        strategy = instantiate(spec, _convert_="all")
+    except (HydraException, OmegaConfBaseException) as exc:
+        raise UserError(f"strategy {target} cannot be made: {_explain(exc)}") from None
+    if not isinstance(strategy, Strategy):
+        raise UserError(
+            f"{key}._target_={target} is not a subclass of flwr.serverapp.strategy.Strategy "
+            f"(it makes a {type(strategy).__name__})"
+        )
+    return strategy
+
+
+def _explain(exc: BaseException) -> str:
+    """Say in one line what is at the bottom of a chain of exceptions."""
+    while cause := exc.__cause__ or exc.__context__:
+        exc = cause
+    lines = str(exc).strip().splitlines() or [""]
+    if isinstance(exc, HydraException | OmegaConfBaseException):
+        return lines[0]
+    if isinstance(exc, ModuleNotFoundError):
+        return (
+            f"{lines[-1]}. Python looks in the current folder ({Path.cwd()}) and in those of "
+            "PYTHONPATH. Start the run where the module lies, or put PYTHONPATH=FOLDER before "
+            "the command"
+        )
+    if isinstance(exc, TypeError | ImportError | AttributeError | ValueError):
+        return lines[0]  # they speak for themselves
+    return f"{type(exc).__name__}: {lines[-1]}"
+
+
+@cache
+def _check_import_name() -> None:
+    """Another distribution on PyPI installs a package `strategies` over ours, silently."""
+    others = set(packages_distributions().get("strategies", [])) - {"flwr-hpc", "flwr_hpc"}
+    if others:
+        name = sorted(others)[0]
+        raise UserError(
+            f"the package '{name}' also installs an import package called 'strategies'. "
+            f"Mend it with: pip uninstall -y {name} && pip install --force-reinstall flwr-hpc"
+        )

@@ -1,0 +1,1 @@
+"""A facility's login node: the ClientApp and the allocations it manages."""

@@ -1,0 +1,195 @@
+"""The thin ClientApp at a facility's login node: a message becomes an order to an allocation.
+
+It never imports torch. Which facility it serves is told by the SuperNode's node config
+(``site="<path of site.json>"``), see `flwr_hpc.site.settings`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flwr_hpc import protocol
+from flwr_hpc.exchange.client import receive, send
+from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.protocol import Order, Result, Status
+from flwr_hpc.server import reaper
+from flwr_hpc.site.settings import Launcher, load_launcher
+
+__all__ = ["app"]
+
+app = ClientApp()
+
+# Jobs outlive this session; only its own processes carry the mark.
+os.environ.pop(reaper.MARK, None)
+
+
+class Terminated(Exception):
+    """SIGTERM: without a reply Flower's SuperNode would wait for ever."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated("the ClientApp was terminated")
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Tell which facility this is."""
+    return _answer(message, context, lambda launcher: launcher.site.status())
+
+
+@app.query("acquire")
+def acquire(message: Message, context: Context) -> Message:
+    """Ask for an allocation; answered when it runs and the model is loaded."""
+
+    def work(launcher: Launcher) -> Status:
+        wait_s = _wait_s(message)
+        return launcher.site.wait(launcher.site.acquire, wait_s, {"ready", "running", "failed"})
+
+    return _answer(message, context, work)
+
+
+@app.query("forecast")
+def forecast(message: Message, context: Context) -> Message:
+    """Tell how long a job submitted now would wait."""
+    return _answer(message, context, lambda launcher: launcher.site.outlook())
+
+
+@app.query("collect")
+def collect(message: Message, context: Context) -> Message:
+    """Wait for an order that was handed in before."""
+    order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+    return _answer(message, context, lambda launcher: _collect(launcher, order.id, message))
+
+
+@app.query("release")
+def release(message: Message, context: Context) -> Message:
+    """Let the allocation end; with ``cancel`` at once."""
+
+    def work(launcher: Launcher) -> Status:
+        if _option(message, "cancel"):
+            launcher.site.cancel_all()
+        else:
+            launcher.site.release()
+        return launcher.site.status()
+
+    return _answer(message, context, work)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Hand in a training order and wait for it."""
+    return _order(message, context, "train")
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Hand in an evaluation order and wait for it."""
+    return _order(message, context, "evaluate")
+
+
+def _order(message: Message, context: Context, kind: protocol.OrderKind) -> Message:
+    def work(launcher: Launcher) -> Status:
+        order = _read_order(message, context, launcher, kind)
+        folder = launcher.site.spool.root / "weights"
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = receive(message.content, protocol.ARRAYS, launcher.store, folder)
+        if weights is None and order.merges:
+            raise BadPayload(f"the message lacks the weights of order {order.id}")
+        further = _further(message, order, launcher, folder)
+        status = launcher.site.hand_in(order, weights, further)
+        return status if status.result else _collect(launcher, order.id, message)
+
+    return _answer(message, context, work)
+
+
+def _read_order(
+    message: Message, context: Context, launcher: Launcher, kind: protocol.OrderKind
+) -> Order:
+    """Return the order in the message, or make one up for a strategy that knows of none."""
+    if protocol.ORDER in message.content:
+        return protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+    config = next(iter(message.content.config_records.values()), ConfigRecord())
+    server_round = int(str(config.get("server-round", 0)))
+    return Order(
+        run_key=f"flower-{context.run_id}",
+        facility=launcher.facility,
+        seq=2 * server_round + (kind == "evaluate"),
+        kind=kind,
+        version=server_round,
+        steps=int(str(config.get("steps", launcher.steps))),
+        options={k: v for k, v in config.items() if isinstance(v, int | float | str | bool)},
+    )
+
+
+def _further(message: Message, order: Order, launcher: Launcher, folder: Path) -> dict[str, Path]:
+    """Receive what the order carries beside the weights: without it, it would be another order."""
+    found: dict[str, Path] = {}
+    for key in order.carries:
+        path = receive(message.content, key, launcher.store, folder)
+        if path is None:
+            raise BadPayload(f"the message lacks the arrays '{key}' of order {order.id}")
+        found[key] = path
+    return found
+
+
+def _collect(launcher: Launcher, order_id: str, message: Message) -> Status:
+    return launcher.site.wait(
+        lambda: launcher.site.collect(order_id), _wait_s(message), {"done", "failed"}
+    )
+
+
+def _answer(message: Message, context: Context, work: Callable[[Launcher], Status]) -> Message:
+    """Run `work` on this site and wrap the status it returns into a reply."""
+    signal.signal(signal.SIGTERM, _terminate)
+    began = time.monotonic()
+    launcher = load_launcher(str(context.node_config.get("site", "")))
+    status = work(launcher)
+    content = RecordDict()
+    result = status.result
+    if result is not None and result.state == "done":
+        content[protocol.METRICS] = _flower_metrics(result)
+        folder = launcher.site.spool.order(result.order_id)
+        files = {key: (folder.arrays(key), sha256) for key, sha256 in result.further.items()}
+        if result.weights:
+            files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
+        for key, (path, sha256) in files.items():
+            limit_mb = launcher.inline_below_mb
+            send(content, key, path, sha256, launcher.store, limit_mb, owner=launcher.facility)
+    answer = dict(vars(status), seconds=time.monotonic() - began, facility=launcher.facility)
+    content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(Status(**answer))})
+    print(f"{message.metadata.message_type} -> {status.state} {status.order_id}", file=sys.stderr)
+    return Message(content, reply_to=message)
+
+
+def _flower_metrics(result: Result) -> MetricRecord:
+    """Return what a Flower strategy averages; it demands equal keys from every site."""
+    loss = "train_loss" if "train_loss" in result.metrics else "held_out_loss"
+    metrics = MetricRecord(
+        {
+            protocol.WEIGHT_KEY: result.examples,
+            "tokens": result.tokens,
+            "steps": result.steps,
+        }
+    )
+    if loss in result.metrics:
+        metrics[loss] = result.metrics[loss]
+    return metrics
+
+
+def _wait_s(message: Message) -> float | None:
+    value = _option(message, "wait_s")
+    return None if value is None else float(value)
+
+
+def _option(message: Message, key: str) -> Any:
+    record = message.content.get(protocol.WAIT)
+    return record.get(key) if isinstance(record, ConfigRecord) else None

@@ -1,0 +1,313 @@
+"""A site's allocations and orders, all of it kept in the spool.
+
+Nothing lives in this process that the files do not tell: every call may be the first one of a
+new process, and the one before may have been killed anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr_hpc.config.schema import AllocationConfig, FacilityConfig, walltime_s
+from flwr_hpc.errors import UserError
+from flwr_hpc.protocol import Order, Status
+from flwr_hpc.schedulers.base import Scheduler, SchedulerUnavailableError
+from flwr_hpc.site import long_poll
+from flwr_hpc.site.lock import locked
+from flwr_hpc.site.long_poll import Clock
+from flwr_hpc.site.monitor import View, Watch
+from flwr_hpc.site.prune import prune
+from flwr_hpc.site.renewal import NoForecast, QueueForecast, Renewal
+from flwr_hpc.site.startup_failures import barren, forget, give_up
+from flwr_hpc.site.status import Answers
+from flwr_hpc.site.submission import Submission, job_spec
+from flwr_hpc.spool import AllocationDir, Spool, publish
+from flwr_hpc.worker.entry import work
+
+__all__ = ["Site", "job_spec"]
+
+HANDOVER_S = 120.0  # for a released allocation to write down what the next one goes on from
+RANKED = ("queued", "starting", "ready")
+
+
+class Site:
+    """One facility's side of a run: allocations and the orders they work on.
+
+    New orders go to the newest allocation that is ready, else to one that starts, else to one
+    that waits. There is at most one that is to succeed another.
+
+    Parameters
+    ----------
+    spool : Spool
+        The site's folder on the facility's shared file system.
+    run_key, facility_name : str
+    facility : FacilityConfig
+    allocation : AllocationConfig
+    scheduler : Scheduler
+    spec : dict
+        What the worker loads; JSON.
+    clock : Clock
+    entry : callable
+        What every rank runs, called with the allocation's folder.
+    forecast : QueueForecast or None
+        None: nothing is known of the queue.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        run_key: str,
+        facility_name: str,
+        facility: FacilityConfig,
+        allocation: AllocationConfig,
+        scheduler: Scheduler,
+        spec: dict[str, Any],
+        clock: Clock,
+        entry: Callable[[str], Any] = work,
+        forecast: QueueForecast | None = None,
+    ) -> None:
+        self.spool, self.spec, self.clock = spool, spec, clock
+        self.facility_name, self.scheduler = facility_name, scheduler
+        self.retries = allocation.retries
+        self._config = allocation
+        self._forecast = forecast or NoForecast()
+        self._submission = Submission(
+            lambda name: job_spec(spool, run_key, facility_name, facility, name, entry),
+            scheduler, clock, self._forecast,
+        )  # fmt: skip
+        deadline_s = allocation.queue_deadline_s
+        self._watch = Watch(spool, scheduler, clock, deadline_s, self._forecast)
+        self._answers = Answers(spool, facility_name, self._watch, self._forecast, clock)
+        walltime = walltime_s(facility.walltime)
+        self._renewal = Renewal(allocation, walltime, self._forecast, clock)
+
+    # ---- messages ---------------------------------------------------------------------------
+
+    def acquire(self) -> Status:
+        """Return the live allocation's state, asking for a new one if there is none."""
+        with locked(self.spool.root):
+            while True:
+                current = self._current()
+                if current is not None:
+                    self._renew(*current)
+                    return self._answers.of(*current)
+                hopeless = barren(self.spool, self.retries)
+                if hopeless is not None:
+                    error, fatal = hopeless.reason, hopeless.then == "fatal"
+                    return self._answers.say("failed", error=error, fatal=fatal)
+                self._create()
+
+    def hand_in(
+        self, order: Order, weights: Path | None, further: Mapping[str, Path] | None = None
+    ) -> Status:
+        """Publish an order and assign it; handed in again, it changes nothing.
+
+        An order that failed before is tried once more.
+        """
+        with locked(self.spool.root):
+            folder = self.spool.order(order.id)
+            result = folder.result()
+            if result is not None and result.state == "failed":
+                forget(self.spool, order.id)
+            folder.write_order(order, weights, further)
+            prune(self.spool)
+            return self._advance(order.id)
+
+    def collect(self, order_id: str) -> Status:
+        """Return the order's result or progress; a dead allocation is replaced."""
+        with locked(self.spool.root):
+            if not (self.spool.order(order_id).path / "order.json").exists():
+                error = f"order '{order_id}' is not known here: hand it in first"
+                return self._answers.say("failed", order_id=order_id, error=error)
+            return self._advance(order_id)
+
+    def status(self) -> Status:
+        """Return the state of the site; asks for nothing."""
+        with locked(self.spool.root):
+            current = self._current()
+            return self._answers.of(*current) if current else self._answers.say("idle")
+
+    def outlook(self) -> Status:
+        """Return the state of the site with a forecast of the queue."""
+        forecast = self._forecast.forecast()  # may ask the scheduler, so without the lock
+        return dataclasses.replace(self.status(), forecast=forecast)
+
+    def wait(
+        self, poll: Callable[[], Status], wait_s: float | None, until: Collection[str]
+    ) -> Status:
+        """Poll until the state is one of `until`, at most `wait_s` seconds (None: no limit)."""
+        return long_poll.wait(poll, wait_s, until, self.clock, self.scheduler.poll_s)
+
+    def release(self) -> Status:
+        """Let allocations end once idle; those still queued are cancelled."""
+        with locked(self.spool.root):
+            for alloc in self._open():
+                self._let_go(alloc)
+            return self._answers.say("idle")
+
+    def live_jobs(self) -> list[dict[str, Any]]:
+        """Return the jobs of this site that the scheduler has not called ended."""
+        with locked(self.spool.root):
+            for alloc in self.spool.allocations():
+                self._submission.known(alloc)
+            return [job for _, job in self._watch.living()]
+
+    def account(self) -> Status:
+        """Return what the jobs have cost, by the scheduler's present word."""
+        with locked(self.spool.root):
+            self._watch.living()
+            return self._answers.say("idle")
+
+    def cancel_all(self) -> None:
+        """Cancel every job of this site.
+
+        Raises
+        ------
+        SchedulerUnavailableError
+            Naming the jobs that could not be cancelled.
+        """
+        left = []
+        with locked(self.spool.root):
+            for alloc in self.spool.allocations():
+                with contextlib.suppress(SchedulerUnavailableError, OSError):  # asked again below
+                    self._submission.known(alloc)
+            living = {alloc.name for alloc, _ in self._watch.living()}
+            for alloc in self.spool.allocations():
+                try:
+                    job = self._submission.known(alloc)
+                    if job is not None and alloc.name in living:
+                        self._watch.cancel(alloc, job)
+                except (SchedulerUnavailableError, OSError) as exc:
+                    left.append(f"{self._submission.spec(alloc.name).name}: {exc}")
+                if not self._watch.is_closed(alloc):
+                    with contextlib.suppress(OSError):  # a full disk must not spare the others
+                        self._watch.end(alloc, "cancelled")
+        if left:
+            raise SchedulerUnavailableError("jobs that may be left: " + "; ".join(left))
+
+    # ---- orders -----------------------------------------------------------------------------
+
+    def _advance(self, order_id: str) -> Status:
+        """Bring an order one step on and say where it is."""
+        while True:
+            at = self._assigned(order_id)
+            result = self.spool.order(order_id).result()  # after the look at its allocation
+            if result is None and at is None:
+                result = give_up(self.spool, order_id, self.retries)
+            if result is not None:
+                current = self._current()
+                ready = current if current and current[1].state == "ready" else None
+                return self._answers.finished(result, ready)
+            if at is not None:
+                self._renew(*at)
+                return self._answers.of(*at, order_id=order_id)
+            current = self._current()
+            if current is not None and self._hands_over(*current):
+                return self._answers.of(*current, order_id=order_id)
+            self._assign(current[0] if current else self._create(), order_id)
+
+    def _assigned(self, order_id: str) -> tuple[AllocationDir, View] | None:
+        """Return the allocation that has the order, if that will do."""
+        for alloc in self._open():
+            if order_id not in alloc.inbox() or (view := self._look(alloc)).state == "ended":
+                continue
+            if view.state == "queued" and self._another_ready(alloc):
+                (alloc.path / "inbox" / order_id).unlink(missing_ok=True)
+                continue
+            if self._config.policy == "per_round":
+                alloc.release()  # whoever assigned it may have been killed before that
+            return alloc, view
+        return None
+
+    def _another_ready(self, alloc: AllocationDir) -> bool:
+        """Tell whether this one, put back in the queue or overtaken there, holds up an order."""
+        current = self._current()
+        return current is not None and current[0] != alloc and current[1].state == "ready"
+
+    def _assign(self, alloc: AllocationDir, order_id: str) -> None:
+        alloc.assign(order_id)
+        if self._config.policy == "per_round":
+            alloc.release()  # after the assignment: the worker still does this one
+
+    def _hands_over(self, to: AllocationDir, view: View) -> bool:
+        """Tell whether an older allocation may still write the state that this one goes on from.
+
+        The worker itself looks for it, once, as it begins with the order.
+        """
+        if view.state != "ready":
+            return False
+        for alloc in self._open():
+            if alloc.released and alloc.name < to.name and self._look(alloc).state == "ready":
+                since = (alloc.path / "release").stat().st_mtime
+                if self.clock.wall() - since < HANDOVER_S:
+                    return True
+        return False
+
+    # ---- allocations ------------------------------------------------------------------------
+
+    def _current(self) -> tuple[AllocationDir, View] | None:
+        """Return the allocation that takes new orders; once it is ready, older ones are let go."""
+        views = [(alloc, self._look(alloc)) for alloc in self._open()]
+        living = [(a, view) for a, view in views if view.state != "ended" and not a.released]
+        best = max(living, key=lambda found: RANKED.index(found[1].state), default=None)
+        if best is not None and best[1].state == "ready":
+            for alloc, _ in living:
+                if alloc.name < best[0].name:
+                    self._let_go(alloc)
+        return best
+
+    def _renew(self, alloc: AllocationDir, view: View) -> None:
+        """Submit a running allocation's successor in time; let the old one go for a ready one."""
+        newer = [a for a in self.spool.allocations() if a.name > alloc.name]
+        heirs = [a for a in newer if not self._watch.is_closed(a) and not a.released]
+        if any(self._look(heir).state == "ready" for heir in heirs):
+            self._let_go(alloc)
+        # A successor that has failed is not replaced before it is needed.
+        if newer or alloc.released or view.walltime_left_s is None:
+            return
+        ledgers = [self._answers.known(a)[0] for a in self.spool.allocations()]
+        if self._renewal.due(view.walltime_left_s, ledgers):
+            self._look(self._create())
+
+    def _open(self) -> list[AllocationDir]:
+        """Return the allocations without a verdict, newest first."""
+        return [a for a in reversed(self.spool.allocations()) if not self._watch.is_closed(a)]
+
+    def _create(self) -> AllocationDir:
+        """Declare a new allocation; `_look` submits it."""
+        numbers = [int(a.name[1:]) for a in self.spool.allocations()]
+        alloc = self.spool.allocation(f"a{max(numbers, default=-1) + 1:04d}")
+        publish(alloc.path / "spec.json", json.dumps(self.spec))
+        return alloc
+
+    def _look(self, alloc: AllocationDir) -> View:
+        try:
+            if alloc.released and not alloc.inbox() and self._submission.known(alloc) is None:
+                return self._watch.end(alloc, "cancelled")  # nobody needs it any more
+            job = self._submission.job(alloc)
+        except SchedulerUnavailableError as exc:
+            if self._submission.trying_s(alloc) > self._config.queue_deadline_s:
+                return self._watch.end(alloc, "overdue", f"it could not be submitted: {exc}")
+            return View("queued", reason=f"not submitted yet: {exc}")
+        except UserError as exc:
+            return self._watch.end(alloc, "rejected", str(exc))
+        return self._watch.look(alloc, job)
+
+    def _let_go(self, alloc: AllocationDir) -> None:
+        """Let an allocation end once idle; one that waits in the queue is cancelled."""
+        alloc.release()
+        # If that fails the worker will start, see the release and leave.
+        with contextlib.suppress(SchedulerUnavailableError):
+            job = self._submission.known(alloc)
+            if job is None:
+                self._watch.end(alloc, "cancelled")
+            elif (view := self._watch.look(alloc, job)).state == "queued":
+                self._watch.cancel(alloc, job)
+                if view.info is not None:
+                    self._forecast.gave_up(job["name"], self._watch.waited_s(job, view.info))
+                self._watch.end(alloc, "cancelled")

@@ -1,0 +1,219 @@
+"""A transformers causal language model, ready to be sharded, and its small files."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from flwr_hpc.config.schema import LoraConfig, ModelConfig
+from flwr_hpc.errors import UserError, closest
+from flwr_hpc.train.metrics import flops_per_token
+
+__all__ = ["Built", "build", "exchanged", "layers"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model on the CPU in float32.
+
+    Attributes
+    ----------
+    names : dict of str to str
+        Name in the exchanged file, for each name in the model's state dict that travels:
+        Hugging Face names, tied duplicates left out; for LoRA those of the adapter file.
+    files : dict of str to str
+        Text files that make the weights a Hugging Face directory.
+    flops_per_token : float
+        Of one training step; 0 where the model's shape is not known.
+    """
+
+    model: nn.Module
+    names: dict[str, str]
+    files: dict[str, str]
+    flops_per_token: float
+
+
+def build(
+    config: ModelConfig, tokenizer: Any, seed: int, seq_len: int, checkpointing: str = "none"
+) -> Built:
+    """Build the model; the same weights on every rank and at every facility.
+
+    peft and activation checkpointing go in here, before sharding: adapters added to a sharded
+    model would stay apart on every rank.
+
+    Raises
+    ------
+    UserError
+        If the checkpoint or the model's configuration is not valid.
+    """
+    torch.manual_seed(seed)
+    base = _from_checkpoint(config.path) if config.path else _from_config(config, tokenizer)
+    base.config.use_cache = False  # the cache is for generation
+    _check_size(base, tokenizer, seq_len)
+    if checkpointing == "full":
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    files = _tokenizer_files(tokenizer)
+    if config.lora.r == 0:
+        model: Any = base
+        files |= _model_files(base)
+    else:
+        torch.manual_seed(seed + 1)  # the adapter's draw does not depend on how the base came
+        model = _with_lora(base, config)
+        files |= _adapter_files(model)
+    names = {name: _file_name(name) for name in exchanged(model)}
+    return Built(model, names, files, flops_per_token(base.config, model, seq_len))
+
+
+def exchanged(model: nn.Module) -> dict[str, Tensor]:
+    """Return what travels, by name in the state dict.
+
+    Parameters and persistent buffers of floating point, each tied one once; of a model with
+    frozen parameters only the others.
+    """
+    adapter = any(not p.requires_grad for p in model.parameters())
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        wanted = tensor.requires_grad if adapter else tensor.is_floating_point()
+        if wanted and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers: the modules transformers says must not be split."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if type(m).__name__ in kinds]
+
+
+def _from_checkpoint(path: str) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as exc:
+        raise UserError(
+            f"model.path={path} cannot be loaded: {_first_line(exc)}. Give a local directory "
+            "that holds a causal language model, or a hub name in the local Hugging Face cache."
+        ) from None
+
+
+def _from_config(config: ModelConfig, tokenizer: Any) -> Any:
+    values = dict(config.config)
+    kind = values.pop("model_type", None)
+    if not kind:
+        raise UserError("model: give model.path or model.config with a model_type")
+    values.setdefault("vocab_size", len(tokenizer))
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values.setdefault(key, getattr(tokenizer, key, None))
+    try:
+        known = AutoConfig.for_model(kind)
+        _refuse_unknown(values, known)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **values), dtype=torch.float32
+        )
+    except UserError:
+        raise
+    except Exception as exc:  # transformers checks by many types of its own
+        raise UserError(f"model.config is not valid: {_first_line(exc)}") from None
+
+
+def _refuse_unknown(values: dict[str, Any], known: PreTrainedConfig) -> None:
+    """Transformers takes any key; a misspelt one would silently leave the default."""
+    valid = set(known.to_dict()) | set(known.attribute_map)
+    valid |= {"bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_theta"}
+    valid |= {"rope_scaling", "attn_implementation"}
+    for key in values:
+        if key not in valid:
+            raise UserError(
+                f"model.config.{key} is not a key of {known.model_type}.{closest(key, valid)} "
+                f"Valid: {', '.join(sorted(valid))}."
+            )
+
+
+def _check_size(base: Any, tokenizer: Any, seq_len: int) -> None:
+    rows = base.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise UserError(
+            f"the model has {rows} embeddings but the tokenizer {len(tokenizer)} tokens. "
+            "Use the model's own tokenizer: data.tokenizer=PATH"
+        )
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if longest and seq_len > longest:
+        raise UserError(f"data.seq_len={seq_len} is longer than the model allows ({longest})")
+
+
+def _with_lora(base: Any, config: ModelConfig) -> Any:
+    import peft
+
+    try:
+        return peft.get_peft_model(base, _lora(config.lora, config.path))
+    except ValueError as exc:
+        raise UserError(f"model.lora is not valid: {_first_line(exc)}") from None
+
+
+def _lora(lora: LoraConfig, path: str | None) -> Any:
+    import peft
+
+    targets: str | list[str] = lora.target_modules
+    if "," in lora.target_modules:
+        targets = [t.strip() for t in lora.target_modules.split(",")]
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=path,
+    )
+
+
+def _file_name(name: str) -> str:
+    """Peft puts the adapter's own name, ``default``, into the module path but not the file."""
+    return name.replace(".default.", ".") if ".lora_" in name else name
+
+
+def _model_files(base: Any) -> dict[str, str]:
+    base.config.architectures = [type(base).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        base.config.save_pretrained(folder)
+        if base.generation_config is not None:
+            base.generation_config.save_pretrained(folder)
+        return _texts(Path(folder))
+
+
+def _adapter_files(model: Any) -> dict[str, str]:
+    config = model.peft_config["default"]
+    trains = config.inference_mode
+    with tempfile.TemporaryDirectory() as folder:
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        config.inference_mode = trains
+        return _texts(Path(folder))
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return _texts(Path(folder))
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """Return the UTF-8 files of `folder`; binary ones (sentencepiece) have a JSON twin."""
+    texts = {}
+    for path in sorted(folder.iterdir()):
+        try:
+            texts[path.name] = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, IsADirectoryError):
+            continue
+    return texts
+
+
+def _first_line(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return (" ".join(lines[:2]) if lines else type(exc).__name__)[:400].rstrip(".")

@@ -1,0 +1,70 @@
+"""The inner optimizer and what is done to gradients before it steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flwr_hpc.config.schema import TrainConfig
+from flwr_hpc.train.parallel import local
+
+__all__ = ["adamw", "clip", "gradient"]
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """Return this rank's shard of the gradient; zeros if the loss does not depend on it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return local(parameter.grad)
+
+
+def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
+    """Scale gradients down to a global norm of at most `largest` (0: leave them).
+
+    Shards are disjoint, so their squares add up over the ranks; the loss comes along in the
+    same reduction, and the device is not waited for.
+
+    Parameters
+    ----------
+    parameters : list of Tensor
+    largest : float
+    loss_sum : Tensor ()
+        Of this rank.
+
+    Returns
+    -------
+    Tensor (2,), float32
+        Loss and gradient norm (before clipping) over all ranks.
+    """
+    grads = [gradient(p) for p in parameters]
+    stats = torch.stack([loss_sum, torch.nn.utils.get_total_norm(grads).square()])
+    dist.all_reduce(stats)
+    stats[1].sqrt_()
+    if largest > 0:
+        torch._foreach_mul_(grads, torch.clamp(largest / stats[1], max=1.0))
+    return stats
+
+
+def adamw(parameters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); weight decay on matrices only, not on norms and biases."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    others = [p for p in parameters if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    beta1, beta2 = config.betas
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True,
+    )  # fmt: skip
+    for p in parameters:  # before the first step, so that a checkpoint can be loaded in place
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=local(p).device),
+            "exp_avg": torch.zeros_like(p.detach()),
+            "exp_avg_sq": torch.zeros_like(p.detach()),
+        }
+    return optimizer

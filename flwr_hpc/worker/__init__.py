@@ -1,0 +1,1 @@
+"""What every process inside a batch job needs; no torch."""

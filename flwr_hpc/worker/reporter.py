@@ -1,0 +1,94 @@
+"""What the launcher gets to see of a worker while it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from flwr_hpc.spool import AllocationDir, OrderDir, WorkerState
+from flwr_hpc.worker.ledger import Ledger
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Publishes the worker's state, at once when it changes and else every `every_s`.
+
+    A thread does the writing, so that training never waits for the shared file system and the
+    beat goes on during long calls. On ranks other than 0 nothing is written.
+
+    Parameters
+    ----------
+    allocation : AllocationDir or None
+        None: write nothing.
+    ledger : Ledger
+    walltime_left : callable
+        Seconds, or None.
+    beat : int
+        The last one of an earlier start of this job.
+    """
+
+    def __init__(
+        self,
+        allocation: AllocationDir | None,
+        ledger: Ledger,
+        walltime_left: Callable[[], float | None],
+        every_s: float = 1.0,
+        beat: int = 0,
+    ) -> None:
+        self._allocation = allocation
+        self._ledger = ledger
+        self._walltime_left = walltime_left
+        self._every_s = every_s
+        self._state = WorkerState("starting", beat=beat)
+        self._progress: tuple[OrderDir, dict[str, Any]] | None = None
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="reporter", daemon=True)
+
+    def __enter__(self) -> Reporter:
+        if self._allocation:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def say(self, state: Any, order_id: str = "", error: str = "", fatal: bool = False) -> None:
+        """Publish a new state now."""
+        with self._lock:
+            self._state = dataclasses.replace(
+                self._state, state=state, order_id=order_id, error=error, fatal=fatal
+            )
+            self._publish()
+
+    def progress(self, folder: OrderDir, progress: dict[str, Any]) -> None:
+        """Note how far the running order is; written with the next beat."""
+        self._progress = folder, progress
+
+    def _beat(self) -> None:
+        while not self._end.wait(self._every_s):
+            try:
+                with self._lock:
+                    self._publish()
+                noted, self._progress = self._progress, None
+                if noted:
+                    noted[0].write_progress(noted[1])
+            except OSError as exc:  # a full or stale file system may recover
+                print(f"state not written: {exc}", file=sys.stderr, flush=True)
+
+    def _publish(self) -> None:
+        if self._allocation is None:
+            return
+        self._state = dataclasses.replace(
+            self._state,
+            beat=self._state.beat + 1,
+            walltime_left_s=self._walltime_left(),
+            seconds=self._ledger.seconds(),
+        )
+        self._allocation.write_state(self._state)

@@ -1,0 +1,196 @@
+"""The base of our strategies: defaults for Flower's hooks, and a start that can resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flwr_hpc.protocol import ARRAYS, WEIGHT_KEY
+from strategies.engine import messages
+from strategies.engine.engine import Engine, global_name
+from strategies.engine.rounds import EvaluateFn, run_rounds
+from strategies.engine.runtime import Runtime
+from strategies.parts import rules
+from strategies.parts.rules import Record
+
+__all__ = ["HpcStrategy", "mean_metrics"]
+
+log = logging.getLogger("strategies")
+
+
+class HpcStrategy(Strategy):
+    """FedAvg over every site, made to be subclassed: `aggregate` is the part that differs.
+
+    Parameters
+    ----------
+    weighted_by : str
+        How much a site counts: ``num-examples`` or ``uniform``.
+
+    Attributes
+    ----------
+    runtime : Runtime
+        Plain Flower's surroundings unless set before `start`.
+    engine : Engine or None
+        Set by whoever has begun to talk to the sites already.
+    arrays : ArrayRecord
+        The global weights the current round started from.
+    """
+
+    stores_arrays = True  # aggregate_train puts the new weights into the checkpoint store itself
+
+    _runtime: Runtime | None = None
+    engine: Engine | None = None
+
+    def __init__(self, *, weighted_by: Literal["num-examples", "uniform"] = "num-examples"):
+        if weighted_by not in (WEIGHT_KEY, "uniform"):
+            raise ValueError(
+                f"weighted_by='{weighted_by}' is not known. Valid: {WEIGHT_KEY}, uniform"
+            )
+        self.weighted_by = weighted_by
+        self.arrays = ArrayRecord()
+
+    # ---- what a subclass changes ------------------------------------------------------------
+
+    def aggregate(
+        self, server_round: int, trained: Sequence[Record], weights: Sequence[float]
+    ) -> Iterable[tuple[str, rules.Tensor]]:
+        """Yield the new global weights, tensor by tensor, from the sites' trained ones."""
+        return rules.record_mean(trained, weights)
+
+    def weight_of(self, reply: Message) -> float:
+        """Return how much a reply counts, before normalisation."""
+        if self.weighted_by == "uniform":
+            return 1.0
+        return messages.flat_metrics(reply).get(WEIGHT_KEY, 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart, as JSON.
+
+        ``"tensors"`` lists the names of what the strategy put into ``runtime.checkpoints``
+        and still needs.
+        """
+        return {"tensors": []}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+    # ---- Flower's hooks ---------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every site to train."""
+        self.arrays = arrays
+        config["server-round"] = server_round
+        content = RecordDict({ARRAYS: arrays, messages.CONFIG: config})
+        return [Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate what arrived; no reply, no new weights."""
+        good = [r for r in replies if r.has_content()]
+        weights = [self.weight_of(r) for r in good]
+        if sum(weights) <= 0:
+            return None, None
+        trained = [next(iter(r.content.array_records.values())) for r in good]
+        arrays = self.runtime.checkpoints.put(
+            global_name(server_round), self.aggregate(server_round, trained, weights)
+        )
+        return arrays, mean_metrics([messages.flat_metrics(r) for r in good])
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: a launcher site evaluates a version when it starts to train from it."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the metrics, weighted by examples."""
+        return mean_metrics([messages.flat_metrics(r) for r in replies if r.has_content()])
+
+    def final_metrics(self, replies: Iterable[Message]) -> MetricRecord:
+        """Return the metrics of the evaluation of the last version."""
+        return self.aggregate_evaluate(0, replies) or MetricRecord()
+
+    def summary(self) -> None:
+        """Log the settings."""
+        settings = {k: v for k, v in vars(self).items() if isinstance(v, bool | int | float | str)}
+        log.info("%s %s", type(self).__name__, settings)
+
+    # ---- running ----------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> Runtime:
+        """Surroundings of the run."""
+        if self._runtime is None:
+            self._runtime = Runtime()
+        return self._runtime
+
+    @runtime.setter
+    def runtime(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run, from the last checkpoint if there is one; see `strategies.engine.rounds.run_rounds`.
+
+        Parameters are those of Flower's ``Strategy.start``, but a `timeout` of None (the
+        default) waits for every site: queues take hours.
+        """
+        if timeout is not None:
+            settings = dataclasses.replace(self.runtime.settings, round_deadline_s=timeout)
+            self.runtime = dataclasses.replace(self.runtime, settings=settings)
+        return self.loop(
+            grid, initial_arrays, num_rounds, train_config, evaluate_config, evaluate_fn
+        )
+
+    def loop(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        train_config: ConfigRecord | None,
+        evaluate_config: ConfigRecord | None,
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
+        """Run the loop of this kind of strategy: synchronous rounds."""
+        return run_rounds(
+            self,
+            grid,
+            initial_arrays,
+            num_rounds,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+            timeout=self.runtime.settings.round_deadline_s,
+            runtime=self.runtime,
+            engine=self.engine,
+        )
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord | None:
+    """Average the metrics that all have, weighted by ``num-examples`` (1 where it is missing)."""
+    if not metrics:
+        return None
+    weights = rules.normalised([m.get(WEIGHT_KEY, 1.0) or 1e-12 for m in metrics])
+    common = sorted(set.intersection(*(set(m) for m in metrics)) - {WEIGHT_KEY})
+    return MetricRecord(
+        {k: sum(w * m[k] for w, m in zip(weights, metrics, strict=True)) for k in common}
+    )

@@ -1,0 +1,69 @@
+"""Decoupled DiLoCo: a quorum and a grace, norms and directions averaged apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from strategies.base.window import WindowStrategy
+from strategies.parts import rules
+from strategies.parts.buffer import Update, deltas
+from strategies.parts.outer import Nesterov
+from strategies.parts.rules import Tensors
+
+__all__ = ["DecoupledDiLoCo"]
+
+
+class DecoupledDiLoCo(WindowStrategy):
+    """Decoupled DiLoCo (arXiv 2604.21428): no site is waited for beyond a quorum and a grace.
+
+    Updates are weighted by tokens^2 / steps and merged tensor by tensor as
+    ``(sum w ||delta|| / sum w) phi(sum w phi(delta))``, phi the unit vector; the merged
+    pseudo-gradient takes DiLoCo's outer step.
+
+    Parameters
+    ----------
+    quorum : int
+    grace_s : float
+        Further updates are waited for so long once the quorum is there.
+    outer_lr, momentum : float
+        Of the outer Nesterov step.
+    late, exponent :
+        See `strategies.base.window.WindowStrategy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        quorum: int = 1,
+        grace_s: float = 60.0,
+        outer_lr: float = 0.7,
+        momentum: float = 0.9,
+        late: Literal["merge", "drop"] = "merge",
+        exponent: float = 0.0,
+    ) -> None:
+        super().__init__(quorum=quorum, grace_s=grace_s, late=late, exponent=exponent)
+        self.outer = Nesterov(outer_lr, momentum)
+
+    def weight(self, update: Update) -> float:
+        """Return tokens^2 / steps."""
+        return float(update.tokens) ** 2 / max(1, update.steps)
+
+    def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
+        """Take the outer step along the radial-directional mean."""
+        found = deltas(self.runtime.checkpoints, updates)
+
+        def merged(name: str) -> rules.Tensor:
+            return rules.radial_directional([d[name].numpy() for d in found], weights)
+
+        return self.outer.step(self.runtime.checkpoints, self.arrays, merged, self.version + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the window and the outer momentum."""
+        own, outer = super().state_dict(), self.outer.state_dict()
+        return {**own, "outer": outer, "tensors": [*own["tensors"], *outer["tensors"]]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`."""
+        super().load_state_dict(state)
+        self.outer.load_state_dict(state["outer"], self.runtime.checkpoints)

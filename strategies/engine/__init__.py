@@ -1,0 +1,1 @@
+"""The order machine under every strategy."""

@@ -1,0 +1,361 @@
+"""The engine: requests of a strategy's loop become idempotent orders at the facilities.
+
+Orders are bound to facilities and not to nodes, since a restarted SuperNode is a new node. A
+launcher site is asked for an allocation first (ACQUIRE); the weights are chosen when it is
+ready (late binding), handed in, and the result is collected by long polls. An ordinary Flower
+ClientApp gets its message directly and is waited for. A facility has one order at work and, if the
+strategy plans so, a next one that waits there.
+
+An order counts as in flight until the loop settles it; its number and version are committed
+before it is sent, so that a resumed run sends the same orders again and neither reuses a number
+nor trains anything twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from flwr_hpc.protocol import DESCRIBE, RELEASE, Order, OrderKind
+from strategies.engine import messages
+from strategies.engine.binding import further_name
+from strategies.engine.registry import Register
+from strategies.engine.requests import Desk
+from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Stopped
+from strategies.engine.state import Bind, Event, Failure, Further, Memory, Site, Weights, Work
+from strategies.engine.transport import Courier
+
+__all__ = ["Engine", "FatalSiteError", "RunFailed", "Stopped", "global_name"]
+
+
+def global_name(version: int) -> str:
+    """Return the name of a global model in the checkpoint store."""
+    return f"global-{version}"
+
+
+class Engine:
+    """The push/pull loop over any Flower Grid.
+
+    Attributes
+    ----------
+    sites : dict of str to Site
+        By facility.
+    restored : dict or None
+        What the loop committed before the run was interrupted.
+    """
+
+    def __init__(self, grid: Grid, runtime: Runtime) -> None:
+        self.grid = grid
+        self.runtime = runtime
+        self.restored: dict[str, Any] | None = None
+        self._memory = Memory()
+        self._state: dict[str, Any] = {}
+        self._tensors: list[str] = []
+        self._courier = Courier(grid, runtime.clock, runtime.settings)
+        self._desk = Desk(runtime, self._memory)
+        self._register = Register(runtime, self._memory, self._moved)
+        self.sites = self._register.sites
+        self.facility_of = self._register.facility_of
+        self._restore()
+
+    # ---- what a loop calls ------------------------------------------------------------------
+
+    def request(
+        self,
+        facility: str,
+        kind: OrderKind,
+        *,
+        steps: int = 0,
+        options: Mapping[str, Any] | None = None,
+        weights: Weights,
+        content: RecordDict | None = None,
+        checked: bool = True,
+        ahead_after_s: float | None = None,
+        further: Further | None = None,
+        bind: Bind | None = None,
+    ) -> None:
+        """Ask a facility for one piece of work.
+
+        Parameters
+        ----------
+        facility, kind, steps, options :
+            See `flwr_hpc.protocol.Order`.
+        weights : callable
+            ``() -> (version, arrays)``; called when the order is handed in.
+        content : RecordDict or None
+            Send this, arrays included, in place of the arrays and options.
+        checked : bool
+            Hold an ordinary ClientApp's weights to `Runtime.check` too.
+        ahead_after_s, further, bind :
+            See `strategies.engine.state.Plan`.
+
+        Raises
+        ------
+        ValueError
+            If the facility is not known, or still works on another request and is not due
+            for one ahead.
+        """
+        if facility not in self.sites:
+            raise ValueError(f"facility '{facility}' is not known. Known: {sorted(self.sites)}")
+        if self.busy(facility) and not self.due_ahead(facility):
+            raise ValueError(f"facility '{facility}' still works on another request")
+        launcher = self.sites[facility].launcher
+        work = Work(
+            facility=facility,
+            kind=kind,
+            steps=steps,
+            options=dict(options or {}),
+            weights=weights,
+            content=content,
+            checked=checked,
+            created=self.now(),
+            ahead_after_s=ahead_after_s if launcher else None,
+            makes=further if launcher and further else {},
+            bind=bind,
+        )
+        self._desk.take(work, self.sites[facility])
+
+    def reattach(self, load: Callable[[int], ArrayRecord], checked: bool = True) -> None:
+        """Send the orders that were in flight when the run was interrupted again."""
+        for order in self._desk.unattached():
+            if order.facility not in self.sites or order.facility in self._desk.ahead:
+                continue
+            work = Work(
+                facility=order.facility,
+                kind=order.kind,
+                steps=order.steps,
+                options=order.options,
+                weights=_bound(order.version, load),
+                content=None,
+                checked=checked,
+                created=self.now(),
+            )
+            self._desk.take(work, self.sites[order.facility])
+
+    def events(self, timeout: float = 0.0) -> list[Event]:
+        """Advance once and return what came of it.
+
+        Sleeps one poll interval if nothing happened, and goes on until `timeout` seconds have
+        passed or there is something to report.
+
+        Raises
+        ------
+        FatalSiteError
+            If a site reports an error that will not mend.
+        Stopped
+            If the stop flag is up.
+        """
+        until = self.now() + timeout
+        while True:
+            self._step()
+            found = self._desk.collect()
+            if found or self.now() >= until:
+                return found
+
+    def busy(self, facility: str) -> bool:
+        """Return whether a request of this facility is not settled yet."""
+        return facility in self._desk.works
+
+    def due_ahead(self, facility: str) -> bool:
+        """Return whether a busy facility may be given its next order now."""
+        return self._desk.due_ahead(facility)
+
+    def settle(self, facility: str | None = None) -> None:
+        """Forget finished orders (of one facility, or all): the next `commit` makes it last."""
+        self._desk.settle(facility)
+
+    def abandon(self, facility: str) -> None:
+        """Forget a request; its result, should there be one, is ignored."""
+        self._desk.abandon(facility)
+
+    def note(self, state: dict[str, Any], tensors: Iterable[str] = ()) -> None:
+        """Take the loop's state for the next `commit`; ``tensors`` are those it needs."""
+        self._state, self._tensors = dict(state), list(tensors)
+
+    def commit(self) -> None:
+        """Checkpoint the loop's last noted state together with the engine's."""
+        orders = self._memory.orders.values()
+        needed = {further_name(key, order) for order in orders for key in order.carries}
+        if self._state:
+            needed |= {global_name(order.version) for order in orders if order.version >= 0}
+        self.runtime.checkpoints.commit(
+            {
+                **self._state,
+                "engine": self.state_dict(),
+                "tensors": sorted(needed | set(self._tensors)),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the engine's part of a checkpoint, as JSON."""
+        m = self._memory
+        return {
+            "seq": dict(m.seq),
+            "evaluated": dict(m.evaluated),
+            "orders": [dict(vars(order)) for order in m.orders.values()],
+        }
+
+    def now(self) -> float:
+        """Return the time on the run's clock."""
+        return self.runtime.clock.now()
+
+    def reachable(self) -> list[Site]:
+        """Return the sites that are online or were so within the grace, by name."""
+        grace, now = self.runtime.settings.offline_grace_s, self.now()
+        return [s for _, s in sorted(self.sites.items()) if s.reachable(now, grace)]
+
+    def wait_for(self, facilities: Iterable[str] | int, timeout: float | None = None) -> list[str]:
+        """Wait until facilities (by name, or so many of any) are online.
+
+        Raises
+        ------
+        RunFailed
+            If they are not after `timeout` seconds of the clock (None: wait for ever).
+        """
+        until = None if timeout is None else self.now() + timeout
+        while True:
+            here = sorted(name for name, site in self.sites.items() if site.online)
+            missing = _missing(facilities, here)
+            if not missing:
+                return here
+            if until is not None and self.now() >= until:
+                raise RunFailed(
+                    f"waited {timeout:.0f} s for {missing}. Online: {', '.join(here) or 'none'}. "
+                    "Look at the logs of their SuperNodes."
+                )
+            self._step()
+
+    def discover(self) -> None:
+        """Advance once without reporting; what arrives is kept for `events`."""
+        self._step()
+
+    def initialize(self) -> tuple[ArrayRecord, dict[str, str]]:
+        """Have the first site that gets an allocation make the initial weights.
+
+        Returns
+        -------
+        arrays : ArrayRecord
+        files : dict of str to str
+            Small text files that belong to the weights.
+
+        Raises
+        ------
+        RunFailed
+            If no launcher site is left that could.
+        """
+        failed: dict[str, str] = {}
+        while True:
+            able = [n for n, s in sorted(self.sites.items()) if s.launcher and n not in failed]
+            if self.sites and not able:
+                raise RunFailed(f"no site could make the initial weights: {failed}")
+            if not self._desk.claimed("initialize"):
+                for facility in able:
+                    if not self.busy(facility):
+                        self.request(facility, "initialize", weights=lambda: (0, None))
+            for event in self.events():
+                if isinstance(event, Failure):
+                    failed[event.facility] = event.reason
+                elif event.arrays is not None:
+                    self._desk.forget_requests("initialize")
+                    result = event.status.result if event.status else None
+                    return event.arrays, dict(result.files) if result else {}
+
+    def release(self, timeout: float = 30.0) -> None:
+        """Let all allocations end; waits briefly for the answers."""
+        online = set(self._courier.online())
+        ttl = self.runtime.settings.ttl_s
+        parcels: list[tuple[Message, Work | None]] = [
+            (messages.query(RELEASE, site.node_id, ttl), None)
+            for _, site in sorted(self.sites.items())
+            if site.launcher and site.node_id in online
+        ]
+        self._courier.push(parcels)
+        self._desk.works.clear()
+        self._desk.ahead.clear()
+        until = self.now() + timeout
+        while self._courier.waiting_for(RELEASE) and self.now() < until:
+            if not self._receive(self._courier.online()):
+                self.runtime.clock.sleep(self.runtime.settings.poll_s)
+        self._courier.drop_releases()
+
+    # ---- one step ---------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        if self.runtime.stop.is_set():
+            raise Stopped("the run was asked to stop")
+        online = self._courier.online()
+        self._register.roll_call(set(online))
+        received = self._receive(online)
+        self._lose(online)
+        self._desk.expire(self.sites)
+        if not self._send(online) and not received and not self._desk.has_news:
+            self.runtime.clock.sleep(self.runtime.settings.poll_s)
+
+    def _moved(self, facility: str, old_node: int) -> None:
+        """What was in flight to a node that is gone is sent to its successor."""
+        self._courier.drop(old_node)
+        self._desk.send_again(facility)
+
+    def _receive(self, online: list[int]) -> bool:
+        replies = self._courier.pull(online)
+        for flight, message in replies:
+            if flight.kind == DESCRIBE:
+                self._register.described(flight.node_id, message)
+            else:
+                site = self.sites[self.facility_of[flight.node_id]]
+                self._desk.receive(site, flight, message)
+        return bool(replies)
+
+    def _lose(self, online: list[int]) -> None:
+        launchers = {n for n, f in self.facility_of.items() if self.sites[f].launcher}
+        undescribed = set(online) - set(self.facility_of)
+        for flight in self._courier.overdue(online, launchers | undescribed):
+            if flight.work is not None:
+                self._desk.fail(flight.work, "no reply: the message or its answer was lost")
+
+    def _send(self, online: list[int]) -> bool:
+        busy = self._courier.busy()
+        free = [n for n in online if n not in busy]
+        parcels = [p for p in map(self._next, free) if p is not None]
+        if self._desk.new_orders:
+            self.commit()  # ahead of the push: a number once sent is never used again
+            self._desk.new_orders = False
+        taken = self._courier.push(parcels)
+        for (message, work), ok in zip(parcels, taken, strict=True):
+            self._desk.pushed(message, work, ok)
+        return any(taken)
+
+    def _next(self, node_id: int) -> tuple[Message, Work | None] | None:
+        facility = self.facility_of.get(node_id)
+        if facility is None:
+            message = self._register.question(node_id)
+            return None if message is None else (message, None)
+        site = self.sites[facility]
+        return self._desk.next_message(site) if site.node_id == node_id else None
+
+    def _restore(self) -> None:
+        state = self.runtime.checkpoints.restore()
+        if state is None:
+            return
+        saved = state.pop("engine", {})
+        self._memory.seq.update(saved.get("seq", {}))
+        self._memory.evaluated.update(saved.get("evaluated", {}))
+        orders = [Order(**order) for order in saved.get("orders", [])]
+        self._memory.orders.update({order.id: order for order in orders})
+        self._desk.loose.update(self._memory.orders)
+        self._tensors = list(state.pop("tensors", []))
+        self._state = state
+        self.restored = state or None
+
+
+def _bound(version: int, load: Callable[[int], ArrayRecord]) -> Weights:
+    return lambda: (version, load(version))
+
+
+def _missing(wanted: Iterable[str] | int, here: list[str]) -> str:
+    if isinstance(wanted, int):
+        return f"{wanted - len(here)} more site(s)" if len(here) < wanted else ""
+    return ", ".join(name for name in wanted if name not in here)

@@ -1,0 +1,102 @@
+"""Which node speaks for which facility."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Message
+
+from flwr_hpc.protocol import DESCRIBE
+from strategies.engine import messages
+from strategies.engine.runtime import Runtime
+from strategies.engine.state import Memory, Site
+
+__all__ = ["Register"]
+
+log = logging.getLogger("strategies")
+
+
+class Register:
+    """Asks every new node what it is and keeps the facilities' newest nodes.
+
+    Parameters
+    ----------
+    moved : callable
+        ``moved(facility, old node)``: told when a facility speaks through another node.
+
+    Attributes
+    ----------
+    sites : dict of str to Site
+        By facility.
+    facility_of : dict of int to str
+        Of every node that was ever described.
+    """
+
+    def __init__(self, runtime: Runtime, memory: Memory, moved: Callable[[str, int], None]) -> None:
+        self.sites: dict[str, Site] = {}
+        self.facility_of: dict[int, str] = {}
+        self._runtime = runtime
+        self._memory = memory
+        self._moved = moved
+        self._ask_after: dict[int, float] = {}
+        self._failures: dict[int, int] = {}
+
+    def roll_call(self, online: set[int]) -> None:
+        """Note who comes and goes."""
+        for facility, site in sorted(self.sites.items()):
+            if site.node_id not in online:
+                self._rebind(site, online)
+            is_online = site.node_id in online
+            if site.online and not is_online:
+                site.offline_since = self._runtime.clock.now()
+                self._runtime.emit("site_offline", facility=facility)
+            elif is_online and not site.online:
+                site.offline_since = None
+                self._runtime.emit("site_online", facility=facility)
+
+    def question(self, node_id: int) -> Message | None:
+        """Return what an unknown node is asked now, if anything."""
+        if self._runtime.clock.now() < self._ask_after.get(node_id, 0.0):
+            return None
+        return messages.query(DESCRIBE, node_id, self._runtime.settings.ttl_s)
+
+    def described(self, node_id: int, reply: Message) -> None:
+        """Take a node's answer: a launcher names its facility, an ordinary ClientApp fails."""
+        status = messages.read_status(reply)
+        if status is not None and status.facility:
+            self._welcome(status.facility, True, node_id)
+            return
+        failures = self._failures[node_id] = self._failures.get(node_id, 0) + 1
+        settings = self._runtime.settings
+        if reply.has_error() and failures <= settings.retries and not _no_handler(reply):
+            self._ask_after[node_id] = self._runtime.clock.now() + settings.retry_delay_s
+            return
+        self._welcome(f"node-{node_id}", False, node_id)
+
+    def _welcome(self, facility: str, launcher: bool, node_id: int) -> None:
+        self.facility_of[node_id] = facility
+        site = self.sites.get(facility)
+        if site is None:
+            evaluated = self._memory.evaluated.get(facility, -1)
+            self.sites[facility] = Site(facility, launcher, node_id, evaluated=evaluated)
+            self._runtime.emit("site_online", facility=facility)
+        elif site.node_id != node_id:
+            log.info("%s: its SuperNode is back as another node", facility)
+            self._move(site, node_id)
+
+    def _rebind(self, site: Site, online: set[int]) -> None:
+        """Move to another node of the same facility, if one is online."""
+        for node_id in sorted(online, reverse=True):
+            if self.facility_of.get(node_id) == site.facility:
+                self._move(site, node_id)
+                return
+
+    def _move(self, site: Site, node_id: int) -> None:
+        old, site.node_id = site.node_id, node_id
+        self._moved(site.facility, old)
+
+
+def _no_handler(reply: Message) -> bool:
+    """Return whether a ClientApp says that it knows no such message."""
+    return "registered" in (reply.error.reason or "")

@@ -1,0 +1,1 @@
+"""What strategies are made of: pure rules, and small objects with state."""

@@ -1,0 +1,114 @@
+"""Fragments of a model: the parts of it that are synchronized one at a time, and their steps."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from strategies.engine.messages import part_of
+from strategies.engine.runtime import CheckpointStore
+from strategies.parts.outer import Nesterov
+from strategies.parts.rules import Tensor, Tensors
+
+__all__ = ["Fragments", "fragments"]
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a name counts the layers
+
+
+def fragments(arrays: Mapping[str, Array], count: int) -> list[list[str]]:
+    """Return the names of every fragment's tensors; the same for the same model.
+
+    Layers stay whole and are dealt out in turn, so that a fragment has layers of every depth
+    (the strided pattern of arXiv 2501.18512); what belongs to no layer goes ahead of them, and
+    everything to the fragment with the fewest bytes so far. So two fragments differ by no more
+    than the largest layer or tensor outside the layers.
+
+    Parameters
+    ----------
+    arrays : mapping of str to Array
+        The model; nothing of it is loaded.
+    count : int
+        How many fragments; at most as many as there are tensors. With fewer layers than
+        fragments, tensors are dealt out one by one.
+    """
+    count = min(count, len(arrays))
+    size = {name: max(1, _bytes(array)) for name, array in arrays.items()}
+    found: list[list[str]] = [[] for _ in range(count)]
+    load = [0] * count
+    for unit in _units(size, count):
+        lightest = load.index(min(load))
+        found[lightest] += unit
+        load[lightest] += sum(size[name] for name in unit)
+    return [sorted(names) for names in found]
+
+
+def _units(size: Mapping[str, int], count: int) -> list[list[str]]:
+    """Return what is dealt out together, in order: single tensors, then layers."""
+    layers: dict[int, list[str]] = defaultdict(list)
+    for name in sorted(size):
+        if match := LAYER.search(name):
+            layers[int(match[1])].append(name)
+    if len(layers) < count:
+        layers.clear()
+    in_layers = {name for names in layers.values() for name in names}
+    single = sorted(size.keys() - in_layers, key=lambda name: (-size[name], name))
+    return [[name] for name in single] + [layers[n] for n in sorted(layers)]
+
+
+def _bytes(array: Array) -> int:
+    return math.prod(array.shape) * np.dtype(array.dtype).itemsize
+
+
+class Fragments:
+    """The outer optimizer of a model in fragments: a Nesterov step along one at a time.
+
+    Parameters
+    ----------
+    count : int
+        At most as many as the model has tensors.
+    lr, momentum : float
+        See `strategies.parts.outer.Nesterov`; every fragment has a momentum of its own.
+    """
+
+    def __init__(self, count: int, lr: float, momentum: float) -> None:
+        self._outers = [Nesterov(lr, momentum) for _ in range(count)]
+        self._parts: list[list[str]] = []
+
+    def parts(self, arrays: Mapping[str, Array]) -> list[list[str]]:
+        """Return the names of every fragment's tensors."""
+        if not self._parts:
+            self._parts = fragments(arrays, len(self._outers))
+        return self._parts
+
+    def step(
+        self,
+        store: CheckpointStore,
+        theta: ArrayRecord,
+        index: int,
+        delta_of: Callable[[str], Tensor],
+        version: int,
+    ) -> Tensors:
+        """Return the next version's tensors, of which those of one fragment are new."""
+        chosen = set(self.parts(theta)[index])
+        part = part_of(theta, [name for name in theta if name in chosen])
+        stepped = self._outers[index].step(store, part, delta_of, version)
+        return (
+            next(stepped) if name in chosen else (name, array.numpy())
+            for name, array in theta.items()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the names of the momenta."""
+        outers = [outer.state_dict() for outer in self._outers]
+        return {"tensors": [n for outer in outers for n in outer["tensors"]], "outers": outers}
+
+    def load_state_dict(self, state: Mapping[str, Any], store: CheckpointStore) -> None:
+        """Load the momenta."""
+        for outer, saved in zip(self._outers, state["outers"], strict=True):
+            outer.load_state_dict(saved, store)

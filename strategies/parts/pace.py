@@ -1,0 +1,86 @@
+"""How fast a site is, by what its orders took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from strategies.engine.state import Arrival
+
+__all__ = ["Pace"]
+
+
+class Pace:
+    """Moving averages per facility: seconds per step, queue wait, and what an order costs besides.
+
+    Compute, transfer and queue are kept apart; each comes from one host's clock.
+
+    Parameters
+    ----------
+    momentum : float
+        Share of the old average that an observation leaves.
+
+    Attributes
+    ----------
+    step_s, queue_s, overhead_s : dict of str to float
+        By facility: of one step; in the queue for one order; of an order, above its training
+        (transfer, messages, start-up of the site's process).
+    queued_s : dict of str to float
+        In the queue by the last arrival, in all.
+    """
+
+    KINDS = ("step_s", "queue_s", "overhead_s", "queued_s")
+
+    def __init__(self, momentum: float = 0.5) -> None:
+        self.momentum = momentum
+        self.step_s: dict[str, float] = {}
+        self.queue_s: dict[str, float] = {}
+        self.overhead_s: dict[str, float] = {}
+        self.queued_s: dict[str, float] = {}
+
+    def observe(self, arrival: Arrival, *, ahead: bool = False) -> None:
+        """Take an arrival's times in; of an order that was handed in `ahead`, not what it cost.
+
+        Such an order has waited at the site for the one before it; of one that was resumed, the
+        beginning is not known.
+        """
+        facility, steps, train_s = arrival.facility, arrival.steps, arrival.train_s
+        if train_s is None:  # an ordinary ClientApp tells nothing
+            train_s = arrival.took_s
+        if steps > 0:
+            self._blend(self.step_s, facility, train_s / steps)
+        waited = self.waited_s(arrival)
+        if not (ahead or arrival.resumed):
+            extra = self._besides(facility, max(0.0, arrival.took_s - train_s), waited)
+            self._blend(self.overhead_s, facility, extra)
+        self._blend(self.queue_s, facility, waited)
+        self.queued_s[facility] = arrival.queued_s
+
+    def _besides(self, facility: str, extra: float, waited: float) -> float:
+        """Return what an order cost above its training, without the queue's part of it.
+
+        A wait ahead of the hand-in is no part of `extra`; one after it (preemption, an allocation
+        that ended) is, unless some of it had passed before. Where that cannot be told the order
+        is taken to have cost no more than those before it.
+        """
+        if extra >= waited:
+            return extra - waited
+        return min(extra, self.overhead_s.get(facility, extra))
+
+    def waited_s(self, arrival: Arrival) -> float:
+        """Return the seconds in the queue since the facility's arrival before this one."""
+        return max(0.0, arrival.queued_s - self.queued_s.get(arrival.facility, 0.0))
+
+    def _blend(self, table: dict[str, float], facility: str, value: float) -> None:
+        old = table.get(facility)
+        keep = self.momentum
+        table[facility] = value if old is None else keep * old + (1.0 - keep) * value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages as JSON."""
+        return {kind: dict(getattr(self, kind)) for kind in self.KINDS}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`."""
+        for kind in self.KINDS:
+            getattr(self, kind).update(state[kind])

@@ -1,0 +1,330 @@
+"""Streaming DiLoCo: the model is synchronized in fragments, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from flwr_hpc.protocol import Order
+from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.window import check_window
+from strategies.engine.engine import global_name
+from strategies.engine.messages import part_of
+from strategies.engine.rounds import EvaluateFn
+from strategies.engine.state import Arrival, Binding, Failure, Plan, Site
+from strategies.parts import rules
+from strategies.parts.buffer import Buffer, Update, deltas
+from strategies.parts.fragments import Fragments
+from strategies.parts.pace import Pace
+from strategies.parts.rules import Tensor, Tensors
+
+__all__ = ["StreamingDiLoCo"]
+
+# Of an order's options: the synchronization it takes part in; it waited for the one before it.
+WINDOW, AHEAD = "window", "ahead"
+
+
+class StreamingDiLoCo(AsyncStrategy):
+    """Streaming DiLoCo (arXiv 2501.18512): one of P fragments is synchronized after each order.
+
+    Sites keep their weights from order to order. In window w (the w-th order of every site) all
+    report fragment p = w mod P, the tensors theta_p. When all that take part have reported, with
+    ``delta_p = sum_k w_k (theta_p - theta_p,k)`` against the global value of the last
+    synchronization of p::
+
+        m_p     <- beta m_p + delta_p
+        theta_p <- theta_p - eta (delta_p + beta m_p)
+
+    which makes a version that differs from the one before in fragment p alone. It travels back
+    with the next order (`overlap`: the one after, while the site trains on), where the site goes
+    on from ``(1 - alpha) theta_p + alpha theta_p,k``. An order has H / P inner steps, H being
+    those of the configuration, and moves 1/P of the model each way; P versions synchronize the
+    whole of it. With P = 1, alpha = 0 and no overlap it is DiLoCo.
+
+    A site without weights of its own (new, or its state is lost) is sent all of them. Ordinary
+    ClientApps, which keep nothing, are sent and return whole models; of what they return the
+    fragment is used.
+
+    Parameters
+    ----------
+    fragments : int
+        P; at most as many as the model has tensors.
+    alpha : float
+        Share of its own value that a site keeps of a fragment that comes back; 0 replaces it.
+    overlap : bool
+        A site goes on with the next order while a fragment travels and is merged. It is never
+        more than one order ahead, and needs two fragments at least.
+    outer_lr, momentum : float
+        eta and beta.
+    weighted_by : str
+        ``uniform`` (the paper's) or ``num-examples``.
+    deadline_s : float or None
+        A window closes so long after it was opened (None: when all have reported). What comes
+        later is dropped; in alpha of it the site's next report holds it still.
+    quorum : int
+        A window with fewer reports at its deadline stays open for another one.
+    """
+
+    def __init__(
+        self,
+        *,
+        fragments: int = 4,
+        alpha: float = 0.5,
+        overlap: bool = True,
+        outer_lr: float = 0.7,
+        momentum: float = 0.9,
+        weighted_by: Literal["num-examples", "uniform"] = "uniform",
+        deadline_s: float | None = None,
+        quorum: int = 1,
+    ) -> None:
+        super().__init__(weighted_by=weighted_by)
+        if fragments < 1:
+            raise ValueError(f"fragments={fragments} must be at least 1")
+        if not 0.0 <= alpha < 1.0:
+            raise ValueError(f"alpha={alpha} must be at least 0 and less than 1")
+        check_window(deadline_s=deadline_s, quorum=quorum)
+        self.fragments = fragments
+        self.alpha = alpha
+        self.overlap = overlap
+        self.deadline_s = deadline_s
+        self.quorum = quorum
+        self.pace = Pace(0.7)
+        self.outer = Fragments(fragments, outer_lr, momentum)
+        self.working: dict[str, list[int]] = {}  # facility -> windows it works on, ascending
+        self._held: dict[str, tuple[int, int]] = {}  # -> order whose weights it has, its version
+        self._buffers = [Buffer(), Buffer()]  # of the present window and of the next one
+        self._former: ArrayRecord | None = None  # the version before the newest
+        self._windows: float = math.inf  # of the whole run
+        self._opened = False  # somebody has been asked since the last window closed
+        self._closes_at: float | None = None
+
+    def loop(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        train_config: ConfigRecord | None,
+        evaluate_config: ConfigRecord | None,
+        evaluate_fn: EvaluateFn | None,
+    ) -> Result:
+        """Run until there are `num_rounds` versions; nobody trains for those after them."""
+        self._windows = num_rounds
+        return super().loop(
+            grid, initial_arrays, num_rounds, train_config, evaluate_config, evaluate_fn
+        )
+
+    # ---- fragments --------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """The names of every fragment's tensors."""
+        return self.outer.parts(self.arrays)
+
+    def names(self, window: int) -> list[str]:
+        """Return the tensors that a window synchronizes."""
+        return self.parts[window % len(self.parts)]
+
+    @property
+    def steps(self) -> int:
+        """Inner steps of an order; 0: as the site is configured."""
+        return self.default_steps and max(1, round(self.default_steps / len(self.parts)))
+
+    @property
+    def lag(self) -> int:
+        """How many windows a site may be ahead of the newest version."""
+        return int(self.overlap and len(self.parts) > 1)
+
+    # ---- who does what ----------------------------------------------------------------------
+
+    def plan(self, site: Site) -> Plan | None:
+        """Let a free site take part in the present window, or the next if it has reported."""
+        self.working.pop(site.facility, None)
+        return self._ask(site.facility, site.launcher, self.version)
+
+    def plan_ahead(self, site: Site) -> Plan | None:
+        """Have the next order wait at the site, once there is what it starts from."""
+        return self._ask(site.facility, site.launcher, self.working[site.facility][-1] + 1)
+
+    def _ask(self, facility: str, launcher: bool, window: int) -> Plan | None:
+        self._opened = True
+        if self._closes_at is None and self.deadline_s is not None:
+            self._closes_at = self.now() + self.deadline_s
+        window = self._lacking(facility, window)
+        if window > self.version + self.lag:
+            return None
+        # What follows the running order is gone: an order ahead that failed is not waited for.
+        self.working[facility] = [*self.working.get(facility, [])[:1], window]
+        if window >= self._windows:
+            return None
+        bind = self._bind if launcher else self._bind_whole
+        return Plan(
+            steps=self.steps,
+            ahead_after_s=self._ahead_after_s(facility),
+            bind=lambda running: bind(facility, running),
+        )
+
+    def _lacking(self, facility: str, window: int) -> int:
+        """Return the first window, from this one on, that is open and lacks a site's report.
+
+        It need not be the one after the last report: of two orders the first may have been lost.
+        """
+        reported = {
+            self.version + k
+            for k, buffer in enumerate(self._buffers)
+            if any(update.facility == facility for update in buffer)
+        }
+        window = max(window, self.version)
+        while window in reported:
+            window += 1
+        return window
+
+    def _ahead_after_s(self, facility: str) -> float | None:
+        """Hand the next order in halfway: what it starts from is there by then, as a rule."""
+        step_s = self.pace.step_s.get(facility)
+        if not self.lag or not step_s:
+            return None
+        train_s = self.steps * step_s
+        return max(0.0, min(0.5 * train_s, train_s - 1.2 * self.pace.overhead_s.get(facility, 0.0)))
+
+    def _bind(self, facility: str, running: Order | None) -> Binding:
+        """Bind an order to the window of its turn, and to the fragments the site lacks.
+
+        It starts from the version `lag` behind its window even where a newer one is there: what
+        a site trains from does not depend on who is faster.
+        """
+        window = self._turn(facility)
+        options: dict[str, Any] = {WINDOW: window, AHEAD: running is not None}
+        held = self._held.get(facility)
+        if running is not None:
+            held = running.seq, running.version
+        if held is None:
+            return Binding(self.version, self.arrays, options, returns=self.names(window))
+        after, had = held
+        version = max(had, window - self.lag)
+        arrays = self.arrays if version == self.version else self._former
+        new = range(max(had, version - len(self.parts)), version)
+        merges = sorted({name for passed in new for name in self.names(passed)})
+        options |= {"after": after, "alpha": self.alpha}
+        once = version % len(self.parts) == 0  # in a cycle, that is as often as DiLoCo's
+        return Binding(version, arrays, options, merges, self.names(window), once)
+
+    def _bind_whole(self, facility: str, running: Order | None) -> Binding:
+        return Binding(self.version, self.arrays, {WINDOW: self._turn(facility)})
+
+    def _turn(self, facility: str) -> int:
+        """Return the window of an order that is handed in now: while it queued, some may close."""
+        windows = self.working[facility]
+        windows[-1] = self._lacking(facility, windows[-1])
+        return windows[-1]
+
+    # ---- windows ----------------------------------------------------------------------------
+
+    def awaited(self) -> set[str]:
+        """Return who works on an order of the present window."""
+        return {
+            f for f, windows in self.working.items() if self.version in windows and self.busy(f)
+        }
+
+    def complete(self) -> bool:
+        """Return whether the present window has reports and nobody is left to wait for."""
+        return len(self._buffers[0]) > 0 and self._opened and not self.awaited()
+
+    def counts(self, arrival: Arrival, staleness: int) -> bool:
+        """Return whether a report is in time."""
+        return not arrival.empty and int(arrival.order.options[WINDOW]) >= self.version
+
+    def pending(self) -> Iterator[str]:
+        """Return the ids of the orders that wait in the windows."""
+        return (u.order_id for buffer in self._buffers for u in buffer)
+
+    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+        """Gather a report; the last one closes the window."""
+        facility, order = arrival.facility, arrival.order
+        window = int(order.options[WINDOW])
+        windows = self.working.get(facility, [])
+        if window in windows:
+            windows.remove(window)
+        self._held[facility] = order.seq, order.version
+        self.pace.observe(arrival, ahead=bool(order.options.get(AHEAD)))
+        if self.counts(arrival, staleness):
+            assert arrival.base is not None
+            base = part_of(arrival.base, self.names(window))
+            buffer = self._buffers[window - self.version]
+            buffer.add(self.runtime.checkpoints, dataclasses.replace(arrival, base=base))
+        return self._close() if self.complete() else None
+
+    def on_failure(self, failure: Failure) -> None:
+        """Wait for a failed site no longer; its next order brings everything."""
+        del self.working.get(failure.facility, [])[:1]
+        self._held.pop(failure.facility, None)
+
+    def wake_at(self) -> float | None:
+        """Return when the window closes: now, if the last one it waited for has failed."""
+        return self.now() if self.complete() else self._closes_at
+
+    def on_wake(self) -> Tensors | None:
+        """Close the window; one without a quorum is opened for another deadline."""
+        if len(self._buffers[0]) >= self.quorum or self.complete():
+            return self._close()
+        self._closes_at = None if self.deadline_s is None else self.now() + self.deadline_s
+        return None
+
+    def _close(self) -> Tensors:
+        """Step along the window's fragment."""
+        window, store = self.version, self.runtime.checkpoints
+        updates = sorted(self._buffers[0].take(), key=lambda update: update.facility)
+        self._buffers.reverse()
+        self._opened, self._closes_at = False, None
+        self._former = self.arrays
+        moved = deltas(store, updates)
+        weights = [self._weight(update) for update in updates]
+
+        def delta_of(name: str) -> Tensor:
+            return rules.weighted_mean([delta[name].numpy() for delta in moved], weights)
+
+        index = window % len(self.parts)
+        return self.outer.step(store, self.arrays, index, delta_of, window + 1)
+
+    def _weight(self, update: Update) -> float:
+        return 1.0 if self.weighted_by == "uniform" else float(update.examples) or 1e-12
+
+    # ---- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return windows and what the sites hold; times as what is left of them."""
+        buffers = [buffer.state_dict() for buffer in self._buffers]
+        outer = self.outer.state_dict()
+        former = [global_name(self.version - 1)] if self._former is not None and self.lag else []
+        return {
+            "tensors": [*former, *(n for part in [*buffers, outer] for n in part["tensors"])],
+            "former": former,
+            "buffers": buffers,
+            "outer": outer,
+            "working": self.working,
+            "held": self._held,
+            "opened": self._opened,
+            "closes_in": None if self._closes_at is None else self._closes_at - self.now(),
+            "pace": self.pace.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo `state_dict`."""
+        store = self.runtime.checkpoints
+        for buffer, saved in zip(self._buffers, state["buffers"], strict=True):
+            buffer.load_state_dict(saved)
+        self.outer.load_state_dict(state["outer"], store)
+        self._former = store.get(state["former"][0]) if state["former"] else None
+        self.working = {facility: list(windows) for facility, windows in state["working"].items()}
+        self._held = {
+            facility: (seq, version) for facility, (seq, version) in state["held"].items()
+        }
+        self._opened = bool(state["opened"])
+        left = state["closes_in"]
+        self._closes_at = None if left is None else self.now() + left
+        self.pace.load_state_dict(state["pace"])

@@ -1,0 +1,259 @@
+"""The facility files that are shipped: what they say, and the job scripts they give."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from flwr_hpc.config.compose import compose_config, conf_dir
+from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
+from flwr_hpc.config.facility_rules import check_facility
+from flwr_hpc.errors import UserError
+from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.schedulers.pbs import adapter as pbs
+from flwr_hpc.schedulers.slurm import adapter as slurm
+from flwr_hpc.site import submission
+from flwr_hpc.site.submission import job_spec
+from flwr_hpc.spool import Spool
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = ROOT / "tests" / "golden"
+DOCS = (ROOT / "docs" / "facilities.md").read_text()
+EXAMPLES = ("slurm", "pbs")
+QOS = {"marenostrum5": "acc_ehpc", "discoverer": "project1"}  # where the user has to say it
+FILES = {
+    path.stem: path
+    for path in sorted((conf_dir() / "facility").glob("*.yaml"))
+    if not path.stem.startswith("local")
+}
+
+
+@cache
+def _facility(name: str, *overrides: str) -> FacilityConfig:
+    """Compose a facility as a user would; overrides are fields of it."""
+    given = ["account=project1", *([f"qos={QOS[name]}"] if name in QOS else []), *overrides]
+    settings = [f"facilities.{name}.{o}" for o in given]
+    return compose_config([f"+facility={name}", *settings]).facilities[name]
+
+
+def _script(name: str, facility: FacilityConfig) -> str:
+    spec = job_spec(Spool(Path("/scratch/me/run")), "2026-run", name, facility)
+    return make_scheduler(facility).script(spec)
+
+
+@pytest.fixture(autouse=True)
+def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
+    for module in (submission, slurm, pbs):
+        monkeypatch.setattr(module, "checkout", lambda: "")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_script(name: str) -> None:
+    """Protects each facility's job script from changes nobody looked at."""
+    text = _script(name, _facility(name))
+    golden = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    assert len(text.splitlines()) <= 60
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_facility_keeps_its_own_rules(name: str) -> None:
+    """Protects the files from what the centre would refuse or waste."""
+    facility = _facility(name)
+    asked = r"^#(?:SBATCH --|PBS -l |PBS -)([a-zA-Z-]+)"
+    used = re.findall(asked, _script(name, facility), flags=re.MULTILINE)
+    assert len(used) == len(set(used))
+    assert not set(used) & set(facility.forbidden)
+    assert facility.nodes == 1
+    assert facility.ranks_per_node == facility.gpus_per_node > 0
+    queue = queue_of(facility)
+    assert queue is not None or not facility.queues
+    if queue is not None and queue.walltime:
+        assert walltime_s(facility.walltime) <= walltime_s(queue.walltime)
+    if name not in EXAMPLES:
+        assert facility.peak_tflops
+        assert facility.gpu_memory_gb
+        assert facility.cpus_per_node
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_account_must_be_given(name: str) -> None:
+    """Protects users from a job that is refused, or charged to the wrong project."""
+    with pytest.raises(UserError, match=rf"facilities\.{name}\.account must be given"):
+        compose_config([f"+facility={name}"])
+
+
+@pytest.mark.parametrize("name", QOS)
+def test_qos_must_be_given(name: str) -> None:
+    """Protects users of the centres that take no job without a QOS of the project's."""
+    with pytest.raises(UserError, match=rf"facilities\.{name}\.qos must be given"):
+        compose_config([f"+facility={name}", f"facilities.{name}.account=p1"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_facts_name_their_source(name: str) -> None:
+    """Protects the files from facts of unknown origin and age."""
+    text = FILES[name].read_text()
+    source = re.search(r"^# Source: (.+(?:\n# .+)*)", text, flags=re.MULTILINE)
+    assert source
+    if name not in EXAMPLES:
+        assert re.search(r"20\d\d", source[1])
+        assert re.search(r"\b(docs?|apps)\.[\w.-]+|unverified", source[1])
+    assert "shared_roots:" in text or _facility(name).scheduler != "slurm"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_queue_can_be_chosen(name: str) -> None:
+    """Protects the debug and preemptable queues: each is two or three overrides away."""
+    facility = _facility(name)
+    for queue in facility.queues:
+        chosen = replace(
+            facility,
+            partition=queue.partition,
+            qos=queue.qos,
+            nodes=queue.max_nodes or queue.min_nodes,
+            walltime=queue.walltime or facility.walltime,
+        )
+        check_facility(name, chosen)
+        assert queue_of(chosen) == queue
+        if facility.scheduler == "slurm":
+            assert ("#SBATCH --requeue\n" in _script(name, chosen)) == queue.preemptable
+        else:
+            assert f"#PBS -q {queue.partition}\n#PBS -A" in _script(name, chosen)
+            assert "#PBS -r y\n" in _script(name, chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        (
+            "leonardo",
+            ["qos=boost_qos_dbg"],
+            "walltime=02:00:00: partition boost_usr_prod qos boost_qos_dbg gives 1 node at most "
+            "00:30:00. Add to the command: facilities.leonardo.walltime=00:30:00. Or one of the "
+            "queues that take 1 node for 02:00:00: facilities.leonardo.qos=null; "
+            "facilities.leonardo.qos=boost_qos_lprod",
+        ),
+        (
+            "leonardo",
+            ["nodes=100"],
+            "nodes=100: partition boost_usr_prod takes 1 to 64 nodes. Add to the command: "
+            "facilities.leonardo.nodes=64. Or one of the queues that take 100 nodes for 02:00:00: "
+            "facilities.leonardo.qos=boost_qos_bprod",
+        ),
+        ("frontier", ["walltime=06:00:00"], "at most 02:00:00"),
+        ("frontier", ["nodes=100", "walltime=07:00:00"], "walltime=06:00:00"),
+        ("alps", ["partition=debug", "nodes=2", "walltime=01:30:00"], "walltime=00:45:00"),
+        ("marenostrum5", ["sbatch.mem=100G"], "must never set --mem"),
+        ("perlmutter", ["partition=gpu"], "facilities.perlmutter.partition=null"),
+        ("discoverer", ["gpu_request=gpus"], "facilities.discoverer.gpu_request=gres"),
+        ("leonardo", ["ranks_per_node=8"], "facilities.leonardo.ranks_per_node=4"),
+        ("leonardo", ["cpus_per_rank=16"], "facilities.leonardo.cpus_per_rank=8"),
+        ("frontier", ["ranks_per_node=3"], "facilities.frontier.ranks_per_node=8"),
+        ("leonardo", ["sbatch.time=1"], "Use facilities.leonardo.walltime"),
+        ("leonardo", ["sbatch.gres=gpu:2"], "Use facilities.leonardo.gpus_per_node"),
+        ("leonardo", ["sbatch.mem_per_cpu=1"], "no long option of sbatch"),
+        ("leonardo", ["gpu_request=gpu"], "Did you mean 'gpus'?"),
+        ("leonardo", ["gpu_vendor=apple"], "Valid: nvidia, amd, intel."),
+        ("leonardo", ["qsub.filesystems=home"], "options of sbatch go into facilities.leonardo.sb"),
+        ("leonardo", ["mpiexec_args=[-v]"], "facilities.leonardo.srun_args"),
+        ("polaris", ["qos=high"], "its queue is facilities.polaris.partition"),
+        ("polaris", ["reservation=R12"], "facilities.polaris.partition=R12"),
+        ("polaris", ["sbatch.mem=1G"], "resources of PBS go into facilities.polaris.qsub"),
+        ("polaris", ["qsub.walltime=1"], "Use facilities.polaris.walltime instead"),
+        ("polaris", ["qsub.select=1"], "Use facilities.polaris.nodes and chunk instead"),
+        ("polaris", ["qsub.a-b=1"], "facilities.polaris.qsub.filesystems=home"),
+        (
+            "polaris",
+            ["chunk='4:ncpus=1'"],
+            "facilities.polaris.chunk='ncpus=32:ngpus=4:mpiprocs=4'",
+        ),
+        ("polaris", ["forbidden=[place]"], "must never ask for place"),
+        ("polaris", ["mpi=mpi"], "Valid: mpich, openmpi."),
+        ("polaris", ["nodes=5"], "facilities.polaris.partition=preemptable"),
+        ("aurora", ["partition=prod"], "prod takes 256 to 10624 nodes"),
+    ],
+)
+def test_mistakes_are_explained(name: str, overrides: list[str], said: str) -> None:
+    """Protects users from learning a centre's rules by refused jobs."""
+    with pytest.raises(UserError) as caught:
+        _facility(name, *overrides)
+    assert said in str(caught.value)
+
+
+def test_unknown_queues_are_the_users_business() -> None:
+    """Protects QOS and partitions that a centre gives to one project alone."""
+    facility = _facility("leonardo", "qos=my_project_qos", "walltime=10-00:00:00")
+    assert queue_of(facility) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"gpu_request": "gres"}, "--gres=gpu:4"),
+        ({"gpu_request": "gres", "gpu_type": "a100"}, "--gres=gpu:a100:4"),
+        ({"gpu_request": "gpus", "nodes": 3}, "--gpus=12"),
+        ({"gpu_request": "gpus-per-node", "gpu_type": "h100"}, "--gpus-per-node=h100:4"),
+        ({"gpu_request": "gpus-per-task"}, "--gpus-per-task=1"),
+        ({"gpu_request": "gpus-per-task", "ranks_per_node": 2}, "--gpus-per-task=2"),
+    ],
+)
+def test_gpu_requests(fields: dict[str, Any], line: str) -> None:
+    """Protects the several manners in which centres want GPUs asked for."""
+    text = _script("slurm", replace(_facility("slurm"), **fields))
+    assert re.findall(r"#SBATCH (--g.*)", text) == [line]
+
+
+def test_preemptable_queues_may_still_refuse_to_requeue() -> None:
+    """Protects users who want a preempted job to end."""
+    own = ["partition=qgpu_preempt", "sbatch.no-requeue=''"]
+    assert re.findall("#SBATCH --.*requeue", _script("karolina", _facility("karolina", *own))) == [
+        "#SBATCH --no-requeue"
+    ]
+
+
+def test_containers_reach_the_gpus_of_either_vendor() -> None:
+    """Protects AMD's centres from containers that see no GPU."""
+    for name, flag in (("lumi", "--rocm"), ("leonardo", "--nv")):
+        command = _script(name, _facility(name, "container=/images/torch.sif")).split("srun ")[1]
+        assert flag in shlex.split(command)
+
+
+def test_facility_survives_the_site_file() -> None:
+    """Protects the queues on their way to the site's process, through JSON."""
+    facility = _facility("frontier")
+    schema = OmegaConf.structured(FacilityConfig)
+    body = json.loads(json.dumps(asdict(facility)))
+    assert OmegaConf.to_object(OmegaConf.merge(schema, body)) == facility
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_docs_list_every_facility(name: str) -> None:
+    """Protects the table in the documentation from going stale."""
+    assert re.search(rf"^\| `{name}` ", DOCS, flags=re.MULTILINE)
+
+
+def test_the_documented_example_works(tmp_path: Path) -> None:
+    """Protects whoever adds a cluster by the documentation."""
+    (example,) = re.findall(r"```yaml\n( +# @package .+?)```", DOCS, flags=re.DOTALL)
+    (tmp_path / "facility").mkdir()
+    (tmp_path / "facility" / "mycluster.yaml").write_text(dedent(example))
+    config = compose_config(["+facility=mycluster"], str(tmp_path))
+    facility = config.facilities["mycluster"]
+    assert facility.ranks_per_node == facility.gpus_per_node == 4
+    assert queue_of(facility) is not None
+    assert "#SBATCH --gres=gpu:a100:4" in _script("mycluster", facility)

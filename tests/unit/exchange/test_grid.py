@@ -1,0 +1,535 @@
+"""The exchange grid: strategies unaware, memory bounded, bad replies refused."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAdam, FedAvg
+
+from flwr_hpc.exchange.client import receive, send
+from flwr_hpc.exchange.codec import (
+    FullWeights,
+    Spec,
+    TensorFile,
+    sha256_of,
+    write_safetensors,
+)
+from flwr_hpc.exchange.grid import REJECTED, TTL_S, ExchangeGrid
+from flwr_hpc.exchange.records import LazyArray, RecordTensors
+from flwr_hpc.exchange.store import PREFIX, Store
+from flwr_hpc.protocol import ORDER, Order, to_json
+from strategies.engine.messages import part_of
+
+NODES = (11, 12, 13)
+
+
+def initial():
+    rng = np.random.default_rng(0)
+    return ArrayRecord(
+        {
+            "w": Array(rng.standard_normal((4, 3), dtype=np.float32)),
+            "b": Array(rng.standard_normal(5)),
+            "steps": Array(np.asarray(1.0, dtype=np.float32)),
+        }
+    )
+
+
+def trained(name, array, node):
+    kind = array.dtype.type
+    return np.asarray(array * kind(0.9) + kind(node / 7))
+
+
+class InProcess(Grid):
+    """Answers every message at once, by calling `site(message) -> content or error`."""
+
+    def __init__(self, site, nodes=NODES):
+        identity = Message.__init__.__globals__["TaskIdentity"]  # as Flower does at start
+        identity.task_id, identity.run_id, identity.node_id = 1, 1, 1
+        self.site, self.nodes = site, nodes
+        self.pushed, self._replies, self._ids = [], {}, itertools.count()
+
+    def set_run(self, run): ...
+
+    @property
+    def run(self):
+        return "the run"
+
+    def create_message(self, *args, **kwargs):
+        return Message(*args, **kwargs)
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def push_messages(self, messages):
+        return [self._push(m) for m in messages]
+
+    def _push(self, message):
+        message_id = f"{message.object_id}{next(self._ids)}"
+        message.metadata.__dict__["_message_id"] = message_id
+        self.pushed.append(message)
+        self._replies[message_id] = Message(self.site(message), reply_to=message)
+        return message_id
+
+    def pull_messages(self, message_ids):
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return self.pull_messages(self.push_messages(messages))
+
+
+class Site:
+    """The thin ClientApp with a trainer of one line; `spoil` changes what it sends."""
+
+    def __init__(self, store, folder, inline_below_mb=0.0, spoil=lambda node, path, content: path):
+        self.store, self.folder, self.inline_below_mb = store, folder, inline_below_mb
+        self.spoil = spoil
+
+    def __call__(self, message):
+        node = message.metadata.dst_node_id
+        metrics = MetricRecord({"num-examples": node, "loss": 0.5})
+        content = RecordDict({"metrics": metrics})
+        if message.metadata.message_type == "evaluate":
+            return content
+        work = self.folder / f"site{node}"
+        work.mkdir(parents=True, exist_ok=True)
+        path = receive(message.content, "arrays", self.store, work)
+        file, path = TensorFile(path), work / "trained"
+        result = {n: Array(trained(n, file.tensor(n), node)) for n in file.layout}
+        FullWeights().encode(RecordTensors(ArrayRecord(result)), path)
+        path = self.spoil(node, path, content)
+        send(content, "arrays", path, sha256_of(path), self.store, self.inline_below_mb, f"{node}")
+        return content
+
+
+def plain_site(message):
+    """An ordinary Flower ClientApp, without the exchange."""
+    node = message.metadata.dst_node_id
+    content = RecordDict({"metrics": MetricRecord({"num-examples": node, "loss": 0.5})})
+    if message.metadata.message_type == "train":
+        arrays = message.content["arrays"]
+        content["arrays"] = ArrayRecord(
+            {n: Array(np.asarray(trained(n, a.numpy(), node))) for n, a in arrays.items()}
+        )
+    return content
+
+
+class Federation:
+    """An exchange grid over simulated sites."""
+
+    def __init__(self, folder: Path, inline_below_mb=0.0, **site):
+        self.store = Store(str(folder / "store"))
+        self.site = Site(self.store, folder / "sites", inline_below_mb, **site)
+        self.inner = InProcess(self.site)
+        self.events = []
+        self.folder = folder
+        self.grid = ExchangeGrid(
+            self.inner,
+            self.store,
+            folder / "server",
+            inline_below_mb=inline_below_mb,
+            emit=lambda event, **fields: self.events.append((event, fields)),
+        )
+
+    def files(self, part):
+        gc.collect()
+        return [p for p in (self.folder / part).rglob("*") if p.is_file()]
+
+    def run(self, rounds=3, strategy=FedAvg, **options):
+        return strategy(**options).start(self.grid, initial(), rounds)
+
+    def train(self, *nodes, arrays=None):
+        record = RecordDict({"arrays": arrays or initial(), "config": ConfigRecord({"lr": 0.1})})
+        ids = self.grid.push_messages([Message(record, n, "train") for n in nodes])
+        return list(self.grid.pull_messages(ids))
+
+
+def values(record):
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def assert_equal(found, expected):
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg, FedAdam])
+@pytest.mark.parametrize("inline_below_mb", [0.0, 1.0])
+def test_flowers_own_strategies_give_the_same_arrays(tmp_path, strategy, inline_below_mb):
+    """Bit by bit, by reference or inline: the strategy does not notice the exchange."""
+    expected = strategy().start(InProcess(plain_site), initial(), 3)
+    federation = Federation(tmp_path, inline_below_mb)
+    result = federation.run(3, strategy)
+    # FedAdam sums in the order of the sampled nodes, which is random.
+    for name, array in values(expected.arrays).items():
+        np.testing.assert_allclose(values(result.arrays)[name], array, rtol=1e-6, atol=1e-7)
+    assert result.train_metrics_clientapp[3] == pytest.approx(expected.train_metrics_clientapp[3])
+    assert federation.grid.rejected == 0
+
+
+def test_fedavg_is_exact(tmp_path, monkeypatch):
+    """With the order of the nodes fixed, every bit agrees."""
+    monkeypatch.setattr("random.sample", lambda population, k: list(population)[:k])
+    expected = FedAvg(min_train_nodes=3).start(InProcess(plain_site), initial(), 3)
+    result = Federation(tmp_path).run(3, min_train_nodes=3)
+    assert_equal(values(result.arrays), values(expected.arrays))
+
+
+def test_arrays_are_published_once_and_leave_memory(tmp_path):
+    """Many messages share one payload, and the caller's record becomes lazy in place."""
+    federation = Federation(tmp_path)
+    arrays = initial()
+    before = values(arrays)
+    puts = []
+    put = federation.store.put
+    federation.grid._store.put = lambda *a: puts.append(a) or put(*a)
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"lr": 0.1})})
+    federation.inner.site = lambda message: RecordDict()
+    federation.grid.push_messages([Message(content, n, "train") for n in NODES])
+    assert len(puts) == 1
+    assert len({str(m.content[f"{PREFIX}arrays"]["key"]) for m in federation.inner.pushed}) == 1
+    assert all("arrays" not in m.content for m in federation.inner.pushed)
+    assert all(m.content["config"]["lr"] == 0.1 for m in federation.inner.pushed)
+    assert content["arrays"] is arrays  # the caller's message is as it was
+    assert all(isinstance(a, LazyArray) for a in arrays.values())
+    assert_equal(values(arrays), before)
+
+
+def test_a_changed_record_is_a_new_version(tmp_path):
+    """Replacing one array is noticed without a flag."""
+    federation = Federation(tmp_path)
+    arrays = initial()
+    federation.train(11, arrays=arrays)
+    arrays["w"] = Array(np.zeros((4, 3), np.float32))
+    federation.train(11, arrays=arrays)
+    keys = [str(m.content[f"{PREFIX}arrays"]["key"]) for m in federation.inner.pushed]
+    assert len(set(keys)) == 2
+    assert values(arrays)["w"].sum() == 0
+
+
+def test_replies_are_lazy_and_in_the_order_of_the_model(tmp_path):
+    """One tensor at a time, numbered as the strategy numbers them."""
+    (reply,) = Federation(tmp_path).train(11)
+    assert list(reply.content["arrays"]) == ["w", "b", "steps"]
+    assert all(isinstance(a, LazyArray) for a in reply.content["arrays"].values())
+    assert set(reply.content) == {"metrics", "arrays"}
+
+
+def order_of(**fields):
+    return ConfigRecord({"json": to_json(Order("run", "a", 1, "train", **fields))})
+
+
+def ask_for_a_part(federation, merges, returns, answer, kind="train"):
+    """Hand in an order whose reply is `answer`, or collect it."""
+    arrays = {"arrays": part_of(initial(), merges)} if merges and kind == "train" else {}
+    content = RecordDict({**arrays, ORDER: order_of(merges=merges, returns=returns)})
+    path = federation.folder / "answer"
+    FullWeights().encode(RecordTensors(part_of(initial(), answer)), path)
+
+    def site(message):
+        found = RecordDict()
+        limit_mb = federation.site.inline_below_mb
+        send(found, "arrays", path, sha256_of(path), federation.store, limit_mb, "a")
+        return found
+
+    federation.inner.site = site
+    (reply,) = federation.grid.send_and_receive([Message(content, 11, kind)])
+    return reply
+
+
+@pytest.mark.parametrize("inline_below_mb", [0.0, 1.0])
+def test_a_part_travels_and_only_what_was_asked_for_comes_back(tmp_path, inline_below_mb):
+    """Streaming DiLoCo: neither what was sent nor the whole model says what a reply holds."""
+    federation = Federation(tmp_path, inline_below_mb)
+    federation.grid.expect(initial(), "arrays")
+    for kind in ("train", "query.collect"):
+        for merges in (["w"], []):
+            reply = ask_for_a_part(federation, merges, ["b", "steps"], ["b", "steps"], kind)
+            assert_equal(
+                values(reply.content["arrays"]), values(part_of(initial(), ["b", "steps"]))
+            )
+    for answer in (["w"], ["b"], ["w", "b", "steps"]):
+        reply = ask_for_a_part(federation, ["w"], ["b", "steps"], answer)
+        assert reply.error.code == REJECTED, answer
+    assert federation.grid.rejected == 3
+    reply = ask_for_a_part(federation, None, None, ["w", "b", "steps"])
+    assert set(reply.content["arrays"]) == {"w", "b", "steps"}
+
+
+def test_every_message_lives_for_weeks_and_others_pass_untouched(tmp_path):
+    """Jobs queue for days; messages without arrays and errors are no business of ours."""
+    federation = Federation(tmp_path)
+    federation.inner.site = lambda message: Error(7, "mine")
+    message = Message(RecordDict({"wait": ConfigRecord({"wait_s": 1.0})}), 11, "query.describe")
+    ids = federation.grid.push_messages([message])
+    assert federation.inner.pushed == [message]
+    assert message.metadata.ttl == TTL_S
+    (reply,) = federation.grid.pull_messages(ids)
+    assert (reply.error.code, reply.error.reason) == (7, "mine")
+    assert federation.grid.rejected == 0
+    assert federation.grid.run == "the run"
+
+
+def test_disk_holds_the_newest_version_alone(tmp_path):
+    """Replies go once aggregated, versions once a newer one is out."""
+    federation = Federation(tmp_path)
+    result = federation.run(4)
+    assert len(federation.files("store")) == 1
+    assert len(federation.files("server")) == 1
+    del result
+    federation.grid.close()
+    assert federation.files("store") == []
+
+
+def test_what_orders_carry_besides_displaces_no_version(tmp_path):
+    """The newest weights wait for the next site, also when each site's order carries its own."""
+    federation, weights = Federation(tmp_path), initial()
+    federation.inner.site = lambda message: RecordDict()
+    for node, size in ((11, 2.0), (12, 3.0)):
+        correction = ArrayRecord({"w": Array(np.full((4, 3), size, dtype=np.float32))})
+        content = RecordDict({"arrays": weights, "correction": correction})
+        list(federation.grid.send_and_receive([Message(content, node, "train")]))
+    federation.grid.push_messages([])
+    sha256 = weights["w"].source.sha256  # it has become lazy over what was published
+    assert sha256 in {path.stem for path in federation.files("store")}
+    assert len(federation.files("store")) == 2
+
+
+def test_a_gradient_is_held_to_the_layout_of_the_weights(tmp_path):
+    """Protects the control variates of every site from one site's reply."""
+    federation = Federation(tmp_path)
+    wrong = ArrayRecord({"w": Array(np.zeros((2, 2), np.float32))})
+    federation.inner.site = lambda message: RecordDict({"gradient": wrong})
+    federation.grid.expect(initial(), "gradient")
+    (reply,) = federation.train(11)
+    assert reply.error.code == REJECTED
+
+
+def test_a_version_that_a_site_still_has_to_fetch_stays(tmp_path):
+    """Asynchronous strategies publish while slow sites are on their way."""
+    federation = Federation(tmp_path)
+    federation.inner.site = lambda message: RecordDict()
+    push = federation.grid.push_messages
+
+    def version(value):
+        content = RecordDict({"arrays": ArrayRecord({"w": Array(np.full(9, value))})})
+        return list(push([Message(content, NODES[value % 2], "train")]))
+
+    slow = version(0)
+    for value in (1, 3, 5):
+        federation.grid.pull_messages(version(value))
+    assert len(federation.files("store")) == 2
+    collect = push([Message(RecordDict(), NODES[0], "query.collect")])
+    federation.grid.pull_messages(collect)  # not the answer to what carried the weights
+    federation.grid.pull_messages(version(7))
+    assert len(federation.files("store")) == 2
+    federation.grid.pull_messages(slow)
+    federation.grid.pull_messages(version(9))
+    assert len(federation.files("store")) == 1
+
+
+def test_a_version_is_put_again_when_its_file_is_gone(tmp_path):
+    """Checkpoints delete files that lazy records still read."""
+    federation = Federation(tmp_path)
+    arrays = initial()
+    expected = values(arrays)
+    federation.train(11, arrays=arrays)
+    for path in federation.files("server"):
+        path.unlink()
+    (reply,) = federation.train(12, arrays=arrays)
+    assert reply.has_content()
+    assert_equal(values(arrays), expected)
+
+
+def test_a_new_server_empties_its_folder(tmp_path):
+    """What a killed session left does not pile up."""
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "old.safetensors").write_bytes(b"x")
+    federation = Federation(tmp_path)
+    assert federation.files("server") == []
+
+
+def rewrite(change):
+    """Return a spoiler that writes other arrays, or changes the metrics, at one node."""
+
+    def spoil(node, path, content):
+        if node == 12:
+            arrays = dict(values(initial()))
+            change(arrays, content)
+            record = ArrayRecord({n: Array(np.asarray(a)) for n, a in arrays.items()})
+            path = path.with_name("spoiled")
+            FullWeights().encode(RecordTensors(record), path)
+        return path
+
+    return spoil
+
+
+def bytes_instead(make):
+    def spoil(node, path, content):
+        if node != 12:
+            return path
+        path.with_name("spoiled").write_bytes(make(path.read_bytes()))
+        return path.with_name("spoiled")
+
+    return spoil
+
+
+def put(name, index, value):
+    def change(arrays, content):
+        arrays[name] = np.array(arrays[name])
+        arrays[name][index] = value
+
+    return rewrite(change)
+
+
+BAD = {
+    "nan": (put("w", (3, 2), np.nan), "'w' has a value that is not finite"),
+    "infinity": (put("b", 0, -np.inf), "'b' has a value that is not finite"),
+    "shape": (rewrite(lambda a, c: a.update(w=a["w"].T)), "shape"),
+    "missing": (rewrite(lambda a, c: a.pop("b")), "missing"),
+    "extra": (rewrite(lambda a, c: a.update(c=a["b"])), "unknown"),
+    "integers": (rewrite(lambda a, c: a.update(b=np.arange(5))), "dtype"),
+    "weight": (rewrite(lambda a, c: c["metrics"].update({"num-examples": np.nan})), "num-ex"),
+    "negative": (rewrite(lambda a, c: c["metrics"].update({"num-examples": -1})), "num-ex"),
+}
+BAD_BYTES = {
+    "cut": (bytes_instead(lambda raw: raw[:-4]), "not a valid"),
+    "huge header": (bytes_instead(lambda raw: struct.pack("<Q", 1 << 40) + raw[8:]), "claims"),
+    "empty": (bytes_instead(lambda raw: b""), "not a valid"),
+    "too large": (bytes_instead(lambda raw: raw + bytes(34 << 20)), "at most"),
+}
+
+
+def assert_refused(federation, says):
+    result = federation.run(2, min_train_nodes=3)
+    assert federation.grid.rejected == 2
+    event, fields = federation.events[0]
+    assert event == "order_rejected"
+    assert fields["facility"] == "12"
+    assert says in fields["reason"]
+    assert all(np.isfinite(a).all() for a in values(result.arrays).values())
+    fair = FedAvg().start(InProcess(plain_site, nodes=(11, 13)), initial(), 2)
+    for name, array in values(fair.arrays).items():
+        np.testing.assert_allclose(values(result.arrays)[name], array, rtol=1e-6)
+    assert len(federation.files("store")) <= 1
+    assert len(federation.files("server")) <= 1
+
+
+@pytest.mark.parametrize("inline_below_mb", [0.0, 1.0])
+@pytest.mark.parametrize(("spoil", "says"), BAD.values(), ids=BAD.keys())
+def test_a_bad_reply_is_refused_and_the_round_goes_on(tmp_path, spoil, says, inline_below_mb):
+    """The model is what the other sites make of it; nothing stays on disk."""
+    assert_refused(Federation(tmp_path, inline_below_mb, spoil=spoil), says)
+
+
+@pytest.mark.parametrize(("spoil", "says"), BAD_BYTES.values(), ids=BAD_BYTES.keys())
+def test_a_malformed_payload_is_refused_and_the_round_goes_on(tmp_path, spoil, says):
+    """So is what is no safetensors file at all."""
+    assert_refused(Federation(tmp_path, spoil=spoil), says)
+
+
+def bit_flip(federation, ref):
+    path = federation.folder / "store" / str(ref["key"])
+    raw = path.read_bytes()
+    path.unlink()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def gone(federation, ref):
+    (federation.folder / "store" / str(ref["key"])).unlink()
+
+
+def elsewhere(federation, ref):
+    ref["key"] = f"../../{ref['sha256']}.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("tamper", "says"), [(bit_flip, "sha256"), (gone, "not in"), (elsewhere, "not a reference")]
+)
+def test_a_payload_that_is_not_what_was_sent_is_refused(tmp_path, tamper, says):
+    """The hash in the message decides, and a key cannot point out of the store."""
+    federation = Federation(tmp_path)
+
+    def site(message):
+        content = federation.site(message)
+        if message.metadata.dst_node_id == 12 and f"{PREFIX}arrays" in content:
+            tamper(federation, content[f"{PREFIX}arrays"])
+        return content
+
+    federation.inner.site = site
+    result = federation.run(1, min_train_nodes=3)
+    assert federation.grid.rejected == 1
+    assert says in federation.events[0][1]["reason"]
+    assert all(np.isfinite(a).all() for a in values(result.arrays).values())
+
+
+def test_a_refusal_answers_the_message_and_names_the_order(tmp_path):
+    """The strategy finds the order it failed, the log the facility."""
+    federation = Federation(tmp_path, spoil=BAD["nan"][0])
+
+    def site(message):
+        content = federation.site(message)
+        status = {"facility": "juwels", "order_id": "run-juwels-000003"}
+        content["status"] = ConfigRecord({"json": json.dumps(status)})
+        return content
+
+    federation.inner.site = site
+    good, bad = federation.train(11, 12)
+    assert good.has_content()
+    assert bad.error.code == REJECTED
+    assert bad.metadata.src_node_id == 12
+    assert bad.metadata.reply_to_message_id == federation.inner.pushed[1].metadata.message_id
+    assert federation.events[0][1]["facility"] == "juwels"
+    assert federation.events[0][1]["order_id"] == "run-juwels-000003"
+
+
+def test_a_resumed_run_checks_orders_of_the_session_before(tmp_path):
+    """`expect` stands in until weights are pushed to a node."""
+    federation = Federation(tmp_path)
+    wrong = ArrayRecord({"w": Array(np.zeros((2, 2), np.float32))})
+    federation.inner.site = lambda message: RecordDict({"arrays": wrong})
+    collect = [Message(RecordDict(), 11, "query.collect")]
+    (reply,) = federation.grid.send_and_receive(collect)
+    assert reply.has_content()  # nothing is known of the model yet
+    federation.grid.expect(initial(), "arrays")
+    (reply,) = federation.grid.send_and_receive(collect)
+    assert reply.error.code == REJECTED
+
+
+@pytest.mark.parametrize("inline_below_mb", [0.0, 1.0])
+def test_bfloat16_replies_average_as_float32(tmp_path, inline_below_mb):
+    """Sites may send bfloat16, which numpy lacks; the model stays float32."""
+
+    def spoil(node, path, content):
+        file = TensorFile(path)
+        bits = {n: (file.tensor(n).astype(np.float32).view(np.uint32) >> 16) for n in file.layout}
+        layout = {n: Spec("BF16", file.layout[n].shape) for n in bits}
+        half = path.with_name("bf16")
+        write_safetensors(half, ((n, b.astype(np.uint16)) for n, b in bits.items()), layout)
+        return half
+
+    federation = Federation(tmp_path, inline_below_mb, spoil=spoil)
+    result = federation.run(1)
+    exact = FedAvg().start(InProcess(plain_site), initial(), 1)
+    assert federation.grid.rejected == 0
+    for name, array in values(result.arrays).items():
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, values(exact.arrays)[name], rtol=1e-2)
+
+
+def test_arrays_that_no_file_can_hold_travel_as_they_are(tmp_path):
+    """Foreign strategies may send what is not weights."""
+    federation = Federation(tmp_path)
+    federation.inner.site = lambda message: RecordDict()
+    odd = ArrayRecord({"z": Array(np.zeros(3, np.complex64))})
+    federation.train(11, arrays=odd)
+    assert federation.inner.pushed[0].content["arrays"] is odd

@@ -1,0 +1,184 @@
+"""What qsub, qstat and qdel say, and what we make of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from worlds.pbs_answers import AT, AT_S, NOBODY, job
+
+from flwr_hpc.schedulers.base import JobInfo, SchedulerUnavailableError
+from flwr_hpc.schedulers.pbs import parse as pbs_states
+from flwr_hpc.schedulers.pbs.parse import (
+    duration_s,
+    qdel,
+    qstat,
+    qsub,
+    read_job,
+    read_qdel,
+    read_qstat,
+    read_qsub,
+    short_name,
+)
+
+
+def test_commands() -> None:
+    """Protects the requests: JSON, one id or none at all, never a user."""
+    assert qsub("/f/x.sh", "/f/a b") == ["qsub", "-o", "/f/a b", "/f/x.sh"]
+    assert qstat("21.pbshost", history=True) == ["qstat", "-f", "-F", "json", "-x", "21.pbshost"]
+    assert qstat() == ["qstat", "-f", "-F", "json"]
+    assert qdel("21.pbshost") == ["qdel", "21.pbshost"]
+
+
+@pytest.mark.parametrize(
+    ("text", "job_id"),
+    [
+        ("21.pbshost\n", "21.pbshost"),
+        ("note of the centre\n21.pbs-01.hsn.example.gov\n", "21.pbs-01.hsn.example.gov"),
+        ("", ""),
+        ("nothing", ""),
+    ],
+)
+def test_id_of_a_submitted_job(text: str, job_id: str) -> None:
+    """Protects the id from what hooks of a centre print before it."""
+    assert read_qsub(text) == job_id
+
+
+@pytest.mark.parametrize(
+    ("attributes", "state", "outcome", "stuck"),
+    [
+        ({"job_state": "Q", "substate": 10}, "pending", None, ""),
+        ({"job_state": "Q", "comment": "Not Running: Insufficient"}, "pending", None, ""),
+        ({"job_state": "Q", "comment": "Can Never Run: Insuff"}, "pending", None, "impossible"),
+        ({"job_state": "H", "substate": 20}, "pending", None, "held"),
+        ({"job_state": "W"}, "pending", None, ""),
+        ({"job_state": "T"}, "pending", None, ""),
+        ({"job_state": "R"}, "running", None, ""),
+        ({"job_state": "S"}, "running", None, ""),
+        ({"job_state": "E", "Exit_status": 0}, "running", None, ""),
+        ({"job_state": "M"}, "unknown", None, ""),
+        ({"job_state": "Z"}, "unknown", None, ""),
+        ({"job_state": "F", "substate": 92, "Exit_status": 0}, "ended", "completed", ""),
+        ({"job_state": "F", "substate": 92}, "ended", None, ""),  # it never ran
+        ({"job_state": "F", "substate": 93, "Exit_status": 5}, "ended", "failed", ""),
+        ({"job_state": "F", "substate": 93, "Exit_status": 265}, "ended", "failed", ""),
+        ({"job_state": "F", "substate": 93, "Exit_status": 254}, "ended", "failed", ""),
+        ({"job_state": "F", "substate": 93, "Exit_status": -29}, "ended", "timeout", ""),
+        ({"job_state": "F", "substate": 93, "Exit_status": -20}, "ended", "node_fail", ""),
+        ({"job_state": "F", "substate": 91, "Exit_status": 271}, "ended", "cancelled", ""),
+        ({"job_state": "F", "substate": 91}, "ended", "cancelled", ""),
+    ],
+)
+def test_states_and_ends(attributes: dict[str, Any], state: str, outcome: Any, stuck: str) -> None:
+    """Protects the tables: state letter, substate, Exit_status, comment."""
+    info = read_job("21.pbshost", job(**attributes))
+    assert (info.state, info.outcome, info.stuck) == (state, outcome, stuck)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"job_state": "Q", "comment": "Not Running: x"}, "queued: Not Running: x"),
+        ({"job_state": "H"}, "held"),
+        ({"job_state": "H", "Hold_Types": "us"}, "held (user, system hold)"),
+        (
+            {"job_state": "F", "Exit_status": -29, "comment": "exceeded resource walltime"},
+            "finished, over its walltime (Exit_status -29): exceeded resource walltime",
+        ),
+        ({"job_state": "F", "Exit_status": 265, "substate": 93}, "finished, killed by SIGKILL"),
+        ({"job_state": "F", "Exit_status": 5}, "finished, failed (Exit_status 5)"),
+        ({"job_state": "F", "Exit_status": 271, "substate": 91}, "deleted"),
+    ],
+)
+def test_reason_is_in_pbs_words(attributes: dict[str, Any], said: str) -> None:
+    """Protects what the user is told about a job."""
+    assert read_job("21.pbshost", job(**attributes)).reason == said
+
+
+def test_times_nodes_and_restarts() -> None:
+    """Protects the wait by PBS's own times, which have no zone, and node-hours."""
+    done = job(
+        job_state="F", substate=92, Exit_status=0, run_count=1, ctime=AT, etime=AT,
+        stime="Fri Nov 20 08:24:49 2026", resources_used={"walltime": "100:00:15"},
+        exec_host="nodea/0*4+nodeb/0*4", exec_vnode="(nodea:ncpus=4:ngpus=4)+(nodeb:ncpus=4)",
+    )  # fmt: skip
+    assert read_job("21.pbshost", done) == JobInfo(
+        "21.pbshost", "mine", "ended", submitted_s=AT_S, eligible_s=AT_S, started_s=AT_S + 60,
+        ended_s=AT_S + 60 + 360015, nodes=2, outcome="completed", reason="finished",
+    )  # fmt: skip
+    waiting = job(job_state="Q", Resource_List={"nodect": 3}, estimated={"start_time": AT})
+    info = read_job("22.pbshost", waiting)
+    assert (info.expected_start_s, info.nodes, info.started_s) == (AT_S, 3, None)
+
+
+LATER = "Fri Nov 20 09:00:00 2026"
+
+
+@pytest.mark.parametrize(
+    ("state", "runs", "restarts", "submitted"),
+    [("Q", 0, 0, AT), ("R", 1, 0, AT), ("Q", 1, 1, LATER), ("R", 2, 1, None), ("F", 2, 1, None)],
+)
+def test_restarts(state: str, runs: int, restarts: int, submitted: str | None) -> None:
+    """Protects a second stay in the queue from counting the first run as waiting."""
+    info = read_job("1.p", job(job_state=state, run_count=runs, ctime=AT, mtime=LATER, stime=AT))
+    same = read_job("1.p", job(job_state="Q", ctime=submitted)).submitted_s
+    assert (info.restarts, info.submitted_s) == (restarts, same)
+
+
+def test_values_that_changed_their_type() -> None:
+    """Protects names that qstat turns into numbers."""
+    assert read_job("1.p", {"job_state": "Q", "Variable_List": {"FLWR_HPC_JOB": 12}}).name == "12"
+    assert read_job("1.p", {"job_state": "Q"}).name == ""
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("00:00:15", 15), ("100:00:00", 360000), (90, 90)])
+def test_durations(text: Any, seconds: float) -> None:
+    """Protects walltimes beyond a day."""
+    assert duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("code", [153, 35])
+def test_a_job_that_is_not_there(code: int) -> None:
+    """Protects the two exit codes that are an answer."""
+    assert read_qstat(code, NOBODY) == []
+
+
+@pytest.mark.parametrize("code", [255, 1, 2, 162])
+def test_server_down_is_no_answer(code: int) -> None:
+    """Protects running jobs: without a server qstat prints valid JSON without jobs."""
+    with pytest.raises(SchedulerUnavailableError, match="cannot connect"):
+        read_qstat(code, NOBODY, "cannot connect to server")
+
+
+def test_broken_json_is_no_answer() -> None:
+    """Protects against other users' variables that break qstat's JSON."""
+    with pytest.raises(SchedulerUnavailableError, match="no JSON"):
+        read_qstat(0, '{"Jobs": {"21.p": {"a": "b"c"}}}')
+
+
+def test_deleting_what_has_ended() -> None:
+    """Protects cancelling twice; only a server that is down is an error."""
+    for code in (0, 35, 153):
+        read_qdel(code)
+    with pytest.raises(SchedulerUnavailableError, match="exit code 162"):
+        read_qdel(162)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("2026-11-20_12-00-00-ab-leonardo-a0000", "flwr-ardo-a0000"),
+        ("run-pbs-a0000", "flwr-pbs-a0000"),
+        ("a b", "flwr-a_b"),
+    ],
+)
+def test_short_names(name: str, short: str) -> None:
+    """Protects submission to servers that take 15 characters, a letter first."""
+    assert short_name(name) == short
+    assert len(short) <= 15
+
+
+def test_numbers_of_ids() -> None:
+    """Protects jobs of servers that go by several names."""
+    assert pbs_states.number("21.pbshost") == pbs_states.number("21.pbshost.example.org") == 21
+    assert pbs_states.number("") == -1

@@ -1,0 +1,94 @@
+"""What is found on this machine before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.errors import UserError
+from flwr_hpc.server import preflight
+
+FEDAVG = "strategy._target_=flwr.serverapp.strategy.FedAvg"
+NAME = "some-org/Some-Model"
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give every test an empty Hugging Face cache, and packages that are all there."""
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    monkeypatch.setattr(preflight.sources, "check", lambda *_, **__: None)  # has its own tests
+    return tmp_path / "hub"
+
+
+def check(*overrides: str) -> None:
+    preflight.check(compose_config(list(overrides)))
+
+
+def fault(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check(*overrides)
+    return str(caught.value)
+
+
+def test_a_strategy_that_waits_for_more_sites_than_there_are() -> None:
+    """Protects Flower's defaults of two nodes from waiting for ever with one facility."""
+    mend = [f"strategy.{key}=1" for key in preflight.MIN_NODES]
+    said = fault(FEDAVG, "+facility=local_a")
+    assert "but the run has 1 facility" in said
+    assert " ".join(mend) in said
+    check(FEDAVG, "+facility=local_a", *mend)
+    check(FEDAVG)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from a job that dies of an import."""
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert "pip install 'flwr-hpc[wandb]'" in fault("tracking=wandb")
+    assert "pip install 'flwr-hpc[train]'" in fault()
+
+
+def test_stores_are_file_systems_that_fsspec_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from an exchange that nobody reaches."""
+    for good in ("/shared/x", "file:///shared/x", "memory://x", "simplecache::memory://x"):
+        check(f"exchange.store={good}")
+    assert "no file system 'sftpp'. Did you mean 'sftp'?" in fault("exchange.store=sftpp://host/x")
+
+    def missing(protocol: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    assert "Install s3fs" in fault("exchange.store=s3://bucket/x")
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.tokenizer"])
+def test_checkpoints_are_folders_or_cached(key: str, hub: Path, tmp_path: Path) -> None:
+    """Protects from a job that finds out without a network that there is no model."""
+    said = fault(f"{key}={NAME}")
+    assert f"neither a folder nor in the Hugging Face cache ({hub})" in said
+    assert "hf download some-org/Some-Model" in said
+    assert "facilities.local_a.internet=true" in said
+    online = [f"facilities.{name}.internet=true" for name in ("local_a", "local_b")]
+    check(f"{key}={NAME}", "+facility=[local_a,local_b]", *online)
+    (hub / "models--some-org--Some-Model" / "snapshots").mkdir(parents=True)
+    check(f"{key}={NAME}")
+    check(f"{key}={tmp_path}")
+    for wrong in ("/no/such/folder", "./models/x", "a/b/c"):
+        assert f"{key}={wrong}: there is no such folder" in fault(f"{key}={wrong}")
+
+
+def test_another_cache_may_be_named_for_the_job(tmp_path: Path) -> None:
+    """Protects facilities whose environment says where models lie."""
+    (tmp_path / "own" / "models--some-org--Some-Model" / "snapshots").mkdir(parents=True)
+    one = ["+facility=local_a", f"model.path={NAME}"]
+    check(*one, f"facilities.local_a.env.HF_HUB_CACHE={tmp_path / 'own'}")
+    check(*one, "facilities.local_a.setup=['export HF_HOME=/elsewhere']")
+    fault(*one)
+
+
+def test_what_lies_at_a_remote_facility_is_not_judged(tmp_path: Path) -> None:
+    """Protects facilities whose file systems this machine does not see."""
+    check("+facility=slurm", "facilities.slurm.account=p1", "model.path=/scratch/x")

@@ -1,0 +1,484 @@
+"""A site's allocations and orders, on a scheduler and a clock made for the test."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worlds.site import Killed, World, order
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.schedulers.base import SchedulerUnavailableError
+from flwr_hpc.site.manager import Site
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "site")
+
+
+def test_acquire_goes_from_queued_to_ready(world: World) -> None:
+    """Protects late binding: one job, followed until the model is loaded."""
+    assert world.site.acquire().state == "queued"
+    world.job(0, "running")
+    assert world.site.acquire().state == "starting"
+    world.worker(0, "loading")
+    assert world.site.acquire().state == "starting"
+    world.up(0)
+    status = world.site.acquire()
+    assert (status.state, status.allocation, status.walltime_left_s) == ("ready", "a0000", 3000.0)
+    assert status.ledger == {"a0000": {"queue": 7.0, "load": 2.0, "idle": 1.0}}
+    assert len(world.scheduler.jobs) == 1
+    assert world.alloc(0).spec() == {"model": "tiny"}
+
+
+def test_scheduler_is_asked_rarely(world: World) -> None:
+    """Protects the facility's scheduler from our long polls."""
+    for _ in range(20):
+        world.site.acquire()
+        world.clock.sleep(1.0)
+    assert world.scheduler.asked == 1
+
+
+def test_a_worker_that_beats_overrides_a_pending_job(world: World) -> None:
+    """Protects against waiting for a scheduler whose answer is out of date."""
+    world.site.acquire()
+    world.worker(0, "ready")
+    assert world.site.acquire().state == "ready"
+
+
+def test_a_requeued_job_is_queued(world: World) -> None:
+    """Protects against trusting the state file of a job's former start."""
+    world.site.acquire()
+    world.up(0)
+    assert world.site.acquire().state == "ready"
+    world.job(0, "pending")
+    assert world.restart().acquire().state == "queued"
+
+
+@pytest.mark.parametrize("wait", [0, 5])
+def test_new_process_finds_the_live_allocation(world: World, wait: int) -> None:
+    """Protects the job of a launcher that was killed."""
+    world.site.acquire()
+    world.up(0)
+    world.clock.time += wait
+    assert world.restart().acquire().state == "ready"
+    assert len(world.scheduler.jobs) == 1
+
+
+@pytest.mark.parametrize("trouble", [Killed(), SchedulerUnavailableError("timed out")])
+def test_job_submitted_but_not_written_down_is_adopted(
+    world: World, trouble: BaseException
+) -> None:
+    """Protects against a second job, and a lost one, after a crash in the middle of submit."""
+    world.scheduler.trouble = trouble
+    if isinstance(trouble, Killed):
+        with pytest.raises(Killed):
+            world.site.acquire()
+    else:
+        assert world.site.acquire().state == "queued"
+    world.scheduler.trouble = None
+    assert world.restart().acquire().state == "queued"
+    assert len(world.scheduler.jobs) == 1
+    assert world.alloc(0).job() is not None
+
+
+def test_killed_before_the_submit(world: World) -> None:
+    """Protects an allocation that was declared and never submitted."""
+    world.scheduler.refusal = Killed()
+    with pytest.raises(Killed):
+        world.site.acquire()
+    world.scheduler.refusal = None
+    world.restart().acquire()
+    assert list(world.scheduler.jobs) == ["run-fac-a0000"]
+
+
+def test_killed_in_the_middle_of_the_submit(world: World) -> None:
+    """Protects against a second job: sbatch outlives its launcher, and may not be through yet."""
+    world.scheduler.refusal = Killed()
+    with pytest.raises(Killed):
+        world.site.acquire()
+    mark = world.alloc(0).path / "submitting"
+    since_s = json.loads(mark.read_text())["since_s"]
+    mark.write_text(json.dumps({"since_s": since_s, "until_s": world.clock.wall() + 60.0}))
+    world.scheduler.refusal = None
+    assert "killed" in world.restart().acquire().reason
+    assert not world.scheduler.jobs
+    world.clock.sleep(61.0)
+    assert world.restart().acquire().state == "queued"
+    assert list(world.scheduler.jobs) == ["run-fac-a0000"]
+
+
+def test_submission_is_not_hammered(world: World) -> None:
+    """Protects a scheduler that does not answer from a submission per poll."""
+    world.scheduler.refusal = SchedulerUnavailableError("no answer")
+    assert world.site.acquire().state == "queued"
+    world.scheduler.refusal = AssertionError("asked too soon")
+    world.clock.sleep(1.0)
+    assert world.site.acquire().state == "queued"
+    world.scheduler.refusal = None
+    world.clock.sleep(30.0)
+    world.site.acquire()
+    assert len(world.scheduler.jobs) == 1
+
+
+def test_refused_job_is_fatal(world: World) -> None:
+    """Protects the user's time: a wrong account does not mend by trying again."""
+    world.scheduler.refusal = UserError("Slurm refused the job: invalid account")
+    status = world.site.acquire()
+    assert (status.state, status.fatal) == ("failed", True)
+    assert "invalid account" in status.error
+    assert world.restart().hand_in(order(), None).fatal
+
+
+def test_allocations_that_never_get_ready_are_given_up(world: World) -> None:
+    """Protects the budget: at most `retries` replacements, then the reason; then again."""
+    world.restart(retries=1)
+    world.site.acquire()
+    world.job(0, "ended")
+    assert world.site.acquire().state == "queued"
+    world.job(1, "ended")
+    status = world.site.acquire()
+    assert (status.state, status.fatal) == ("failed", False)
+    assert "NODE_FAIL" in status.error
+    assert world.site.acquire().state == "queued"
+    assert len(world.scheduler.jobs) == 3
+
+
+def test_fatal_failure_of_the_worker(world: World) -> None:
+    """Protects against replacing jobs that all fail for the same reason."""
+    world.site.hand_in(order(), None)
+    world.job(0, "running")
+    world.worker(0, "failed", error="data: no such file", fatal=True)
+    status = world.site.collect(order().id)
+    assert (status.state, status.fatal, status.error) == ("failed", True, "data: no such file")
+    assert world.scheduler.cancelled == ["run-fac-a0000"]  # other ranks may hang
+    assert len(world.scheduler.jobs) == 1
+    assert world.restart().collect(order().id).fatal
+
+
+def test_hand_in_is_idempotent(world: World) -> None:
+    """Protects against training an order twice."""
+    world.site.hand_in(order(), Path("/w/1"))
+    world.up(0)
+    assert world.site.hand_in(order(), Path("/w/2")).state == "running"
+    assert world.restart().hand_in(order(), None).state == "running"
+    assert world.spool.order(order().id).order()[1] == Path("/w/1")
+    assert world.alloc(0).inbox() == [order().id]
+    world.done(order(), steps=10)
+    status = world.restart().hand_in(order(), None)
+    assert status.state == "done"
+    assert status.result is not None
+    assert status.result.steps == 10
+    assert status.walltime_left_s == 3000.0
+    assert len(world.scheduler.jobs) == 1
+
+
+def test_progress_of_a_running_order(world: World) -> None:
+    """Protects what the live view shows."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    world.spool.order(order().id).write_progress({"step": 3, "steps": 10, "loss": 2.5, "x": 1})
+    status = world.site.collect(order().id)
+    assert (status.state, status.step, status.steps, status.loss) == ("running", 3, 10, 2.5)
+
+
+def test_collect_of_an_order_nobody_handed_in(world: World) -> None:
+    """Protects against waiting for ever for an order that is not there."""
+    status = world.site.collect("run-fac-000009")
+    assert status.state == "failed"
+    assert "hand it in" in status.error
+
+
+def test_dead_allocation_is_replaced_at_most_so_often(world: World) -> None:
+    """Protects an order from its allocation's death, and the budget from an order."""
+    world.restart(retries=1)
+    world.site.hand_in(order(), None)
+    log = world.alloc(0).path / "job" / "1_0_log.err"
+    log.parent.mkdir()
+    log.write_text("CUDA Error: out of memory")
+    world.job(0, "ended")
+    assert world.site.collect(order().id).state == "queued"
+    assert world.alloc(1).inbox() == [order().id]
+    world.up(1)
+    assert world.restart(retries=1).collect(order().id).state == "running"
+    world.job(1, "ended")
+    status = world.site.collect(order().id)
+    assert (status.state, status.fatal) == ("failed", False)
+    assert "gave up after 2" in status.error
+    assert len(world.scheduler.jobs) == 2
+    assert world.restart().collect(order().id).state == "failed"
+
+
+def test_reason_holds_the_jobs_last_words(world: World) -> None:
+    """Protects the user from a bare 'job failed'."""
+    world.restart(retries=0)
+    world.site.hand_in(order(), None)
+    log = world.alloc(0).path / "job" / "1_0_log.err"
+    log.parent.mkdir()
+    log.write_text("first\nCUDA Error: out of memory\n")
+    world.job(0, "ended")
+    error = world.site.collect(order().id).error
+    assert "NODE_FAIL" in error
+    assert "out of memory" in error
+
+
+def test_failed_order_is_tried_again_when_handed_in_again(world: World) -> None:
+    """Protects the strategy's retries: a failure is not remembered for ever."""
+    world.restart(retries=0)
+    world.site.hand_in(order(), None)
+    world.job(0, "ended")
+    assert world.site.collect(order().id).state == "failed"
+    assert world.restart().hand_in(order(), None).state == "queued"
+    assert world.alloc(1).inbox() == [order().id]
+
+
+def test_order_that_failed_in_a_living_allocation_gets_another(world: World) -> None:
+    """Protects a second try from a worker that takes no order twice."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    world.done(order(), "failed", error="bad data", fatal=True)
+    assert world.site.collect(order().id).fatal
+    status = world.restart().hand_in(order(), None)
+    assert (status.state, status.allocation) == ("queued", "a0001")
+    assert world.alloc(0).released
+    assert world.alloc(0).inbox() == []
+
+
+def test_allocation_that_closed_as_the_order_came(world: World) -> None:
+    """Protects the race of an idle time-out: it counts for nothing."""
+    world.restart(retries=0)
+    world.site.acquire()
+    world.up(0)
+    world.site.hand_in(order(), None)
+    world.worker(0, "closed", seconds={"idle": 600.0})
+    assert world.site.collect(order().id).state == "queued"
+    assert world.alloc(1).inbox() == [order().id]
+
+
+def test_result_written_just_before_the_end_counts(world: World) -> None:
+    """Protects finished work of a job that died after it."""
+    world.site.hand_in(order(), None)
+    world.done(order())
+    world.job(0, "ended")
+    assert world.site.collect(order().id).state == "done"
+    assert len(world.scheduler.jobs) == 1
+
+
+def test_unknown_is_not_ended(world: World) -> None:
+    """Protects a healthy job from a scheduler that is down."""
+    world.site.hand_in(order(), None)
+    world.job(0, "unknown")
+    assert world.site.collect(order().id).state == "queued"
+    assert world.restart().collect(order().id).state == "queued"
+    world.worker(0, "ready")
+    assert world.site.collect(order().id).state == "running"
+    world.clock.time += 1000
+    world.worker(0, "ready")
+    assert world.site.collect(order().id).state == "running"
+    assert len(world.scheduler.jobs) == 1
+
+
+def test_worker_that_stopped_beating_is_replaced(world: World) -> None:
+    """Protects against a job that runs and does nothing; polls of one process."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    for _ in range(119):
+        assert world.site.collect(order().id).state == "running"
+        world.clock.time += 1
+    world.clock.time += 5
+    assert world.site.collect(order().id).state == "queued"
+    assert world.scheduler.cancelled == ["run-fac-a0000"]
+
+
+def test_suspended_job_is_no_hang(world: World) -> None:
+    """Protects a job that the scheduler has suspended: its worker cannot beat."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    assert world.site.collect(order().id).state == "running"
+    world.scheduler.words["run-fac-a0000"] = {"suspended": True}
+    world.clock.time += 50
+    for _ in range(300):
+        world.clock.time += 1
+        assert world.site.collect(order().id).state == "running"
+    assert world.scheduler.cancelled == []
+
+
+def test_hang_is_noticed_across_short_lived_processes(world: World) -> None:
+    """Protects the same when every process polls for less than the limit."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    for _ in range(3):
+        world.restart()
+        for _ in range(4):
+            assert world.site.collect(order().id).state == "running"
+            world.clock.time += 10
+    assert world.restart().collect(order().id).state == "running"
+    world.clock.time += 11
+    assert world.site.collect(order().id).state == "queued"
+    assert world.scheduler.cancelled == ["run-fac-a0000"]
+
+
+def test_two_launchers_at_once_submit_one_job(world: World) -> None:
+    """Protects the lock on the site's folder."""
+    sites = [world.restart() for _ in range(4)]
+    gate = threading.Barrier(len(sites))
+
+    def act(site: Site) -> None:
+        gate.wait()
+        site.acquire()
+
+    threads = [threading.Thread(target=act, args=(site,)) for site in sites]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(world.scheduler.jobs) == 1
+
+
+def test_release_lets_a_worker_finish_and_cancels_what_waits(world: World) -> None:
+    """Protects running work on release, and the queue from jobs nobody needs."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    world.site.release()
+    assert world.alloc(0).released
+    assert world.site.collect(order().id).state == "running"
+    assert world.site.acquire().allocation == "a0001"  # a released one takes no new orders
+    world.restart().release()
+    assert world.scheduler.cancelled == ["run-fac-a0001"]
+
+
+def test_cancel_all_leaves_nothing(world: World) -> None:
+    """Protects Ctrl-C, also after a crash between submit and job.json; then a fresh start."""
+    world.site.hand_in(order(), None)
+    world.scheduler.trouble = Killed()
+    world.alloc(0).release()
+    with pytest.raises(Killed):
+        world.site.acquire()
+    world.scheduler.trouble = None
+    world.restart().cancel_all()
+    assert world.scheduler.cancelled == ["run-fac-a0000", "run-fac-a0001"]
+    assert world.site.live_jobs() == []
+    assert world.site.status().state == "idle"
+    assert world.site.collect(order().id).state == "queued"  # cancelled: held against nobody
+
+
+def test_cancel_all_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the user's budget: what cannot be written down is cancelled all the same."""
+    world.site.acquire()
+    world.up(0)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in ("job_times", "monitor", "submission"):
+        monkeypatch.setattr(f"flwr_hpc.site.{module}.publish", full)
+    monkeypatch.setattr(Path, "touch", full)
+    world.restart().cancel_all()
+    assert world.scheduler.cancelled == ["run-fac-a0000"]
+
+
+def test_killed_between_a_job_s_end_and_the_verdict(world: World) -> None:
+    """Protects a resumed run from waiting for a job that was known to have ended."""
+    world.site.acquire()
+    world.job(0, "running")
+    assert world.site.acquire().state == "starting"
+    world.job(0, "ended", outcome="cancelled")
+    assert world.restart().live_jobs() == []
+    assert world.restart().acquire().allocation == "a0001"
+
+
+def test_a_refused_job_is_not_looked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the last word of a run without sbatch from a job that cannot be there."""
+    world.scheduler.refusal = UserError("sbatch was not found on this host")
+    world.site.acquire()
+    monkeypatch.setattr(world.scheduler, "find", None)
+    world.restart().cancel_all()
+    assert world.site.live_jobs() == []
+
+
+def test_cancel_all_names_what_may_be_left(world: World) -> None:
+    """Protects the user's budget: a job that could not be cancelled is named."""
+    world.site.acquire()
+    world.job(0, "unknown")
+    with pytest.raises(SchedulerUnavailableError, match="run-fac-a0000"):
+        world.site.cancel_all()
+    assert [job["name"] for job in world.site.live_jobs()] == ["run-fac-a0000"]
+
+
+def _until(world: World, states: list[str]) -> Callable[[], Any]:
+    answers = iter(states)
+    base = world.site.status()
+    return lambda: type(base)(next(answers))
+
+
+def test_wait_ends_with_the_state_or_the_time(world: World) -> None:
+    """Protects long polls: answered at once when done, and at `wait_s` at the latest."""
+    began = world.clock.now()
+    status = world.site.wait(_until(world, ["running"] * 3 + ["done"]), None, {"done"})
+    assert status.state == "done"
+    assert world.clock.now() - began == pytest.approx(0.05 + 0.065 + 0.0845)
+    began = world.clock.now()
+    assert world.site.wait(_until(world, ["queued"] * 50), 10.0, {"done"}).state == "queued"
+    assert world.clock.now() - began == pytest.approx(10.0)
+    assert world.site.wait(_until(world, ["queued"]), 0.0, {"done"}).state == "queued"
+
+
+@pytest.mark.parametrize(("poll_s", "longest"), [(30.0, 5.0), (2.0, 2.0), (0.5, 0.5)])
+def test_a_queued_job_is_looked_at_seldom(world: World, poll_s: float, longest: float) -> None:
+    """Protects the login node while jobs wait for hours; a local job has no queue."""
+    world.scheduler.poll_s = poll_s
+    pauses: list[float] = []
+    states = iter([*["queued"] * 20, *["running"] * 5, "done"])
+    base = world.site.status()
+
+    def poll() -> Any:
+        pauses.append(world.clock.now())
+        return type(base)(next(states))
+
+    world.site.wait(poll, None, {"done"})
+    gaps = [b - a for a, b in itertools.pairwise(pauses)]
+    assert max(gaps) == pytest.approx(longest)
+    assert max(gaps[20:]) == pytest.approx(0.5)
+
+
+def test_old_orders_and_weights_are_pruned(world: World) -> None:
+    """Protects the facility's disk, and everything an unfinished order needs."""
+    weights = [world.spool.weights(f"{k:064d}") for k in range(12)]
+    weights[0].parent.mkdir(parents=True)
+    correction = world.spool.weights(f"{99:064d}")
+    correction.write_bytes(b"c")
+    os.utime(correction, (0, 0))
+    for k in range(12):
+        weights[k].write_bytes(b"w")
+        os.utime(weights[k], (k, k))
+        further = {"correction": correction} if k == 1 else {}
+        world.site.hand_in(order(k), weights[k], further)
+        os.utime(world.spool.order(order(k).id).path / "order.json", (k, k))
+        if k != 1:
+            world.done(order(k))
+    world.site.hand_in(order(11), None)
+    left = sorted(p.name for p in (world.spool.root / "orders").iterdir())
+    assert left == [order(k).id for k in (1, 8, 9, 10, 11)]
+    assert world.alloc(0).inbox() == left
+    assert [w for w in weights if w.exists()] == [weights[k] for k in (1, 8, 9, 10, 11)]
+    assert world.spool.order(order(1).id).further() == {"correction": correction}
+    assert correction.exists()
+
+
+def test_files_are_json(world: World) -> None:
+    """Protects other readers of the spool: what the launcher writes is JSON."""
+    world.site.hand_in(order(), None)
+    world.up(0)
+    world.site.collect(order().id)
+    world.job(0, "ended")
+    world.site.collect(order().id)
+    for path in world.spool.root.rglob("*.json"):
+        json.loads(path.read_text())

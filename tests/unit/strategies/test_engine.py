@@ -1,0 +1,460 @@
+"""The engine against the traps of Flower, in virtual time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord
+from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays, with_nan
+
+from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Status
+from strategies import (
+    Arrival,
+    DiLoCo,
+    Engine,
+    Failure,
+    FatalSiteError,
+    RunFailed,
+    Runtime,
+    Settings,
+)
+from strategies.engine.engine import Stopped
+
+ARRAYS = initial_arrays()
+
+
+class Bench:
+    """An engine over a fake grid, and its events."""
+
+    def __init__(self, *sites: FakeSite, **settings: Any) -> None:
+        self.grid = FakeGrid(sites)
+        self.log: list[tuple[float, str, dict[str, Any]]] = []
+        self.runtime = Runtime(
+            clock=self.grid.clock,
+            emit=lambda event, **f: self.log.append((self.grid.clock.now(), event, f)),
+            settings=Settings(**settings),
+        )
+        self.engine = Engine(self.grid, self.runtime)
+
+    def train(self, facility: str = "a", steps: int = 10, version: int = 0) -> None:
+        self.engine.request(facility, "train", steps=steps, weights=lambda: (version, ARRAYS))
+
+    def run(self, seconds: float = 1e5) -> Arrival | Failure:
+        """Return the first thing the engine reports."""
+        found = self.engine.events(timeout=seconds)
+        assert found, f"nothing within {seconds} s: {self.log}"
+        return found[0]
+
+    def names(self) -> list[str]:
+        return [event for _, event, _ in self.log]
+
+    def sent(self, kind: str) -> int:
+        return sum(m.metadata.message_type == kind for m in self.grid.pushed)
+
+
+def ready_bench(*sites: FakeSite, **settings: Any) -> Bench:
+    bench = Bench(*(sites or (FakeSite("a"),)), **settings)
+    bench.engine.wait_for([s.name for s in sites] or ["a"], timeout=100)
+    return bench
+
+
+def test_late_binding():
+    """The weights are chosen when the allocation is ready, not when it is asked for."""
+    bench = ready_bench(FakeSite("a", queue_s=500))
+    asked_at: list[float] = []
+
+    def newest() -> tuple[int, Any]:
+        asked_at.append(bench.engine.now())
+        return 7, ARRAYS
+
+    bench.engine.request("a", "train", steps=10, weights=newest)
+    arrival = bench.run()
+    assert isinstance(arrival, Arrival)
+    assert arrival.order.version == 7
+    assert asked_at[0] >= 500
+    assert not bench.grid.violations
+
+
+def test_long_polls_report_progress():
+    """A long order is collected in polls of wait_s, each with the progress."""
+    bench = ready_bench(FakeSite("a", step_s=30), wait_s=60)
+    bench.train(steps=10)
+    arrival = bench.run()
+    steps = [f["step"] for _, event, f in bench.log if event == "order_progress"]
+    assert steps == [2, 4, 6, 8]
+    assert bench.sent(TRAIN) == 1
+    assert arrival.order.id == "run-a-000000"
+    done = next(f for _, event, f in bench.log if event == "order_done")
+    assert done["round_trip_s"] == pytest.approx(300, abs=2)
+
+
+def test_offline_nodes_are_never_polled():
+    """Flower destroys the reply of an offline node that is polled for."""
+    bench = ready_bench(FakeSite("a", step_s=10))
+    bench.train(steps=10)
+    bench.grid.away("a", 20, 400)
+    arrival = bench.run()
+    assert isinstance(arrival, Arrival)
+    assert not bench.grid.violations
+    assert bench.names().count("site_offline") == bench.names().count("site_online") - 1 == 1
+
+
+def test_offline_grace_ends_an_order():
+    """A site that stays away fails its order after the grace, and not earlier."""
+    bench = ready_bench(FakeSite("a", step_s=10), offline_grace_s=300)
+    bench.train(steps=100)
+    bench.grid.away("a", 20)
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert "offline" in failure.reason
+    assert 319 <= bench.engine.now() <= 325
+
+
+def test_restart_with_a_new_node_id_reattaches():
+    """A restarted SuperNode is a new node; the same order is sent there and trained once."""
+    site = FakeSite("a", step_s=10)
+    bench = ready_bench(site)
+    bench.train(steps=20)
+    bench.engine.events(timeout=30)
+    bench.grid.restart("a")
+    arrival = bench.run()
+    assert isinstance(arrival, Arrival)
+    assert site.trained == {"run-a-000000": 1}
+    assert bench.sent(TRAIN) == 2
+
+
+def test_restart_while_the_old_node_is_still_listed():
+    """Flower lists a dead node for a minute; the newest node that names the facility counts."""
+    site = FakeSite("a", step_s=10)
+    bench = ready_bench(site)
+    bench.train(steps=20)
+    bench.engine.events(timeout=30)
+    bench.grid.join(site)
+    arrival = bench.run()
+    assert isinstance(arrival, Arrival)
+    assert arrival.message.metadata.src_node_id == bench.grid.node_of("a")
+    assert site.trained == {"run-a-000000": 1}
+
+
+@pytest.mark.parametrize("kind", [DESCRIBE, ACQUIRE, TRAIN, COLLECT])
+def test_a_lost_message_is_sent_again(kind):
+    """A SuperNode that restarts forgets what it was asked; nothing ever answers."""
+    site = FakeSite("a", step_s=10)
+    bench = Bench(site, reply_grace_s=100)
+    bench.grid.lose[kind] = 1
+    bench.engine.wait_for(["a"], timeout=1000)
+    bench.train(steps=20)
+    assert isinstance(bench.run(), Arrival)
+    assert all(n == 1 for n in site.trained.values())
+
+
+@pytest.mark.parametrize("kind", [ACQUIRE, TRAIN, COLLECT])
+@pytest.mark.parametrize("code", [0, 2, 3, 5, 8])
+def test_an_error_reply_is_retried(kind, code):
+    """Code 8 is a killed ClientApp: the same order again re-attaches."""
+    site = FakeSite("a", step_s=10)
+    bench = ready_bench(site)
+    bench.grid.errors[kind] = [code, code]
+    bench.train(steps=20)
+    arrival = bench.run()
+    assert isinstance(arrival, Arrival)
+    assert site.trained == {"run-a-000000": 1}
+
+
+def test_error_replies_end_after_the_retries():
+    """Retries are counted; the failure tells the reason."""
+    bench = ready_bench(retries=2)
+    bench.grid.errors[TRAIN] = [8] * 10
+    bench.train()
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert "error 8" in failure.reason
+    assert bench.sent(TRAIN) == 3
+    assert [f["attempt"] for _, e, f in bench.log if e == "order_failed"] == [1, 2, 3]
+
+
+def test_a_crash_while_described_does_not_make_a_site_plain():
+    """Only an app that has no such handler is an ordinary one."""
+    bench = Bench(FakeSite("a"))
+    bench.grid.errors[DESCRIBE] = [8, 8]
+    bench.engine.wait_for(["a"], timeout=100)
+    assert bench.engine.sites["a"].launcher
+
+
+def test_a_refused_push_is_tried_later():
+    """`push_messages` answers "" for a refused message."""
+    bench = ready_bench()
+    bench.grid.refuse = 3
+    bench.train()
+    assert isinstance(bench.run(), Arrival)
+
+
+def test_a_push_that_is_always_refused_fails():
+    """A message that is too large for Flower must not be tried for ever."""
+    bench = ready_bench()
+    bench.train()
+    bench.grid.refuse = 10**6
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert "refuses" in failure.reason
+
+
+def test_acquire_deadline_cancels_the_job():
+    """A queued job that comes too late is cancelled at the site."""
+    site = FakeSite("a", queue_s=10_000)
+    bench = ready_bench(site, acquire_deadline_s=600)
+    bench.train()
+    failure = bench.run()
+    assert "no allocation within 600 s" in failure.reason
+    bench.engine.events(timeout=100)
+    assert site.cancelled == 1
+    assert not site.trained
+
+
+def test_order_deadline():
+    """An order that takes too long is given up; its late result is ignored."""
+    site = FakeSite("a", step_s=10)
+    bench = ready_bench(site, order_deadline_s=100)
+    bench.train(steps=20)
+    failure = bench.run()
+    assert "not done within 100 s" in failure.reason
+    assert bench.engine.events(timeout=500) == []
+    bench.train(steps=1, version=1)
+    arrival = bench.run()
+    assert isinstance(arrival, Arrival)
+    assert arrival.order.id == "run-a-000001"
+
+
+def test_duplicates_are_ignored():
+    """Every reply arrives twice, every result is reported once."""
+    bench = ready_bench()
+    bench.grid.duplicate = True
+    bench.train()
+    assert isinstance(bench.run(), Arrival)
+    assert bench.engine.events(timeout=100) == []
+
+
+def test_a_fatal_error_ends_the_run():
+    """What will not mend is not tried again, and the message names the facility."""
+    bench = ready_bench(FakeSite("a", fail=Status("failed", error="no such file", fatal=True)))
+    bench.train()
+    with pytest.raises(FatalSiteError, match="a: no such file"):
+        bench.run()
+
+
+def test_a_failure_that_may_mend_is_retried():
+    """Without `fatal`, the retries are used up first."""
+    bench = ready_bench(FakeSite("a", fail=Status("failed", error="node down")), retries=1)
+    bench.train()
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert failure.reason == "node down"
+    assert bench.sent(ACQUIRE) == 2
+
+
+def test_weights_that_are_not_finite_are_rejected():
+    """NaN never reaches the model."""
+    bench = ready_bench(FakeSite("a", spoil=with_nan))
+    bench.train()
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert "not finite" in failure.reason
+    assert "order_rejected" in bench.names()
+
+
+def test_a_plain_client_app_is_trained_directly():
+    """An ordinary ClientApp knows none of our messages and gets none of our records."""
+    bench = Bench(FakeSite("x", plain=True, step_s=50))
+    bench.engine.wait_for(1, timeout=100)
+    facility = next(iter(bench.engine.sites))
+    assert facility.startswith("node-")
+    bench.train(facility)
+    assert isinstance(bench.run(), Arrival)
+    assert [m.metadata.message_type for m in bench.grid.pushed] == [DESCRIBE, TRAIN]
+    assert set(bench.grid.pushed[1].content) == {"arrays", "config"}
+
+
+def test_a_version_is_evaluated_once_per_site():
+    """Training asks for the evaluation only of a version not evaluated there."""
+    site = FakeSite("a")
+    bench = ready_bench(site)
+    for version in (0, 0, 1):
+        bench.train(version=version)
+        bench.run()
+        bench.engine.settle("a")
+    assert [o.evaluate for o in site.orders] == [True, False, True]
+    assert bench.names().count("evaluated") == 2
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [False] * 3), (2, [True, False, True])])
+def test_evaluate_every(every, expected):
+    """Evaluation costs node hours; it can be made rarer."""
+    site = FakeSite("a")
+    bench = ready_bench(site, evaluate_every=every)
+    for version in range(3):
+        bench.train(version=version)
+        bench.run()
+        bench.engine.settle("a")
+    assert [o.evaluate for o in site.orders] == expected
+
+
+def test_initialize_takes_the_first_site_that_is_ready():
+    """All sites queue at once; one makes the weights, the others keep their allocations."""
+    slow, fast = FakeSite("a", queue_s=900), FakeSite("b", queue_s=90)
+    bench = ready_bench(slow, fast)
+    arrays, files = bench.engine.initialize()
+    assert set(arrays) == set(ARRAYS)
+    assert files == {"config.json": "{}"}
+    assert list(fast.trained) == ["run-b-000000"]
+    assert not slow.trained
+    assert slow.alloc_number == 1
+
+
+def test_initialize_goes_to_another_site_when_one_fails():
+    """A broken site does not keep the run from starting."""
+    bench = ready_bench(
+        FakeSite("a", fail=Status("failed", error="no account")), FakeSite("b", queue_s=50)
+    )
+    arrays, _ = bench.engine.initialize()
+    assert arrays
+
+
+def test_initialize_says_why_nobody_could():
+    """The reasons of all sites are in the message."""
+    bench = ready_bench(FakeSite("a", fail=Status("failed", error="no account")))
+    with pytest.raises(RunFailed, match="no account"):
+        bench.engine.initialize()
+
+
+def test_wait_for_names_who_is_missing():
+    """The error says which SuperNode to look at."""
+    bench = Bench(FakeSite("a"))
+    with pytest.raises(RunFailed, match=r"30 s for b. Online: a"):
+        bench.engine.wait_for(["a", "b"], timeout=30)
+
+
+def test_release_reaches_every_site():
+    """No allocation outlives the run."""
+    sites = [FakeSite("a"), FakeSite("b", step_s=100)]
+    bench = ready_bench(*sites)
+    bench.train("a")
+    bench.train("b")
+    bench.run()
+    bench.engine.release()
+    assert [s.released for s in sites] == [1, 1]
+
+
+def test_the_stop_flag():
+    """Ctrl-C ends the loop at the next step."""
+    bench = ready_bench()
+    bench.runtime.stop.set()
+    with pytest.raises(Stopped):
+        bench.engine.events()
+
+
+def test_requests_are_guarded():
+    """A loop that asks twice, or for nobody, has an error of its own."""
+    bench = ready_bench()
+    bench.train()
+    with pytest.raises(ValueError, match="still works"):
+        bench.train()
+    with pytest.raises(ValueError, match="Known"):
+        bench.train("z")
+
+
+def test_order_numbers_are_committed_before_they_are_sent():
+    """Whatever dies after a push, the number is not used again for another order."""
+    bench = ready_bench()
+    seen: list[dict[str, Any]] = []
+    push = bench.grid._push
+
+    def spy(message: Any) -> str:
+        if message.metadata.message_type == TRAIN:
+            state = bench.runtime.checkpoints.restore()
+            assert state is not None
+            seen.append(state["engine"])
+        return push(message)
+
+    bench.grid._push = spy  # type: ignore[method-assign]
+    bench.train()
+    bench.run()
+    assert seen[0]["seq"] == {"a": 1}
+    assert [(o["facility"], o["seq"]) for o in seen[0]["orders"]] == [("a", 0)]
+
+
+def test_an_order_in_flight_survives_a_new_engine():
+    """A resumed run sends the same order with the same id and base version."""
+    site = FakeSite("a", step_s=10)
+    bench = ready_bench(site)
+    bench.train(steps=20, version=3)
+    bench.engine.events(timeout=50)
+    again = Engine(bench.grid, bench.runtime)
+    again.wait_for(["a"], timeout=1000)
+    again.reattach(lambda version: ARRAYS)
+    arrival = again.events(timeout=1000)[0]
+    assert isinstance(arrival, Arrival)
+    assert arrival.order.version == 3
+    assert site.trained == {"run-a-000000": 1}
+
+
+def test_allocation_events_tell_changes_only():
+    """The event log shows queued, ready and ended once each."""
+    bench = ready_bench(FakeSite("a", queue_s=300))
+    bench.train(steps=300)
+    bench.run()
+    bench.engine.release()
+    states = [f["state"] for _, e, f in bench.log if e == "allocation"]
+    assert states == ["queued", "ready", "ended"]
+
+
+def test_rounds_do_without_a_dead_site():
+    """One dead client never blocks: the round goes on when its grace is over."""
+    bench = ready_bench(FakeSite("a", 1.0), FakeSite("b", 2.0), offline_grace_s=100)
+    bench.grid.away("b", 15)
+    strategy = DiLoCo()
+    strategy.runtime, strategy.engine = bench.runtime, bench.engine
+    strategy.start(bench.grid, ARRAYS, 3, train_config=ConfigRecord({"steps": 20}))
+    told = [f["facilities"] for _, e, f in bench.log if e == "aggregated"]
+    assert told == [["a"], ["a"], ["a"]]
+
+
+def test_round_deadline_and_quorum():
+    """At the deadline a round takes what has arrived, if that is enough."""
+    bench = ready_bench(FakeSite("a", 1.0), FakeSite("b", 2.0, queue_s=5000))
+    strategy = DiLoCo()
+    strategy.runtime, strategy.engine = bench.runtime, bench.engine
+    result = strategy.start(
+        bench.grid, ARRAYS, 2, timeout=300, train_config=ConfigRecord({"steps": 20})
+    )
+    told = [f["facilities"] for _, e, f in bench.log if e == "aggregated"]
+    assert told == [["a"], ["a"]]
+    assert set(as_numpy(result.arrays)) == set(ARRAYS)
+
+
+def test_all_failing_ends_with_the_reasons():
+    """Failed rounds leave the weights alone and end the run after a few."""
+    bench = ready_bench(
+        FakeSite("a", fail=Status("failed", error="disk full")), retries=0, max_failed_rounds=3
+    )
+    strategy = DiLoCo()
+    strategy.runtime, strategy.engine = bench.runtime, bench.engine
+    with pytest.raises(RunFailed, match=r"3 rounds in a row.*disk full"):
+        strategy.start(bench.grid, ARRAYS, 10)
+
+
+def test_settings_are_data():
+    """A copy with one value changed is how callers vary them."""
+    assert dataclasses.replace(Settings(), wait_s=5.0).wait_s == 5.0
+
+
+def test_a_warm_allocation_is_not_asked_for_again():
+    """A message costs seconds: the next order goes straight to an allocation that just worked."""
+    bench = ready_bench()
+    for _ in range(3):
+        bench.train()
+        assert isinstance(bench.run(), Arrival)
+        bench.engine.settle()
+    assert bench.sent(TRAIN) == 3
+    assert bench.sent(ACQUIRE) == 1

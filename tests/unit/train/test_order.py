@@ -1,0 +1,248 @@
+"""What a training order begins with and leaves behind, with a trainer that only counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flwr_hpc.config.schema import DataConfig, TrainConfig
+from flwr_hpc.protocol import Order, Result
+from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.checkpoint import Saved
+from flwr_hpc.train.order import OrderRunner
+from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Trained
+from flwr_hpc.worker.ledger import Ledger
+
+Array = np.ndarray
+
+
+class CountingTrainer:
+    """Each step adds one to a state that checkpoints hold."""
+
+    def __init__(self) -> None:
+        self.step, self.state = 0, {"moments": np.zeros(())}
+        self.lr_scale = 1.0
+
+    def train(self, steps: int, so_far: Trained, may_go: Any, *extras: Any) -> Trained:
+        done = dataclasses.replace(so_far, ended=GO)
+        while done.steps < steps and not (ended := may_go()):
+            done.steps += 1
+            self.step += 1
+            self.state["moments"] += 1
+            if extras[-1] is not None:
+                extras[-1].sums["gradients"] += 1
+        return done if done.steps == steps else dataclasses.replace(done, ended=ended)
+
+    def tensors(self) -> dict[str, Array]:
+        return self.state
+
+    def reset_optimizer(self) -> None:
+        self.state["moments"].fill(0)
+
+    def load_weights(self, path: Path, *_: object) -> None:
+        """Take them as they are."""
+
+    def save_weights(self, path: Path, *_: object) -> str:
+        return "sha"
+
+    def variates(self, correction: Path | None) -> SimpleNamespace:
+        sums = {"gradients": np.zeros(())}
+        return SimpleNamespace(correction=correction, sums=sums, tensors=lambda: sums)
+
+    def save_gradient(self, path: Path, variates: SimpleNamespace, steps: int) -> str:
+        return f"{path.name}: {variates.sums['gradients']:g} in {steps}"
+
+
+class Shelf:
+    """Checkpoints in memory, shared by the allocations of a site."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[dict[str, Any], dict[str, Array]]] = {}
+        self.loads = 0
+
+    def save(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> float:
+        self.kept[f"{order_id}@{step:010d}"] = meta, {k: v.copy() for k, v in tensors.items()}
+        return 0.5
+
+    def newest(self, order_id: str | None = None) -> Saved | None:
+        all_ = [Saved(Path(name), meta) for name, (meta, _) in self.kept.items()]
+        found = [saved for saved in all_ if order_id in (None, saved.order_id)]
+        return max(found, key=lambda saved: saved.place, default=None)
+
+    def load(self, saved: Saved, tensors: dict[str, Array]) -> None:
+        self.loads += 1
+        kept = self.kept[saved.path.name][1]
+        for name, tensor in tensors.items():
+            tensor[...] = kept[name]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def runner(shelf: Shelf, **train: Any) -> OrderRunner:
+    group = SimpleNamespace(
+        ranks=SimpleNamespace(rank=0, world_size=1), largest=lambda x: x, device=None
+    )
+    parts: dict[str, Any] = {
+        "trainer": CountingTrainer(), "checkpoints": shelf, "group": group,
+        "built": SimpleNamespace(flops_per_token=1.0), "reporter": None,
+    }  # fmt: skip
+    made = OrderRunner(
+        train=TrainConfig(**train),
+        data=DataConfig(),
+        ledger=Ledger(0.0),
+        may_go=lambda: GO,
+        **parts,
+    )
+    made._memory = dict  # type: ignore[assignment,method-assign]
+    return made
+
+
+def run(made: OrderRunner, seq: int, steps: int = 4) -> Result | None:
+    order = Order("run", "a", seq, "train", steps=steps)
+    return made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+
+
+def moments(made: OrderRunner) -> tuple[int, int]:
+    return made.trainer.step, made.trainer.tensors()["moments"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("why", [CUT, INTERRUPTED])
+def test_no_step_no_result(shelf: Shelf, why: int) -> None:
+    """Protects the aggregation from results of 0 steps: the order goes to the next job."""
+    made = runner(shelf)
+    made.may_go = lambda: why
+    assert run(made, 0) is None
+    assert shelf.kept == {}
+
+
+def test_a_cut_order_tells_its_true_steps_and_an_interrupted_one_none(shelf: Shelf) -> None:
+    """Protects true numbers on a cut, and the rest of the order on an interruption."""
+    made = runner(shelf)
+    answers = [GO, GO, CUT, GO, INTERRUPTED]
+    made.may_go = lambda: answers.pop(0)
+    result = run(made, 0)
+    assert result is not None
+    assert result.steps == 2
+    assert run(made, 1) is None
+    assert shelf.kept["run-a-000001@0000000003"][0]["finished"] is False
+    after = runner(shelf)
+    result = run(after, 1)
+    assert result is not None
+    assert result.steps == 4
+    assert moments(after) == (6, 6)
+
+
+def test_a_newer_state_is_taken_over_once(shelf: Shelf) -> None:
+    """Protects optimizer, data and schedule when a site's orders change the allocation."""
+    first, second = runner(shelf), runner(shelf)
+    run(first, 0)
+    run(first, 1)
+    assert shelf.loads == 0  # its own is never older
+    run(second, 2)
+    assert (shelf.loads, moments(second)) == (1, (12, 12))
+    run(second, 3)
+    assert (shelf.loads, moments(second)) == (1, (16, 16))
+    run(first, 4)
+    assert moments(first) == (20, 20)
+
+
+def test_orders_of_another_flower_run_are_newer_by_their_steps(shelf: Shelf) -> None:
+    """Protects from going back to an earlier run whose random id sorts later."""
+    first, second = runner(shelf), runner(shelf)
+    order = Order("zzz", "a", 0, "train", steps=4)
+    first.run(order, None, OrderDir(Path("/nowhere")))
+    run(second, 0)
+    run(second, 1)
+    assert (shelf.loads, moments(second)) == (1, (12, 12))
+
+
+@pytest.mark.parametrize(("every", "saved"), [(0, 0), (1, 3), (2, 2), (5, 1)])
+def test_what_is_unsaved_is_saved_at_the_end(shelf: Shelf, every: int, saved: int) -> None:
+    """Protects the state of orders between two checkpoints when the allocation ends."""
+    made = runner(shelf, checkpoint_every_orders=every)
+    for seq in range(3):
+        run(made, seq)
+    made.save()
+    made.save()
+    assert len(shelf.kept) == saved
+    assert every == 0 or "run-a-000002@0000000012" in shelf.kept
+
+
+def test_the_reserve_counts_a_checkpoint(shelf: Shelf) -> None:
+    """Protects the last write: also of a checkpoint that was not written yet."""
+    made = runner(shelf, checkpoint_every_orders=2)
+    run(made, 0)
+    assert made.write_s == pytest.approx(4 * made._weights_s)
+    run(made, 1)
+    assert made.write_s == pytest.approx(0.5 + made._weights_s)
+
+
+def test_the_learning_rate_is_scaled_for_its_order_only(shelf: Shelf) -> None:
+    """Protects FedQueue's scaling, and the orders of others from it."""
+    made = runner(shelf)
+    order = Order("run", "a", 0, "train", steps=1, options={"lr-scale": 0.25})
+    made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+    assert made.trainer.lr_scale == 0.25
+    run(made, 1, steps=1)
+    assert made.trainer.lr_scale == 1.0
+
+
+def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
+    """Protects SCAFFOLD's sums from a preemption, and other orders from their cost."""
+    made, options = runner(shelf), {"mean-gradient": True}
+    order = Order("run", "a", 0, "train", steps=4, options=options)
+    folder = OrderDir(Path("/nowhere") / order.id)
+    answers = [GO, INTERRUPTED]
+    made.may_go = lambda: answers.pop(0)
+    assert made.run(order, None, folder) is None
+    after = runner(shelf)
+    result = after.run(order, None, folder, {"correction": Path("c")})
+    assert result is not None
+    assert result.further == {"gradient": "gradient.safetensors: 4 in 4"}
+    other = run(after, 1)
+    assert other is not None
+    assert other.further == {}
+    assert "gradients" not in shelf.kept["run-a-000001@0000000008"][1]
+    died = runner(shelf).run(order, None, folder)  # ahead of its result; the sum was kept
+    assert died is not None
+    assert died.further == result.further
+
+
+def merging(made: OrderRunner, seq: int, after: int) -> Result | None:
+    order = Order("run", "a", seq, "train", steps=4, merges=[], options={"after": after})
+    return made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+
+
+def test_an_order_goes_on_from_its_predecessor_or_not_at_all(shelf: Shelf) -> None:
+    """Protects the model from fragments merged into weights of another order."""
+    first, second = runner(shelf), runner(shelf)
+    run(first, 0)
+    refused = merging(first, 1, after=7)
+    assert refused is not None
+    assert (refused.state, refused.refused, refused.fatal) == ("failed", True, False)
+    assert "run-a-000007" in refused.error
+    for seq in (1, 2):
+        result = merging(first, seq, after=seq - 1)
+        assert result is not None
+        assert result.state == "done"
+    assert merging(second, 3, after=2).state == "done"  # type: ignore[union-attr]
+    assert moments(second) == (16, 16)
+
+
+def test_merged_weights_are_not_saved_as_those_of_the_order_before(shelf: Shelf) -> None:
+    """Protects from merging twice: without a step of its own, an order leaves nothing to go on."""
+    made, successor = runner(shelf, checkpoint_every_orders=2), runner(shelf)
+    run(made, 0)
+    made.may_go = lambda: CUT
+    assert merging(made, 1, after=0) is None
+    made.save()
+    assert shelf.kept == {}
+    assert merging(successor, 1, after=0).state == "failed"  # type: ignore[union-attr]

@@ -1,0 +1,196 @@
+"""The small pieces inside an allocation: schedule, loss, ledger, lifeline, weight files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from worlds.torch_ranks import SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
+
+from flwr_hpc.config.schema import ModelConfig, TrainConfig
+from flwr_hpc.errors import UserError
+from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
+from flwr_hpc.train.metrics import flops_per_token, mfu
+from flwr_hpc.train.model import build, exchanged, layers
+from flwr_hpc.train.schedule import learning_rate, schedule_steps
+from flwr_hpc.train.tensorfile import check_names, open_tensors, write_tensors
+from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.lifeline import GOODBYE, Lifeline
+
+TRAIN = TrainConfig(steps=10, lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
+
+
+def test_schedule_spans_the_run() -> None:
+    """Warm-up happens once, and the cosine ends with the run and not with a round."""
+    total = schedule_steps(TRAIN, rounds=5)
+    rates = [learning_rate(step, TRAIN, total) for step in range(total + 1)]
+    assert total == 50
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[27] == pytest.approx(0.55)  # half way
+    assert rates[50] == pytest.approx(0.1)
+    assert learning_rate(10**6, TRAIN, total) == pytest.approx(0.1)
+    assert schedule_steps(dataclasses.replace(TRAIN, schedule_steps=7), rounds=5) == 7
+
+
+def test_loss_is_that_of_transformers() -> None:
+    """Shifted once, ignoring -100, and additive over sequences."""
+    model = tiny_model().model
+    ids = torch.randint(0, VOCABULARY, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5] = labels[2, 9:] = IGNORED
+    output = model(input_ids=ids, labels=labels)
+    summed = summed_loss(output.logits, labels)
+    assert float(summed) / count_tokens(labels) == pytest.approx(float(output.loss), rel=1e-6)
+    apart = sum(float(summed_loss(output.logits[i : i + 1], labels[i : i + 1])) for i in range(3))
+    assert apart == pytest.approx(float(summed), rel=1e-6)
+
+
+def test_a_sequence_without_labels_costs_nothing() -> None:
+    """No NaN from a division by zero."""
+    logits = torch.randn(1, 4, 5, requires_grad=True)
+    loss = summed_loss(logits, torch.full((1, 4), IGNORED))
+    loss.backward()
+    assert float(loss) == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_ledger_counts_every_second_once() -> None:
+    """The phases add up to the process's age, also while one is running."""
+    now = 10.0
+    ledger = Ledger(start=8.0, clock=lambda: now)
+    ledger.switch("load")
+    now = 15.0
+    ledger.switch("idle")
+    now = 16.0
+    with ledger.phase("train"):
+        now = 19.0
+    now = 20.0
+    assert ledger.seconds() == {
+        "startup": 2.0, "load": 5.0, "train": 3.0, "evaluate": 0.0, "transfer": 0.0, "idle": 2.0,
+    }  # fmt: skip
+
+
+def test_process_start_is_in_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start-up is counted from the interpreter's start, or from when the job says it began."""
+    monkeypatch.delenv("FLWR_HPC_T0", raising=False)
+    assert process_start(clock=lambda: 1000.0) < 1000.0
+    monkeypatch.setenv("FLWR_HPC_T0", "12.5")
+    assert process_start(clock=lambda: 1000.0) == 12.5
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_lifeline_tells_a_death_from_a_goodbye(orderly: bool) -> None:
+    """A closed connection means a dead peer unless it said goodbye."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        theirs = socket.create_connection(door.getsockname())
+        connection, _ = door.accept()
+    lost = threading.Event()
+    lifeline = Lifeline({1: connection}, on_lost=lambda rank: lost.set())
+    if orderly:
+        theirs.sendall(GOODBYE)
+    theirs.close()
+    lifeline._thread.join(5)
+    connection.close()
+    assert lost.is_set() is not orderly
+
+
+def test_weight_file_is_safetensors(tmp_path: Path) -> None:
+    """Written tensor by tensor, read by the library; the hash is that of the file."""
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.randn(()), "empty": torch.zeros(0, 4)}
+    path = tmp_path / "folder" / "weights.safetensors"
+    shapes = {name: list(t.shape) for name, t in tensors.items()}
+    sha256 = write_tensors(path, shapes, tensors.values())
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[n], t) for n, t in tensors.items())
+
+
+def test_an_unreadable_weight_file_is_named(tmp_path: Path) -> None:
+    """Missing or torn files are errors one can read."""
+    torn = tmp_path / "torn.safetensors"
+    save_file({"a": torch.zeros(64)}, torn)
+    torn.write_bytes(torn.read_bytes()[:-8])
+    for path in (torn, tmp_path / "missing.safetensors"):
+        with pytest.raises(UserError, match=path.name), open_tensors(path):
+            pass
+
+
+def test_differences_of_names_and_shapes_are_listed() -> None:
+    """The message names tensors and both shapes."""
+    expected = {"a": [2, 3], "b": [4]}
+    check_names(dict(expected), expected, Path("w"))
+    with pytest.raises(UserError, match=r"1 tensors missing \(b\)"):
+        check_names({"a": [2, 3]}, expected, Path("w"))
+    with pytest.raises(UserError, match=r"b has shape \[5\], expected \[4\]"):
+        check_names({"a": [2, 3], "b": [5]}, expected, Path("w"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exchanged_names_are_those_of_hugging_face(tied: bool) -> None:
+    """A tied head travels once."""
+    built = tiny_model(tied=tied)
+    assert ("lm_head.weight" in built.names.values()) is not tied
+    assert "model.embed_tokens.weight" in built.names.values()
+    assert set(exchanged(built.model)) == set(built.names)
+    assert len(layers(built.model)) == 2
+
+
+def test_adapter_names_are_those_of_peft() -> None:
+    """Only the adapter travels, under the names of ``adapter_model.safetensors``."""
+    from peft import get_peft_model_state_dict
+
+    built = tiny_model(lora=True)
+    expected = get_peft_model_state_dict(built.model, save_embedding_layers=False)
+    assert set(built.names.values()) == set(expected)
+    assert "adapter_config.json" in built.files
+    assert "config.json" not in built.files
+
+
+def test_every_facility_builds_the_same_model() -> None:
+    """Frozen base weights never travel, so they must come out the same everywhere."""
+    one, two = (tiny_model(lora=True).model.state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llamma"}, "Unrecognized model"),
+        ({"model_type": "llama", "hiden_size": 3}, "Did you mean 'hidden_size'"),
+        ({"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, "not a multiple"),
+        ({"model_type": "llama", "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 9},
+         "tokenizer"),
+    ],
+)  # fmt: skip
+def test_wrong_model_configurations_are_explained(config: dict[str, object], message: str) -> None:
+    """Also misspelt keys, which transformers would silently ignore."""
+    with pytest.raises(UserError, match=message):
+        build(ModelConfig(config=config), TinyTokenizer(), 0, SEQ_LEN)
+
+
+def test_missing_checkpoint_is_explained(tmp_path: Path) -> None:
+    """The message names the key and what it may be."""
+    with pytest.raises(UserError, match=r"model\.path="):
+        build(ModelConfig(path=str(tmp_path / "none")), TinyTokenizer(), 0, SEQ_LEN)
+
+
+def test_flops_follow_the_published_formula() -> None:
+    """6 N per token and the attention's share; adapters spare the frozen weights' gradients."""
+    built = tiny_model(tied=False)
+    parameters = sum(p.numel() for p in built.model.parameters()) - VOCABULARY * 32
+    expected = 6 * parameters + 6 * 2 * 2 * (16 + 16) * SEQ_LEN
+    assert built.flops_per_token == expected
+    assert tiny_model(tied=False, lora=True).flops_per_token < 0.9 * expected
+    assert flops_per_token(object(), built.model, SEQ_LEN) == 0
+    assert mfu(1000.0, 1e9, 2, 1.0) == pytest.approx(50.0)
+    assert mfu(1000.0, 1e9, 2, None) is None

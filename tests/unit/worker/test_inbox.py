@@ -1,0 +1,95 @@
+"""Which order an allocation takes next, and when it ends; time is injected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flwr_hpc.protocol import Result
+from flwr_hpc.spool import AllocationDir, Spool
+from flwr_hpc.worker.inbox import Inbox
+
+
+class Clock:
+    """Sleeping moves the time; at given moments something happens."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self.at: dict[float, Callable[[], None]] = {}
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+        for moment in [m for m in self.at if m <= self.now]:
+            self.at.pop(moment)()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path)
+
+
+def inbox(spool: Spool, clock: Clock, must_end: Callable[[], bool] = lambda: False) -> Inbox:
+    return Inbox(allocation(spool), spool, 100.0, must_end, clock, clock.sleep)
+
+
+def allocation(spool: Spool) -> AllocationDir:
+    return spool.allocation("job")
+
+
+def test_orders_come_by_sequence_and_once(spool: Spool, clock: Clock) -> None:
+    """An order with a result, by whomever, is not carried out again."""
+    box = inbox(spool, clock)
+    for seq in (2, 0, 1):
+        allocation(spool).assign(f"run-a-{seq:06d}")
+    spool.order("run-a-000000").write_result(Result("run-a-000000", "done"))
+    assert box.next() == "run-a-000001"
+    assert box.next() == "run-a-000001"  # until it has a result
+    spool.order("run-a-000001").write_result(Result("run-a-000001", "failed"))
+    assert box.next() == "run-a-000002"
+    assert not clock.pauses
+
+
+def test_polling_backs_off_and_notices_soon(spool: Spool, clock: Clock) -> None:
+    """Short pauses at first for warm orders; never longer than half a second."""
+    clock.at[60.0] = lambda: allocation(spool).assign("run-a-000000")
+    assert inbox(spool, clock).next() == "run-a-000000"
+    assert clock.pauses[0] == 0.05
+    assert max(clock.pauses) == 0.5
+    assert clock.now < 60.6
+
+
+def test_release_ends_after_what_was_assigned(spool: Spool, clock: Clock) -> None:
+    """An order handed in before the release is still carried out."""
+    box = inbox(spool, clock)
+    allocation(spool).assign("run-a-000000")
+    allocation(spool).release()
+    assert box.next() == "run-a-000000"
+    spool.order("run-a-000000").write_result(Result("run-a-000000", "done"))
+    assert box.next() is None
+
+
+def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: Clock) -> None:
+    """Every wait starts anew."""
+    box = inbox(spool, clock)
+    assert box.next() is None
+    assert clock.now == pytest.approx(100.0, abs=0.6)
+    clock.at[190.0] = lambda: allocation(spool).assign("run-a-000000")
+    assert box.next() == "run-a-000000"
+
+
+def test_end_of_walltime_or_a_signal_wins(spool: Spool, clock: Clock) -> None:
+    """No order is begun that could not be finished."""
+    allocation(spool).assign("run-a-000000")
+    assert inbox(spool, clock, must_end=lambda: True).next() is None

@@ -1,0 +1,97 @@
+"""What the tests of jobs share: waiting, looking at processes, finding a scheduler."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import pytest
+
+from flwr_hpc.config.schema import FacilityConfig
+
+T = TypeVar("T")
+TESTS = Path(__file__).parents[1]
+FAKES = TESTS / "contract" / "fake_slurm" / "slurm.py"
+FAKE_PBS = {"pbs": ("qsub", "qstat", "qdel"), "mom": ("pbs_mom",), "mpiexec": ("mpiexec",)}
+
+
+def until(what: Callable[[], T], timeout_s: float = 30.0) -> T:
+    """Poll until `what` returns something true."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"
+        time.sleep(0.05)
+    return value
+
+
+def processes_of(name: str) -> list[psutil.Process]:
+    """Return the living processes with a job's name in their environment."""
+    found = psutil.process_iter(["environ", "status"])
+    return [
+        p
+        for p in found
+        if (p.info["environ"] or {}).get("FLWR_HPC_JOB") == name
+        and p.info["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+def command_line(process: psutil.Process) -> str:
+    """Return a process's command line, empty when it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone, or a zombie
+        return ""
+
+
+def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FacilityConfig:
+    """Return a facility of two ranks: ``local``, ``fake_slurm``, ``fake_pbs`` or ``slurm``."""
+    env = {"PYTHONPATH": str(TESTS)}
+    if kind == "local":
+        return FacilityConfig(scheduler="local", ranks_per_node=2, env=env)
+    if kind == "fake_pbs":
+        install_fake_pbs(tmp_path / "fake", monkeypatch)
+        return FacilityConfig("pbs", None, ranks_per_node=2, walltime="00:10:00", env=env)
+    if kind == "fake_slurm":
+        _install_fakes(tmp_path / "fake", monkeypatch)
+    else:
+        env["SLURM_CONF"] = os.environ["SLURM_CONF"]  # see the fixture slurm_conf
+    return FacilityConfig(account=None, ranks_per_node=2, walltime="00:10:00", env=env)
+
+
+def _install_fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "bin").mkdir(parents=True)
+    for command in ("sbatch", "srun", "squeue", "sacct", "scancel"):
+        _program(home, command, FAKES.read_text())
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(home))
+
+
+def _program(home: Path, command: str, code: str) -> None:
+    """Write a command in Python; a path with a space is no interpreter for a first line."""
+    script, program = home / "python" / command, home / "bin" / command
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(code)
+    run = shlex.join([sys.executable, str(script)])
+    program.write_text(f'#!/bin/sh\nexec {run} "$@"\n')
+    program.chmod(0o755)
+
+
+def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put PBS's commands in PATH; what they keep lies in `home`."""
+    (home / "bin").mkdir(parents=True)
+    for module, commands in FAKE_PBS.items():
+        for command in commands:
+            code = (
+                f"import sys\nsys.argv[0] = {str(home / 'bin' / command)!r}\n"
+                f"sys.path.insert(0, {str(TESTS / 'contract' / 'fake_pbs')!r})\n"
+                f"import {module}\n{module}.{command}(sys.argv[1:])\n"
+            )
+            _program(home, command, code)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_PBS", str(home))

@@ -1,0 +1,158 @@
+"""Start real runs of the command, watch them, and kill parts of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from worlds.jobs import command_line
+
+ROOT = Path(__file__).parents[2]
+
+# A model and orders small enough for a test, long enough to be killed in the middle.
+SMALL = [
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=64",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=2",
+    "model.config.num_key_value_heads=2",
+    "data.paths.local_a=[json]",
+    "data.paths.local_b=[logging]",
+    "data.seq_len=64",
+    "data.held_out_sequences=16",
+    "train.micro_batch=4",
+    "train.steps=150",
+    "train.warmup_steps=10",
+    "federation.wait_s=10",
+    "federation.offline_grace_s=120",
+    "rounds=2",
+    "+facility=[local_a,local_b]",
+    "facilities.local_b.ranks_per_node=1",
+]
+
+
+class Run:
+    """One `python -m flwr_hpc.run` in a folder of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        resume: bool = False,
+        settings: Sequence[str] = SMALL,
+    ) -> None:
+        self.dir = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        quoted = "'" + str(folder).replace("'", r"\'") + "'"  # Hydra's grammar
+        where = f"resume={folder}" if resume else f"run_dir={quoted}"
+        settings = [] if resume else settings
+        self.output = folder.parent / f"{folder.name}.out"
+        command = [sys.executable, "-m", "flwr_hpc.run", where, *settings, *overrides]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with open(self.output, "ab") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, env=env, cwd=folder.parent, start_new_session=True
+            )
+
+    @classmethod
+    def of(cls, folder: Path) -> Run:
+        """Return a run that has ended."""
+        run = cls.__new__(cls)
+        run.dir, run.output = folder, folder.parent / f"{folder.name}.out"
+        return run
+
+    def said(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def end(self, timeout_s: float = 400) -> int:
+        """Wait for the command's exit code; kill it when it takes too long."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.said()}") from None
+
+    def summary(self) -> dict[str, Any]:
+        return self.summary_of(self.dir)
+
+    @staticmethod
+    def summary_of(run_dir: Path) -> dict[str, Any]:
+        value = json.loads((run_dir / "summary.json").read_text())
+        assert isinstance(value, dict)
+        return value
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        path = self.dir / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        return [e for e in events if name in (None, e["event"])]
+
+    def until(self, what: Callable[[], Any], timeout_s: float = 200) -> Any:
+        """Poll until `what` returns something true."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if value := what():
+                return value
+            assert self.process.poll() is None, f"the command ended early:\n{self.said()}"
+            time.sleep(0.05)
+        raise AssertionError(f"waited {timeout_s} s in vain; the command said:\n{self.said()}")
+
+    def until_training(self, facility: str = "local_a", version: int = 0) -> str:
+        """Wait until training from a version is under way; return the order's id."""
+
+        def running() -> str | None:
+            for folder in (self.dir / "facilities" / facility).glob("orders/*"):
+                if (folder / "progress.json").exists() and not (folder / "result.json").exists():
+                    order = json.loads((folder / "order.json").read_text())["order"]
+                    if (order["kind"], order["version"]) == ("train", version):
+                        return folder.name
+            return None
+
+        return str(self.until(running))
+
+    def find(self, *words: str) -> list[psutil.Process]:
+        """Return live processes whose command line holds all words."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            line = " ".join(process.info["cmdline"] or [])
+            if all(w in line for w in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        return found
+
+    def ranks(self, facility: str) -> list[psutil.Process]:
+        return self.find("submitit", f"{self.dir}/facilities/{facility}/")
+
+    def server_pid(self) -> int:
+        return int(json.loads((self.dir / "flower" / "server.json").read_text())["pid"])
+
+    def children(self, word: str) -> list[psutil.Process]:
+        """Return the driver's descendants whose command line holds a word."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in family if word in command_line(p)]
+
+    def left_behind(self) -> list[str]:
+        """Return what of this run still lives."""
+        mine = [p for p in self.find(str(self.dir)) if "pytest" not in command_line(p)]
+        marked = [p for p in psutil.process_iter() if _in_environment(p, str(self.dir))]
+        return [f"{p.pid} {command_line(p)}" for p in {*mine, *marked} if p.is_running()]
+
+
+def _in_environment(process: psutil.Process, word: str) -> bool:
+    if process.pid == os.getpid():
+        return False
+    try:
+        return word in process.environ().get("FLWR_HOME", "")
+    except psutil.Error:
+        return False
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)

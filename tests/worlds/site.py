@@ -1,0 +1,174 @@
+"""One site on a scheduler, a forecast and a clock made for the test; no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
+from flwr_hpc.protocol import Order, Result
+from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
+from flwr_hpc.site.manager import Site
+from flwr_hpc.site.renewal import NoForecast
+from flwr_hpc.spool import AllocationDir, Spool, WorkerState
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+    def wall(self) -> float:
+        return self.time + 1e9
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
+
+
+class Killed(BaseException):
+    """Stands for kill -9 of the launcher."""
+
+
+class Scheduler:
+    poll_s = 30.0
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.states: dict[str, str] = {}
+        self.words: dict[str, dict[str, Any]] = {}  # what else it says of a job
+        self.cancelled: list[str] = []
+        self.asked = 0
+        self.trouble: BaseException | None = None  # after the job is submitted, or cancelled
+        self.refusal: BaseException | None = None  # instead of submitting it
+
+    def submit(self, spec: JobSpec) -> dict[str, Any]:
+        assert spec.name not in self.jobs, "submitted twice"
+        if self.refusal:
+            raise self.refusal
+        job = {"id": str(len(self.jobs) + 1), "name": spec.name, "folder": str(spec.folder)}
+        self.jobs[spec.name] = {**job, "submitted_s": self.clock.wall()}
+        self.states.setdefault(spec.name, "pending")
+        if self.trouble:
+            raise self.trouble
+        return self.jobs[spec.name]
+
+    def find(self, spec: JobSpec) -> dict[str, Any] | None:
+        return self.jobs.get(spec.name)
+
+    def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
+        self.asked += 1
+        return {job["name"]: self._info(job) for job in jobs}
+
+    def _info(self, job: dict[str, Any]) -> JobInfo:
+        state: Any = self.states[job["name"]]
+        began = job["submitted_s"]
+        said: dict[str, Any] = {"submitted_s": began, "reason": "NODE_FAIL"}
+        if state == "running":
+            said["started_s"] = began + 7.0
+        said |= self.words.get(job["name"], {})
+        return JobInfo(job["id"], job["name"], state, **said)
+
+    def estimate(self, spec: JobSpec) -> float | None:
+        return None
+
+    def cancel(self, job: dict[str, Any]) -> None:
+        if self.states[job["name"]] == "unknown":
+            raise SchedulerUnavailableError("no answer")
+        self.cancelled.append(job["name"])
+        self.states[job["name"]] = "ended"
+        self.words[job["name"]] = {"outcome": "cancelled"}
+        if self.trouble:
+            raise self.trouble
+
+    def script(self, spec: JobSpec) -> str:
+        return ""
+
+
+class Foretold(NoForecast):
+    """A forecast made for the test, which keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.wait_s: float | None = None
+        self.heard: list[tuple[str, ...]] = []
+
+    def wait(self, quantile: float = 0.5) -> float | None:
+        return self.wait_s
+
+    def remaining(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
+        return None if self.wait_s is None else quantile * self.wait_s
+
+    def submitting(self, job: str) -> None:
+        self.heard.append(("submitting", job))
+
+    def observe(self, info: JobInfo) -> None:
+        self.heard.append(("observe", info.name, info.state))
+
+    def gave_up(self, job: str, waited_s: float) -> None:
+        self.heard.append(("gave_up", job))
+
+
+class World:
+    """One site with everything around it under the test's control."""
+
+    def __init__(self, root: Path) -> None:
+        self.clock, self.spool = Clock(), Spool(root)
+        self.scheduler = Scheduler(self.clock)
+        self.forecast, self.config, self.beat = Foretold(), {"retries": 2}, 0
+        self.restart()
+
+    def restart(self, **config: Any) -> Site:
+        """Begin again as a new process on the same files."""
+        self.config |= config
+        self.site = Site(
+            self.spool,
+            "run",
+            "fac",
+            FacilityConfig(walltime="01:00:00"),
+            AllocationConfig(**self.config),
+            self.scheduler,
+            {"model": "tiny"},
+            self.clock,
+            forecast=self.forecast,
+        )
+        return self.site
+
+    def job(self, number: int, state: str, **words: Any) -> None:
+        """Let the scheduler say this of a job, from now on, when it is asked again."""
+        self.scheduler.states[self.name(number)] = state
+        self.scheduler.words[self.name(number)] = words
+        self.clock.time += 31
+
+    def name(self, number: int) -> str:
+        return f"run-fac-a{number:04d}"
+
+    def worker(self, number: int, state: str, **fields: Any) -> None:
+        self.beat += 1
+        self.alloc(number).write_state(
+            WorkerState(state, beat=self.beat, **fields)  # type: ignore[arg-type]
+        )
+
+    def up(self, number: int) -> None:
+        self.job(number, "running")
+        self.worker(number, "ready", walltime_left_s=3000.0, seconds={"load": 2.0, "idle": 1.0})
+
+    def saved(self, order: Order, step: int) -> None:
+        """Let the worker have written a checkpoint in the middle of an order."""
+        folder = self.spool.checkpoints / f"{order.id}@{step:010d}"
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text("{}")
+
+    def alloc(self, number: int) -> AllocationDir:
+        return self.spool.allocation(f"a{number:04d}")
+
+    def done(self, order: Order, state: str = "done", **fields: Any) -> None:
+        self.spool.order(order.id).write_result(
+            Result(order.id, state, **fields)  # type: ignore[arg-type]
+        )
+
+
+def order(seq: int = 0) -> Order:
+    return Order("run", "fac", seq, "train", version=seq, steps=10)

@@ -1,0 +1,234 @@
+"""Every strategy, and the world of scripted sites that the contract tests put it into.
+
+A new strategy needs one row in `STRATEGIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Result, Strategy
+from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+
+import strategies
+from strategies import (
+    Arrival,
+    AsyncDiLoCo,
+    AsyncStrategy,
+    DecoupledDiLoCo,
+    DiLoCo,
+    Engine,
+    FedBackfill,
+    FedBuff,
+    FedCompass,
+    FedQueue,
+    HpcStrategy,
+    Runtime,
+    Settings,
+    run_rounds,
+)
+from strategies.engine.runtime import MemoryCheckpoints
+
+ANY_NUMBER = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+ROUNDS = 3
+HANGS_S = 100_000.0  # of virtual time: no run here takes so long, unless it waits for ever
+
+
+class Mixing(AsyncStrategy):
+    """A user's asynchronous strategy: every arrival is mixed in."""
+
+    def on_arrival(self, arrival: Arrival, staleness: int) -> Any:
+        assert arrival.arrays is not None
+        alpha = np.float32(0.5 / (1 + staleness))
+        for name, array in self.arrays.items():
+            here = array.numpy()
+            yield name, here + alpha * (arrival.arrays[name].numpy() - here)
+
+
+# A deadline is kept as what is left of it at the last commit: a death shifts it.
+LATE: dict[str, Callable[[], Strategy]] = {
+    "merge": lambda: strategies.FedAvg(deadline_s=60.0, late="merge"),
+    "drop": lambda: strategies.FedAvg(deadline_s=60.0, late="drop"),
+    "grace": lambda: strategies.FedBackfillRounds(round_s=20.0, min_steps=5),
+}
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "fedavg of ours": HpcStrategy,
+    "diloco": DiLoCo,
+    "fedbuff": lambda: FedBuff(buffer_size=3),
+    "mixing": Mixing,
+    "fedavg with a quorum": lambda: strategies.FedAvg(quorum=2, grace_s=0.0),
+    "fedavg of two of three": lambda: strategies.FedAvg(sites_per_round=2, over_selection=1.5),
+    "fedavg that merges what is late": LATE["merge"],
+    "fedavg that drops what is late": LATE["drop"],
+    "fedasync": lambda: strategies.FedAsync(alpha=0.6, staleness="hinge", a=1.0, b=1.0),
+    "async diloco": AsyncDiLoCo,
+    "decoupled diloco": lambda: DecoupledDiLoCo(quorum=2, grace_s=0.0),
+    "fedcompass": lambda: FedCompass(min_steps=5, max_steps=20),
+    "fedqueue": lambda: FedQueue(round_s=200.0, min_steps=5),
+    "fedbackfill": lambda: FedBackfill(round_s=20.0, min_steps=5),
+    "fedbackfill rounds": lambda: strategies.FedBackfillRounds(
+        round_s=20.0, min_steps=5, grace=0.0
+    ),
+    "fedbackfill rounds with a grace": LATE["grace"],
+    "scaffold": strategies.Scaffold,
+    "streaming diloco": lambda: strategies.StreamingDiLoCo(overlap=False),
+    "streaming diloco with overlap": strategies.StreamingDiLoCo,
+    "flower fedavg": lambda: FedAvg(**ANY_NUMBER),
+    "flower fedavgm": lambda: FedAvgM(**ANY_NUMBER, server_momentum=0.9),
+    "flower fedadam": lambda: FedAdam(**ANY_NUMBER),
+    "flower fedyogi": lambda: FedYogi(**ANY_NUMBER),
+}
+
+each = pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
+each_late = pytest.mark.parametrize("make", LATE.values(), ids=LATE.keys())
+
+
+def run(
+    strategy: Strategy,
+    grid: FakeGrid,
+    runtime: Runtime,
+    arrays: ArrayRecord,
+    engine: Engine,
+    rounds: int,
+) -> Result:
+    """Start a strategy the way the server application does."""
+    config = ConfigRecord({"steps": 10})
+    if isinstance(strategy, HpcStrategy):
+        strategy.runtime, strategy.engine = runtime, engine
+        return strategy.start(grid, arrays, rounds, train_config=config)
+    return run_rounds(
+        strategy, grid, arrays, rounds, train_config=config, runtime=runtime, engine=engine
+    )
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may catch it."""
+
+
+class MortalCheckpoints(MemoryCheckpoints):
+    """Tells before and after everything it does."""
+
+    moment: Callable[[], None] = staticmethod(lambda: None)
+
+    def put(self, name: str, tensors: Any) -> ArrayRecord:
+        record = super().put(name, tensors)
+        self.moment()
+        return record
+
+    def commit(self, state: dict[str, Any]) -> None:
+        self.moment()
+        super().commit(state)
+        self.moment()
+
+
+@dataclass
+class World:
+    """Sites, clock and checkpoints outlive a server process."""
+
+    sites: list[FakeSite]
+    settings: Settings = field(default_factory=Settings)
+    rounds: int = ROUNDS
+    checkpoints: MortalCheckpoints = field(default_factory=MortalCheckpoints)
+    moments: int = 0  # at which the last server process could have died
+    log: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.grid = FakeGrid(self.sites)
+        self.grid.clock.limit = HANGS_S
+
+    def serve(self, make: Callable[[], Strategy], *, die_at: int | None = None) -> Result:
+        """Run one server process; it dies at its `die_at`-th event, put or commit."""
+        self.moments = 0
+        self.grid.new_run()
+
+        def moment() -> None:
+            if self.moments == die_at:
+                raise Killed
+            self.moments += 1
+
+        def emit(event: str, **fields: Any) -> None:
+            self.log.append((event, fields | {"at": self.grid.clock.now()}))
+            moment()
+
+        self.checkpoints.moment = moment
+        runtime = Runtime(self.grid.clock, emit, self.checkpoints, "k", self.settings)
+        engine = Engine(self.grid, runtime)
+        engine.wait_for([s.name for s in self.sites if not s.plain], timeout=1000)
+        arrays = ArrayRecord()
+        if engine.restored is None:
+            launchers = any(site.launcher for site in engine.sites.values())
+            arrays = engine.initialize()[0] if launchers else initial_arrays()
+        result = run(make(), self.grid, runtime, arrays, engine, self.rounds)
+        engine.release()
+        return result
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return what was told under a name, with the time `at` which it was."""
+        return [fields for event, fields in self.log if event == name]
+
+    def arrived(self, facility: str) -> list[dict[str, Any]]:
+        """Return what was told of a facility's finished training."""
+        mine = [e for e in self.events("order_done") if e["facility"] == facility]
+        return [e for e in mine if e["kind"] == "train"]
+
+    def merged(self, facility: str) -> list[dict[str, Any]]:
+        """Return what was told of the versions a facility had a part in."""
+        return [e for e in self.events("aggregated") if facility in e["facilities"]]
+
+
+def sites() -> list[FakeSite]:
+    """Return three of different speed, queue and start-up."""
+    return [
+        FakeSite("a", 1.0, queue_s=70.3, step_s=1.1, examples=10),
+        FakeSite("b", -1.0, queue_s=3.1, step_s=9.7, examples=20),
+        FakeSite("c", 3.0, load_s=11.4, step_s=2.3, examples=30),
+    ]
+
+
+def apart() -> list[FakeSite]:
+    """Return sites of which one is later than any deadline, however a death shifts it."""
+    return [
+        FakeSite("a", 1.0, step_s=1.1),
+        FakeSite("b", -1.0, step_s=1.7),
+        FakeSite("late", 3.0, step_s=30.0),
+    ]
+
+
+def long(make: Callable[[], Strategy]) -> int:
+    """Return for how many versions a run lasts about as long as three synchronous rounds."""
+    return 12 * ROUNDS if isinstance(make(), AsyncStrategy) else ROUNDS
+
+
+def finite(result: Result) -> None:
+    """Hold a run to weights that are numbers."""
+    assert result.arrays
+    assert all(np.isfinite(x).all() for x in as_numpy(result.arrays).values())
+
+
+def ends_well(
+    world: World, make: Callable[[], Strategy], failed_rounds: bool = False
+) -> dict[str, np.ndarray]:
+    """Hold a whole run to its versions, finite weights, and nothing counted twice.
+
+    With `failed_rounds` a synchronous strategy may lack a version: its round brought nothing.
+    """
+    result = world.serve(make)
+    finite(result)
+    versions = [e["version"] for e in world.events("aggregated")]
+    assert versions[-1] == world.rounds
+    if failed_rounds and not isinstance(make(), AsyncStrategy):
+        assert versions == sorted(set(versions))
+    else:
+        assert versions == list(range(1, world.rounds + 1))
+    assert world.grid.violations == []
+    for site in world.sites:
+        ids = [e["order_id"] for e in world.arrived(site.name)]
+        assert len(ids) == len(set(ids)), "an order arrived twice"
+        assert all(n == 1 for n in site.trained.values()), "an order was trained twice"
+        assert len(world.merged(site.name)) <= len(ids) or site.plain
+    return as_numpy(result.arrays)
