@@ -21,9 +21,9 @@ from flwr_hpc.exchange.codec import write_safetensors
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.simulate.learning import Learner, LearnerConfig
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool, publish
-from flwr_hpc.worker.deadline import Ending
+from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
-from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.ledger import PhaseTimer, process_start
 from flwr_hpc.worker.reporter import Reporter
 
 __all__ = ["run"]
@@ -32,7 +32,7 @@ __all__ = ["run"]
 def run(allocation_dir: Path) -> None:
     """Serve an allocation of one rank."""
     allocation = AllocationDir(Path(allocation_dir))
-    ledger, ending = Ledger(process_start()), Ending.detect(allocation.spec()["walltime_s"])
+    ledger, ending = PhaseTimer(process_start()), Deadline.detect(allocation.spec()["walltime_s"])
     with Reporter(allocation, ledger, ending.walltime_left) as reporter:
         reporter.say("starting")
         _Worker(allocation, ledger, ending, reporter).serve()
@@ -41,7 +41,7 @@ def run(allocation_dir: Path) -> None:
 
 class _Worker:
     def __init__(
-        self, allocation: AllocationDir, ledger: Ledger, ending: Ending, reporter: Reporter
+        self, allocation: AllocationDir, ledger: PhaseTimer, ending: Deadline, reporter: Reporter
     ) -> None:
         self.ledger, self.ending, self.reporter = ledger, ending, reporter
         self.allocation, self.spool = allocation, Spool(allocation.path.parents[1])

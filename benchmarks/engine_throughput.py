@@ -69,13 +69,13 @@ class Watched(strategies.FedBuff):
 
     found: ClassVar[dict[int, float]] = {}
 
-    def on_arrival(self, arrival: Any, staleness: int) -> Any:
+    def on_result(self, arrival: Any, staleness: int) -> Any:
         """Count."""
         self.count = getattr(self, "count", 0) + 1
         if self.count in MARKS:
             gc.collect()
             self.found[self.count] = resident_mb()
-        return super().on_arrival(arrival, staleness)
+        return super().on_result(arrival, staleness)
 
 
 def resident_mb() -> float:

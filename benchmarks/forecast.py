@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from _machine import record
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobInfo, JobSpec
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 from flwr_hpc.site.forecast.estimate import Estimate, estimate, verdicts

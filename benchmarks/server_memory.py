@@ -34,9 +34,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from flwr_hpc.exchange.client import receive, send
-from flwr_hpc.exchange.codec import Spec, TensorFile, write_safetensors
+from flwr_hpc.exchange.codec import write_safetensors
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import Store
+from flwr_hpc.exchange.tensors import TensorFile, TensorInfo
 
 MB = 1e6
 SERVER_LIMIT = (3, 250)  # model sizes, MB
@@ -44,7 +45,7 @@ CLIENT_LIMIT = 200  # MB
 MODEL = {"vocab": 32_000, "hidden": 768, "intermediate": 2048, "layers": 12}
 
 
-def layout() -> dict[str, Spec]:
+def layout() -> dict[str, TensorInfo]:
     """Return the tensors of a Llama of `MODEL`'s sizes, embeddings untied."""
     h, i = MODEL["hidden"], MODEL["intermediate"]
     shapes = {"embed": (MODEL["vocab"], h), "head": (MODEL["vocab"], h), "norm": (h,)}
@@ -52,7 +53,7 @@ def layout() -> dict[str, Spec]:
         shapes |= {f"layers.{n}.{k}": (h, h) for k in ("q", "k", "v", "o")}
         shapes |= {f"layers.{n}.{k}": (i, h) for k in ("gate", "up")}
         shapes |= {f"layers.{n}.down": (h, i), f"layers.{n}.norm": (h,)}
-    return {name: Spec("F32", shape) for name, shape in shapes.items()}
+    return {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
 
 
 def peak_mb() -> float:

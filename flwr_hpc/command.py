@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from flwr_hpc.errors import UserError
 
-__all__ = ["exit_code"]
-
 
 def exit_code(run: Callable[[], int]) -> int:
     """Return what `run` returns, 2 for a user's mistake, 1 for a failing disk, 130 for Ctrl-C."""

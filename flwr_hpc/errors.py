@@ -1,4 +1,4 @@
-"""The one exception for everything a user can cause and mend."""
+"""The one exception for everything a user can cause and fix."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import difflib
 import math
 from collections.abc import Iterable
 
-__all__ = ["UserError", "closest", "not_negative", "one_of", "positive", "within"]
-
 
 class UserError(Exception):
-    """A mistake the user can mend; shown as one message without a traceback, exit code 2.
+    """A mistake the user can fix; shown as one message without a traceback, exit code 2.
 
     The message says what was wrong, what was found, the valid choices and, where there is
     one, the corrected command.

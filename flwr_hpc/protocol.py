@@ -13,33 +13,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-__all__ = [
-    "ACQUIRE",
-    "ARRAYS",
-    "COLLECT",
-    "CORRECTION",
-    "DESCRIBE",
-    "EVALUATE",
-    "FORECAST",
-    "GRADIENT",
-    "MEAN_GRADIENT",
-    "METRICS",
-    "ORDER",
-    "RELEASE",
-    "STATUS",
-    "TRAIN",
-    "WAIT",
-    "WEIGHT_KEY",
-    "Forecast",
-    "Order",
-    "OrderKind",
-    "Result",
-    "SiteState",
-    "Status",
-    "from_json",
-    "to_json",
-]
-
 T = TypeVar("T")
 
 # Flower message types.
@@ -71,52 +44,31 @@ SiteState = Literal["idle", "queued", "starting", "ready", "running", "done", "f
 
 @dataclass(frozen=True)
 class Order:
-    """One request to an allocation.
+    """One request to an allocation."""
 
-    Parameters
-    ----------
-    run_key : str
-        Names the training run; the same after a resume.
-    facility : str
-    seq : int
-        Counts the orders of one facility from 0.
-    kind : str
-        ``initialize`` (return the initial weights and the model's small files), ``train``
-        or ``evaluate``.
-    version : int
-        Version of the global model the order starts from.
-    steps : int
-        Optimizer steps to train.
-    evaluate : bool
-        Evaluate the received weights on the held-out data before training; with `merges` the
-        version they belong to, if the site has it.
-    options : dict of str to scalar
-        What the strategy's train config adds: ``proximal-mu`` (FedProx), ``lr-scale`` (factor
-        on the learning rate), ``own-share`` (start from the weights plus this share of the
-        site's last update), ``mean-gradient`` (reply with `GRADIENT`, too).
-    carries : list of str
-        Keys of the further arrays in the message, beside the weights: `CORRECTION`.
-    merges : list of str or None
-        The site goes on from the weights that its order with the number ``after`` (an option)
-        left there, and only these tensors, which are all that come, are merged into them:
-        ``(1 - alpha) given + alpha local`` with the option ``alpha``, 0 where it is missing.
-        A site that has those weights no more refuses. None: all weights come and replace the
-        site's.
-    returns : list of str or None
-        Tensors that the reply is to carry (None: all).
-    """
-
-    run_key: str
+    run_key: str  # Names the training run; the same after a resume
     facility: str
-    seq: int
+    seq: int  # Counts the orders of one facility from 0
+    # ``initialize`` (return the initial weights and the model's small files), ``train`` or
+    # ``evaluate``.
     kind: OrderKind
-    version: int = 0
-    steps: int = 0
+    version: int = 0  # Version of the global model the order starts from
+    steps: int = 0  # Optimizer steps to train
+    # Evaluate the received weights on the held-out data before training; with `merges` the
+    # version they belong to, if the site has it.
     evaluate: bool = False
+    # What the strategy's train config adds: ``proximal-mu`` (FedProx), ``lr-scale`` (factor
+    # on the learning rate), ``own-share`` (start from the weights plus this share of the
+    # site's last update), ``mean-gradient`` (reply with `GRADIENT`, too).
     options: dict[str, Any] = field(default_factory=dict)
+    # Keys of the further arrays in the message, beside the weights: `CORRECTION`.
     carries: list[str] = field(default_factory=list)
+    # The site goes on from the weights that its order with the number ``after`` (an option)
+    # left there, and only these tensors, which are all that come, are merged into them: ``(1
+    # - alpha) given + alpha local`` with the option ``alpha``, 0 where it is missing. A site
+    # that has those weights no more refuses. None: all weights come and replace the site's.
     merges: list[str] | None = None
-    returns: list[str] | None = None
+    returns: list[str] | None = None  # Tensors that the reply is to carry (None: all)
 
     @property
     def id(self) -> str:
@@ -126,140 +78,85 @@ class Order:
 
 @dataclass(frozen=True)
 class Result:
-    """What an allocation wrote for an order; ``state`` is ``done`` or ``failed``.
-
-    Attributes
-    ----------
-    steps, tokens, examples : int
-        What was really trained (an order may be cut short by the walltime) or, for
-        ``evaluate``, evaluated. ``tokens`` counts the tokens the loss was taken on.
-    metrics : dict of str to float
-        ``train_loss``, ``held_out_loss`` (nats per token), ``grad_norm``, ``tokens_per_s``,
-        ``mfu``, ``peak_memory_gb``, ... Only finite numbers.
-    weights : str or None
-        File name of the trained weights in the order's folder.
-    sha256 : str
-        Of that file.
-    files : dict of str to str
-        Small text files that make the weights a Hugging Face directory (``initialize``).
-    seconds : dict of str to float
-        Time by phase on the worker's own clock: ``read``, ``train``, ``evaluate``, ``write``,
-        ``first_step`` (from order seen to first optimizer step begun), and ``resumed``: training
-        of an earlier worker that a checkpoint of this order saved.
-    error : str
-        What went wrong; set when ``state`` is ``failed``.
-    fatal : bool
-        The error will not mend by trying again (bad data, bad configuration).
-    refused : bool
-        The site lacks what the order goes on from: it failed, but another order may do.
-    further : dict of str to str
-        sha256 of further arrays that were asked for, by their key in the reply; they lie beside
-        the weights as ``KEY.safetensors``.
-    """
+    """What an allocation wrote for an order; ``state`` is ``done`` or ``failed``."""
 
     order_id: str
     state: Literal["done", "failed"]
+    # What was really trained (an order may be cut short by the walltime) or, for
+    # ``evaluate``, evaluated. ``tokens`` counts the tokens the loss was taken on.
     steps: int = 0
     tokens: int = 0
     examples: int = 0
+    # ``train_loss``, ``held_out_loss`` (nats per token), ``grad_norm``, ``tokens_per_s``,
+    # ``mfu``, ``peak_memory_gb``, ... Only finite numbers.
     metrics: dict[str, float] = field(default_factory=dict)
-    weights: str | None = None
-    sha256: str = ""
+    weights: str | None = None  # File name of the trained weights in the order's folder
+    sha256: str = ""  # Of that file
+    # Small text files that make the weights a Hugging Face directory (``initialize``).
     files: dict[str, str] = field(default_factory=dict)
+    # Time by phase on the worker's own clock: ``read``, ``train``, ``evaluate``, ``write``,
+    # ``first_step`` (from order seen to first optimizer step begun), and ``resumed``:
+    # training of an earlier worker that a checkpoint of this order saved.
     seconds: dict[str, float] = field(default_factory=dict)
-    error: str = ""
-    fatal: bool = False
+    error: str = ""  # What went wrong; set when ``state`` is ``failed``
+    fatal: bool = False  # Trying again will not fix it (bad data, bad configuration)
+    # The site lacks what the order goes on from: it failed, but another order may do.
     refused: bool = False
+    # sha256 of further arrays that were asked for, by their key in the reply; they lie beside
+    # the weights as ``KEY.safetensors``.
     further: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """How long a job submitted now would wait in the queue, and what such forecasts were worth.
+    """How long a job submitted now would wait in the queue, and what such forecasts were worth."""
 
-    Attributes
-    ----------
-    median_s, high_s : float or None
-        Median and upper quantile of the wait; None when nothing is known.
-    quantile : float
-        Which one `high_s` is.
-    source : str
-        ``scheduler`` (its own plan), ``history`` (this facility's past waits), ``both`` or
-        ``none``.
-    waits : int
-        How many past waits went into it.
-    checked : int
-        How many earlier forecasts have since been held against the real wait.
-    error_s : float or None
-        Median absolute error of those forecasts' medians.
-    coverage : float or None
-        Share of those waits that were no longer than forecast by the upper quantile.
-    """
-
+    # Median and upper quantile of the wait; None when nothing is known.
     median_s: float | None = None
     high_s: float | None = None
-    quantile: float = 0.9
+    quantile: float = 0.9  # Which one `high_s` is
+    # ``scheduler`` (its own plan), ``history`` (this facility's past waits), ``both`` or
+    # ``none``.
     source: str = "none"
-    waits: int = 0
-    checked: int = 0
-    error_s: float | None = None
+    waits: int = 0  # How many past waits went into it
+    checked: int = 0  # How many earlier forecasts have since been held against the real wait
+    error_s: float | None = None  # Median absolute error of those forecasts' medians
+    # Share of those waits that were no longer than forecast by the upper quantile.
     coverage: float | None = None
 
 
 @dataclass(frozen=True)
 class Status:
-    """A site's answer to any message.
+    """A site's answer to any message."""
 
-    Attributes
-    ----------
-    state : str
-        ``queued`` and ``starting`` tell of the allocation, ``ready`` answers `ACQUIRE`,
-        ``running``, ``done`` and ``failed`` tell of the order.
-    allocation : str
-        Name of the allocation that works, or waits, for this site; empty if there is none.
-    walltime_left_s : float or None
-        Of a started allocation.
-    queue_wait_s, queue_wait_high_s : float or None
-        Forecast of what a queued allocation has still to wait: median and upper quantile.
-    reason : str
-        Why a queued allocation waits, in the scheduler's own words.
-    step, steps, loss, tokens_per_s :
-        Progress of a running order.
-    result : Result or None
-        Of a finished order, without the weights, which travel as the reply's arrays.
-    ledger : dict of str to dict of str to float
-        Per allocation: seconds so far in ``queue``, ``startup``, ``load``, ``train``,
-        ``evaluate``, ``transfer``, ``idle``.
-    jobs : dict of str to dict
-        Per allocation what the scheduler says of its job: ``id``, ``nodes``, ``restarts``,
-        ``submitted_s``, ``eligible_s``, ``started_s``, ``ended_s`` (Unix seconds) and
-        ``outcome``, as far as known.
-    forecast : Forecast or None
-        Answers `FORECAST`.
-    seconds : float
-        How long the site took to answer, on the site's clock.
-    error, fatal :
-        As in `Result`.
-    """
-
+    # ``queued`` and ``starting`` tell of the allocation, ``ready`` answers `ACQUIRE`,
+    # ``running``, ``done`` and ``failed`` tell of the order.
     state: SiteState
     facility: str = ""
     order_id: str = ""
+    # Name of the allocation that works, or waits, for this site; empty if there is none.
     allocation: str = ""
-    walltime_left_s: float | None = None
+    walltime_left_s: float | None = None  # Of a started allocation
+    # Forecast of what a queued allocation has still to wait: median and upper quantile.
     queue_wait_s: float | None = None
     queue_wait_high_s: float | None = None
-    reason: str = ""
-    step: int = 0
+    reason: str = ""  # Why a queued allocation waits, in the scheduler's own words
+    step: int = 0  # Progress of a running order
     steps: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
+    # Of a finished order, without the weights, which travel as the reply's arrays.
     result: Result | None = None
+    # Per allocation: seconds so far in ``queue``, ``startup``, ``load``, ``train``,
+    # ``evaluate``, ``transfer``, ``idle``.
     ledger: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Per allocation what the scheduler says of its job: ``id``, ``nodes``, ``restarts``,
+    # ``submitted_s``, ``eligible_s``, ``started_s``, ``ended_s`` (Unix seconds) and
+    # ``outcome``, as far as known.
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    forecast: Forecast | None = None
-    seconds: float = 0.0
-    error: str = ""
+    forecast: Forecast | None = None  # Answers `FORECAST`
+    seconds: float = 0.0  # How long the site took to answer, on the site's clock
+    error: str = ""  # As in `Result`
     fatal: bool = False
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from flwr_hpc.errors import UserError
 from flwr_hpc.tracking.report import REPORT, SUMMARY, rebuild
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""

@@ -22,8 +22,6 @@ from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.schema import Config
 
-__all__ = ["main"]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""

@@ -32,8 +32,6 @@ from typing import Any, Literal
 
 from flwr_hpc.protocol import Order, Result, from_json, to_json
 
-__all__ = ["AllocationDir", "OrderDir", "Spool", "WorkerState", "publish", "read_json"]
-
 
 def publish(path: Path, data: str | bytes) -> None:
     """Write a file so that it is seen whole or not at all, and survives a crash."""
@@ -70,33 +68,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """What the worker of an allocation says of itself.
+    """What the worker of an allocation says of itself."""
 
-    Attributes
-    ----------
-    state : str
-        ``starting`` (imports, process group), ``loading`` (model, data), ``ready``,
-        ``running`` (an order), ``closed`` (left on its own accord: released, idle too long,
-        or out of walltime), ``interrupted`` (told to end; whether its job is requeued only the
-        scheduler knows), ``failed``.
-    order_id : str
-        Of the running order.
-    beat : int
-        Grows while the worker lives.
-    walltime_left_s : float or None
-        Until the job's end, on the worker's clock.
-    seconds : dict of str to float
-        Time so far in ``startup``, ``load``, ``train``, ``evaluate``, ``transfer``, ``idle``.
-    error, fatal :
-        Set when ``failed``; fatal errors will not mend by trying again.
-    """
-
+    # ``starting`` (imports, process group), ``loading`` (model, data), ``ready``, ``running``
+    # (an order), ``closed`` (left on its own accord: released, idle too long, or out of
+    # walltime), ``interrupted`` (told to end; whether its job is requeued only the scheduler
+    # knows), ``failed``.
     state: Literal["starting", "loading", "ready", "running", "closed", "interrupted", "failed"]
-    order_id: str = ""
-    beat: int = 0
-    walltime_left_s: float | None = None
+    order_id: str = ""  # Of the running order
+    beat: int = 0  # Grows while the worker lives
+    walltime_left_s: float | None = None  # Until the job's end, on the worker's clock
+    # Time so far in ``startup``, ``load``, ``train``, ``evaluate``, ``transfer``, ``idle``.
     seconds: dict[str, float] = field(default_factory=dict)
-    error: str = ""
+    error: str = ""  # Set when ``failed``; trying again will not fix a fatal one
     fatal: bool = False
 
 

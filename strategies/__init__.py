@@ -9,7 +9,7 @@ from strategies.diloco import DiLoCo
 from strategies.engine.engine import Engine
 from strategies.engine.rounds import run_rounds
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
-from strategies.engine.state import Arrival, Binding, Failure, Plan
+from strategies.engine.state import Binding, Failure, Plan, SiteResult
 from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg
 from strategies.fedbackfill import FedBackfill
@@ -21,7 +21,7 @@ from strategies.scaffold import Scaffold
 from strategies.streaming_diloco import StreamingDiLoCo
 
 __all__ = [
-    "Arrival",
+    "SiteResult",
     "AsyncDiLoCo",
     "AsyncStrategy",
     "Binding",

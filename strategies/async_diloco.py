@@ -8,12 +8,10 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from strategies.base.asynchronous import AsyncStrategy
-from strategies.engine.state import Arrival, Plan, Site
+from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
-from strategies.parts.pace import Pace
+from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Record, Tensors
-
-__all__ = ["AsyncDiLoCo"]
 
 
 class AsyncDiLoCo(AsyncStrategy):
@@ -60,12 +58,12 @@ class AsyncDiLoCo(AsyncStrategy):
         self.dynamic_steps = dynamic_steps
         self.steps = steps
         self.staleness_exponent = staleness_exponent
-        self.pace = Pace(0.5)
+        self.pace = SpeedEstimate(0.5)
         self._arrived = 0  # since the last delayed step
         self._sum: tuple[str, ArrayRecord] | None = None
         self._m: tuple[str, ArrayRecord] | None = None
 
-    def plan(self, site: Site) -> Plan:
+    def plan(self, site: SiteState) -> Plan:
         """Return fewer steps for a slower site."""
         steps = self.steps or self.default_steps
         mine = self.pace.step_s.get(site.facility)
@@ -77,11 +75,11 @@ class AsyncDiLoCo(AsyncStrategy):
         """Return (1 + tau)^-a."""
         return rules.staleness_weight("polynomial", staleness, a=self.staleness_exponent)
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether the site has trained at all."""
         return not arrival.empty
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Step at once; the momentum's part every N-th time."""
         if not self.counts(arrival, staleness):
             return None

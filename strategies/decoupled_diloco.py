@@ -11,8 +11,6 @@ from strategies.parts.buffer import Update, deltas
 from strategies.parts.outer import Nesterov
 from strategies.parts.rules import Tensors
 
-__all__ = ["DecoupledDiLoCo"]
-
 
 class DecoupledDiLoCo(WindowStrategy):
     """Decoupled DiLoCo (arXiv 2604.21428): no site is waited for beyond a quorum and a grace.

@@ -10,8 +10,6 @@ from strategies.parts import rules
 from strategies.parts.outer import Nesterov
 from strategies.parts.rules import Record, Tensor, Tensors
 
-__all__ = ["DiLoCo"]
-
 
 class DiLoCo(HpcStrategy):
     """DiLoCo (arXiv 2311.08105): inner AdamW at the sites, outer Nesterov momentum here.

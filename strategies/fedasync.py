@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from strategies.base.asynchronous import AsyncStrategy
-from strategies.engine.state import Arrival, Plan, Site
+from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.rules import STALENESS, Tensors
-
-__all__ = ["FedAsync"]
 
 
 class FedAsync(AsyncStrategy):
@@ -54,15 +52,15 @@ class FedAsync(AsyncStrategy):
         """Return s(tau)."""
         return rules.staleness_weight(self.staleness, staleness, **self.parameters)
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether the site has trained at all."""
         return not arrival.empty
 
-    def plan(self, site: Site) -> Plan:
+    def plan(self, site: SiteState) -> Plan:
         """Return an order with the proximal term, if any."""
         return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Mix the site's weights in, unless they are only the old ones."""
         if not self.counts(arrival, staleness):
             return None

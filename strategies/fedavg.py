@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from strategies.base.window import WindowStrategy
-from strategies.engine.state import Plan, Site
+from strategies.engine.state import Plan, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.buffer import Update, deltas
 from strategies.parts.rules import Tensors
-
-__all__ = ["FedAvg"]
 
 
 class FedAvg(WindowStrategy):
@@ -67,7 +65,7 @@ class FedAvg(WindowStrategy):
         self.outer_lr = outer_lr
         self.proximal_mu = proximal_mu
 
-    def may_join(self, site: Site) -> bool:
+    def may_join(self, site: SiteState) -> bool:
         """Let as many sites take part as were to be selected."""
         if not super().may_join(site):
             return False
@@ -81,7 +79,7 @@ class FedAvg(WindowStrategy):
         wanted = self.sites_per_round
         return super().complete() or (wanted is not None and len(self.reported()) >= wanted)
 
-    def order(self, site: Site) -> Plan:
+    def order(self, site: SiteState) -> Plan:
         """Return an order with the proximal term, if any."""
         return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
 

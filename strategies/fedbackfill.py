@@ -9,15 +9,13 @@ from flwr.app import ArrayRecord
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.engine import global_name
-from strategies.engine.state import Arrival, Bind, Binding, Failure, Plan, Site
+from strategies.engine.state import Bind, Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
-from strategies.parts.balance import Balance
+from strategies.parts.balance import ContributionBalance
 from strategies.parts.outer import PartialNesterov
-from strategies.parts.pace import Pace
+from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensors
-from strategies.parts.sizing import Sizing
-
-__all__ = ["FedBackfill"]
+from strategies.parts.sizing import OrderSizing
 
 
 class FedBackfill(AsyncStrategy):
@@ -83,7 +81,7 @@ class FedBackfill(AsyncStrategy):
     ) -> None:
         super().__init__()
         limits.not_negative("exponent", exponent)
-        self.sizing = Sizing(round_s, min_steps, max_steps)
+        self.sizing = OrderSizing(round_s, min_steps, max_steps)
         self.outer = PartialNesterov(outer_lr, momentum, average)
         self.size_steps = size_steps
         self.balance = balance
@@ -91,14 +89,14 @@ class FedBackfill(AsyncStrategy):
         self.exponent = exponent
         self.late_binding = late_binding
         self.overlap = overlap
-        self.pace = Pace(0.7)
-        self.rates = Balance()
+        self.pace = SpeedEstimate(0.7)
+        self.rates = ContributionBalance()
         self._own: dict[str, str] = {}  # facility -> its last pseudo-gradient in the store
         self._bound: dict[str, int] = {}  # facility -> the version it is to train on
 
     # ---- how much work ----------------------------------------------------------------------
 
-    def plan(self, site: Site) -> Plan:
+    def plan(self, site: SiteState) -> Plan:
         """Return an order that fits the site's speed and what is left of its walltime."""
         steps = self.sizing.steps(site, self.pace, self.now()) if self.size_steps else 0
         if not self.late_binding:
@@ -114,7 +112,7 @@ class FedBackfill(AsyncStrategy):
         after_s = max(0.0, (steps or self.default_steps) * step_s - lead)
         return Plan(steps, options, after_s)
 
-    def plan_ahead(self, site: Site) -> Plan:
+    def plan_next(self, site: SiteState) -> Plan:
         """Return the next order, which starts where the site's own update will lead."""
         now = self.plan(site)
         share = self.outer.lr * self.share(site.facility)
@@ -144,14 +142,14 @@ class FedBackfill(AsyncStrategy):
     def _sites(self) -> int:
         return max(1, len(self.sites))
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether something was trained, and it is known from which weights."""
         if arrival.empty or not arrival.metrics.get("own_share"):
             return not arrival.empty
         last = self._own.get(arrival.facility, "")  # lost with a server that died, maybe
         return last.endswith(f"-{int(arrival.metrics.get('own_seq', -1)):06d}")
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Step along the site's pseudo-gradient."""
         facility = arrival.facility
         self._bound.pop(facility, None)
@@ -173,7 +171,7 @@ class FedBackfill(AsyncStrategy):
         """Return the average of the versions."""
         return self.outer.mean or self.arrays
 
-    def _delta(self, arrival: Arrival) -> Tensors:
+    def _delta(self, arrival: SiteResult) -> Tensors:
         """Yield the pseudo-gradient against the weights the site really started from."""
         assert arrival.base is not None
         assert arrival.arrays is not None

@@ -10,16 +10,14 @@ from flwr.app import ArrayRecord
 
 from flwr_hpc.protocol import Order
 from strategies.base.window import WindowStrategy
-from strategies.engine.state import Arrival, Bind, Binding, Plan, Site
+from strategies.engine.state import Bind, Binding, Plan, SiteResult, SiteState
 from strategies.parts import limits
-from strategies.parts.balance import Balance
+from strategies.parts.balance import ContributionBalance
 from strategies.parts.buffer import Update, deltas
 from strategies.parts.outer import PartialNesterov
-from strategies.parts.pace import Pace
+from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensors
-from strategies.parts.sizing import Sizing
-
-__all__ = ["FedBackfillRounds"]
+from strategies.parts.sizing import OrderSizing
 
 NO_WORK = ("queued", "ended")  # states of an allocation in which an order does not go on
 
@@ -89,22 +87,22 @@ class FedBackfillRounds(WindowStrategy):
         self.grace = grace
         self.balance = balance
         self.balance_arrivals = balance_arrivals
-        self.sizing = Sizing(round_s, min_steps, max_steps)
+        self.sizing = OrderSizing(round_s, min_steps, max_steps)
         self.outer = PartialNesterov(outer_lr, momentum, average)
-        self.pace = Pace(0.7)
-        self.rates = Balance()
+        self.pace = SpeedEstimate(0.7)
+        self.rates = ContributionBalance()
         self._reports: list[float] = []  # when they came, of the present window
 
     # ---- who works, and how much --------------------------------------------------------------
 
-    def plan(self, site: Site) -> Plan | None:
+    def plan(self, site: SiteState) -> Plan | None:
         """Return an order for a site that has not reported yet."""
         plan = super().plan(site)
         if plan is not None:  # it may have to queue: it joins when the order is handed in
             del self.working[site.facility]
         return plan
 
-    def order(self, site: Site) -> Plan:
+    def order(self, site: SiteState) -> Plan:
         """Return an order that fits the site's speed and what is left of its walltime."""
         steps = self.sizing.steps(site, self.pace, self.now())
         return Plan(steps, bind=self._joining(site.facility))
@@ -174,14 +172,14 @@ class FedBackfillRounds(WindowStrategy):
     def _sites(self) -> int:
         return max(1, len(self.sites))
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one at work closes the window."""
         if self.counts(arrival, staleness):
             self.pace.observe(arrival)
             self.rates.observe(arrival.facility, arrival.steps, self._sites())
             if staleness == 0:
                 self._reports.append(self.now())
-        return super().on_arrival(arrival, staleness)
+        return super().on_result(arrival, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Take one step along the sum of the pseudo-gradients."""

@@ -8,12 +8,10 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from strategies.base.asynchronous import AsyncStrategy
-from strategies.engine.state import Arrival
+from strategies.engine.state import SiteResult
 from strategies.parts import limits, rules
-from strategies.parts.balance import Balance
+from strategies.parts.balance import ContributionBalance
 from strategies.parts.rules import STALENESS, Tensors
-
-__all__ = ["FedBuff"]
 
 
 class FedBuff(AsyncStrategy):
@@ -35,8 +33,8 @@ class FedBuff(AsyncStrategy):
     exponent : float
         a of the polynomial; 0.5 is the paper's 1 / sqrt(1 + tau).
     debias : bool
-        Divide a site's weight by how often it arrives, see `strategies.parts.balance.Balance`: fast
-        sites fill the buffer with their data's updates. Not in the paper.
+        Divide a site's weight by how often it arrives (`strategies.parts.balance`): fast sites
+        fill the buffer with their data's updates. Not in the paper.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class FedBuff(AsyncStrategy):
         self.staleness = staleness
         self.exponent = exponent
         self.debias = debias
-        self.rates = Balance()
+        self.rates = ContributionBalance()
         self._buffer: list[tuple[str, float, ArrayRecord]] = []  # name, weight, delta
 
     def staleness_weight(self, staleness: int) -> float:
@@ -68,11 +66,11 @@ class FedBuff(AsyncStrategy):
         parameters = {"a": self.exponent} if self.staleness == "polynomial" else {}
         return rules.staleness_weight(self.staleness, staleness, **parameters)
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether something was trained."""
         return not arrival.empty
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Buffer the pseudo-gradient; the K-th makes a new version."""
         if arrival.empty:
             return None
@@ -89,7 +87,7 @@ class FedBuff(AsyncStrategy):
             self.arrays, [d for _, _, d in full], [s for _, s, _ in full], self.outer_lr
         )
 
-    def _frequency_weight(self, arrival: Arrival) -> float:
+    def _frequency_weight(self, arrival: SiteResult) -> float:
         sites = max(1, len(self.sites))
         self.rates.observe(arrival.facility, arrival.steps, sites)
         return self.rates.by_arrivals(arrival.facility, sites) if self.debias else 1.0

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from strategies.base.asynchronous import AsyncStrategy
-from strategies.engine.state import Arrival, Failure, Plan, Site
+from strategies.engine.state import Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.buffer import Buffer, Update, deltas
-from strategies.parts.pace import Pace
+from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensors
-
-__all__ = ["FedCompass"]
 
 
 @dataclass
@@ -71,7 +69,7 @@ class FedCompass(AsyncStrategy):
         self.slack = slack
         self.exponent = exponent
         self.normalise = normalise
-        self.pace = Pace(momentum)
+        self.pace = SpeedEstimate(momentum)
         self._groups: list[_Group] = []
         self._general = Buffer()  # what came before there were groups, or too late for its own
 
@@ -81,7 +79,7 @@ class FedCompass(AsyncStrategy):
 
     # ---- grouping ---------------------------------------------------------------------------
 
-    def plan(self, site: Site) -> Plan | None:
+    def plan(self, site: SiteState) -> Plan | None:
         """Let a site that has arrived wait for its group, and put a free one into a group."""
         name = site.facility
         if any(name in {u.facility for u in g.buffer} for g in self._groups):
@@ -128,7 +126,7 @@ class FedCompass(AsyncStrategy):
 
     # ---- arrivals ---------------------------------------------------------------------------
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one of a group makes a version."""
         self.pace.observe(arrival)
         store, name = self.runtime.checkpoints, arrival.facility

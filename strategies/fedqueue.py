@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strategies.base.window import WindowStrategy
-from strategies.engine.state import Arrival, Plan, Site
+from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.buffer import Update, deltas
-from strategies.parts.pace import Pace
+from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensors
-
-__all__ = ["FedQueue"]
 
 
 class FedQueue(WindowStrategy):
@@ -69,22 +67,22 @@ class FedQueue(WindowStrategy):
         self.max_steps = max_steps
         self.tolerance = tolerance
         self.scale_lr = scale_lr
-        self.pace = Pace(1.0 - momentum)
+        self.pace = SpeedEstimate(1.0 - momentum)
         self._held: list[str] = []  # facilities whose update waits for the next round
 
-    def order(self, site: Site) -> Plan:
+    def order(self, site: SiteState) -> Plan:
         """Return as many steps as the round has room for."""
         steps = self._steps(site.facility)
         return Plan(steps, {"lr-scale": self._least() / steps} if self.scale_lr else {})
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Merge an update now if its job started as forecast, else in the next round."""
         expected, waited = self.pace.queue_s.get(arrival.facility), self.pace.waited_s(arrival)
         self.pace.observe(arrival)
         late = expected is not None and waited > expected + self.tolerance * self.round_s
         if late and staleness == 0:
             self._held.append(arrival.facility)
-        return super().on_arrival(arrival, staleness)
+        return super().on_result(arrival, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean of what is admitted."""

@@ -8,17 +8,15 @@ from functools import partial
 from typing import Any, Literal
 
 from flwr_hpc.protocol import CORRECTION, MEAN_GRADIENT
-from strategies.engine.state import Arrival, Plan, Site
+from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.fedavg import FedAvg
 from strategies.parts import rules
 from strategies.parts.buffer import Update
 from strategies.parts.rules import Tensors
 
-__all__ = ["Scaffold"]
-
 
 @dataclass(frozen=True)
-class Variate:
+class ControlVariate:
     """A site's control variate: its name in the checkpoint store, its weight and its age."""
 
     name: str
@@ -68,10 +66,10 @@ class Scaffold(FedAvg):
         if forget_after < 1:
             raise ValueError(f"forget_after={forget_after} must be at least 1")
         self.forget_after = forget_after
-        self.variates: dict[str, Variate] = {}  # c_i, by facility
+        self.variates: dict[str, ControlVariate] = {}  # c_i, by facility
         self.control = ""  # name of c of the present version
 
-    def order(self, site: Site) -> Plan:
+    def order(self, site: SiteState) -> Plan:
         """Correct the site's gradients and ask for their mean; a plain ClientApp knows neither."""
         plan = super().order(site)
         if not site.launcher:
@@ -89,15 +87,15 @@ class Scaffold(FedAvg):
             return None
         return rules.record_delta(store.get(self.control), store.get(own.name))
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Take the site's new variate in, ahead of its update."""
         gradient = arrival.gradient
         if gradient is not None and not arrival.empty:
             name = f"variate-{arrival.order.id}"
             self.runtime.checkpoints.put(name, rules.tensors(gradient))
             weight = float(arrival.examples) if self.weighted_by == "num-examples" else 1.0
-            self.variates[arrival.facility] = Variate(name, weight, self.version)
-        return super().on_arrival(arrival, staleness)
+            self.variates[arrival.facility] = ControlVariate(name, weight, self.version)
+        return super().on_result(arrival, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Make the next version's c, and step along the weighted mean pseudo-gradient."""
@@ -124,5 +122,5 @@ class Scaffold(FedAvg):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo `state_dict`."""
         super().load_state_dict(state)
-        self.variates = {f: Variate(**v) for f, v in state["variates"].items()}
+        self.variates = {f: ControlVariate(**v) for f, v in state["variates"].items()}
         self.control = str(state["control"])

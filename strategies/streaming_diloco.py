@@ -17,14 +17,12 @@ from strategies.base.window import check_window
 from strategies.engine.engine import global_name
 from strategies.engine.messages import part_of
 from strategies.engine.rounds import EvaluateFn
-from strategies.engine.state import Arrival, Binding, Failure, Plan, Site
+from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import rules
 from strategies.parts.buffer import Buffer, Update, deltas
 from strategies.parts.fragments import Fragments
-from strategies.parts.pace import Pace
+from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensor, Tensors
-
-__all__ = ["StreamingDiLoCo"]
 
 # Of an order's options: the synchronization it takes part in; it waited for the one before it.
 WINDOW, AHEAD = "window", "ahead"
@@ -94,7 +92,7 @@ class StreamingDiLoCo(AsyncStrategy):
         self.overlap = overlap
         self.deadline_s = deadline_s
         self.quorum = quorum
-        self.pace = Pace(0.7)
+        self.pace = SpeedEstimate(0.7)
         self.outer = Fragments(fragments, outer_lr, momentum)
         self.working: dict[str, list[int]] = {}  # facility -> windows it works on, ascending
         self._held: dict[str, tuple[int, int]] = {}  # -> order whose weights it has, its version
@@ -142,12 +140,12 @@ class StreamingDiLoCo(AsyncStrategy):
 
     # ---- who does what ----------------------------------------------------------------------
 
-    def plan(self, site: Site) -> Plan | None:
+    def plan(self, site: SiteState) -> Plan | None:
         """Let a free site take part in the present window, or the next if it has reported."""
         self.working.pop(site.facility, None)
         return self._ask(site.facility, site.launcher, self.version)
 
-    def plan_ahead(self, site: Site) -> Plan | None:
+    def plan_next(self, site: SiteState) -> Plan | None:
         """Have the next order wait at the site, once there is what it starts from."""
         return self._ask(site.facility, site.launcher, self.working[site.facility][-1] + 1)
 
@@ -235,7 +233,7 @@ class StreamingDiLoCo(AsyncStrategy):
         """Return whether the present window has reports and nobody is left to wait for."""
         return len(self._buffers[0]) > 0 and self._opened and not self.awaited()
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether a report is in time."""
         return not arrival.empty and int(arrival.order.options[WINDOW]) >= self.version
 
@@ -243,7 +241,7 @@ class StreamingDiLoCo(AsyncStrategy):
         """Return the ids of the orders that wait in the windows."""
         return (u.order_id for buffer in self._buffers for u in buffer)
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Gather a report; the last one closes the window."""
         facility, order = arrival.facility, arrival.order
         window = int(order.options[WINDOW])

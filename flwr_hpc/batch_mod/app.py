@@ -19,8 +19,6 @@ from flwr.clientapp import ClientApp
 from flwr_hpc.batch_mod.carry import Failure, Reply
 from flwr_hpc.errors import UserError
 
-__all__ = ["AppRef", "Next", "Rest", "call", "copy_app", "find_app", "import_app", "rest"]
-
 Next = Callable[[Message, Context], Message]
 BUNDLED = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")  # what Flower itself sends
 
@@ -42,11 +40,6 @@ def find_app(caller: str, ref: str = "") -> AppRef:
         The file that made the mod.
     ref : str
         ``module:attribute``, if it is not the one of ``pyproject.toml``.
-
-    Raises
-    ------
-    UserError
-        If there is none.
     """
     for folder in _folders(caller):
         found = _component(folder)
@@ -75,13 +68,7 @@ def copy_app(app: AppRef, target: Path) -> AppRef:
 
 
 def import_app(app: AppRef) -> ClientApp:
-    """Import the app, as Flower does.
-
-    Raises
-    ------
-    UserError
-        If the reference leads to something else.
-    """
+    """Import the app, as Flower does."""
     if app.folder and app.folder not in sys.path:
         sys.path.insert(0, app.folder)
     module, _, attribute = app.ref.partition(":")

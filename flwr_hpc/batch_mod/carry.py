@@ -21,19 +21,6 @@ from flwr.app import Context, Message
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import sync_dir
 
-__all__ = [
-    "REPLY",
-    "REQUEST",
-    "AppError",
-    "Failure",
-    "Reply",
-    "check_versions",
-    "load",
-    "save",
-    "take_over",
-    "versions",
-]
-
 REQUEST, REPLY = "request.pkl", "reply.pkl"  # in an order's folder
 
 
@@ -43,20 +30,12 @@ class AppError(RuntimeError):
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in the job.
+    """An exception in the job."""
 
-    Attributes
-    ----------
-    kind, text, trace : str
-        Its type, its message and its traceback there.
-    pickled : bytes
-        The exception itself, empty if it cannot be pickled.
-    """
-
-    kind: str
+    kind: str  # Its type, its message and its traceback there
     text: str
     trace: str = ""
-    pickled: bytes = b""
+    pickled: bytes = b""  # The exception itself, empty if it cannot be pickled
 
     @classmethod
     def of(cls, exc: BaseException) -> Failure:
@@ -139,16 +118,11 @@ def versions() -> dict[str, str]:
 
 
 def check_versions(theirs: dict[str, str]) -> None:
-    """Refuse to unpickle what another version pickled.
-
-    Raises
-    ------
-    UserError
-    """
+    """Refuse to unpickle what another version pickled."""
     mine = versions()
     for name, there in theirs.items():
         if mine[name] != there:
             raise UserError(
                 f"{name} is {there} at the login node and {mine[name]} in the job: "
-                f"{sys.executable} needs the same one. Mend it with: pip install '{name}=={there}'"
+                f"{sys.executable} needs the same one. Fix it with: pip install '{name}=={there}'"
             )

@@ -22,38 +22,23 @@ from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.spool import AllocationDir, Spool, publish, read_json
 from flwr_hpc.worker.ranks import Ranks
 
-__all__ = ["Crew", "follow"]
-
 LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What rank 0 wants of the others.
+    """What rank 0 wants of the others."""
 
-    Attributes
-    ----------
-    attempt : str
-        The start of the job this belongs to.
-    generation : int
-        Counts the processes of the app; all ranks replace theirs together.
-    number : int
-        Counts the messages.
-    order : str
-        Id of the message's order; empty: none.
-    ended : bool
-    """
-
-    attempt: str
-    generation: int = 0
+    attempt: str  # The start of the job this belongs to
+    generation: int = 0  # Counts the processes of the app; all ranks replace theirs together
     host: str = ""
     port: int = 0
-    number: int = 0
-    order: str = ""
+    number: int = 0  # Counts the messages
+    order: str = ""  # Id of the message's order; empty: none
     ended: bool = False
 
 
-class Crew:
+class RankGroup:
     """Rank 0's side.
 
     Parameters

@@ -22,10 +22,8 @@ from flwr_hpc.batch_mod.worker import run
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import make_scheduler
 from flwr_hpc.site.long_poll import SystemClock
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
-
-__all__ = ["BatchError", "Mod", "batch"]
 
 Mod = Callable[[Message, Context, Next], Message]
 
@@ -57,11 +55,6 @@ def batch(facility: str | None = None, **settings: Any) -> Mod:
         further facilities; ``app``, the ClientApp as ``module:attribute``, needed only when no
         ``pyproject.toml`` names it. Each can be set as ``flwr-hpc.<name>`` in the node or run
         config too.
-
-    Raises
-    ------
-    UserError
-        When a message comes: the facility is unknown, or a setting is not valid.
     """
     caller = str(sys._getframe(1).f_globals.get("__file__") or "")
 
@@ -99,11 +92,11 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
     return answer
 
 
-def _site(context: Context, settings: Settings, caller: str) -> Site:
+def _site(context: Context, settings: Settings, caller: str) -> AllocationManager:
     root = settings.root(context)
     root.mkdir(parents=True, exist_ok=True)
     app = copy_app(find_app(caller, settings.app), root / "app")
-    return Site(
+    return AllocationManager(
         spool=Spool(root),
         run_key=settings.run_key(context),
         facility_name=settings.name,

@@ -19,8 +19,6 @@ from flwr_hpc.batch_mod.app import AppRef, call, import_app
 from flwr_hpc.batch_mod.carry import Failure, check_versions, load, save
 from flwr_hpc.worker.entry import die_with
 
-__all__ = ["AppProcess", "Stopped"]
-
 LOOK_S = 0.25  # how often a wait looks up
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -13,12 +13,11 @@ from typing import Any
 from flwr.app import Context
 
 from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.facility_rules import check_facility
 from flwr_hpc.config.overrides import quoted
-from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError, closest
-
-__all__ = ["HERE", "PREFIX", "Settings", "gather", "settle"]
 
 PREFIX = "flwr-hpc."  # of our keys in Flower's run and node config
 HERE = "none"  # the facility that stands for: no job, run in the ClientApp's process
@@ -29,22 +28,12 @@ ALLOCATION = tuple(f.name for f in fields(AllocationConfig))
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked choice.
+    """A checked choice."""
 
-    Attributes
-    ----------
-    name : str
-        The facility's.
-    facility : FacilityConfig
-    allocation : AllocationConfig
-    app : str
-        ``module:attribute`` of the ClientApp; empty: as its ``pyproject.toml`` says.
-    """
-
-    name: str
+    name: str  # The facility's
     facility: FacilityConfig
     allocation: AllocationConfig
-    app: str = ""
+    app: str = ""  # ``module:attribute`` of the ClientApp; empty: as its ``pyproject.toml`` says
 
     def root(self, context: Context) -> Path:
         """Return the folder on the shared file system of this run, node and shape of job."""
@@ -75,13 +64,7 @@ def gather(given: Mapping[str, Any], context: Context) -> dict[str, Any]:
 
 
 def settle(given: Mapping[str, Any]) -> Settings:
-    """Compose and check the facility.
-
-    Raises
-    ------
-    UserError
-        Naming the setting, what was found and what would be valid.
-    """
+    """Compose and check the facility."""
     name = str(given.get("facility", ""))
     if not re.fullmatch(r"\w+", name):
         raise UserError(

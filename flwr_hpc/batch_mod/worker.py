@@ -14,16 +14,14 @@ from typing import Any
 
 from flwr_hpc.batch_mod.app import AppRef
 from flwr_hpc.batch_mod.carry import REPLY, REQUEST, Failure, Reply, save
-from flwr_hpc.batch_mod.crew import Crew, follow
+from flwr_hpc.batch_mod.crew import RankGroup, follow
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
 from flwr_hpc.worker.inbox import Inbox
-from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.ledger import PhaseTimer, process_start
 from flwr_hpc.worker.ranks import Ranks
 from flwr_hpc.worker.reporter import Reporter
-
-__all__ = ["run"]
 
 RESERVED_SHARE, RESERVED_MOST_S = 0.1, 10.0  # of the walltime, to write and to leave in order
 
@@ -39,14 +37,14 @@ def run(allocation_dir: str) -> None:
     allocation, ranks = AllocationDir(Path(allocation_dir)), Ranks.detect()
     spec = allocation.spec()
     app = AppRef(spec["app_folder"], spec["app"])
-    ending = Ending(float(os.environ["FLWR_HPC_WALLTIME_S"]))
+    ending = Deadline(float(os.environ["FLWR_HPC_WALLTIME_S"]))
     if ranks.rank > 0:
         follow(allocation, ranks, app, spec["versions"], ending.now)
         return
-    ledger = Ledger(process_start())
+    ledger = PhaseTimer(process_start())
     with Reporter(allocation, ledger, ending.left) as reporter:
         reporter.say("starting")
-        crew = Crew(allocation, ranks)
+        crew = RankGroup(allocation, ranks)
         worker = Worker(
             allocation, ledger, reporter, ending, crew,
             lambda env: AppProcess(app, spec["versions"], env),
@@ -62,7 +60,7 @@ def run(allocation_dir: str) -> None:
         reporter.say("interrupted" if ending.told else "closed")
 
 
-class Ending:
+class Deadline:
     """Knows when to take no more messages, and when to leave the one at hand."""
 
     def __init__(self, walltime_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -103,10 +101,10 @@ class Worker:
     Parameters
     ----------
     allocation : AllocationDir
-    ledger : Ledger
+    ledger : PhaseTimer
     reporter : Reporter
-    ending : Ending
-    crew : Crew
+    ending : Deadline
+    crew : RankGroup
         The other ranks.
     start : callable
         Starts a process of the app with an environment.
@@ -115,10 +113,10 @@ class Worker:
     def __init__(
         self,
         allocation: AllocationDir,
-        ledger: Ledger,
+        ledger: PhaseTimer,
         reporter: Reporter,
-        ending: Ending,
-        crew: Crew,
+        ending: Deadline,
+        crew: RankGroup,
         start: Callable[[dict[str, str]], AppProcess],
     ) -> None:
         self._allocation, self._spool = allocation, Spool(allocation.path.parents[1])
@@ -143,7 +141,7 @@ class Worker:
             self._allocation,
             self._spool,
             idle_timeout_s,
-            must_end=lambda: self._ending.no_more(self._longest_s),
+            should_stop=lambda: self._ending.no_more(self._longest_s),
         )
         while order_id := inbox.next():
             self._reporter.say("running", order_id)

@@ -22,8 +22,6 @@ from flwr_hpc.config.overrides import prepared, quoted, read
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError, closest
 
-__all__ = ["compose_config", "composed", "conf_dir", "resume_config", "shown"]
-
 DEFAULT_FACILITIES = "+facility=[local_a,local_b]"
 # What a run's checkpoints cannot follow, and why.
 FIXED = {
@@ -56,11 +54,6 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
         As on the command line, e.g. ``["rounds=4", "+facility=leonardo"]``.
     config_dir : str or None
         Folder with further configuration, e.g. ``facility/mycluster.yaml``.
-
-    Raises
-    ------
-    UserError
-        For anything that does not compose or is not valid.
     """
     config = composed(overrides, config_dir)
     if not config.facilities:
@@ -74,13 +67,7 @@ def composed(
     primary: str = "config",
     schema: type = Config,
 ) -> DictConfig:
-    """Compose one of the primary files of `conf/`, whose first default is ``PRIMARY_schema``.
-
-    Raises
-    ------
-    UserError
-        For anything that does not compose.
-    """
+    """Compose one of the primary files of `conf/`, whose first default is ``PRIMARY_schema``."""
     overrides = prepared(overrides)
     if config_dir is not None:
         place = quoted(f"file://{_folder(config_dir)}")
@@ -89,14 +76,7 @@ def composed(
 
 
 def resume_config(saved: Path, overrides: Sequence[str]) -> Config:
-    """Return a run's saved configuration with plain ``key=value`` changes.
-
-    Raises
-    ------
-    UserError
-        If the saved file is damaged, or an override is not one, chooses another group file or
-        changes what the run's checkpoints cannot follow.
-    """
+    """Return a run's saved configuration with plain ``key=value`` changes."""
     config = _load(saved)
     fixed = _fixed(config)
     for override in overrides:

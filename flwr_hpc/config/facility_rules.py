@@ -1,4 +1,4 @@
-"""How a facility's fields have to go together; every mistake is answered with its mend."""
+"""How a facility's fields have to go together; every mistake is answered with its fix."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from flwr_hpc.config.facility import (
     walltime_s,
 )
 from flwr_hpc.errors import UserError, not_negative, one_of, positive
-
-__all__ = ["check_facility"]
 
 SCHEDULERS = ("local", "slurm", "pbs")
 GPU_REQUESTS = ("gres", "gpus", "gpus-per-node", "gpus-per-task")
@@ -47,13 +45,7 @@ PBS_ALONE = {
 
 
 def check_facility(name: str, f: FacilityConfig) -> None:
-    """Check a facility's fields and how they go together.
-
-    Raises
-    ------
-    UserError
-        Naming the key, the value found and the corrected override.
-    """
+    """Check a facility's fields and how they go together."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name):
         raise UserError(f"facility name '{name}' may hold letters, digits and '_' only")
     one_of(f"facilities.{name}.scheduler", f.scheduler, SCHEDULERS)
@@ -113,10 +105,10 @@ def _check_shape(key: str, f: FacilityConfig) -> None:
     cpus = f.ranks_per_node * f.cpus_per_rank
     if f.cpus_per_node is not None and cpus > f.cpus_per_node:
         most = f.cpus_per_node // f.ranks_per_node
-        mend = f"cpus_per_rank={most}" if most else f"ranks_per_node={f.cpus_per_node}"
+        fix = f"cpus_per_rank={most}" if most else f"ranks_per_node={f.cpus_per_node}"
         raise UserError(
             f"{key}: {f.ranks_per_node} ranks x {f.cpus_per_rank} CPUs are {cpus} CPUs; a node has "
-            f"{f.cpus_per_node} for jobs. Add to the command: {key}.{mend}"
+            f"{f.cpus_per_node} for jobs. Add to the command: {key}.{fix}"
         )
 
 
@@ -202,13 +194,13 @@ def _check_queue(key: str, f: FacilityConfig) -> None:
         spans = ", ".join(f"{q.min_nodes} to {q.max_nodes or 'any number of'}" for q in known)
         ends = [n for q in known for n in (q.min_nodes, q.max_nodes) if n is not None]
         found = f"nodes={f.nodes}: {name} takes {spans} nodes"
-        mend = f"nodes={min(ends, key=lambda n: abs(n - f.nodes))}"
+        fix = f"nodes={min(ends, key=lambda n: abs(n - f.nodes))}"
     else:
         found = f"walltime={f.walltime}: {name} gives {nodes} at most {queue.walltime}"
-        mend = f"walltime={queue.walltime}"
+        fix = f"walltime={queue.walltime}"
     others = "; ".join(_choose(key, f, q) for q in f.queues if _would_do(q, f))
     more = f" Or one of the queues that take {nodes} for {f.walltime}: {others}"
-    raise UserError(f"{key}.{found}. Add to the command: {key}.{mend}.{more if others else ''}")
+    raise UserError(f"{key}.{found}. Add to the command: {key}.{fix}.{more if others else ''}")
 
 
 def _gives(queue: QueueConfig, walltime: str) -> bool:

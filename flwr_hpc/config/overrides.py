@@ -12,8 +12,6 @@ from hydra.errors import HydraException
 
 from flwr_hpc.errors import UserError
 
-__all__ = ["prepared", "quoted", "read"]
-
 # Mappings that take any key; Hydra would ask for a '+' before each.
 OPEN = re.compile(
     r"(data\.(held_out_)?paths|model\.(config|lora)|strategy"
@@ -33,11 +31,6 @@ def prepared(overrides: Sequence[str]) -> list[str]:
 
     Paths are quoted, a single data path becomes a list, keys of open mappings are added, and a
     ``strategy._target_`` without a ``strategy=`` is not given the default strategy's arguments.
-
-    Raises
-    ------
-    UserError
-        If one is not ``KEY=VALUE``, or its value cannot be read.
     """
     ready = [_with_paths(o) for o in overrides]
     for override in ready:
@@ -49,13 +42,7 @@ def prepared(overrides: Sequence[str]) -> list[str]:
 
 
 def read(override: str) -> Override:
-    """Parse one override.
-
-    Raises
-    ------
-    UserError
-        If it is not ``KEY=VALUE``, or its value cannot be read.
-    """
+    """Parse one override."""
     override = _with_paths(override)
     try:
         parsed = OverridesParser.create().parse_override(override)

@@ -9,8 +9,6 @@ from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.facility_rules import check_facility
 from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
 
-__all__ = ["check_values"]
-
 CHOICES = {
     "data.kind": ("stdlib", "text", "jsonl", "parquet"),
     "allocation.policy": ("warm", "per_round"),
@@ -50,11 +48,6 @@ def check_values(c: Any) -> None:
     ----------
     c : flwr_hpc.config.schema.Config
         Not typed, because that module calls this one.
-
-    Raises
-    ------
-    UserError
-        Naming the key, the value found and what would be valid.
     """
     for key, choices in CHOICES.items():
         one_of(key, attrgetter(key)(c), choices)

@@ -19,38 +19,25 @@ from flwr_hpc.data import packing, reading, sources
 from flwr_hpc.data.packing import Sequences, Tokens
 from flwr_hpc.errors import UserError
 
-__all__ = ["Batch", "Corpus", "load_corpus", "load_tokenizer"]
-
 _BYTE_OFFSET = 3  # ByT5: pad, eos and unk come first
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token sequences and what is to be predicted of them.
+    """Token sequences and what is to be predicted of them."""
 
-    Attributes
-    ----------
-    input_ids, labels : int64 tensor, shape (n, seq_len)
-        Labels are unshifted, as transformers expects them, and -100 where no loss is taken;
-        the first of each sequence always is, so ``(labels != -100).sum()`` counts the tokens
-        the loss is taken on.
-    """
-
+    # Labels are unshifted, as transformers expects them, and -100 where no loss is taken; the
+    # first of each sequence always is, so ``(labels != -100).sum()`` counts the tokens the
+    # loss is taken on.
     input_ids: torch.Tensor
     labels: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out sequences of one facility.
+    """Training and held-out sequences of one facility."""
 
-    Attributes
-    ----------
-    tokenizer : transformers tokenizer
-        ``len(tokenizer)`` is the vocabulary's size.
-    """
-
-    tokenizer: Any
+    tokenizer: Any  # ``len(tokenizer)`` is the vocabulary's size
     facility: str
     seed: int
     train: Sequences
@@ -124,12 +111,6 @@ def load_corpus(
         Of the order of the training sequences.
     cache : Path, optional
         Folder for what Hugging Face ``datasets`` makes of jsonl, parquet and text files.
-
-    Raises
-    ------
-    UserError
-        If files are missing or malformed, the tokenizer cannot be loaded, or there is less
-        than one sequence to train on.
     """
     found = sources.resolve(data, facility, facilities)
     tokenizer = load_tokenizer(data.tokenizer)
@@ -153,13 +134,7 @@ def load_corpus(
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer ``byte``, one from a local directory, or one by its hub name.
-
-    Raises
-    ------
-    UserError
-        If there is none, or it has no end-of-sequence token.
-    """
+    """Load the tokenizer ``byte``, one from a local directory, or one by its hub name."""
     import transformers
 
     if name == "byte":

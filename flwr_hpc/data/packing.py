@@ -9,25 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IGNORED", "Sequences", "concatenate", "labels", "pack", "pack_pairs"]
-
 Tokens = NDArray[np.unsignedinteger[Any]]
 IGNORED = -100  # what torch's and transformers' cross entropy skip
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences of one length.
-
-    Attributes
-    ----------
-    ids : ndarray of unsigned int, shape (n, seq_len)
-    spans : ndarray of int32, shape (n, 2)
-        The loss is taken on the tokens ``start <= position < stop``. ``start`` is at least 1,
-        for nothing predicts the first token.
-    """
+    """Token sequences of one length."""
 
     ids: Tokens
+    # The loss is taken on the tokens ``start <= position < stop``. ``start`` is at least 1,
+    # for nothing predicts the first token.
     spans: NDArray[np.int32]
 
     def __len__(self) -> int:

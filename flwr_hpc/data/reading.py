@@ -13,8 +13,6 @@ from flwr_hpc.data import sources
 from flwr_hpc.data.sources import Sources
 from flwr_hpc.errors import UserError
 
-__all__ = ["Example", "read", "separate"]
-
 
 class Example(NamedTuple):
     """A document (`prompt` is None), or a prompt and its response."""
@@ -26,13 +24,7 @@ class Example(NamedTuple):
 def separate(
     data: DataConfig, found: Sources, cache: Path | None
 ) -> tuple[Iterable[Example], Iterable[Example]]:
-    """Read training and held-out examples.
-
-    Raises
-    ------
-    UserError
-        For malformed data, naming facility, file and line.
-    """
+    """Read training and held-out examples."""
     if found.split == "files":
         return (
             read(data, found.facility, found.train, cache),
@@ -70,13 +62,7 @@ def _hash(example: Example) -> int:
 def read(
     data: DataConfig, facility: str, paths: Sequence[Path], cache: Path | None
 ) -> Iterator[Example]:
-    """Yield the examples of some files in order; blank documents are left out.
-
-    Raises
-    ------
-    UserError
-        For malformed data, naming facility, file and line.
-    """
+    """Yield the examples of some files in order; blank documents are left out."""
     if data.kind == "stdlib":  # directly: `datasets` would add a second to the start
         for path in paths:
             yield Example(path.read_text(encoding="utf-8", errors="replace"))

@@ -9,8 +9,6 @@ from typing import Any
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.errors import closest
 
-__all__ = ["columns", "record_fault"]
-
 
 def record_fault(data: DataConfig, line: str) -> str | None:
     """Say what is wrong with one line of a jsonl file, None if nothing is."""

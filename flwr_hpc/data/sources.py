@@ -19,8 +19,6 @@ from flwr_hpc.data.record_faults import columns, record_fault
 from flwr_hpc.data.stdlib_corpus import NotVisibleError
 from flwr_hpc.errors import UserError
 
-__all__ = ["CHECKED_BYTES", "NotVisibleError", "Sources", "check", "resolve", "scan"]
-
 CHECKED_BYTES = 64 * 2**20  # what `check` reads of a facility's files, all together
 _CHECKED_PER_FILE = 8 * 2**20
 
@@ -31,21 +29,14 @@ Split = Literal["files", "tail", "records"]
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of one facility.
-
-    Attributes
-    ----------
-    train, held_out : tuple of Path
-        Disjoint. `held_out` is empty unless `split` is ``files``.
-    split : str
-        How the held-out set is kept apart. ``files``: by document. ``tail``: the documents are
-        too few and large for that, the last ``held_out_fraction`` of each is held out.
-        ``records``: by record (jsonl, parquet), which the reader does.
-    """
+    """The files of one facility."""
 
     facility: str
-    train: tuple[Path, ...]
+    train: tuple[Path, ...]  # Disjoint. `held_out` is empty unless `split` is ``files``
     held_out: tuple[Path, ...]
+    # How the held-out set is kept apart. ``files``: by document. ``tail``: the documents are
+    # too few and large for that, the last ``held_out_fraction`` of each is held out.
+    # ``records``: by record (jsonl, parquet), which the reader does.
     split: Split
 
     @property
@@ -71,8 +62,6 @@ def resolve(data: DataConfig, facility: str, facilities: Sequence[str]) -> Sourc
     ------
     NotVisibleError
         If a path or package name matches nothing on this machine.
-    UserError
-        If a path holds no data of this kind, or too little is left to train on.
     """
     train = _find(data, facility, facilities, "paths")
     if data.held_out_paths.get(facility):
@@ -114,8 +103,6 @@ def check(
     ------
     NotVisibleError
         If a path matches nothing on this machine and `must_exist` is set.
-    UserError
-        Naming facility, file and line.
     """
     try:
         sources = resolve(data, facility, facilities)
@@ -131,13 +118,7 @@ def check(
 
 
 def scan(data: DataConfig, facility: str, path: Path, limit: int | None = None) -> None:
-    """Read the first `limit` bytes of a file (None: all) and raise for the first fault.
-
-    Raises
-    ------
-    UserError
-        Naming facility, file and line.
-    """
+    """Read the first `limit` bytes of a file (None: all) and raise for the first fault."""
     where = f"facility {facility}: {path}"
     try:
         if path.stat().st_size == 0:

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from flwr_hpc.errors import UserError, closest
 
-__all__ = ["NotVisibleError", "deal", "packages", "share"]
-
 Packages = dict[str, tuple[Path, ...]]
 
 # Tests are left out: where they lie differs between versions, and some distributions lack them.
@@ -52,11 +50,6 @@ def packages(root: Path | None = None) -> Packages:
     ----------
     root : Path, optional
         The standard library's folder; default: the running Python's.
-
-    Raises
-    ------
-    UserError
-        If there is no source code (a zipped or stripped Python).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     found: dict[str, list[Path]] = {}
@@ -88,11 +81,6 @@ def deal(sizes: Mapping[str, int], count: int) -> list[list[str]]:
         Bytes per package.
     count : int
         Number of shares; none is empty.
-
-    Raises
-    ------
-    UserError
-        If there are fewer packages than shares.
     """
     if len(sizes) < count:
         raise UserError(

@@ -1,4 +1,4 @@
-"""``python -m flwr_hpc.doctor``: find what keeps a facility from running jobs, and the mend.
+"""``python -m flwr_hpc.doctor``: find what keeps a facility from running jobs, and the fix.
 
 To be run on the facility's login node, with the settings of the run to come, e.g.
 
@@ -23,15 +23,14 @@ from rich.console import Console
 from flwr_hpc import __version__
 from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import compose_config, conf_dir
-from flwr_hpc.config.schema import Config, walltime_s
-from flwr_hpc.doctor.examine import Patient, Stopped, patient, probing, settled
+from flwr_hpc.config.facility import walltime_s
+from flwr_hpc.config.schema import Config
+from flwr_hpc.doctor.examine import FacilityExam, Stopped, patient, probing, settled
 from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError
 from flwr_hpc.site.long_poll import Clock, SystemClock
-
-__all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,14 +74,14 @@ def _timeout_s(text: str) -> float:
     return seconds
 
 
-def _show_scripts(patients: Sequence[Patient]) -> int:
+def _show_scripts(patients: Sequence[FacilityExam]) -> int:
     for one in patients:
         print(f"# probe job of {one.here.name}")
         print(one.here.scheduler.script(one.probe.spec))
     return 0
 
 
-def _examine(patients: list[Patient], args: argparse.Namespace, clock: Clock) -> int:
+def _examine(patients: list[FacilityExam], args: argparse.Namespace, clock: Clock) -> int:
     console = Console(quiet=args.json)
     for one in patients:
         show(console, one.here.name, one.look_here())
@@ -102,7 +101,7 @@ def _examine(patients: list[Patient], args: argparse.Namespace, clock: Clock) ->
     return code or int(failed)
 
 
-def _probe(patients: Sequence[Patient], console: Console, clock: Clock) -> int:
+def _probe(patients: Sequence[FacilityExam], console: Console, clock: Clock) -> int:
     """Run the probe jobs and show what they found; returns 0, or the code of a signal."""
     progress = Console(stderr=True)
     try:

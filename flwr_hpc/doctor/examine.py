@@ -26,8 +26,6 @@ from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.settings import job_spec
 
-__all__ = ["Patient", "Stopped", "patient", "probing", "settled"]
-
 GATE = ("scheduler commands", "scheduler answers", ACCEPTED, WORKDIR, "Python for jobs")
 PAUSE_S = 0.25
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,7 +40,7 @@ class Stopped(BaseException):
 
 
 @dataclass
-class Patient:
+class FacilityExam:
     """One facility: what there is to look at and what was found."""
 
     here: Login
@@ -66,7 +64,9 @@ class Patient:
         return found
 
 
-def patient(config: Config, name: str, clock: Clock, queue_s: float, most_nodes: int) -> Patient:
+def patient(
+    config: Config, name: str, clock: Clock, queue_s: float, most_nodes: int
+) -> FacilityExam:
     """Gather what is looked at for one facility; touches nothing."""
     facility = config.facilities[name]
     token = secrets.token_hex(3)
@@ -79,11 +79,11 @@ def patient(config: Config, name: str, clock: Clock, queue_s: float, most_nodes:
     wanted = probe_facility(facility, most_nodes)
     own = root.with_name(f"doctor-{token}-{name}")
     probe = Probe(name, wanted, own, scheduler, clock, queue_s, urls)
-    return Patient(here, probe)
+    return FacilityExam(here, probe)
 
 
 @contextmanager
-def probing(patients: Sequence[Patient]) -> Iterator[Sequence[Patient]]:
+def probing(patients: Sequence[FacilityExam]) -> Iterator[Sequence[FacilityExam]]:
     """Submit the probe jobs; they are ended on every way out, signals included."""
     before = {s: signal.signal(s, _stop) for s in SIGNALS}
     try:
@@ -98,7 +98,7 @@ def probing(patients: Sequence[Patient]) -> Iterator[Sequence[Patient]]:
             signal.signal(s, handler)
 
 
-def settled(patients: Sequence[Patient], clock: Clock, tell: Callable[[str], Any]) -> None:
+def settled(patients: Sequence[FacilityExam], clock: Clock, tell: Callable[[str], Any]) -> None:
     """Wait until every probe job has brought back what it will."""
     waiting = list(patients)
     while waiting := [one for one in waiting if not one.probe.poll()]:

@@ -18,8 +18,6 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.store import Store
 from flwr_hpc.server import preflight
 
-__all__ = ["WORKDIR", "existing", "needed_bytes", "parameters", "quota_left", "usage"]
-
 WORKDIR = "working folder"
 GB = 10**9
 # Kept at a time, in bytes per parameter: the weights of 4 orders, in and out, and 2 checkpoints
@@ -41,20 +39,20 @@ def existing(path: Path) -> Path:
 def workdir(here: Login) -> Finding:
     """Write a file where jobs will work, and look at what file system that is."""
     base = existing(here.root)
-    mend = f"{here.set('workdir')}=/path/on/the/shared/file/system"
+    fix = f"{here.set('workdir')}=/path/on/the/shared/file/system"
     draft = base / f".flwr-hpc-{secrets.token_hex(4)}"
     try:
         draft.write_text("x")
         draft.unlink()
     except OSError as exc:
-        return failed(f"{here.root} cannot be written: {exc.strerror}", mend)
+        return failed(f"{here.root} cannot be written: {exc.strerror}", fix)
     if trouble := _trouble(here):
-        return failed(f"{here.root}: {trouble}", mend)
+        return failed(f"{here.root}: {trouble}", fix)
     device, kind = here.outside.mount(base.resolve())
     if not here.local and kind in OWN:
         return warned(
             f"{here.root} is on {kind} ({device}), which other hosts hardly see",
-            f"{mend}, unless the probe job shows that it is shared",
+            f"{fix}, unless the probe job shows that it is shared",
         )
     roots = _shared_roots(here)
     places = (here.root, base.resolve())
@@ -63,7 +61,7 @@ def workdir(here: Login) -> Finding:
         return warned(
             f"{here.root} is on none of the file systems that this facility's file knows to be "
             f"shared: {listed}",
-            f"{mend}, unless the probe job shows that it is shared",
+            f"{fix}, unless the probe job shows that it is shared",
         )
     return passed(f"{here.root}{f' ({kind})' * bool(kind)}")
 
@@ -93,11 +91,11 @@ def space(here: Login) -> Finding:
     """Compare the file system's free space with what a run keeps at a time."""
     need = needed_bytes(here.config.model)
     free, files = here.outside.free(existing(here.root))
-    mend = f"make room, or name another place: {here.set('workdir')}=/path"
+    fix = f"make room, or name another place: {here.set('workdir')}=/path"
     if free < need:
-        return failed(f"{_gb(free)} free, a run of this model needs about {_gb(need)}", mend)
+        return failed(f"{_gb(free)} free, a run of this model needs about {_gb(need)}", fix)
     if 0 <= files < LEAST_FILES:
-        return failed(f"room for {files} more files only (inodes)", mend)
+        return failed(f"room for {files} more files only (inodes)", fix)
     return passed(f"{_gb(free)} free, a run of this model needs about {_gb(need)}")
 
 

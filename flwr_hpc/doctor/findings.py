@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
-__all__ = ["NEEDS", "Checks", "Finding", "failed", "passed", "skipped", "warned"]
-
 NEEDS = "needs: "  # begins what is told of a check that another one stopped
 Status = Literal["pass", "warn", "fail", "skipped"]
 Context = TypeVar("Context")
@@ -15,24 +13,12 @@ Context = TypeVar("Context")
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check.
+    """The outcome of one check."""
 
-    Attributes
-    ----------
-    status : str
-        ``pass``, ``warn`` (runs go on, but not as well), ``fail`` or ``skipped``.
-    found : str
-        What there is, in the system's own words where it has some.
-    mend : str
-        What to do about it; empty when there is nothing to do.
-    name, where : str
-        Set by `Checks.run`.
-    """
-
-    status: Status
-    found: str
-    mend: str = ""
-    name: str = ""
+    status: Status  # ``pass``, ``warn`` (runs go on, but not as well), ``fail`` or ``skipped``
+    found: str  # What there is, in the system's own words where it has some
+    fix: str = ""  # What to do about it; empty when there is nothing to do
+    name: str = ""  # Set by `Checks.run`
     where: str = ""
 
 
@@ -41,14 +27,14 @@ def passed(found: str) -> Finding:
     return Finding("pass", found)
 
 
-def warned(found: str, mend: str) -> Finding:
+def warned(found: str, fix: str) -> Finding:
     """Return a finding that does not stop a run."""
-    return Finding("warn", found, mend)
+    return Finding("warn", found, fix)
 
 
-def failed(found: str, mend: str) -> Finding:
+def failed(found: str, fix: str) -> Finding:
     """Return a finding that stops a run."""
-    return Finding("fail", found, mend)
+    return Finding("fail", found, fix)
 
 
 def skipped(found: str) -> Finding:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.config.facility import queue_of
-from flwr_hpc.config.schema import FacilityConfig, walltime_s
+from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
 from flwr_hpc.doctor import probe
 from flwr_hpc.doctor.login import duration, refusal
 from flwr_hpc.errors import UserError
@@ -27,8 +26,6 @@ from flwr_hpc.schedulers.base import (
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.spool import publish, read_json
 
-__all__ = ["Probe", "Probed", "probe_facility"]
-
 WALLTIME_S = 600
 AFTER_END_S = 30.0  # for the last files of a job that has ended, with nothing seen of it
 AFTER_START_S = probe.PING_S + probe.LOOK_S + 60.0  # the last rank may start that much later
@@ -37,38 +34,20 @@ FIRST_LOOK_S = 5.0
 
 @dataclass
 class Probed:
-    """What the probe job brought back, as far as it came.
+    """What the probe job brought back, as far as it came."""
 
-    Attributes
-    ----------
-    facility : FacilityConfig
-        As the job had it.
-    job_id : str
-    fault : str
-        Why it did not come to its end; empty if it did.
-    reports : dict of int to dict
-        What each rank found, see `flwr_hpc.doctor.probe`.
-    waited_s : float or None
-        From submission until the first sign of life.
-    round_trip_s : dict of int to float
-        Until a file for a rank was seen there and its answer seen here.
-    clock_s : dict of int to (float, float)
-        The rank's clock minus this host's lies in between.
-    log : str
-        The end of what the ranks wrote to stderr.
-    token : str
-        What a rank reads in a file that was written here.
-    """
-
-    facility: FacilityConfig
+    facility: FacilityConfig  # As the job had it
     job_id: str = ""
-    fault: str = ""
+    fault: str = ""  # Why it did not come to its end; empty if it did
+    # What each rank found, see `flwr_hpc.doctor.probe`.
     reports: dict[int, dict[str, Any]] = field(default_factory=dict)
-    waited_s: float | None = None
+    waited_s: float | None = None  # From submission until the first sign of life
+    # Until a file for a rank was seen there and its answer seen here.
     round_trip_s: dict[int, float] = field(default_factory=dict)
+    # The rank's clock minus this host's lies in between.
     clock_s: dict[int, tuple[float, float]] = field(default_factory=dict)
-    log: str = ""
-    token: str = ""
+    log: str = ""  # The end of what the ranks wrote to stderr
+    token: str = ""  # What a rank reads in a file that was written here
 
 
 def probe_facility(f: FacilityConfig, nodes: int) -> FacilityConfig:

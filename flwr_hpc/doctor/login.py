@@ -7,13 +7,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr_hpc.config.schema import Config, FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import Config
 from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.outside import Outside
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError
-
-__all__ = ["ACCEPTED", "LOGIN", "Login", "login", "mend_refusal", "refusal"]
 
 LOGIN = "login node"
 COMMANDS = {
@@ -55,26 +54,13 @@ LOOK_UP = {
 
 @dataclass(frozen=True)
 class Login:
-    """What the checks of one facility look at.
+    """What the checks of one facility look at."""
 
-    Attributes
-    ----------
-    name : str
-        Of the facility.
-    config : Config
-    root : Path
-        Where a run's site would work.
-    scheduler : Scheduler
-    spec : JobSpec
-        The job that a run would submit.
-    outside : Outside
-    """
-
-    name: str
+    name: str  # Of the facility
     config: Config
-    root: Path
+    root: Path  # Where a run's site would work
     scheduler: Scheduler
-    spec: JobSpec
+    spec: JobSpec  # The job that a run would submit
     outside: Outside
 
     @property
@@ -179,9 +165,9 @@ def mend_refusal(facility: str, scheduler: str, words: str) -> str:
     """Return what to change about a job that was refused with these words."""
     look_up = LOOK_UP.get(scheduler, LOOK_UP["slurm"])
     said = next((line for line in words.lower().splitlines() if "error" in line), words.lower())
-    for pattern, mend in REFUSALS.items():
+    for pattern, fix in REFUSALS.items():
         if re.search(pattern, said):
-            return f"facilities.{facility}.{mend.format(**look_up)}"
+            return f"facilities.{facility}.{fix.format(**look_up)}"
     return (
         f"look at the script (python -m flwr_hpc.run +facility={facility} dry_run=true) beside "
         "what the centre's pages ask for"

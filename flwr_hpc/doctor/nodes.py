@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr_hpc import __version__
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.job import Probed
 from flwr_hpc.doctor.login import duration, mend_refusal
-
-__all__ = ["NODES", "Nodes", "nodes"]
 
 NODES = "compute nodes"
 NEEDED = ("torch", "transformers", "peft", "datasets")
@@ -26,20 +24,11 @@ MEMORY_SLACK = 0.93  # drivers keep some, and vendors count in GB or GiB
 
 @dataclass(frozen=True)
 class Nodes:
-    """What the checks of one facility look at.
+    """What the checks of one facility look at."""
 
-    Attributes
-    ----------
-    name : str
-        Of the facility.
-    probed : Probed
-    here : mapping of str to str
-        Versions of the packages of the login node.
-    """
-
-    name: str
+    name: str  # Of the facility
     probed: Probed
-    here: Mapping[str, str]
+    here: Mapping[str, str]  # Versions of the packages of the login node
 
     @property
     def facility(self) -> FacilityConfig:
@@ -121,18 +110,18 @@ def _mend_start(there: Nodes) -> str:
 def files(there: Nodes) -> Finding:
     """See whether files of the login node were seen, also those written while the job ran."""
     probed = there.probed
-    mend = f"{there.set('workdir')}=/path/on/the/shared/file/system"
+    fix = f"{there.set('workdir')}=/path/on/the/shared/file/system"
     if any(report.get("token") != probed.token for report in there.reports):
-        return failed("compute nodes see another folder of this name", mend)
+        return failed("compute nodes see another folder of this name", fix)
     blind = [str(report["rank"]) for report in there.reports if not report["ping"]]
     if blind:
-        return failed(f"a new file was not seen for minutes by rank {', '.join(blind)}", mend)
+        return failed(f"a new file was not seen for minutes by rank {', '.join(blind)}", fix)
     slowest = max(probed.round_trip_s.values(), default=0.0)
     found = f"a file there and one back in {slowest:.1f} s at most"
     if slowest > SLOW_FILES_S:
         return warned(
             f"{found}: every order and result waits that long",
-            f"a file system with less caching (Lustre, GPFS scratch): {mend}",
+            f"a file system with less caching (Lustre, GPFS scratch): {fix}",
         )
     return passed(found)
 
@@ -150,7 +139,7 @@ def packages(there: Nodes) -> Finding:
     if broken := next((r["torch"]["error"] for r in there.reports if "error" in r["torch"]), ""):
         return failed(
             f"torch or transformers cannot be imported: {broken}",
-            f"load what they need in {there.set('setup')}, e.g. module load cuda; or mend {python}",
+            f"load what they need in {there.set('setup')}, e.g. module load cuda; or fix {python}",
         )
     ours = Counter(r["flwr_hpc"] for r in there.reports)
     if set(ours) != {__version__}:
@@ -267,11 +256,11 @@ def clock(there: Nodes) -> Finding:
     bounds = [sorted(ends) for ends in there.probed.clock_s.values()]
     surely = max(max(0.0, low, -high) for low, high in bounds)
     closest = min(high - low for low, high in bounds)
-    mend = "ask the centre: the clocks of login and compute nodes differ"
+    fix = "ask the centre: the clocks of login and compute nodes differ"
     if surely > CLOCK_FAIL_S:
-        return failed(f"{surely:.0f} s apart", mend)
+        return failed(f"{surely:.0f} s apart", fix)
     if surely > CLOCK_WARN_S:
-        return warned(f"{surely:.0f} s apart", mend)
+        return warned(f"{surely:.0f} s apart", fix)
     return passed(f"no difference found (within {max(closest, surely):.1f} s)")
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Answer", "Outside", "hub_url", "reach", "versions"]
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -23,8 +23,6 @@ from flwr_hpc.doctor.outside import reach, versions
 from flwr_hpc.spool import publish, read_json
 from flwr_hpc.worker.ranks import Ranks
 
-__all__ = ["LOOK_S", "PACKAGES", "PING_S", "run"]
-
 PACKAGES = (
     *("flwr", "submitit", "numpy", "safetensors"),
     *("torch", "transformers", "peft", "datasets"),

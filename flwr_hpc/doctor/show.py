@@ -13,8 +13,6 @@ from rich.text import Text
 from flwr_hpc import __version__
 from flwr_hpc.doctor.findings import NEEDS, Finding
 
-__all__ = ["as_json", "show", "verdict"]
-
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
 
@@ -33,8 +31,8 @@ def show(console: Console, facility: str, findings: Sequence[Finding]) -> None:
     table.add_column("found, and what to do about it", ratio=1, overflow="fold")
     for f in findings:
         told = Text(f.found)
-        if f.mend:
-            told.append(f"\n-> {f.mend}", style=COLOURS[f.status])
+        if f.fix:
+            told.append(f"\n-> {f.fix}", style=COLOURS[f.status])
         table.add_row(Text(f.name), Text(f.status, style=COLOURS[f.status]), told)
     console.print(table)
 
@@ -54,8 +52,8 @@ def _lines(console: Console, title: str, findings: Sequence[Finding]) -> None:
     for f in findings:
         told = f.found.replace("\n", "\n" + 10 * " ")
         lines.append(f"  {f.status:8}{f.name}: {told}")
-        if f.mend:
-            lines.append(f"          -> {f.mend}")
+        if f.fix:
+            lines.append(f"          -> {f.fix}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

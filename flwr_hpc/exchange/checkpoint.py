@@ -20,8 +20,6 @@ from flwr_hpc.exchange.records import lazy_record
 from flwr_hpc.exchange.tensors import TensorFile
 from flwr_hpc.spool import publish, read_json
 
-__all__ = ["FileCheckpoints"]
-
 
 class FileCheckpoints:
     """Checkpoints in one folder.

@@ -15,8 +15,6 @@ from flwr_hpc.exchange.store import PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import BadPayload, TensorFile
 from flwr_hpc.protocol import STATUS
 
-__all__ = ["receive", "send"]
-
 
 def receive(content: RecordDict, key: str, store: Store, target: Path) -> Path | None:
     """Write the arrays of a message to a verified safetensors file.

@@ -20,24 +20,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flwr_hpc.exchange.tensors import BadPayload, Layout, Spec, TensorFile, Tensors, check
+from flwr_hpc.exchange.tensors import Layout, TensorFile, TensorInfo, Tensors
 from flwr_hpc.spool import sync_dir
-
-__all__ = [
-    "BadPayload",
-    "Codec",
-    "FullWeights",
-    "Layout",
-    "Spec",
-    "TensorFile",
-    "Tensors",
-    "aligned",
-    "check",
-    "draft",
-    "sha256_of",
-    "write_safetensors",
-    "write_stream",
-]
 
 FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
 PIECE = 1 << 20  # bytes copied at a time
@@ -112,7 +96,7 @@ def write_safetensors(
     with draft(path) as temporary, open(temporary, "wb") as f:
         f.write(header)
         for name, array in tensors:
-            wanted, spec = next(expected, ("no further tensor", Spec("", ())))
+            wanted, spec = next(expected, ("no further tensor", TensorInfo("", ())))
             if name != wanted or (array.dtype, array.shape) != (spec.stored, spec.shape):
                 found = f"'{name}' {array.dtype} {array.shape}"
                 raise ValueError(f"{path}: found {found}, expected '{wanted}' {spec}")
@@ -132,14 +116,14 @@ def write_stream(
     A safetensors file begins with its table of contents, so the numbers go to a second file
     first; it costs the disk twice the writing, and the memory nothing.
     """
-    layout: dict[str, Spec] = {}
+    layout: dict[str, TensorInfo] = {}
     starts: dict[str, int] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(path) as body_path, open(body_path, "w+b") as body:
         for name, array in tensors:
             if name in layout:
                 raise ValueError(f"{path}: tensor '{name}' comes twice")
-            layout[name], starts[name] = Spec.of(array), body.tell()
+            layout[name], starts[name] = TensorInfo.of(array), body.tell()
             body.write(_bytes(array))
         ordered = aligned(layout)
         with draft(path) as temporary, open(temporary, "wb") as f:
@@ -149,7 +133,7 @@ def write_stream(
                 _copy(body, f, spec.nbytes)
 
 
-def aligned(layout: Layout) -> dict[str, Spec]:
+def aligned(layout: Layout) -> dict[str, TensorInfo]:
     """Order a layout by falling item size, so that every tensor starts aligned."""
     return dict(sorted(layout.items(), key=lambda item: -item[1].stored.itemsize))
 

@@ -37,8 +37,6 @@ from flwr_hpc.exchange.store import PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import BadPayload, Layout, TensorFile, Tensors, check
 from flwr_hpc.protocol import ARRAYS, ORDER, STATUS, WEIGHT_KEY, Order, from_json
 
-__all__ = ["GLOBAL", "REJECTED", "TTL_S", "ExchangeGrid"]
-
 GLOBAL = "global"  # the server's folder in the store
 REJECTED = 1000  # code of the error that a bad reply becomes
 TTL_S = 30 * 86400.0  # a job may queue for days; deadlines are the strategy's business

@@ -9,9 +9,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
-from flwr_hpc.exchange.tensors import BadPayload, Spec, Tensors
-
-__all__ = ["LazyArray", "RecordTensors", "inline", "lazy_record", "source_of", "tensors"]
+from flwr_hpc.exchange.tensors import BadPayload, TensorInfo, Tensors
 
 NUMPY = "numpy.ndarray"  # Flower's own serialization type
 RAW = "safetensors"  # ours, for what numpy lacks: the bits of one tensor
@@ -89,16 +87,16 @@ class RecordTensors(Tensors):
         return bits
 
 
-def _spec(name: str, array: Array) -> Spec:
+def _spec(name: str, array: Array) -> TensorInfo:
     if isinstance(array, LazyArray):
         return array.source.layout[array.name]
     shape = tuple(array.shape)
     if array.stype == RAW and array.dtype == "bfloat16":
-        return Spec("BF16", shape)
+        return TensorInfo("BF16", shape)
     try:
         if array.stype != NUMPY:
             raise BadPayload(f"unknown serialization '{array.stype}'")
-        return Spec(Spec.of(np.empty(0, np.dtype(array.dtype))).dtype, shape)
+        return TensorInfo(TensorInfo.of(np.empty(0, np.dtype(array.dtype))).dtype, shape)
     except (TypeError, BadPayload) as exc:
         raise BadPayload(f"tensor '{name}': {exc}") from None
 

@@ -19,9 +19,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord
 
-from flwr_hpc.exchange.codec import BadPayload, draft, sha256_of
-
-__all__ = ["PREFIX", "Reference", "Store"]
+from flwr_hpc.exchange.codec import draft, sha256_of
+from flwr_hpc.exchange.tensors import BadPayload
 
 PREFIX = "exchange."  # in a message, a reference to the arrays of key K lies under PREFIX + K
 
@@ -35,24 +34,15 @@ BLOCK = 8 << 20  # bytes a remote file system may gather before it uploads
 class Reference:
     """A payload in a store, as a message carries it.
 
-    Parameters
-    ----------
-    key : str
-        ``<folder>/<sha256>.safetensors``
-    sha256 : str
-        Hex digest.
-    bytes : int
-        Size of the file.
-
     Raises
     ------
     BadPayload
         If the key is not of that form.
     """
 
-    key: str
-    sha256: str
-    bytes: int
+    key: str  # ``<folder>/<sha256>.safetensors``
+    sha256: str  # Hex digest
+    bytes: int  # Size of the file
 
     def __post_init__(self) -> None:
         match = KEY.fullmatch(self.key)

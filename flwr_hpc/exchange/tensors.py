@@ -20,8 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["BadPayload", "Layout", "Spec", "TensorFile", "Tensors", "check"]
-
 # How each safetensors dtype lies in the file; numpy has no bfloat16, so its bits are uint16.
 STORED: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -49,14 +47,14 @@ class BadPayload(ValueError):
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorInfo:
     """Dtype (safetensors' name) and shape of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, array: NDArray[Any]) -> Spec:
+    def of(cls, array: NDArray[Any]) -> TensorInfo:
         """Describe an array; BadPayload if safetensors has no such dtype."""
         name = NAMES.get(array.dtype.newbyteorder("<"))
         if name is None:
@@ -84,7 +82,7 @@ class Spec:
         return self.size * self.stored.itemsize
 
 
-Layout = Mapping[str, Spec]
+Layout = Mapping[str, TensorInfo]
 
 
 class Tensors(ABC):
@@ -188,7 +186,7 @@ def _widen(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
     return bits.astype(np.float32) if dtype == "F16" else bits
 
 
-def _read_header(f: IO[bytes], path: Path) -> tuple[dict[str, Spec], dict[str, int]]:
+def _read_header(f: IO[bytes], path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     """Return layout and absolute offsets; the library judges whether they are valid."""
     length = int.from_bytes(f.read(8), "little")
     if length > MAX_HEADER:
@@ -197,7 +195,7 @@ def _read_header(f: IO[bytes], path: Path) -> tuple[dict[str, Spec], dict[str, i
         with safe_open(path, framework="numpy"):
             header = json.loads(f.read(length))
         header.pop("__metadata__", None)
-        layout = {n: Spec(e["dtype"], tuple(e["shape"])) for n, e in header.items()}
+        layout = {n: TensorInfo(e["dtype"], tuple(e["shape"])) for n, e in header.items()}
     except (SafetensorError, ValueError, RecursionError) as exc:
         raise BadPayload(f"{path.name}: not a valid safetensors file: {exc}") from None
     for name, spec in layout.items():

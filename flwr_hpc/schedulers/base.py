@@ -10,22 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import flwr_hpc
-from flwr_hpc.config.schema import FacilityConfig, walltime_s
-
-__all__ = [
-    "JobInfo",
-    "JobSpec",
-    "JobState",
-    "Outcome",
-    "Scheduler",
-    "SchedulerUnavailableError",
-    "checkout",
-    "heal_pickle",
-    "job_env",
-    "make_scheduler",
-    "rank_command",
-    "stderr_tail",
-]
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
 
 # Of apptainer and singularity; Intel's devices are in /dev, which they see anyway.
 GPU_FLAG = {"nvidia": ["--nv"], "amd": ["--rocm"], "intel": []}
@@ -42,31 +27,16 @@ class SchedulerUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What to run and where.
+    """What to run and where."""
 
-    Parameters
-    ----------
-    name : str
-        Unique and reproducible: run key, facility and allocation. A job is recognised by it.
-    folder : Path
-        Absolute; on the shared file system; scripts, pickles and logs of this job alone.
-    facility : FacilityConfig
-    function : callable
-        Importable on the compute nodes; called in every rank.
-    args : tuple
-    env : dict of str to str
-        Added to the facility's.
-    binds : tuple of str
-        Folders a container has to see.
-    """
-
+    # Unique and reproducible: run key, facility and allocation. A job is recognised by it.
     name: str
-    folder: Path
+    folder: Path  # Absolute; on the shared file system; scripts, pickles and logs of this job alone
     facility: FacilityConfig
-    function: Callable[..., Any]
+    function: Callable[..., Any]  # Importable on the compute nodes; called in every rank
     args: tuple[Any, ...] = ()
-    env: dict[str, str] = field(default_factory=dict)
-    binds: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)  # Added to the facility's
+    binds: tuple[str, ...] = ()  # Folders a container has to see
 
 
 @dataclass(frozen=True)
@@ -74,42 +44,25 @@ class JobInfo:
     """What the scheduler says of a job; times are its own, in Unix seconds.
 
     ``unknown`` means that there was no answer; it must never be read as ``ended``.
-
-    Attributes
-    ----------
-    submitted_s, eligible_s, started_s, ended_s : float or None
-        Of the job's latest stay in the queue, if it was put back there.
-    expected_start_s : float or None
-        The scheduler's own plan for a pending job.
-    nodes : int or None
-        How many it has, or asks for.
-    restarts : int
-        How often it was put back in the queue.
-    outcome : str or None
-        How an ended job ended; None if that is not known.
-    suspended : bool
-        A running job stands still: its worker gives no sign of life.
-    stuck : str
-        Why a pending job will not start by itself: ``held`` (somebody, or Slurm after a failed
-        launch, holds it) or ``impossible`` (the account, or a limit). Empty for any other.
-    reason : str
-        The scheduler's own words.
     """
 
     id: str
     name: str
     state: JobState
+    # Of the job's latest stay in the queue, if it was put back there.
     submitted_s: float | None = None
     eligible_s: float | None = None
     started_s: float | None = None
     ended_s: float | None = None
-    expected_start_s: float | None = None
-    nodes: int | None = None
-    restarts: int = 0
-    outcome: Outcome | None = None
-    suspended: bool = False
+    expected_start_s: float | None = None  # The scheduler's own plan for a pending job
+    nodes: int | None = None  # How many it has, or asks for
+    restarts: int = 0  # How often it was put back in the queue
+    outcome: Outcome | None = None  # How an ended job ended; None if that is not known
+    suspended: bool = False  # A running job stands still: its worker gives no sign of life
+    # Why a pending job will not start by itself: ``held`` (somebody, or Slurm after a failed
+    # launch, holds it) or ``impossible`` (the account, or a limit). Empty for any other.
     stuck: Literal["", "held", "impossible"] = ""
-    reason: str = ""
+    reason: str = ""  # The scheduler's own words
 
     @property
     def queue_s(self) -> float | None:
@@ -135,8 +88,6 @@ class Scheduler(Protocol):
 
         Raises
         ------
-        UserError
-            The job was refused.
         SchedulerUnavailableError
             No answer: it may or may not have been submitted; ask `find`.
         """
@@ -172,8 +123,6 @@ class Scheduler(Protocol):
 
         Raises
         ------
-        UserError
-            The job would be refused.
         SchedulerUnavailableError
             No answer.
         """

@@ -18,8 +18,6 @@ from submitit.core.submission import process_job
 
 from flwr_hpc.schedulers.pbs.parse import duration_s, qstat
 
-__all__ = ["granted_s", "main", "place"]
-
 # Hydra (MPICH, Intel MPI), HPE Cray PALS, Open MPI.
 RANK = ("PMI_RANK", "PALS_RANKID", "OMPI_COMM_WORLD_RANK")
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")

@@ -11,8 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import flwr_hpc
 
-__all__ = ["render"]
-
 
 def render(template_name: str, fields: Mapping[str, Any]) -> str:
     """Return a job script.

@@ -7,8 +7,6 @@ from pathlib import Path
 from flwr_hpc import __version__
 from flwr_hpc.spool import publish
 
-__all__ = ["write_bundle"]
-
 PYPROJECT = f"""\
 [build-system]
 requires = ["hatchling"]

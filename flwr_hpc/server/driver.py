@@ -24,13 +24,11 @@ from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
 from flwr_hpc.server.progress import SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.site.settings import load_launcher, site_file, write_site
 from flwr_hpc.spool import read_json
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
-
-__all__ = ["Outcome", "cancel_jobs", "drive"]
 
 POLL_S = 0.3
 RELEASE_S = 15.0  # for a released job to end
@@ -141,7 +139,7 @@ def _tell_costs(run: RunDir, config: Config) -> None:
             events.emit("jobs_ended", facility=facility, jobs=status.jobs, ledger=status.ledger)
 
 
-def _sites(run: RunDir, config: Config) -> dict[str, Site]:
+def _sites(run: RunDir, config: Config) -> dict[str, AllocationManager]:
     """Return the sites that were set up."""
     files = {facility: site_file(run, facility) for facility in config.facilities}
     return {f: load_launcher(quote(str(p))).site for f, p in files.items() if p.exists()}
@@ -275,7 +273,7 @@ def _tool(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if not found:
-        raise UserError(f"the program '{name}' is not installed. Mend it with: pip install flwr")
+        raise UserError(f"the program '{name}' is not installed. Fix it with: pip install flwr")
     return found
 
 

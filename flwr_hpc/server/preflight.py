@@ -10,12 +10,11 @@ from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
 
-from flwr_hpc.config.schema import Config, FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import Config
 from flwr_hpc.data import sources
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.server.strategy_factory import build_strategy
-
-__all__ = ["check", "check_pretrained"]
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
 MIN_NODES = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
@@ -23,17 +22,11 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def check(config: Config) -> None:
-    """Check strategy, packages, models and data as far as they can be seen from here.
-
-    Raises
-    ------
-    UserError
-        For the first thing that would fail later.
-    """
+    """Check strategy, packages, models and data as far as they can be seen from here."""
     _check_nodes(build_strategy(config.strategy), len(config.facilities))
     if config.tracking.wandb and find_spec("wandb") is None:
         raise UserError(
-            "tracking=wandb needs the package wandb. Mend it with: pip install 'flwr-hpc[wandb]'"
+            "tracking=wandb needs the package wandb. Fix it with: pip install 'flwr-hpc[wandb]'"
         )
     if config.exchange.store:
         _check_store(config.exchange.store)
@@ -52,10 +45,10 @@ def _check_nodes(strategy: Strategy, facilities: int) -> None:
     wrong = {key: n for key, n in asked.items() if isinstance(n, int) and n > facilities}
     if wrong:
         found = ", ".join(f"{key}={n}" for key, n in wrong.items())
-        mend = " ".join(f"strategy.{key}={facilities}" for key in wrong)
+        fix = " ".join(f"strategy.{key}={facilities}" for key in wrong)
         raise UserError(
             f"the strategy waits for {found} sites, but the run has {facilities} "
-            f"{'facility' if facilities == 1 else 'facilities'}. Add to the command: {mend}"
+            f"{'facility' if facilities == 1 else 'facilities'}. Add to the command: {fix}"
         )
 
 
@@ -64,7 +57,7 @@ def _check_packages(facility: str) -> None:
     if missing:
         raise UserError(
             f"facility '{facility}' runs here, but {', '.join(missing)} cannot be imported. "
-            "Mend it with: pip install 'flwr-hpc[train]'"
+            "Fix it with: pip install 'flwr-hpc[train]'"
         )
 
 
@@ -89,13 +82,7 @@ def _check_store(url: str) -> None:
 
 
 def check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:
-    """Look for model and tokenizer where a job on this machine will.
-
-    Raises
-    ------
-    UserError
-        If one is not there.
-    """
+    """Look for model and tokenizer where a job on this machine will."""
     for key, name in (("model.path", config.model.path), ("data.tokenizer", config.data.tokenizer)):
         if not name or (key == "data.tokenizer" and name == "byte") or Path(name).is_dir():
             continue

@@ -19,8 +19,6 @@ import psutil
 
 from flwr_hpc.server import reaper
 
-__all__ = ["Child", "Processes", "free_port", "ignore_signals"]
-
 RESTART_S = 3.0  # least time between two starts
 STABLE_S = 30.0  # a process that lived so long did not fail to start
 QUICK_ENDS = 5  # in a row, and it is given up
@@ -47,22 +45,13 @@ def ignore_signals() -> Iterator[None]:
 
 @dataclass
 class Child:
-    """A long-lived process.
-
-    Attributes
-    ----------
-    command : callable
-        Returns the command line; called at each start.
-    restartable : bool
-        Whether it is started again when it ends, unless it keeps ending at once.
-    needed : bool
-        Whether the session cannot go on without it.
-    """
+    """A long-lived process."""
 
     name: str
-    command: Callable[[], Sequence[str]]
+    command: Callable[[], Sequence[str]]  # Returns the command line; called at each start
+    # Whether it is started again when it ends, unless it keeps ending at once.
     restartable: bool = False
-    needed: bool = True
+    needed: bool = True  # Whether the session cannot go on without it
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started_at: float = 0.0
     quick_ends: int = 0

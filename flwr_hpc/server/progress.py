@@ -12,8 +12,6 @@ from pathlib import Path
 from flwr_hpc.spool import Spool
 from flwr_hpc.tracking.events import Event
 
-__all__ = ["SpoolProgress"]
-
 EVERY_S = 1.0
 
 

@@ -20,8 +20,6 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.site.lock import try_lock
 from flwr_hpc.spool import publish, read_json
 
-__all__ = ["RunDir"]
-
 LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
 _held: dict[Path, int] = {}
 
@@ -104,13 +102,7 @@ class RunDir:
 
     @classmethod
     def create(cls, config: Config) -> RunDir:
-        """Make a new run's folder: ``runs/<date>_<time>`` or `config.run_dir`.
-
-        Raises
-        ------
-        UserError
-            If the folder already holds a run, or cannot be made.
-        """
+        """Make a new run's folder: ``runs/<date>_<time>`` or `config.run_dir`."""
         now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         path = Path(config.run_dir or f"runs/{now}").expanduser().absolute()
         for attempt in range(1, 100):  # two runs started in the same second
@@ -135,13 +127,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str) -> RunDir:
-        """Open an existing run's folder.
-
-        Raises
-        ------
-        UserError
-            If there is none.
-        """
+        """Open an existing run's folder."""
         run = cls(Path(path).expanduser().absolute())
         if not (run.path / "run.json").exists() or not (run.path / "config.yaml").exists():
             raise UserError(
@@ -152,13 +138,7 @@ class RunDir:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for one driver, and for what a killed one has left until it has ended.
-
-        Raises
-        ------
-        UserError
-            If another driver on this host works on it.
-        """
+        """Hold the run for one driver, and for what a killed one has left until it has ended."""
         path = self.path / "lock"
         deadline = time.monotonic() + LEFTOVERS_S
         with open(path, "a+") as f:

@@ -25,11 +25,9 @@ from flwr_hpc.site.long_poll import SystemClock
 from flwr_hpc.spool import publish
 from flwr_hpc.tracking.events import EventLog
 from strategies.base.synchronous import HpcStrategy
-from strategies.engine.engine import Engine, FatalSiteError, RunFailed, global_name
+from strategies.engine.engine import Engine, global_name
 from strategies.engine.rounds import run_rounds
-from strategies.engine.runtime import Runtime, Settings
-
-__all__ = ["app"]
+from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 
 POLL_S = 0.5  # SuperLink is on this host
 SITES_S = 600.0  # for all sites to come up

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flwr_hpc.config.schema import Config, FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import make_scheduler
 from flwr_hpc.server import preflight
@@ -22,8 +23,6 @@ from flwr_hpc.spool import publish, read_json
 from flwr_hpc.tracking.live import LiveView
 from flwr_hpc.tracking.report import rebuild
 from flwr_hpc.tracking.text import node_hours_line
-
-__all__ = ["run", "show_plan"]
 
 
 def show_plan(config: Config) -> int:

@@ -15,8 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from flwr_hpc.errors import UserError
 from flwr_hpc.server.strategy_options import check_options
 
-__all__ = ["build_strategy"]
-
 
 def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
     """Instantiate any Flower Strategy, ours or not, from its class path and arguments.
@@ -27,12 +25,6 @@ def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
         ``_target_`` and keyword arguments.
     key : str
         Where the configuration has it, for messages.
-
-    Raises
-    ------
-    UserError
-        If the class is not found, an argument has not the type it should, or the class refuses
-        it or is no Strategy.
     """
     _check_import_name()
     target = spec.get("_target_")
@@ -75,5 +67,5 @@ def _check_import_name() -> None:
         name = sorted(others)[0]
         raise UserError(
             f"the package '{name}' also installs an import package called 'strategies'. "
-            f"Mend it with: pip uninstall -y {name} && pip install --force-reinstall flwr-hpc"
+            f"Fix it with: pip uninstall -y {name} && pip install --force-reinstall flwr-hpc"
         )

@@ -12,8 +12,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from flwr_hpc.errors import UserError, closest
 from strategies import HpcStrategy
 
-__all__ = ["check_options"]
-
 KINDS: dict[Any, tuple[str, Any]] = {  # what a type is called, and an example of it
     int: ("a whole number", 1),
     float: ("a number", 1.0),
@@ -35,11 +33,6 @@ def check_options(spec: Mapping[str, Any], key: str = "strategy") -> None:
         ``_target_`` and keyword arguments.
     key : str
         Where the configuration has them, for the message.
-
-    Raises
-    ------
-    UserError
-        For the first argument of a wrong type.
     """
     try:
         cls = pkgutil.resolve_name(str(spec.get("_target_")))

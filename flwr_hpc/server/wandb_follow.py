@@ -16,8 +16,6 @@ from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.tracking.events import follow
 from flwr_hpc.tracking.wandb_writer import WandbWriter
 
-__all__ = ["main"]
-
 POLL_S = 1.0
 
 

@@ -24,8 +24,6 @@ from flwr_hpc.config.compose import composed
 from flwr_hpc.errors import UserError
 from flwr_hpc.simulate.config import SimulateConfig, parse
 
-__all__ = ["compose", "main"]
-
 DEFAULT_STRATEGIES = ["fedavg", "diloco", "fedbackfill"]
 
 
@@ -46,13 +44,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def compose(overrides: Sequence[str], config_dir: str | None = None) -> SimulateConfig:
-    """Compose the configuration of a comparison.
-
-    Raises
-    ------
-    UserError
-        For anything that does not compose or is not valid.
-    """
+    """Compose the configuration of a comparison."""
     names, rest = _strategies(overrides)
     chosen = [f"+strategy@strategies.{name}={name}" for name in names]
     return parse(composed([*chosen, *rest], config_dir, "simulate", SimulateConfig))

@@ -7,8 +7,6 @@ import itertools
 import math
 from collections.abc import Callable
 
-__all__ = ["HorizonReached", "VirtualClock"]
-
 
 class HorizonReached(Exception):
     """The simulated time is up."""

@@ -23,8 +23,6 @@ from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, 
 from flwr_hpc.simulate.federation import Outcome, simulate
 from flwr_hpc.spool import publish
 
-__all__ = ["Row", "compare", "quantile", "rows", "run_all", "scenario_of"]
-
 RENEWS = "renew"  # in a strategy's file: its warm allocations have successors submitted ahead
 POLICY = "policy"
 REFERENCE_TFLOPS = 4 * 312.0  # of the node whose step takes `step_s` of the scenario
@@ -106,11 +104,6 @@ def scenario_of(config: SimulateConfig) -> ScenarioConfig:
     A facility's steps are as fast as its peak says; the rest, its queue for one, is as that of
     the scenario's site in the same place. With ``queue.kind=history`` there, its waits are those
     that runs at the facility have kept.
-
-    Raises
-    ------
-    UserError
-        If a facility's walltime leaves no time to train.
     """
     scenario = config.scenario
     if not config.facilities:

@@ -13,43 +13,27 @@ from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import explain
 from flwr_hpc.errors import UserError, not_negative, one_of, positive
 
-__all__ = ["QueueModel", "ScenarioConfig", "SimulateConfig", "SiteModel", "check_site", "parse"]
-
 QUEUES = ("none", "lognormal", "history", "trace", "replay", "cluster")
 LEARNING = ("real", "surrogate")
 
 
 @dataclass
 class QueueModel:
-    """How long a site's jobs wait.
+    """How long a site's jobs wait."""
 
-    Attributes
-    ----------
-    kind : str
-        ``none``; ``lognormal`` (`median_s`, `sigma`, `memory_s`, `regimes`); ``history`` (the
-        waits that runs at the facility of the site's name have kept); ``trace`` (a Standard
-        Workload Format file); ``replay`` (`waits_s`, one after the other); ``cluster`` (other
-        users' jobs on `cluster_nodes` nodes with backfill).
-    median_s, sigma : float
-        Of lognormal waits.
-    memory_s : float
-        How long waits stay alike: the decay time of their autocorrelation.
-    regimes : list of [from_s, median_s]
-        Other medians from given times on.
-    trace : str or None
-    waits_s : list of float
-    cluster_nodes, load, mean_nodes, mean_runtime_s :
-        Of the small cluster: its size, the other users' offered load as a share of it, and
-        their jobs.
-    """
-
+    # ``none``; ``lognormal`` (`median_s`, `sigma`, `memory_s`, `regimes`); ``history`` (the
+    # waits that runs at the facility of the site's name have kept); ``trace`` (a Standard
+    # Workload Format file); ``replay`` (`waits_s`, one after the other); ``cluster`` (other
+    # users' jobs on `cluster_nodes` nodes with backfill).
     kind: str = "lognormal"
-    median_s: float = 1800.0
+    median_s: float = 1800.0  # Of lognormal waits
     sigma: float = 1.0
-    memory_s: float = 21600.0
-    regimes: list[list[Any]] = field(default_factory=list)
+    memory_s: float = 21600.0  # How long waits stay alike: the decay time of their autocorrelation
+    regimes: list[list[Any]] = field(default_factory=list)  # Other medians from given times on
     trace: str | None = None
     waits_s: list[float] = field(default_factory=list)
+    # Of the small cluster: its size, the other users' offered load as a share of it, and
+    # their jobs.
     cluster_nodes: int = 16
     load: float = 0.9
     mean_nodes: float = 2.0
@@ -58,124 +42,62 @@ class QueueModel:
 
 @dataclass
 class SiteModel:
-    """A simulated site; times in seconds unless said otherwise.
+    """A simulated site; times in seconds unless said otherwise."""
 
-    Attributes
-    ----------
-    step_s : float
-        Of one optimizer step.
-    nodes : int
-        Of an allocation, for node-hours.
-    walltime : str
-        Of an allocation.
-    startup_s : float
-        From the job's start to the loaded model.
-    write_s : float
-        To write results.
-    reserves_s : list of float
-        Kept back at the end of the walltime where that is more than `write_s`: of one
-        allocation after the other, then from the first again.
-    forecasts_s : list of float
-        What the launcher expects, ahead of its submission, that an allocation will wait: of
-        one after the other; of those beyond the list, and by default, the median of the last
-        waits.
-    transfer_s, latency_s : float
-        Weights one way; a message one way.
-    message_s : float
-        Until the site acts on a message: Flower starts a process for each.
-    preemptions_per_hour, failures_per_hour : float
-        While a job runs: put back in the queue with its progress saved; lost with the
-        progress of the running order.
-    outages : list of [from_s, to_s]
-        The whole site is down.
-    joins_s, leaves_s : float
-        When the site comes and goes.
-    queue : QueueModel
-    """
-
-    step_s: float = 2.0
-    nodes: int = 1
-    walltime: str = "02:00:00"
-    startup_s: float = 60.0
-    write_s: float = 10.0
+    step_s: float = 2.0  # Of one optimizer step
+    nodes: int = 1  # Of an allocation, for node-hours
+    walltime: str = "02:00:00"  # Of an allocation
+    startup_s: float = 60.0  # From the job's start to the loaded model
+    write_s: float = 10.0  # To write results
+    # Kept back at the end of the walltime where that is more than `write_s`: of one
+    # allocation after the other, then from the first again.
     reserves_s: list[float] = field(default_factory=list)
+    # What the launcher expects, ahead of its submission, that an allocation will wait: of one
+    # after the other; of those beyond the list, and by default, the median of the last waits.
     forecasts_s: list[float] = field(default_factory=list)
-    transfer_s: float = 20.0
+    transfer_s: float = 20.0  # Weights one way; a message one way
     latency_s: float = 2.0
-    message_s: float = 0.0
+    message_s: float = 0.0  # Until the site acts on a message: Flower starts a process for each
+    # While a job runs: put back in the queue with its progress saved; lost with the progress
+    # of the running order.
     preemptions_per_hour: float = 0.0
     failures_per_hour: float = 0.0
-    outages: list[list[Any]] = field(default_factory=list)
-    joins_s: float = 0.0
+    outages: list[list[Any]] = field(default_factory=list)  # The whole site is down
+    joins_s: float = 0.0  # When the site comes and goes
     leaves_s: float | None = None
     queue: QueueModel = field(default_factory=QueueModel)
 
 
 @dataclass
 class ScenarioConfig:
-    """Sites and what they learn.
-
-    Attributes
-    ----------
-    sites : dict of str to SiteModel
-    target : float
-        Held-out loss, nats per token, that counts as reached.
-    horizon_h : float
-        Simulated hours after which a run is given up.
-    own_share : float
-        Share of a site's data that is its own domain's: 1 is the most skewed.
-    """
+    """Sites and what they learn."""
 
     sites: dict[str, SiteModel] = field(default_factory=dict)
-    target: float = 1.45
-    horizon_h: float = 240.0
-    own_share: float = 0.85
+    target: float = 1.45  # Held-out loss, nats per token, that counts as reached
+    horizon_h: float = 240.0  # Simulated hours after which a run is given up
+    own_share: float = 0.85  # Share of a site's data that is its own domain's: 1 is the most skewed
 
 
 @dataclass
 class SimulateConfig:
-    """One comparison.
-
-    Attributes
-    ----------
-    scenario : ScenarioConfig
-    strategies : dict of str to dict
-        What ``'strategy=[...]'`` has chosen: ``_target_`` and arguments of each.
-    facilities : dict of str to FacilityConfig
-        With ``'+facility=[...]'`` the sites are these, with the scenario's queues.
-    policy : str
-        ``warm``, ``per_round``, or ``own``: as each strategy's file says, else warm.
-    steps : int
-        Inner steps per order, where a strategy does not decide.
-    seeds : int
-        Runs of each strategy, with seeds 0, 1, ...
-    learning : str
-        ``real`` (a small network is trained) or ``surrogate`` (a formula).
-    evaluate_every_s : float
-        The held-out loss is computed no more often than this.
-    out : str or None
-        Folder of the results; default: simulations/<date>_<time>.
-    """
+    """One comparison."""
 
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
+    # What ``'strategy=[...]'`` has chosen: ``_target_`` and arguments of each.
     strategies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # With ``'+facility=[...]'`` the sites are these, with the scenario's queues.
     facilities: dict[str, FacilityConfig] = field(default_factory=dict)
+    # ``warm``, ``per_round``, or ``own``: as each strategy's file says, else warm.
     policy: str = "own"
-    steps: int = 100
-    seeds: int = 3
-    learning: str = "real"
-    evaluate_every_s: float = 60.0
-    out: str | None = None
+    steps: int = 100  # Inner steps per order, where a strategy does not decide
+    seeds: int = 3  # Runs of each strategy, with seeds 0, 1,
+    learning: str = "real"  # ``real`` (a small network is trained) or ``surrogate`` (a formula)
+    evaluate_every_s: float = 60.0  # The held-out loss is computed no more often than this
+    out: str | None = None  # Folder of the results; default: simulations/<date>_<time>
 
 
 def parse(raw: DictConfig | dict[str, Any]) -> SimulateConfig:
-    """Turn a composed configuration into a checked `SimulateConfig`.
-
-    Raises
-    ------
-    UserError
-        Naming the key, the value found and what would be valid.
-    """
+    """Turn a composed configuration into a checked `SimulateConfig`."""
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SimulateConfig), raw))
     except OmegaConfBaseException as exc:
@@ -196,13 +118,7 @@ def parse(raw: DictConfig | dict[str, Any]) -> SimulateConfig:
 
 
 def check_site(key: str, site: SiteModel) -> None:
-    """Refuse a site that makes no sense; `key` says where it is configured.
-
-    Raises
-    ------
-    UserError
-        Naming the key, the value found and what would be valid.
-    """
+    """Refuse a site that makes no sense; `key` says where it is configured."""
     positive(f"{key}.step_s", site.step_s)
     positive(f"{key}.nodes", site.nodes)
     kept_s = max([site.write_s, *site.reserves_s])

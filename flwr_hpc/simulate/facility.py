@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-__all__ = ["Facility", "Learns", "Segment", "Weights"]
-
 Weights = dict[str, Any]
 
 
@@ -39,54 +37,28 @@ class Learns(Protocol):
 
 @dataclass(frozen=True)
 class Facility:
-    """What a simulated facility is like; times in seconds.
+    """What a simulated facility is like; times in seconds."""
 
-    Attributes
-    ----------
-    step_s : float
-        Of one optimizer step.
-    nodes : int
-        Of an allocation.
-    startup_s : float
-        From the job's start to the loaded model.
-    walltime_s, write_s : float
-        Of an allocation; to write results, kept back at its end.
-    reserves_s : tuple of float
-        What is kept back if that is more: of one allocation after the other.
-    forecasts_s : tuple of float
-        Of the waits, likewise; where there is none: the median of the last waits.
-    transfer_s, latency_s : float
-        Weights one way; a message one way.
-    message_s : float
-        From a message's arrival until the site acts on it.
-    preemptions_per_hour, failures_per_hour : float
-        Rates while a job runs: preempted jobs queue again and go on from their checkpoint,
-        failed ones lose what the order had trained.
-    outages : tuple of (begin, end)
-        The whole site is down.
-    idle_timeout_s : float
-    per_round : bool
-        A job for every order.
-    renew : bool
-        The successor is submitted ahead.
-    """
-
-    step_s: float
-    nodes: int = 1
-    startup_s: float = 60.0
-    walltime_s: float = 7200.0
+    step_s: float  # Of one optimizer step
+    nodes: int = 1  # Of an allocation
+    startup_s: float = 60.0  # From the job's start to the loaded model
+    walltime_s: float = 7200.0  # Of an allocation; to write results, kept back at its end
     write_s: float = 10.0
+    # What is kept back if that is more: of one allocation after the other.
     reserves_s: tuple[float, ...] = ()
+    # Of the waits, likewise; where there is none: the median of the last waits.
     forecasts_s: tuple[float, ...] = ()
-    transfer_s: float = 20.0
+    transfer_s: float = 20.0  # Weights one way; a message one way
     latency_s: float = 2.0
-    message_s: float = 0.0
+    message_s: float = 0.0  # From a message's arrival until the site acts on it
+    # Rates while a job runs: preempted jobs queue again and go on from their checkpoint,
+    # failed ones lose what the order had trained.
     preemptions_per_hour: float = 0.0
     failures_per_hour: float = 0.0
-    outages: tuple[tuple[float, float], ...] = ()
+    outages: tuple[tuple[float, float], ...] = ()  # The whole site is down
     idle_timeout_s: float = 600.0
-    per_round: bool = False
-    renew: bool = False
+    per_round: bool = False  # A job for every order
+    renew: bool = False  # The successor is submitted ahead
 
     def kept_s(self, allocation: int) -> float:
         """Return what is kept back at the end of the walltime of the n-th allocation."""

@@ -36,8 +36,6 @@ from strategies.engine.engine import Engine
 from strategies.engine.rounds import run_rounds
 from strategies.engine.runtime import RunFailed, Runtime, Settings
 
-__all__ = ["Outcome", "simulate"]
-
 ENDLESS = 10**9
 WAIT_S = 3600.0  # of a long poll
 POLL_S = 5.0
@@ -46,35 +44,20 @@ WARMUP = 24.0  # mean runtimes of other users' jobs before the simulation begins
 
 @dataclass
 class Outcome:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes
-    ----------
-    strategy, seed, policy :
-        Of the run.
-    curve : list of (hours, node_hours, loss)
-        The global model's held-out loss, oldest first.
-    reached : bool
-        Whether the target was.
-    hours, node_hours : float
-        At the end: when the target was reached, or the run was given up.
-    versions, orders : int
-    error : str
-        Why the run ended early, if it did.
-    segments : dict of str to list of Segment
-        By site: what its allocations did, for timelines.
-    """
-
-    strategy: str
+    strategy: str  # Of the run
     seed: int
     policy: str
+    # The global model's held-out loss, oldest first.
     curve: list[tuple[float, float, float]] = field(default_factory=list)
-    reached: bool = False
-    hours: float = 0.0
+    reached: bool = False  # Whether the target was
+    hours: float = 0.0  # At the end: when the target was reached, or the run was given up
     node_hours: float = 0.0
     versions: int = 0
     orders: int = 0
-    error: str = ""
+    error: str = ""  # Why the run ended early, if it did
+    # By site: what its allocations did, for timelines.
     segments: dict[str, list[Segment]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.identity import take_identity
 from flwr_hpc.simulate.site import SimulatedSite
 
-__all__ = ["SimulatedGrid"]
-
 
 class _Node:
     """A SuperNode: one message at a time."""

@@ -11,8 +11,6 @@ from typing import Any
 
 from flwr.app import Message
 
-__all__ = ["take_identity"]
-
 
 def take_identity() -> None:
     """Do what Flower does when it starts a process.

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Learner", "LearnerConfig"]
-
 DRAWN_AT_ONCE = 64  # batches
 
 Array = NDArray[np.float32]
@@ -25,29 +23,16 @@ Weights = dict[str, Array]
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The network, its data and its optimizer.
+    """The network, its data and its optimizer."""
 
-    Attributes
-    ----------
-    vocabulary, width : int
-        Tokens; units of the hidden layer.
-    own_share : float
-        Share of a site's examples that come from its own domain.
-    concentration : float
-        Of the Dirichlet distribution that the tables are drawn from: the smaller, the more
-        predictable the next token.
-    batch : int
-        Examples per step.
-    lr, betas, weight_decay, warmup_steps :
-        AdamW with linear warm-up over the first steps of a site.
-    """
-
-    vocabulary: int = 32
+    vocabulary: int = 32  # Tokens; units of the hidden layer
     width: int = 64
-    own_share: float = 0.85
+    own_share: float = 0.85  # Share of a site's examples that come from its own domain
+    # Of the Dirichlet distribution that the tables are drawn from: the smaller, the more
+    # predictable the next token.
     concentration: float = 0.05
-    batch: int = 64
-    lr: float = 2e-3
+    batch: int = 64  # Examples per step
+    lr: float = 2e-3  # AdamW with linear warm-up over the first steps of a site
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
     warmup_steps: int = 20

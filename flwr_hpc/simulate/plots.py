@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from flwr_hpc.simulate.config import ScenarioConfig
 from flwr_hpc.simulate.federation import Outcome
 
-__all__ = ["draw"]
-
 COLOURS = {"queue": "#d9d9d9", "load": "#fdb462", "train": "#4daf4a", "idle": "#fb8072"}
 
 

@@ -16,8 +16,6 @@ from flwr_hpc.simulate.facility import Facility, Segment, Weights
 from flwr_hpc.simulate.queues import Queue, Ticket
 from flwr_hpc.site.renewal import lead_s
 
-__all__ = ["Allocation", "Pool", "Task"]
-
 RENEWAL = AllocationConfig()  # the launcher's rule for successors, as it comes
 
 

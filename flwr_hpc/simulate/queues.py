@@ -14,36 +14,15 @@ import numpy as np
 from flwr_hpc.errors import UserError
 from flwr_hpc.simulate.clock import VirtualClock
 
-__all__ = [
-    "BackfillCluster",
-    "EmpiricalQueue",
-    "LognormalQueue",
-    "NoQueue",
-    "Queue",
-    "ReplayQueue",
-    "Ticket",
-    "waits_of_trace",
-]
-
 
 @dataclass
 class Ticket:
-    """A queued job: what it asks for, and what happens when it starts.
-
-    Attributes
-    ----------
-    nodes : int
-    walltime_s : float
-    start : callable
-        Called at the start.
-    cancelled : bool
-        Set to leave the queue.
-    """
+    """A queued job: what it asks for, and what happens when it starts."""
 
     nodes: int
     walltime_s: float
-    start: Callable[[], None]
-    cancelled: bool = False
+    start: Callable[[], None]  # Called at the start
+    cancelled: bool = False  # Set to leave the queue
 
 
 class Queue(Protocol):
@@ -129,11 +108,6 @@ class EmpiricalQueue(_Sampled):
     clock : VirtualClock
     waits_s : sequence of float
     rng : numpy Generator
-
-    Raises
-    ------
-    UserError
-        If there are none.
     """
 
     def __init__(
@@ -155,11 +129,6 @@ class ReplayQueue(_Sampled):
     ----------
     clock : VirtualClock
     waits_s : sequence of float
-
-    Raises
-    ------
-    UserError
-        If there are none.
     """
 
     def __init__(self, clock: VirtualClock, waits_s: Sequence[float]) -> None:
@@ -178,11 +147,6 @@ def waits_of_trace(path: Path, nodes: int, walltime_s: float) -> list[float]:
     Similar: between a third and three times the processors and the requested time. Columns 3
     (wait), 8 (requested processors) and 9 (requested time) of
     https://www.cs.huji.ac.il/labs/parallel/workload/swf.html are read; -1 means not known.
-
-    Raises
-    ------
-    UserError
-        If the file cannot be read, is no such trace or holds no similar job.
     """
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -226,27 +190,17 @@ class BackfillCluster:
 
     A job behind the first one in the queue may start early if, by the walltimes asked for, it
     does not delay that first one.
-
-    Parameters
-    ----------
-    clock : VirtualClock
-    nodes : int
-    load : float
-        Offered load of the other users' jobs, as a share of the cluster.
-    mean_nodes, mean_runtime_s : float
-        Of other users' jobs (geometric; lognormal); they ask for two to four times their runtime.
-    rng : numpy Generator
-    warmup_s : float
-        Other users' jobs arrived for so long before the simulation began.
     """
 
     clock: VirtualClock
     nodes: int
-    load: float
+    load: float  # Offered load of the other users' jobs, as a share of the cluster
+    # Of other users' jobs (geometric; lognormal); they ask for two to four times their
+    # runtime.
     mean_nodes: float
     mean_runtime_s: float
     rng: np.random.Generator
-    warmup_s: float = 0.0
+    warmup_s: float = 0.0  # Other users' jobs arrived for so long before the simulation began
     _queue: list[Ticket] = field(default_factory=list)
     _running: list[_Running] = field(default_factory=list)
 

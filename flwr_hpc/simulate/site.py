@@ -22,8 +22,6 @@ from flwr_hpc.simulate.facility import Facility, Learns, Weights
 from flwr_hpc.simulate.pool import Allocation, Pool, Task
 from flwr_hpc.simulate.queues import Queue
 
-__all__ = ["SimulatedSite"]
-
 KEPT = 2  # finished orders that can be collected again
 
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Surrogate"]
-
 FLOOR, START = 1.0, 2.5  # held-out loss at the optimum and at the start
 Weights = dict[str, NDArray[np.float32]]
 

@@ -24,8 +24,6 @@ from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.server import reaper
 from flwr_hpc.site.settings import Launcher, load_launcher
 
-__all__ = ["app"]
-
 app = ClientApp()
 
 # Jobs outlive this session; only its own processes carry the mark.

@@ -14,8 +14,6 @@ from flwr_hpc.schedulers.base import JobInfo
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.spool import WorkerState, publish, read_json
 
-__all__ = ["Beats"]
-
 SILENCE_S = 15.0  # of a worker whose job the scheduler calls pending, until that is believed
 
 
@@ -32,7 +30,7 @@ class _Seen:
     former: bool = False
 
 
-class Beats:
+class Heartbeat:
     """Remembers the beats of a site's workers.
 
     Parameters

@@ -12,8 +12,6 @@ from typing import Any
 from flwr_hpc.schedulers.base import JobInfo
 from flwr_hpc.spool import AllocationDir, publish, read_json
 
-__all__ = ["keep_times", "queue_s", "times"]
-
 STAY = ("submitted_s", "eligible_s", "started_s", "ended_s")
 
 

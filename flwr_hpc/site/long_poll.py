@@ -8,8 +8,6 @@ from typing import Protocol
 
 from flwr_hpc.protocol import Status
 
-__all__ = ["Clock", "SystemClock", "wait"]
-
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
 QUEUED_PAUSE_S = 5.0

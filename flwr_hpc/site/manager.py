@@ -13,29 +13,28 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.config.schema import AllocationConfig, FacilityConfig, walltime_s
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import Scheduler, SchedulerUnavailableError
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.lock import locked
 from flwr_hpc.site.long_poll import Clock
-from flwr_hpc.site.monitor import View, Watch
+from flwr_hpc.site.monitor import Monitor, View
 from flwr_hpc.site.prune import prune
 from flwr_hpc.site.renewal import NoForecast, QueueForecast, Renewal
-from flwr_hpc.site.startup_failures import barren, forget, give_up
+from flwr_hpc.site.startup_failures import forget, give_up, startup_failures_in_a_row
 from flwr_hpc.site.status import Answers
 from flwr_hpc.site.submission import Submission, job_spec
 from flwr_hpc.spool import AllocationDir, Spool, publish
 from flwr_hpc.worker.entry import work
 
-__all__ = ["Site", "job_spec"]
-
 HANDOVER_S = 120.0  # for a released allocation to write down what the next one goes on from
 RANKED = ("queued", "starting", "ready")
 
 
-class Site:
+class AllocationManager:
     """One facility's side of a run: allocations and the orders they work on.
 
     New orders go to the newest allocation that is ready, else to one that starts, else to one
@@ -81,7 +80,7 @@ class Site:
             scheduler, clock, self._forecast,
         )  # fmt: skip
         deadline_s = allocation.queue_deadline_s
-        self._watch = Watch(spool, scheduler, clock, deadline_s, self._forecast)
+        self._watch = Monitor(spool, scheduler, clock, deadline_s, self._forecast)
         self._answers = Answers(spool, facility_name, self._watch, self._forecast, clock)
         walltime = walltime_s(facility.walltime)
         self._renewal = Renewal(allocation, walltime, self._forecast, clock)
@@ -96,7 +95,7 @@ class Site:
                 if current is not None:
                     self._renew(*current)
                     return self._answers.of(*current)
-                hopeless = barren(self.spool, self.retries)
+                hopeless = startup_failures_in_a_row(self.spool, self.retries)
                 if hopeless is not None:
                     error, fatal = hopeless.reason, hopeless.then == "fatal"
                     return self._answers.say("failed", error=error, fatal=fatal)

@@ -20,15 +20,13 @@ from typing import Any, Literal
 
 from flwr_hpc.protocol import from_json
 from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError, stderr_tail
-from flwr_hpc.site.heartbeat import Beats
+from flwr_hpc.site.heartbeat import Heartbeat
 from flwr_hpc.site.job_times import keep_times
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.outcomes import ENDS, Verdict, Why, of_job, of_pending
 from flwr_hpc.site.queue import Queue
 from flwr_hpc.site.renewal import NoForecast, QueueForecast
 from flwr_hpc.spool import AllocationDir, Spool, WorkerState, publish, read_json
-
-__all__ = ["Verdict", "View", "Watch", "is_gone", "verdict"]
 
 NO_LOG = (
     "It left no log. Whether its nodes see the working folder, and what else they lack, is told "
@@ -38,23 +36,12 @@ NO_LOG = (
 
 @dataclass(frozen=True)
 class View:
-    """An allocation now.
-
-    Attributes
-    ----------
-    state : str
-    worker : WorkerState or None
-        Its last word; of a former start if the state is ``queued``.
-    info : JobInfo or None
-        The scheduler's last word.
-    reason : str
-        Why a queued one waits.
-    """
+    """An allocation now."""
 
     state: Literal["queued", "starting", "ready", "ended"]
-    worker: WorkerState | None = None
-    info: JobInfo | None = None
-    reason: str = ""
+    worker: WorkerState | None = None  # Its last word; of a former start if the state is ``queued``
+    info: JobInfo | None = None  # The scheduler's last word
+    reason: str = ""  # Why a queued one waits
 
     @property
     def walltime_left_s(self) -> float | None:
@@ -74,7 +61,7 @@ def is_gone(alloc: AllocationDir) -> bool:
     return (alloc.path / "gone").exists()
 
 
-class Watch:
+class Monitor:
     """Looks at a site's allocations.
 
     Parameters
@@ -102,7 +89,7 @@ class Watch:
         self.spool, self.scheduler, self.clock = spool, scheduler, clock
         self.queue = Queue(spool.root, scheduler, clock, self._jobs)
         self._deadline_s, self._forecast = deadline_s, forecast or NoForecast()
-        self._beats = Beats(clock, stale_s)
+        self._beats = Heartbeat(clock, stale_s)
         self._told: dict[str, JobInfo] = {}
         self._closed: set[str] = set()  # have a verdict
         self._settled: set[str] = set()  # and no job that is not known to have ended

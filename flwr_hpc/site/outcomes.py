@@ -8,8 +8,6 @@ from typing import Literal
 from flwr_hpc.schedulers.base import JobInfo
 from flwr_hpc.spool import WorkerState
 
-__all__ = ["ENDS", "Rule", "Verdict", "Why", "of_job", "of_pending"]
-
 Why = Literal[
     "closed", "cancelled", "failed", "died", "interrupted", "preempted", "timeout", "node_fail",
     "out_of_memory", "removed", "lost", "held", "impossible", "rejected", "overdue",
@@ -19,20 +17,13 @@ Then = Literal["free", "again", "fail", "fatal"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What follows from an end.
+    """What follows from an end."""
 
-    Attributes
-    ----------
-    then : str
-        ``free`` (a replacement costs nothing), ``again`` (a replacement is held against the
-        retries, unless the order got on), ``fail`` (no replacement until asked once more) or
-        ``fatal`` (it will not mend by trying again).
-    says : str
-        What the user is told, before the scheduler's or the worker's own words.
-    """
-
+    # ``free`` (a replacement costs nothing), ``again`` (a replacement is held against the
+    # retries, unless the order got on), ``fail`` (no replacement until asked once more) or
+    # ``fatal`` (trying again will not fix it).
     then: Then
-    says: str = ""
+    says: str = ""  # What the user is told, before the scheduler's or the worker's own words
 
 
 ENDS: dict[Why, Rule] = {
@@ -66,26 +57,13 @@ OUTCOMES: dict[str, Why] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why an allocation is of no more use.
+    """Why an allocation is of no more use."""
 
-    Attributes
-    ----------
-    why : str
-        Key of `ENDS`.
-    reason : str
-        For the user.
-    fatal : bool
-        It will not mend by trying again.
-    ready : bool
-        Whether the allocation ever had the model loaded.
-    checkpoints : list of str
-        The site's complete checkpoints at that time, which tell how far an order got.
-    """
-
-    why: Why
-    reason: str = ""
-    fatal: bool = False
-    ready: bool = False
+    why: Why  # Key of `ENDS`
+    reason: str = ""  # For the user
+    fatal: bool = False  # Trying again will not fix it
+    ready: bool = False  # Whether the allocation ever had the model loaded
+    # The site's complete checkpoints at that time, which tell how far an order got.
     checkpoints: list[str] = field(default_factory=list)
 
     @property

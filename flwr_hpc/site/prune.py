@@ -8,8 +8,6 @@ from pathlib import Path
 
 from flwr_hpc.spool import OrderDir, Spool
 
-__all__ = ["prune"]
-
 
 def prune(spool: Spool, keep: int = 4) -> None:
     """Delete all finished orders but the last `keep`, and weights that no order needs.

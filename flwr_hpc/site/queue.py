@@ -18,8 +18,6 @@ from flwr_hpc.schedulers.base import JobInfo, Scheduler
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.spool import publish, read_json
 
-__all__ = ["Queue"]
-
 
 class Queue:
     """One facility's only watcher; to be called with the site locked.

@@ -10,23 +10,15 @@ from urllib.parse import unquote
 
 from omegaconf import OmegaConf
 
-from flwr_hpc.config.schema import AllocationConfig, Config, FacilityConfig, walltime_s
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
+from flwr_hpc.config.schema import AllocationConfig, Config
 from flwr_hpc.exchange.store import Store
 from flwr_hpc.schedulers.base import JobSpec, make_scheduler
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site import manager
+from flwr_hpc.site import submission
 from flwr_hpc.site.long_poll import SystemClock
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool, publish, read_json
-
-__all__ = [
-    "Launcher",
-    "job_spec",
-    "load_launcher",
-    "site_file",
-    "worker_spec",
-    "write_site",
-]
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,7 @@ class Launcher:
     """What the ClientApp works with."""
 
     facility: str
-    site: Site
+    site: AllocationManager
     store: Store
     inline_below_mb: float
     steps: int
@@ -85,7 +77,7 @@ def write_site(run: RunDir, config: Config, facility: str) -> Path:
 def job_spec(run: RunDir, config: Config, facility: str, run_key: str) -> JobSpec:
     """Return the job of a facility's first allocation, as a dry run shows it."""
     spool = Spool(run.site_root(config, facility, run_key))
-    return manager.job_spec(spool, run_key, facility, config.facilities[facility])
+    return submission.job_spec(spool, run_key, facility, config.facilities[facility])
 
 
 def load_launcher(path: str) -> Launcher:
@@ -113,7 +105,7 @@ def load_launcher(path: str) -> Launcher:
 
     spool, run_key, name = Spool(Path(body["root"])), str(body["run_key"]), str(body["facility"])
     scheduler, clock = make_scheduler(facility), SystemClock()
-    site = Site(
+    site = AllocationManager(
         spool=spool,
         run_key=run_key,
         facility_name=name,
@@ -123,7 +115,7 @@ def load_launcher(path: str) -> Launcher:
         spec=body["spec"],
         clock=clock,
         forecast=Forecaster(
-            name, manager.job_spec(spool, run_key, name, facility), scheduler, clock
+            name, submission.job_spec(spool, run_key, name, facility), scheduler, clock
         ),
     )
     return Launcher(

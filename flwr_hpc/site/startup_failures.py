@@ -9,15 +9,13 @@ from flwr_hpc.site.monitor import verdict
 from flwr_hpc.site.outcomes import Verdict
 from flwr_hpc.spool import AllocationDir, Spool
 
-__all__ = ["barren", "forget", "give_up"]
-
 NO_STEP = (
     "it left without a step of this order: after start-up and loading the walltime has to be "
     "long enough for the evaluation before it, one step, and the time kept for writing"
 )
 
 
-def barren(spool: Spool, retries: int) -> Verdict | None:
+def startup_failures_in_a_row(spool: Spool, retries: int) -> Verdict | None:
     """Return the last verdict if allocations keep ending before they are ready, else None.
 
     Each is held against one answer only: asked again, the site tries again.

@@ -8,11 +8,9 @@ from typing import Any
 from flwr_hpc.protocol import Result, SiteState, Status
 from flwr_hpc.site.job_times import queue_s, times
 from flwr_hpc.site.long_poll import Clock
-from flwr_hpc.site.monitor import View, Watch, is_gone
+from flwr_hpc.site.monitor import Monitor, View, is_gone
 from flwr_hpc.site.renewal import QueueForecast
 from flwr_hpc.spool import AllocationDir, Spool
-
-__all__ = ["Answers"]
 
 PROGRESS = ("step", "steps", "loss", "tokens_per_s")
 HIGH = 0.9  # quantile of the forecast beside the median
@@ -26,7 +24,7 @@ class Answers:
     ----------
     spool : Spool
     facility_name : str
-    watch : Watch
+    watch : Monitor
     forecast : QueueForecast
     clock : Clock
     """
@@ -35,7 +33,7 @@ class Answers:
         self,
         spool: Spool,
         facility_name: str,
-        watch: Watch,
+        watch: Monitor,
         forecast: QueueForecast,
         clock: Clock,
     ) -> None:

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError, checkout
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.renewal import QueueForecast
 from flwr_hpc.spool import AllocationDir, Spool, publish, read_json
 from flwr_hpc.worker.entry import work
-
-__all__ = ["Submission", "job_spec"]
 
 BUSY_POLLS = 2  # polling intervals that a submission may take; sbatch and qsub are given 120 s
 
@@ -69,8 +67,6 @@ class Submission:
 
         Raises
         ------
-        UserError
-            The job was refused.
         SchedulerUnavailableError
             It may be submitted or not: call again.
         """

@@ -7,28 +7,18 @@ from dataclasses import dataclass, field
 
 from flwr_hpc.tracking.jobs import Job, order_of
 
-__all__ = ["Accounts", "Past"]
-
 MOST = 1000  # jobs kept one by one; older ones are summed up
 
 
 @dataclass
 class Past:
-    """The sum of the jobs that are no longer kept one by one.
+    """The sum of the jobs that are no longer kept one by one."""
 
-    Attributes
-    ----------
-    name : str
-        The last of them; what is told of it and of older ones is known already.
-    used_s, from_ledger_s, idle_s : float
-        Node-seconds.
-    """
-
-    name: str = ""
+    name: str = ""  # The last of them; what is told of it and of older ones is known already
     jobs: int = 0
     starts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    used_s: float = 0.0
+    used_s: float = 0.0  # Node-seconds
     from_ledger_s: float = 0.0
     idle_s: float = 0.0
 
@@ -50,16 +40,11 @@ class Past:
 
 @dataclass
 class Accounts:
-    """The jobs of one facility, by allocation.
-
-    Attributes
-    ----------
-    lost_s, at_risk_s : float
-        Node-seconds of work lost with jobs, and of work that is unless a checkpoint saved it.
-    """
+    """The jobs of one facility, by allocation."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
     past: Past = field(default_factory=Past)
+    # Node-seconds of work lost with jobs, and of work that is unless a checkpoint saved it.
     lost_s: float = 0.0
     at_risk_s: float = 0.0
     _at_risk_nodes: int = 1

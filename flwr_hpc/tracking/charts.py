@@ -10,8 +10,6 @@ from flwr_hpc.tracking.lanes import Lane, Span
 from flwr_hpc.tracking.text import duration
 from flwr_hpc.tracking.timeline import PHASES
 
-__all__ = ["Band", "Chart", "Curve", "Gantt", "Point", "Tick", "gantt", "line_chart", "thin"]
-
 Point = tuple[float, float]
 Tick = tuple[float, str]  # position in pixels, label
 

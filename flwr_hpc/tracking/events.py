@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE_NAME", "Event", "EventLog", "Follower", "follow", "read"]
-
 Event = dict[str, Any]
 
 FILE_NAME = "events.jsonl"

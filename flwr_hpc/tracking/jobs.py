@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Job", "Stay", "order_of"]
-
 TIMES = ("submitted_s", "eligible_s", "started_s", "ended_s")
 WORK = ("train", "evaluate")
 
@@ -43,39 +41,24 @@ class Stay:
 
 @dataclass
 class Job:
-    """One allocation's job.
-
-    Attributes
-    ----------
-    outcome : str
-        How it ended, in the words of `flwr_hpc.schedulers.base.Outcome`; empty before that, and
-        if nobody knows.
-    queue_s : float
-        Seconds in the queue by the facility's account, over all stays.
-    workers : list of dict of str to float
-        Seconds by phase of each worker, on its own clock: one for every stay that got so far.
-    saved_s : float
-        Work (training and evaluation) up to the last order that was finished, in seconds.
-    counted : int
-        Ends for which lost work has been counted.
-    before : str
-        The allocation that worked before this one.
-    placed : dict of str to float
-        What of its waiting is on the timeline.
-    """
+    """One allocation's job."""
 
     name: str
     id: str = ""
     nodes: int = 1
+    # How it ended, in the words of `flwr_hpc.schedulers.base.Outcome`; empty before that, and
+    # if nobody knows.
     outcome: str = ""
     restarts: int = 0
     stays: list[Stay] = field(default_factory=list)
-    queue_s: float = 0.0
+    queue_s: float = 0.0  # Seconds in the queue by the facility's account, over all stays
+    # Seconds by phase of each worker, on its own clock: one for every stay that got so far.
     workers: list[dict[str, float]] = field(default_factory=list)
+    # Work (training and evaluation) up to the last order that was finished, in seconds.
     saved_s: float = 0.0
-    counted: int = 0
-    before: str = ""
-    placed: dict[str, float] = field(default_factory=dict)
+    counted: int = 0  # Ends for which lost work has been counted
+    before: str = ""  # The allocation that worked before this one
+    placed: dict[str, float] = field(default_factory=dict)  # What of its waiting is on the timeline
 
     @property
     def requeued(self) -> bool:

@@ -14,8 +14,6 @@ from flwr_hpc.tracking.jobs import Job
 from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.timeline import Interval
 
-__all__ = ["Lane", "Span", "lanes"]
-
 Span = tuple[float, float, str, str]  # start and end in seconds of the run, phase, allocation
 Lane = list[Span]
 

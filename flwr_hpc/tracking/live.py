@@ -20,8 +20,6 @@ from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.state import fold
 from flwr_hpc.tracking.text import compact, describe, duration, outlook
 
-__all__ = ["LiveView"]
-
 REFRESH_S = 0.25
 HEARTBEAT_S = 60.0  # plain lines tell of a long order's progress so often
 MESSAGES = 5

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from flwr_hpc.tracking.accounts import Accounts
 from flwr_hpc.tracking.timeline import PHASES, Interval, Timeline, totals
 
-__all__ = ["PHASE_OF", "WAITING", "WORKING", "FacilityState", "OpenOrder", "RunState"]
-
 # What the timeline shows while a facility is in a state.
 PHASE_OF = {
     "queued": "queue",
@@ -36,69 +34,47 @@ class OpenOrder:
 
 @dataclass
 class FacilityState:
-    """One facility.
-
-    Attributes
-    ----------
-    state : str
-        ``offline``, ``idle``, ``queued``, ``starting``, ``loading``, ``ready``, ``training``,
-        ``evaluating``, ``transferring`` or ``done``; since `since_s`.
-    step, order_steps : int
-        Progress of the current order.
-    loss, tokens_per_s : float or None
-        The newest known.
-    held_out : dict of int to (float, float)
-        By version of the global model: when the version came to be, and its held-out loss here
-        in nats per token.
-    train_loss : list of (float, int, float)
-        Seconds of the run, optimizer steps so far, loss.
-    steps, tokens, orders : int
-        Of finished training orders, each counted once.
-    rejected, failed : int
-        Replies refused; orders that failed for another reason.
-    merged, staleness : int
-        Replies aggregated, and the sum of their staleness.
-    queue_wait_s, queue_wait_high_s, reason :
-        Forecast of the wait of a queued allocation as told at `told_s`, and why it waits.
-    accounts : Accounts
-        What scheduler and facility tell of each allocation.
-    holds : list of (float, str)
-        From when on which allocation worked for this facility.
-    skew_s : float or None
-        At most so much is the facility's clock behind the server's (below 0: ahead); only to
-        place what the scheduler tells on the timeline.
-    marks : list of (float, str, str)
-        When, ``rejected`` or ``failed``, and why.
-    """
+    """One facility."""
 
     name: str
+    # ``offline``, ``idle``, ``queued``, ``starting``, ``loading``, ``ready``, ``training``,
+    # ``evaluating``, ``transferring`` or ``done``; since `since_s`.
     state: str = "offline"
     since_s: float = 0.0
     allocation: str = ""
     walltime_left_s: float | None = None
+    # Forecast of the wait of a queued allocation as told at `told_s`, and why it waits.
     queue_wait_s: float | None = None
     queue_wait_high_s: float | None = None
     reason: str = ""
     told_s: float = 0.0
     order_id: str = ""
-    step: int = 0
+    step: int = 0  # Progress of the current order
     order_steps: int = 0
-    loss: float | None = None
+    loss: float | None = None  # The newest known
     tokens_per_s: float | None = None
+    # By version of the global model: when the version came to be, and its held-out loss here
+    # in nats per token.
     held_out: dict[int, tuple[float, float]] = field(default_factory=dict)
+    # Seconds of the run, optimizer steps so far, loss.
     train_loss: list[tuple[float, int, float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    steps: int = 0
+    steps: int = 0  # Of finished training orders, each counted once
     tokens: int = 0
     orders: int = 0
-    rejected: int = 0
+    rejected: int = 0  # Replies refused; orders that failed for another reason
     failed: int = 0
-    merged: int = 0
+    merged: int = 0  # Replies aggregated, and the sum of their staleness
     staleness: int = 0
+    # What scheduler and facility tell of each allocation.
     accounts: Accounts = field(default_factory=Accounts)
+    # From when on which allocation worked for this facility.
     holds: list[tuple[float, str]] = field(default_factory=list)
     hold_from_s: float | None = 0.0  # since when no allocation works here
+    # At most so much is the facility's clock behind the server's (below 0: ahead); only to
+    # place what the scheduler tells on the timeline.
     skew_s: float | None = None
+    # When, ``rejected`` or ``failed``, and why.
     marks: list[tuple[float, str, str]] = field(default_factory=list)
     open: dict[str, OpenOrder] = field(default_factory=dict)
     refused: str = ""  # order whose reply was just rejected
@@ -175,35 +151,22 @@ class FacilityState:
 
 @dataclass
 class RunState:
-    """The whole run.
-
-    Attributes
-    ----------
-    status : str
-        ``unknown`` (no event yet), ``running``, ``finished``, ``failed`` or ``interrupted``.
-    version : int
-        Newest version of the global model.
-    wall_s : float
-        Seconds of the run so far.
-    version_s : dict of int to float
-        When each version came to be.
-    sessions : list of float
-        When each session began; more than one after a resume.
-    clocks : list of (float, float)
-        Unix seconds and seconds of the run at these moments.
-    """
+    """The whole run."""
 
     run_key: str = ""
     strategy: str = ""
     rounds: int = 0
     rounds_done: int = 0
-    version: int = 0
+    version: int = 0  # Newest version of the global model
+    # ``unknown`` (no event yet), ``running``, ``finished``, ``failed`` or ``interrupted``.
     status: str = "unknown"
     error: str = ""
-    wall_s: float = 0.0
+    wall_s: float = 0.0  # Seconds of the run so far
     started_t: float | None = None
-    version_s: dict[int, float] = field(default_factory=dict)
+    version_s: dict[int, float] = field(default_factory=dict)  # When each version came to be
+    # When each session began; more than one after a resume.
     sessions: list[float] = field(default_factory=list)
+    # Unix seconds and seconds of the run at these moments.
     clocks: list[tuple[float, float]] = field(default_factory=list)
     facilities: dict[str, FacilityState] = field(default_factory=dict)
 

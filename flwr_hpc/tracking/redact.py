@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["redact", "redact_text"]
-
 MASK = "***"
 SECRET = r"(?:token|secret|passw(?:or)?d|api_?key|access_?key|credentials?)"
 NAMED = re.compile(rf"{SECRET}$", re.IGNORECASE)

@@ -27,8 +27,6 @@ from flwr_hpc.tracking.summary import summarize
 from flwr_hpc.tracking.text import compact, duration, hours
 from flwr_hpc.tracking.timeline import PHASES
 
-__all__ = ["REPORT", "SUMMARY", "rebuild", "render", "write"]
-
 REPORT, SUMMARY = "report.html", "summary.json"
 MAX_MARKS = 200
 PHASE_NAMES = {
@@ -51,11 +49,6 @@ def rebuild(run_dir: Path) -> dict[str, Any]:
     -------
     dict
         The summary.
-
-    Raises
-    ------
-    UserError
-        If the folder or its event log is missing, or the log has no event.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():

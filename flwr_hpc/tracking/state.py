@@ -14,8 +14,6 @@ from flwr_hpc.tracking.events import Event
 from flwr_hpc.tracking.records import PHASE_OF, WAITING, WORKING, FacilityState, OpenOrder, RunState
 from flwr_hpc.tracking.timeline import ACQUIRING, order_parts
 
-__all__ = ["FacilityState", "RunState", "fold", "fold_all"]
-
 PAST = ("submitted_s", "started_s", "ended_s")  # times that lie in the past once they are told
 MOST_DONE = 1000  # finished orders remembered by name: a resumed session asks for the newest
 MOST_POINTS = 20_000  # of a training curve

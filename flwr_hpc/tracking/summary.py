@@ -8,8 +8,6 @@ from typing import Any
 
 from flwr_hpc.tracking.records import FacilityState, RunState
 
-__all__ = ["summarize"]
-
 
 def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the summary of a run.

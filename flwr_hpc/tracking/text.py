@@ -9,17 +9,6 @@ from flwr_hpc.protocol import Forecast
 from flwr_hpc.tracking.events import Event
 from flwr_hpc.tracking.records import FacilityState
 
-__all__ = [
-    "about",
-    "compact",
-    "describe",
-    "duration",
-    "forecast",
-    "hours",
-    "node_hours_line",
-    "outlook",
-]
-
 ALLOCATION_STATES = {
     "queued": "waits in the queue",
     "starting": "starts",

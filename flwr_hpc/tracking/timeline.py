@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["ACQUIRING", "PHASES", "Interval", "Timeline", "order_parts", "totals"]
-
 Interval = tuple[float, float, str]  # start and end in seconds of the run, phase
 
 PHASES = ("queue", "startup", "load", "train", "evaluate", "transfer", "idle")

@@ -22,8 +22,6 @@ from flwr_hpc.tracking.redact import redact
 from flwr_hpc.tracking.state import fold, fold_all
 from flwr_hpc.tracking.summary import summarize
 
-__all__ = ["WandbWriter", "mode_of"]
-
 MODES = ("auto", "online", "offline", "disabled")
 HOST = "https://api.wandb.ai"
 ORDER_METRICS = ("train_loss", "held_out_loss", "tokens_per_s", "grad_norm", "mfu")
@@ -49,11 +47,6 @@ class WandbWriter:
         The resolved configuration; secrets are masked.
     history : iterable of dict
         Events of earlier sessions, which are not logged again.
-
-    Raises
-    ------
-    UserError
-        If wandb is not installed, refuses to start, or the mode is unknown.
     """
 
     def __init__(
@@ -179,13 +172,7 @@ class WandbWriter:
 
 
 def mode_of(tracking: TrackingConfig, environ: Mapping[str, str] = os.environ) -> str:
-    """Return wandb's mode; ``auto`` is online when logged in, else offline.
-
-    Raises
-    ------
-    UserError
-        If ``tracking.mode`` is unknown.
-    """
+    """Return wandb's mode; ``auto`` is online when logged in, else offline."""
     if tracking.mode not in MODES:
         raise UserError(f"tracking.mode={tracking.mode} is not known. Valid: {', '.join(MODES)}.")
     if tracking.mode != "auto":

@@ -23,8 +23,6 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from flwr_hpc.spool import publish, read_json, sync_dir
 from flwr_hpc.train.rendezvous import Group
 
-__all__ = ["Checkpoints", "Saved"]
-
 
 @dataclass(frozen=True)
 class Saved:

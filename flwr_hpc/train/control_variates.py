@@ -16,10 +16,8 @@ from flwr_hpc.train.optim import gradient
 from flwr_hpc.train.parallel import full, local, put
 from flwr_hpc.train.tensorfile import read_tensors
 
-__all__ = ["Variates"]
 
-
-class Variates:
+class ControlVariates:
     """Sums up one order's gradients and corrects them; as much memory as the weights, or twice.
 
     Parameters
@@ -41,11 +39,6 @@ class Variates:
         path : Path
         shapes : dict of str to list of int
             Of what travels; what of it is not trained needs no correction.
-
-        Raises
-        ------
-        UserError
-            If the file does not fit the model or holds numbers that are not finite.
         """
         self._correction = _zeros(self._trained)
         for name, value in read_tensors(path, shapes):

@@ -7,12 +7,10 @@ from torch import Tensor
 from flwr_hpc.protocol import Order
 from flwr_hpc.train.trainer import Trainer
 
-__all__ = ["OwnUpdate"]
-
 SHARE = "own-share"  # of an order's options; present: remember this order's update, too
 
 
-class OwnUpdate:
+class LocalUpdate:
     """Remembers, shard by shard, how the last order moved the weights.
 
     An order that was handed in while another one was trained holds weights that lack the

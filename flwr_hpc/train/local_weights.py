@@ -12,8 +12,6 @@ from torch import Tensor
 from flwr_hpc.protocol import Order
 from flwr_hpc.train.trainer import Trainer
 
-__all__ = ["LocalWeights", "missing_start"]
-
 
 def missing_start(order: Order, held: str) -> str | None:
     """Say that an order goes on from weights that are not here, or None.

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-__all__ = ["IGNORED", "count_tokens", "summed_loss"]
-
 IGNORED = -100
 
 

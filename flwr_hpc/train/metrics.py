@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["flops_per_token", "mfu", "peak_memory_gb"]
-
 
 def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:
     """Return the floating-point operations of one training step per token.

@@ -15,28 +15,17 @@ from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.train.metrics import flops_per_token
 
-__all__ = ["Built", "build", "exchanged", "layers"]
-
 
 @dataclass(frozen=True)
 class Built:
-    """A model on the CPU in float32.
-
-    Attributes
-    ----------
-    names : dict of str to str
-        Name in the exchanged file, for each name in the model's state dict that travels:
-        Hugging Face names, tied duplicates left out; for LoRA those of the adapter file.
-    files : dict of str to str
-        Text files that make the weights a Hugging Face directory.
-    flops_per_token : float
-        Of one training step; 0 where the model's shape is not known.
-    """
+    """A model on the CPU in float32."""
 
     model: nn.Module
+    # Name in the exchanged file, for each name in the model's state dict that travels:
+    # Hugging Face names, tied duplicates left out; for LoRA those of the adapter file.
     names: dict[str, str]
-    files: dict[str, str]
-    flops_per_token: float
+    files: dict[str, str]  # Text files that make the weights a Hugging Face directory
+    flops_per_token: float  # Of one training step; 0 where the model's shape is not known
 
 
 def build(
@@ -46,11 +35,6 @@ def build(
 
     peft and activation checkpointing go in here, before sharding: adapters added to a sharded
     model would stay apart on every rank.
-
-    Raises
-    ------
-    UserError
-        If the checkpoint or the model's configuration is not valid.
     """
     torch.manual_seed(seed)
     base = _from_checkpoint(config.path) if config.path else _from_config(config, tokenizer)

@@ -11,8 +11,6 @@ from torch import Tensor
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.train.parallel import local
 
-__all__ = ["adamw", "clip", "gradient"]
-
 
 def gradient(parameter: Tensor) -> Tensor:
     """Return this rank's shard of the gradient; zeros if the loss does not depend on it."""

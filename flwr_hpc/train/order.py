@@ -15,18 +15,16 @@ from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.protocol import CORRECTION, GRADIENT, MEAN_GRADIENT, Order, Result
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.checkpoint import Checkpoints, Saved
-from flwr_hpc.train.control_variates import Variates
-from flwr_hpc.train.local_update_share import OwnUpdate
+from flwr_hpc.train.control_variates import ControlVariates
+from flwr_hpc.train.local_update_share import LocalUpdate
 from flwr_hpc.train.local_weights import LocalWeights, missing_start
 from flwr_hpc.train.metrics import mfu, peak_memory_gb
 from flwr_hpc.train.model import Built
 from flwr_hpc.train.progress import INTERRUPTED, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.trainer import Trainer
-from flwr_hpc.worker.ledger import Ledger
+from flwr_hpc.worker.ledger import PhaseTimer
 from flwr_hpc.worker.reporter import Reporter
-
-__all__ = ["OrderRunner"]
 
 REPORT_EVERY_S = 1.0
 
@@ -34,13 +32,6 @@ REPORT_EVERY_S = 1.0
 @dataclass
 class OrderRunner:
     """Carries out one order after the other on a loaded trainer; called on every rank.
-
-    Parameters
-    ----------
-    may_go : callable
-        Asked before each training step: ``GO``, ``CUT`` or ``INTERRUPTED``.
-    peak_tflops : float or None
-        Of one device, for MFU.
 
     Attributes
     ----------
@@ -54,23 +45,23 @@ class OrderRunner:
     built: Built
     train: TrainConfig
     data: DataConfig
-    ledger: Ledger
+    ledger: PhaseTimer
     reporter: Reporter
-    may_go: Callable[[], int]
-    peak_tflops: float | None = None
+    may_go: Callable[[], int]  # Asked before each training step: ``GO``, ``CUT`` or ``INTERRUPTED``
+    peak_tflops: float | None = None  # Of one device, for MFU
     step_s: float = 0.0
     _weights_s: float = 0.0
     _checkpoint_s: float = 0.0
     _held: tuple[int, str] = (0, "")
     _unsaved: tuple[str, dict[str, Any]] | None = None
-    _variates: Variates | None = None
+    _variates: ControlVariates | None = None
     _keeps: bool = False  # the weights here are the site's own, not to be lost
     _since_checkpoint: int = 0
     _seen: float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._own = OwnUpdate(self.trainer)
+        self._own = LocalUpdate(self.trainer)
         self._local = LocalWeights(self.trainer)
 
     def run(

@@ -12,8 +12,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flwr_hpc.train.model import layers
 
-__all__ = ["full", "local", "precision_policy", "put", "reshard", "shard"]
-
 # Below this many parameters the communication calls of many units cost more than holding the
 # gathered model: one unit, gathered once per step. (tiny_llama, 2 ranks on gloo: 173 ms a step
 # instead of 211; 161 without any sharding.)

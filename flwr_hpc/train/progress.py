@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["CUT", "GO", "INTERRUPTED", "Evaluated", "Progress", "Proximal", "Trained"]
-
 GO, CUT, INTERRUPTED = 0, 1, 2  # what may end an order early: the walltime, a signal
 
 Progress = Callable[[int, Callable[[], float]], None]
@@ -16,29 +14,16 @@ Progress = Callable[[int, Callable[[], float]], None]
 
 @dataclass
 class Trained:
-    """How far an order got; survives in a checkpoint of that order.
+    """How far an order got; survives in a checkpoint of that order."""
 
-    Attributes
-    ----------
-    steps, tokens, sequences : int
-        Done in this order, over all ranks; `tokens` are those the loss was taken on.
-    loss_sum : float
-        Summed loss of these tokens, in nats.
-    last_loss, last_grad_norm : float
-        Of the last step.
-    seconds : float
-    ended : int
-        ``GO`` if all steps were done, else why not.
-    """
-
-    steps: int = 0
+    steps: int = 0  # Done in this order, over all ranks; `tokens` are those the loss was taken on
     tokens: int = 0
     sequences: int = 0
-    loss_sum: float = 0.0
-    last_loss: float = 0.0
+    loss_sum: float = 0.0  # Summed loss of these tokens, in nats
+    last_loss: float = 0.0  # Of the last step
     last_grad_norm: float = 0.0
     seconds: float = 0.0
-    ended: int = GO
+    ended: int = GO  # ``GO`` if all steps were done, else why not
 
 
 @dataclass(frozen=True)

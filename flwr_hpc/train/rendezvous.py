@@ -21,8 +21,6 @@ from flwr_hpc.spool import publish, read_json
 from flwr_hpc.worker.lifeline import Lifeline, LoneFailureError
 from flwr_hpc.worker.ranks import Ranks
 
-__all__ = ["COLLECTIVE", "Failure", "Group", "join"]
-
 FOREVER = timedelta(days=30)  # an idle rank waits in a broadcast for as long as it takes
 COLLECTIVE = timedelta(minutes=30)
 LET_GO_S = 0.2
@@ -31,14 +29,14 @@ PATIENCE_S = 30.0  # of a rank that failed with the others that did not
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong on one rank; `fatal`: it will not mend by trying again."""
+    """What went wrong on one rank; `fatal`: trying again will not fix it."""
 
     message: str
     fatal: bool
 
     @classmethod
     def of(cls, exc: Exception) -> Failure:
-        """Only what the user can mend is fatal; anything else may work at the next try."""
+        """Only what the user can fix is fatal; anything else may work at the next try."""
         if isinstance(exc, UserError):
             return cls(str(exc), fatal=True)
         return cls(f"{type(exc).__name__}: {exc}", fatal=False)
@@ -46,22 +44,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Group:
-    """The allocation's ranks, connected.
-
-    Attributes
-    ----------
-    device : torch.device
-        Of this rank.
-    control : process group
-        gloo, for decisions; never times out while idle.
-    verdict : process group
-        gloo, on which the ranks tell each other how an order ended; its own, because a rank
-        that failed must not meet the others inside another collective.
-    """
+    """The allocation's ranks, connected."""
 
     ranks: Ranks
-    device: torch.device
-    control: dist.ProcessGroup
+    device: torch.device  # Of this rank
+    control: dist.ProcessGroup  # gloo, for decisions; never times out while idle
+    # gloo, on which the ranks tell each other how an order ended; its own, because a rank
+    # that failed must not meet the others inside another collective.
     verdict: dist.ProcessGroup
     lifeline: Lifeline
 

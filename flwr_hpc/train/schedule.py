@@ -6,8 +6,6 @@ import math
 
 from flwr_hpc.config.schema import TrainConfig
 
-__all__ = ["learning_rate", "schedule_steps"]
-
 
 def schedule_steps(train: TrainConfig, rounds: int) -> int:
     """Return at which cumulative step the schedule ends: it spans the run, not one round."""

@@ -18,8 +18,6 @@ from torch import Tensor
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import sync_dir
 
-__all__ = ["check_names", "open_tensors", "read_tensors", "write_tensors"]
-
 
 def write_tensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable[Tensor]) -> str:
     """Publish float32 tensors as a safetensors file; return its sha256.
@@ -71,13 +69,7 @@ def _parts(shapes: dict[str, list[int]], tensors: Iterable[Tensor]) -> Iterator[
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file for lazy reading.
-
-    Raises
-    ------
-    UserError
-        If it is missing or not a safetensors file.
-    """
+    """Open a safetensors file for lazy reading."""
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as exc:
@@ -87,13 +79,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def read_tensors(path: Path, shapes: dict[str, list[int]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of a file, one at a time.
-
-    Raises
-    ------
-    UserError
-        If the file does not fit the model or holds numbers that are not finite.
-    """
+    """Yield names and tensors of a file, one at a time."""
     with open_tensors(path) as file:
         found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         check_names(found, shapes, path)
@@ -106,13 +92,7 @@ def read_tensors(path: Path, shapes: dict[str, list[int]]) -> Iterator[tuple[str
 
 
 def check_names(found: dict[str, list[int]], expected: dict[str, list[int]], path: Path) -> None:
-    """Refuse weights that do not fit the model.
-
-    Raises
-    ------
-    UserError
-        Naming the tensors that are missing, not expected, or of another shape.
-    """
+    """Refuse weights that do not fit the model."""
     problems = [
         (expected.keys() - found.keys(), "missing"),
         (found.keys() - expected.keys(), "not in the model"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch, Corpus
 from flwr_hpc.errors import UserError
-from flwr_hpc.train.control_variates import Variates
+from flwr_hpc.train.control_variates import ControlVariates
 from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, gradient
@@ -23,8 +23,6 @@ from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Evaluated, Progress, P
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.schedule import learning_rate
 from flwr_hpc.train.tensorfile import read_tensors, write_tensors
-
-__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -76,13 +74,7 @@ class Trainer:
     # Weights
 
     def shapes(self, names: Collection[str] | None = None) -> dict[str, list[int]]:
-        """Return names and shapes of the weights that travel, or of some of them.
-
-        Raises
-        ------
-        UserError
-            If a name is not one of the model's.
-        """
+        """Return names and shapes of the weights that travel, or of some of them."""
         if unknown := sorted(set(names or ()) - self._exchanged.keys()):
             raise UserError(
                 f"the model has no tensor '{unknown[0]}'. "
@@ -99,11 +91,6 @@ class Trainer:
         path : Path
         names : collection of str or None
             Tensors that the file holds (None: all); the others stay as they are.
-
-        Raises
-        ------
-        UserError
-            If the file does not fit the model or holds numbers that are not finite.
         """
         reshard(self._model)
         for name, value in read_tensors(path, self.shapes(names)):
@@ -118,7 +105,7 @@ class Trainer:
         shapes = self.shapes(names)
         return self._publish(path, shapes, (full(self._exchanged[name]) for name in shapes))
 
-    def save_gradient(self, path: Path, variates: Variates, steps: int) -> str:
+    def save_gradient(self, path: Path, variates: ControlVariates, steps: int) -> str:
         """Publish the mean gradient of `steps` steps, as `save_weights` does the weights."""
         return self._publish(path, self.shapes(), variates.mean(steps, self._exchanged))
 
@@ -149,7 +136,7 @@ class Trainer:
         may_go: Callable[[], int] = lambda: GO,
         report: Progress = lambda step, loss: None,
         proximal: Proximal | None = None,
-        variates: Variates | None = None,
+        variates: ControlVariates | None = None,
     ) -> Trained:
         """Take optimizer steps until the order has `steps`.
 
@@ -166,13 +153,8 @@ class Trainer:
             calling that one waits for the device.
         proximal : Proximal or None
             Pull towards the weights the order started from.
-        variates : Variates or None
+        variates : ControlVariates or None
             Correction of the gradients, and their sum.
-
-        Raises
-        ------
-        UserError
-            If loss or gradient norm is no longer finite.
         """
         done = dataclasses.replace(so_far or Trained(), ended=GO)
         stats: list[Tensor] = []
@@ -198,15 +180,9 @@ class Trainer:
         """Anchor a proximal term at the present weights."""
         return Proximal(mu, [local(p).detach().clone() for p in self._parameters()])
 
-    def variates(self, correction: Path | None) -> Variates:
-        """Return what sums up an order's gradients and adds the correction, if any.
-
-        Raises
-        ------
-        UserError
-            If the file does not fit the model or holds numbers that are not finite.
-        """
-        made = Variates({n: t for n, t in self._exchanged.items() if t.requires_grad})
+    def variates(self, correction: Path | None) -> ControlVariates:
+        """Return what sums up an order's gradients and adds the correction, if any."""
+        made = ControlVariates({n: t for n, t in self._exchanged.items() if t.requires_grad})
         if correction is not None:
             made.read(correction, self.shapes())
         return made
@@ -226,7 +202,7 @@ class Trainer:
         return int(tokens), INTERRUPTED if interrupted else CUT if cut else GO
 
     def _train_step(
-        self, batch: Batch, tokens: int, proximal: Proximal | None, variates: Variates | None
+        self, batch: Batch, tokens: int, proximal: Proximal | None, variates: ControlVariates | None
     ) -> Tensor:
         """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
         config, device = self._config, self._group.device
@@ -276,13 +252,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluated:
-        """Return the token-weighted loss on the held-out set; a collective call.
-
-        Raises
-        ------
-        UserError
-            If the held-out set has no tokens.
-        """
+        """Return the token-weighted loss on the held-out set; a collective call."""
         if self._held_out is None:
             # Equally many on every rank: a forward pass gathers parameters from all of them.
             ranks = self._group.ranks

@@ -15,9 +15,9 @@ from flwr_hpc.config.schema import DataConfig, LoraConfig, ModelConfig, TrainCon
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
-from flwr_hpc.worker.deadline import Ending
+from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
-from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.ledger import PhaseTimer, process_start
 from flwr_hpc.worker.lifeline import LoneFailureError, end_process
 from flwr_hpc.worker.ranks import Ranks
 from flwr_hpc.worker.reporter import Reporter
@@ -25,8 +25,6 @@ from flwr_hpc.worker.reporter import Reporter
 if TYPE_CHECKING:
     from flwr_hpc.train.order import OrderRunner
     from flwr_hpc.train.rendezvous import Group
-
-__all__ = ["run"]
 
 
 def run(allocation_dir: Path) -> None:
@@ -36,20 +34,15 @@ def run(allocation_dir: Path) -> None:
     ----------
     allocation_dir : Path
         The allocation's folder with ``spec.json``; see `flwr_hpc.spool`.
-
-    Raises
-    ------
-    UserError
-        If the model or the data cannot be loaded as configured.
     """
     allocation = AllocationDir(Path(allocation_dir))
     ranks = Ranks.detect()
     mine = allocation if ranks.rank == 0 else None
     former = mine.state() if mine else None  # of this job before it was requeued
-    ledger = Ledger(process_start(), former.seconds if former else {})
-    spec = Spec.of(allocation)
+    ledger = PhaseTimer(process_start(), former.seconds if former else {})
+    spec = WorkerSettings.of(allocation)
     # Other nodes have other clocks; rank 0 decides for all when time is up.
-    ending = Ending.detect(spec.walltime_s) if mine else Ending()
+    ending = Deadline.detect(spec.walltime_s) if mine else Deadline()
     beat = former.beat if former else 0
     with Reporter(mine, ledger, ending.walltime_left, beat=beat) as reporter:
         reporter.say("starting")
@@ -67,7 +60,7 @@ def run(allocation_dir: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Spec:
+class WorkerSettings:
     """What the launcher wrote in ``spec.json``."""
 
     facility: str
@@ -85,7 +78,7 @@ class Spec:
     internet: bool
 
     @classmethod
-    def of(cls, allocation: AllocationDir) -> Spec:
+    def of(cls, allocation: AllocationDir) -> WorkerSettings:
         raw: dict[str, Any] = allocation.spec()
         model = dict(raw["model"])
         model["lora"] = LoraConfig(**(model.get("lora") or {}))
@@ -98,22 +91,16 @@ class Spec:
 
 
 class Worker:
-    """One rank of an allocation, with everything loaded.
-
-    Raises
-    ------
-    UserError
-        If the model or the data cannot be loaded as configured.
-    """
+    """One rank of an allocation, with everything loaded."""
 
     def __init__(
         self,
         allocation: AllocationDir,
-        spec: Spec,
+        spec: WorkerSettings,
         ranks: Ranks,
-        ledger: Ledger,
+        ledger: PhaseTimer,
         reporter: Reporter,
-        ending: Ending,
+        ending: Deadline,
     ) -> None:
         import torch
 
@@ -130,7 +117,7 @@ class Worker:
         self._runner = self._load()
         self._inbox = Inbox(
             allocation, spec.spool, spec.idle_timeout_s,
-            must_end=lambda: ending.interrupted or ending.is_due(self._runner.step_s),
+            should_stop=lambda: ending.interrupted or ending.is_due(self._runner.step_s),
         )  # fmt: skip
 
     def serve(self) -> tuple[str, str, str]:
@@ -245,7 +232,9 @@ class Worker:
         return CUT if self._ending.is_due(self._runner.step_s) else GO
 
 
-def _runner(spec: Spec, group: Group, ledger: Ledger, reporter: Reporter) -> OrderRunner:
+def _runner(
+    spec: WorkerSettings, group: Group, ledger: PhaseTimer, reporter: Reporter
+) -> OrderRunner:
     import torch
 
     from flwr_hpc.data.batches import load_corpus
@@ -277,7 +266,7 @@ def _runner(spec: Spec, group: Group, ledger: Ledger, reporter: Reporter) -> Ord
     )  # fmt: skip
 
 
-def _environment(spec: Spec) -> None:
+def _environment(spec: WorkerSettings) -> None:
     """Before anything of Hugging Face is imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if not spec.internet:

@@ -10,13 +10,11 @@ from collections.abc import Callable, Mapping
 
 from flwr_hpc.worker.ledger import process_start
 
-__all__ = ["Ending"]
-
 RESERVED_SHARE = 0.1  # of the walltime, kept for writing until a write was measured
 RESERVED_MOST_S = 60.0
 
 
-class Ending:
+class Deadline:
     """Knows how long the worker may go on.
 
     SIGUSR1 and SIGUSR2 are the scheduler's warning ahead of the walltime's end: there is time
@@ -47,7 +45,7 @@ class Ending:
                 signal.signal(number, lambda *_: self._warned.set())
 
     @classmethod
-    def detect(cls, walltime_s: float | None, env: Mapping[str, str] = os.environ) -> Ending:
+    def detect(cls, walltime_s: float | None, env: Mapping[str, str] = os.environ) -> Deadline:
         """Find out when this job ends; to be called on rank 0, whose clock decides for all.
 
         ``FLWR_HPC_WALLTIME_S`` counts from the job's start and wins over `walltime_s`, what

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["die_with", "run_rank", "work"]
-
 # Known by name alone: jobs do not depend on training, nor login nodes on torch.
 WORKER = "flwr_hpc.train.worker"
 

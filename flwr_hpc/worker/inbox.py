@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 from flwr_hpc.spool import AllocationDir, Spool
 
-__all__ = ["Inbox"]
-
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
 
 
@@ -20,7 +18,7 @@ class Inbox:
     allocation : AllocationDir
     spool : Spool
     idle_timeout_s : float
-    must_end : callable
+    should_stop : callable
         True once a signal came or the walltime is about over.
     clock, sleep : callable
     """
@@ -30,14 +28,14 @@ class Inbox:
         allocation: AllocationDir,
         spool: Spool,
         idle_timeout_s: float,
-        must_end: Callable[[], bool],
+        should_stop: Callable[[], bool],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._allocation = allocation
         self._spool = spool
         self._idle_timeout_s = idle_timeout_s
-        self._must_end = must_end
+        self._must_end = should_stop
         self._clock = clock
         self._sleep = sleep
         self._done: set[str] = set()

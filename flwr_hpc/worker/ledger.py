@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-__all__ = ["PHASES", "Ledger", "process_start"]
-
 PHASES = ("startup", "load", "train", "evaluate", "transfer", "idle")
 EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
-class Ledger:
+class PhaseTimer:
     """Seconds by phase; at any moment exactly one phase is running.
 
     Parameters

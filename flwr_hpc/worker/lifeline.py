@@ -15,8 +15,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Lifeline", "LoneFailureError", "end_process"]
-
 GOODBYE = b"."
 FAREWELL_S = 10.0  # for the peers to leave as well
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # lost node: 25 s

@@ -7,30 +7,17 @@ from dataclasses import dataclass
 
 import submitit
 
-__all__ = ["Ranks"]
-
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of one process in its allocation.
+    """The place of one process in its allocation."""
 
-    Attributes
-    ----------
-    rank, world_size : int
-        Over all nodes.
-    local_rank, local_world_size : int
-        On this node.
-    nodes : int
-    attempt : str
-        Names this start of the job: differs when a scheduler requeues it.
-    """
-
-    rank: int = 0
+    rank: int = 0  # Over all nodes
     world_size: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # On this node
     local_world_size: int = 1
     nodes: int = 1
-    attempt: str = "0"
+    attempt: str = "0"  # Names this start of the job: differs when a scheduler requeues it
 
     @classmethod
     def detect(cls) -> Ranks:

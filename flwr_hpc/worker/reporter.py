@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flwr_hpc.spool import AllocationDir, OrderDir, WorkerState
-from flwr_hpc.worker.ledger import Ledger
-
-__all__ = ["Reporter"]
+from flwr_hpc.worker.ledger import PhaseTimer
 
 
 class Reporter:
@@ -24,7 +22,7 @@ class Reporter:
     ----------
     allocation : AllocationDir or None
         None: write nothing.
-    ledger : Ledger
+    ledger : PhaseTimer
     walltime_left : callable
         Seconds, or None.
     beat : int
@@ -34,7 +32,7 @@ class Reporter:
     def __init__(
         self,
         allocation: AllocationDir | None,
-        ledger: Ledger,
+        ledger: PhaseTimer,
         walltime_left: Callable[[], float | None],
         every_s: float = 1.0,
         beat: int = 0,

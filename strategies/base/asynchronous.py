@@ -26,10 +26,8 @@ from strategies.engine.evaluation import final_evaluation
 from strategies.engine.gathered import Gathered, shares
 from strategies.engine.rounds import EvaluateFn
 from strategies.engine.runtime import RunFailed
-from strategies.engine.state import Arrival, Bind, Binding, Event, Failure, Plan, Site
+from strategies.engine.state import Bind, Binding, Event, Failure, Plan, SiteResult, SiteState
 from strategies.parts.rules import Tensor, in_dtypes_of, tensors
-
-__all__ = ["AsyncStrategy"]
 
 KEPT_METRICS = 1000  # versions: a run may make many more, and saves them with every order
 
@@ -37,7 +35,7 @@ log = logging.getLogger("strategies")
 
 
 class AsyncStrategy(HpcStrategy):
-    """Base of asynchronous strategies: `on_arrival` is the part that differs.
+    """Base of asynchronous strategies: `on_result` is the part that differs.
 
     ``num_rounds`` counts new versions of the global model. The result has the metrics of the last
     1000 of them.
@@ -48,7 +46,7 @@ class AsyncStrategy(HpcStrategy):
         The newest global weights.
     version : int
         Their version.
-    sites : mapping of str to Site
+    sites : mapping of str to SiteState
         By facility; filled as sites come.
     default_steps : int
         Of an order, as the run is configured.
@@ -59,7 +57,7 @@ class AsyncStrategy(HpcStrategy):
     def __init__(self, *, weighted_by: Literal["num-examples", "uniform"] = "uniform"):
         super().__init__(weighted_by=weighted_by)
         self.version = 0
-        self.sites: Mapping[str, Site] = {}
+        self.sites: Mapping[str, SiteState] = {}
         self.default_steps = 0
         self.busy: Callable[[str], bool] = lambda facility: False
 
@@ -68,12 +66,12 @@ class AsyncStrategy(HpcStrategy):
         return self.runtime.clock.now()
 
     @abstractmethod
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Iterable[tuple[str, Tensor]] | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Iterable[tuple[str, Tensor]] | None:
         """Take a site's trained weights in.
 
         Parameters
         ----------
-        arrival : Arrival
+        arrival : SiteResult
             ``arrays`` are the trained weights, ``base`` those the site started from.
         staleness : int
             Versions made since the site received its weights.
@@ -84,7 +82,7 @@ class AsyncStrategy(HpcStrategy):
             The next version of the global weights, if this arrival makes one.
         """
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether an arrival has a part in a version, this one or a later one."""
         return True
 
@@ -103,11 +101,11 @@ class AsyncStrategy(HpcStrategy):
         """Return how much an update of that staleness counts."""
         return 1.0
 
-    def plan(self, site: Site) -> Plan | None:
+    def plan(self, site: SiteState) -> Plan | None:
         """Return what a site that has nothing to do is to do; None: let it wait."""
         return Plan()
 
-    def plan_ahead(self, site: Site) -> Plan | None:
+    def plan_next(self, site: SiteState) -> Plan | None:
         """Return the order that is to wait at a site for the running one to end; None: none."""
         return None
 
@@ -223,7 +221,7 @@ class _AsyncLoop:
             if not self.engine.busy(facility):
                 plan = strategy.plan(site)
             elif self.engine.due_ahead(facility):
-                plan = strategy.plan_ahead(site)
+                plan = strategy.plan_next(site)
             else:
                 continue
             if plan is not None:
@@ -281,14 +279,14 @@ class _AsyncLoop:
             if aggregated is not None:
                 self.runtime.emit("aggregated", **aggregated)
 
-    def _arrived(self, arrival: Arrival) -> Mapping[str, Any] | None:
+    def _arrived(self, arrival: SiteResult) -> Mapping[str, Any] | None:
         """Take an arrival in; returns what there is to tell of the version it made, if any."""
         strategy = self.strategy
         self.failures.pop(arrival.facility, None)
         staleness = strategy.version - arrival.order.version
         if strategy.counts(arrival, staleness):
             self.gathered.add(arrival)
-        new = strategy.on_arrival(arrival, staleness)
+        new = strategy.on_result(arrival, staleness)
         return self._new_version(new) if new is not None else None
 
     def _new_version(self, new: Iterable[tuple[str, Tensor]]) -> Mapping[str, Any]:

@@ -13,8 +13,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from strategies.engine.runtime import CheckpointStore
 from strategies.parts.rules import Tensor, Tensors, tensors
 
-__all__ = ["forget_metrics", "load_result", "load_strategy", "result_state", "save_strategy"]
-
 HISTORIES = (
     "train_metrics_clientapp",
     "evaluate_metrics_clientapp",

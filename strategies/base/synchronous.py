@@ -19,8 +19,6 @@ from strategies.engine.runtime import Runtime
 from strategies.parts import rules
 from strategies.parts.rules import Record
 
-__all__ = ["HpcStrategy", "mean_metrics"]
-
 log = logging.getLogger("strategies")
 
 

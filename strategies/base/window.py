@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
-from strategies.engine.state import Arrival, Failure, Plan, Site
+from strategies.engine.state import Failure, Plan, SiteResult, SiteState
 from strategies.parts import rules
 from strategies.parts.buffer import Buffer, Update
 from strategies.parts.rules import Tensors
-
-__all__ = ["WindowStrategy", "check_window"]
 
 
 def check_window(
@@ -93,7 +91,7 @@ class WindowStrategy(AsyncStrategy):
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Return the next version from a window's updates and their weights."""
 
-    def may_join(self, site: Site) -> bool:
+    def may_join(self, site: SiteState) -> bool:
         """Return whether a free site takes part in the present window."""
         return site.facility not in self.reported()
 
@@ -122,7 +120,7 @@ class WindowStrategy(AsyncStrategy):
         """Return who works on an order of the present window."""
         return {facility for facility in self.working if self.busy(facility)}
 
-    def counts(self, arrival: Arrival, staleness: int) -> bool:
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether an arrival is gathered."""
         return not arrival.empty and (staleness == 0 or self.late == "merge")
 
@@ -136,7 +134,7 @@ class WindowStrategy(AsyncStrategy):
 
     # ---- the loop's hooks -------------------------------------------------------------------
 
-    def plan(self, site: Site) -> Plan | None:
+    def plan(self, site: SiteState) -> Plan | None:
         """Let a site that has reported wait for the next window."""
         self._opened = True
         if not self.may_join(site):
@@ -146,11 +144,11 @@ class WindowStrategy(AsyncStrategy):
             self._closes_at = self.now() + self.deadline_s
         return self.order(site)
 
-    def order(self, site: Site) -> Plan:
+    def order(self, site: SiteState) -> Plan:
         """Return what a site that takes part is to do."""
         return Plan()
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Tensors | None:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one closes the window."""
         self.working.pop(arrival.facility, None)
         if self.counts(arrival, staleness):

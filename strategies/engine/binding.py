@@ -11,9 +11,7 @@ from flwr.app import ArrayRecord
 from flwr_hpc.protocol import Order
 from strategies.engine import messages
 from strategies.engine.runtime import Runtime
-from strategies.engine.state import Binding, Memory, Site, Work
-
-__all__ = ["Binder", "further_name"]
+from strategies.engine.state import Binding, Memory, Request, SiteState
 
 
 def further_name(key: str, order: Order) -> str:
@@ -30,7 +28,7 @@ class Binder:
         self._memory = memory
         self._parts: WeakValueDictionary[Any, ArrayRecord] = WeakValueDictionary()
 
-    def bind(self, work: Work, site: Site, running: Order | None) -> None:
+    def bind(self, work: Request, site: SiteState, running: Order | None) -> None:
         """Give a request its weights and its number; `running` is under way at the site."""
         bound = work.bind(running) if work.bind else Binding(*work.weights())
         version, work.base = bound.version, bound.arrays
@@ -57,7 +55,7 @@ class Binder:
         work.order = order = self._furnish(work, order)
         self._memory.orders[order.id] = order
 
-    def part(self, work: Work, order: Order) -> ArrayRecord | None:
+    def part(self, work: Request, order: Order) -> ArrayRecord | None:
         """Return the weights that travel with an order; one record for all sites."""
         if order.merges is None or work.base is None:
             return work.base
@@ -68,7 +66,7 @@ class Binder:
                 work.part = self._parts[key] = messages.part_of(work.base, order.merges)
         return work.part or None
 
-    def _furnish(self, work: Work, order: Order) -> Order:
+    def _furnish(self, work: Request, order: Order) -> Order:
         """Make and store what the order carries beside the weights; sent again, it is the same."""
         store = self._runtime.checkpoints
         made = {key: make() for key, make in work.makes.items()}
@@ -79,7 +77,7 @@ class Binder:
         }
         return dataclasses.replace(order, carries=sorted(work.further))
 
-    def _evaluates(self, site: Site, version: int) -> bool:
+    def _evaluates(self, site: SiteState, version: int) -> bool:
         """Return whether a version has been evaluated at a site, or will be."""
         mine = (o for o in self._memory.orders.values() if o.facility == site.facility)
         return site.evaluated == version or any(o.evaluate and o.version == version for o in mine)

@@ -22,13 +22,20 @@ from flwr.serverapp import Grid
 from flwr_hpc.protocol import DESCRIBE, RELEASE, Order, OrderKind
 from strategies.engine import messages
 from strategies.engine.binding import further_name
-from strategies.engine.registry import Register
-from strategies.engine.requests import Desk
-from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Stopped
-from strategies.engine.state import Bind, Event, Failure, Further, Memory, Site, Weights, Work
-from strategies.engine.transport import Courier
-
-__all__ = ["Engine", "FatalSiteError", "RunFailed", "Stopped", "global_name"]
+from strategies.engine.registry import SiteRegistry
+from strategies.engine.requests import RequestTracker
+from strategies.engine.runtime import RunFailed, Runtime, Stopped
+from strategies.engine.state import (
+    Bind,
+    Event,
+    Failure,
+    Further,
+    Memory,
+    Request,
+    SiteState,
+    Weights,
+)
+from strategies.engine.transport import MessageTransport
 
 
 def global_name(version: int) -> str:
@@ -41,7 +48,7 @@ class Engine:
 
     Attributes
     ----------
-    sites : dict of str to Site
+    sites : dict of str to SiteState
         By facility.
     restored : dict or None
         What the loop committed before the run was interrupted.
@@ -54,9 +61,9 @@ class Engine:
         self._memory = Memory()
         self._state: dict[str, Any] = {}
         self._tensors: list[str] = []
-        self._courier = Courier(grid, runtime.clock, runtime.settings)
-        self._desk = Desk(runtime, self._memory)
-        self._register = Register(runtime, self._memory, self._moved)
+        self._courier = MessageTransport(grid, runtime.clock, runtime.settings)
+        self._desk = RequestTracker(runtime, self._memory)
+        self._register = SiteRegistry(runtime, self._memory, self._moved)
         self.sites = self._register.sites
         self.facility_of = self._register.facility_of
         self._restore()
@@ -103,7 +110,7 @@ class Engine:
         if self.busy(facility) and not self.due_ahead(facility):
             raise ValueError(f"facility '{facility}' still works on another request")
         launcher = self.sites[facility].launcher
-        work = Work(
+        work = Request(
             facility=facility,
             kind=kind,
             steps=steps,
@@ -123,7 +130,7 @@ class Engine:
         for order in self._desk.unattached():
             if order.facility not in self.sites or order.facility in self._desk.ahead:
                 continue
-            work = Work(
+            work = Request(
                 facility=order.facility,
                 kind=order.kind,
                 steps=order.steps,
@@ -144,7 +151,7 @@ class Engine:
         Raises
         ------
         FatalSiteError
-            If a site reports an error that will not mend.
+            If a site reports an error that trying again will not fix.
         Stopped
             If the stop flag is up.
         """
@@ -202,7 +209,7 @@ class Engine:
         """Return the time on the run's clock."""
         return self.runtime.clock.now()
 
-    def reachable(self) -> list[Site]:
+    def reachable(self) -> list[SiteState]:
         """Return the sites that are online or were so within the grace, by name."""
         grace, now = self.runtime.settings.offline_grace_s, self.now()
         return [s for _, s in sorted(self.sites.items()) if s.reachable(now, grace)]
@@ -267,7 +274,7 @@ class Engine:
         """Let all allocations end; waits briefly for the answers."""
         online = set(self._courier.online())
         ttl = self.runtime.settings.ttl_s
-        parcels: list[tuple[Message, Work | None]] = [
+        parcels: list[tuple[Message, Request | None]] = [
             (messages.query(RELEASE, site.node_id, ttl), None)
             for _, site in sorted(self.sites.items())
             if site.launcher and site.node_id in online
@@ -328,7 +335,7 @@ class Engine:
             self._desk.pushed(message, work, ok)
         return any(taken)
 
-    def _next(self, node_id: int) -> tuple[Message, Work | None] | None:
+    def _next(self, node_id: int) -> tuple[Message, Request | None] | None:
         facility = self.facility_of.get(node_id)
         if facility is None:
             message = self._register.question(node_id)

@@ -7,9 +7,7 @@ import logging
 from flwr.app import ArrayRecord, Message
 
 from strategies.engine.engine import Engine
-from strategies.engine.state import Arrival
-
-__all__ = ["final_evaluation"]
+from strategies.engine.state import SiteResult
 
 log = logging.getLogger("strategies")
 
@@ -36,7 +34,7 @@ def final_evaluation(engine: Engine, version: int, arrays: ArrayRecord) -> list[
     until = engine.now() + patience
     while waiting and engine.now() < until:
         for event in engine.events():
-            if isinstance(event, Arrival) and event.order.kind == "evaluate":
+            if isinstance(event, SiteResult) and event.order.kind == "evaluate":
                 replies.append(event.message)
             if event.facility in waiting:
                 waiting.discard(event.facility)

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from strategies.engine import messages
-from strategies.engine.state import Arrival
-
-__all__ = ["Gathered", "shares"]
+from strategies.engine.state import SiteResult
 
 
 class Gathered:
@@ -22,7 +20,7 @@ class Gathered:
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
 
-    def add(self, arrival: Arrival) -> None:
+    def add(self, arrival: SiteResult) -> None:
         """Note an arrival."""
         entry = {
             "facility": arrival.facility,

@@ -11,18 +11,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, Re
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Status
 
-__all__ = [
-    "arrays_of",
-    "error_reply",
-    "flat_metrics",
-    "hand_in",
-    "options_of",
-    "part_of",
-    "query",
-    "read_status",
-    "with_common_metrics",
-]
-
 CONFIG = "config"  # Flower's own key of a train config
 
 

@@ -10,12 +10,10 @@ from flwr.serverapp import Grid
 
 from strategies.engine.engine import Engine
 
-__all__ = ["Roster"]
-
 PATIENCE = 4  # Flower's sample_nodes asks twice; who asks more often waits for somebody
 
 
-class Roster(Grid):
+class OnlineSitesGrid(Grid):
     """Lists one node per facility that is online, or was within the grace.
 
     Flower's strategies sample from it; the engine does the sending.
@@ -33,7 +31,7 @@ class Roster(Grid):
             self._engine.discover()
         return [site.node_id for site in self._engine.reachable()]
 
-    def fresh(self) -> Roster:
+    def fresh(self) -> OnlineSitesGrid:
         """Return this roster for another call of a hook."""
         self._asked = 0
         return self

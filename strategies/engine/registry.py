@@ -10,14 +10,12 @@ from flwr.app import Message
 from flwr_hpc.protocol import DESCRIBE
 from strategies.engine import messages
 from strategies.engine.runtime import Runtime
-from strategies.engine.state import Memory, Site
-
-__all__ = ["Register"]
+from strategies.engine.state import Memory, SiteState
 
 log = logging.getLogger("strategies")
 
 
-class Register:
+class SiteRegistry:
     """Asks every new node what it is and keeps the facilities' newest nodes.
 
     Parameters
@@ -27,14 +25,14 @@ class Register:
 
     Attributes
     ----------
-    sites : dict of str to Site
+    sites : dict of str to SiteState
         By facility.
     facility_of : dict of int to str
         Of every node that was ever described.
     """
 
     def __init__(self, runtime: Runtime, memory: Memory, moved: Callable[[str, int], None]) -> None:
-        self.sites: dict[str, Site] = {}
+        self.sites: dict[str, SiteState] = {}
         self.facility_of: dict[int, str] = {}
         self._runtime = runtime
         self._memory = memory
@@ -79,20 +77,20 @@ class Register:
         site = self.sites.get(facility)
         if site is None:
             evaluated = self._memory.evaluated.get(facility, -1)
-            self.sites[facility] = Site(facility, launcher, node_id, evaluated=evaluated)
+            self.sites[facility] = SiteState(facility, launcher, node_id, evaluated=evaluated)
             self._runtime.emit("site_online", facility=facility)
         elif site.node_id != node_id:
             log.info("%s: its SuperNode is back as another node", facility)
             self._move(site, node_id)
 
-    def _rebind(self, site: Site, online: set[int]) -> None:
+    def _rebind(self, site: SiteState, online: set[int]) -> None:
         """Move to another node of the same facility, if one is online."""
         for node_id in sorted(online, reverse=True):
             if self.facility_of.get(node_id) == site.facility:
                 self._move(site, node_id)
                 return
 
-    def _move(self, site: Site, node_id: int) -> None:
+    def _move(self, site: SiteState, node_id: int) -> None:
         old, site.node_id = site.node_id, node_id
         self._moved(site.facility, old)
 

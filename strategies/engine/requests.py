@@ -11,12 +11,10 @@ from flwr_hpc.protocol import Order, Status
 from strategies.engine import messages
 from strategies.engine.binding import Binder, further_name
 from strategies.engine.runtime import FatalSiteError, Runtime
-from strategies.engine.state import Arrival, Event, Failure, Flight, Memory, Site, Work
+from strategies.engine.state import Event, Failure, InFlight, Memory, Request, SiteResult, SiteState
 from strategies.engine.telemetry import Telemetry
 from strategies.engine.transport import NODE_UNAVAILABLE
 from strategies.engine.validate_reply import fault
-
-__all__ = ["Desk"]
 
 MAX_REFUSALS = 10  # pushes of one request that the SuperLink refused, before it has failed once
 
@@ -25,12 +23,12 @@ FIRST_ANSWER_S = 15.0  # of a request: by then it is known whether, and why, it 
 WARM = ("ready", "running", "done")
 
 
-class Desk:
+class RequestTracker:
     """Decides what each site is sent next and what a reply means."""
 
     def __init__(self, runtime: Runtime, memory: Memory) -> None:
-        self.works: dict[str, Work] = {}
-        self.ahead: dict[str, Work] = {}  # handed in while the one in `works` is trained
+        self.works: dict[str, Request] = {}
+        self.ahead: dict[str, Request] = {}  # handed in while the one in `works` is trained
         self.loose: dict[str, Order] = {}  # of an interrupted run, and not asked for again yet
         self.new_orders = False
         self._runtime = runtime
@@ -42,7 +40,7 @@ class Desk:
 
     # ---- requests ---------------------------------------------------------------------------
 
-    def take(self, work: Work, site: Site) -> None:
+    def take(self, work: Request, site: SiteState) -> None:
         """Begin a request; an order of an interrupted run that fits is taken up again."""
         known = next(iter(self.unattached(work.facility)), None)
         table = self.ahead if work.facility in self.works else self.works
@@ -107,7 +105,7 @@ class Desk:
         for order in self.unattached(facility):
             del self._memory.orders[order.id], self.loose[order.id]
 
-    def _drop(self, table: dict[str, Work], facility: str) -> None:
+    def _drop(self, table: dict[str, Request], facility: str) -> None:
         work = table.pop(facility, None)
         if work is not None and work.order is not None:
             self._memory.orders.pop(work.order.id, None)
@@ -126,7 +124,7 @@ class Desk:
 
     # ---- outgoing ---------------------------------------------------------------------------
 
-    def next_message(self, site: Site) -> tuple[Message, Work | None] | None:
+    def next_message(self, site: SiteState) -> tuple[Message, Request | None] | None:
         """Return what a free site is sent next, if anything."""
         ttl = self._settings.ttl_s
         if site.release:
@@ -160,7 +158,7 @@ class Desk:
         wait_or_none = wait_s if site.launcher else None
         return messages.hand_in(order, content, site.node_id, ttl, wait_s=wait_or_none), work
 
-    def _turn(self, facility: str) -> Work | None:
+    def _turn(self, facility: str) -> Request | None:
         """Return the request whose turn it is: the one ahead, while the other is trained."""
         work, ahead = self.works.get(facility), self.ahead.get(facility)
         if work is None or work.phase == "arrived":
@@ -169,7 +167,7 @@ class Desk:
             work = ahead
         return work if self._now() >= work.not_before else None
 
-    def _wait_s(self, work: Work) -> float:
+    def _wait_s(self, work: Request) -> float:
         """Return how long the site may hold the message: the order ahead must not wait for it."""
         wait_s, now = self._settings.wait_s, self._now()
         if self.ahead.get(work.facility) is work:
@@ -181,7 +179,7 @@ class Desk:
             wait_s = min(wait_s, max(0.0, at - now))
         return wait_s
 
-    def pushed(self, message: Message, work: Work | None, taken: bool) -> None:
+    def pushed(self, message: Message, work: Request | None, taken: bool) -> None:
         """Note that a message was sent, or refused by the SuperLink."""
         if work is None:
             return
@@ -201,7 +199,7 @@ class Desk:
 
     # ---- incoming ---------------------------------------------------------------------------
 
-    def receive(self, site: Site, flight: Flight, message: Message) -> None:
+    def receive(self, site: SiteState, flight: InFlight, message: Message) -> None:
         """Take a reply; one to a request that is forgotten tells of the allocation only."""
         status = messages.read_status(message)
         site.warm = status is not None and status.state in WARM and bool(status.allocation)
@@ -236,14 +234,14 @@ class Desk:
         else:  # idle, ready: the site knows nothing of the order
             self.fail(work, f"the site is {status.state} and has lost the order")
 
-    def _error(self, work: Work, message: Message) -> None:
+    def _error(self, work: Request, message: Message) -> None:
         if message.error.code == NODE_UNAVAILABLE:  # the site's absence, not the order's fault
             self._rewind(work, self._settings.retry_delay_s)
             return
         reason = (message.error.reason or "").strip()
         self.fail(work, f"error {message.error.code}: {reason}")
 
-    def _failed(self, work: Work, status: Status) -> None:
+    def _failed(self, work: Request, status: Status) -> None:
         result = status.result
         reason = status.error or (result.error if result else "") or "failed without a reason"
         if status.fatal or (result is not None and result.fatal):
@@ -251,11 +249,13 @@ class Desk:
             raise FatalSiteError(f"{work.facility}: {reason}")
         self.fail(work, reason, final=result is not None and result.refused)
 
-    def _pause(self, work: Work, flight: Flight) -> None:
+    def _pause(self, work: Request, flight: InFlight) -> None:
         """Keep a site that answers at once from being asked without end."""
         work.not_before = flight.sent_at + self._settings.poll_s
 
-    def _arrive(self, site: Site, work: Work, message: Message, status: Status | None) -> None:
+    def _arrive(
+        self, site: SiteState, work: Request, message: Message, status: Status | None
+    ) -> None:
         order = work.order
         assert order is not None  # only a handed-in request is answered so
         arrays = messages.arrays_of(message)
@@ -273,10 +273,10 @@ class Desk:
         self._telemetry.done(order, metrics, status, took_s)
         self._evaluated(site, order, metrics)
         self._news.append(
-            Arrival(order, work.base, arrays, metrics, message, status, took_s, work.resumed)
+            SiteResult(order, work.base, arrays, metrics, message, status, took_s, work.resumed)
         )
 
-    def _evaluated(self, site: Site, order: Order, metrics: Mapping[str, float]) -> None:
+    def _evaluated(self, site: SiteState, order: Order, metrics: Mapping[str, float]) -> None:
         loss = metrics.get("held_out_loss")
         if order.kind != "evaluate" and (not order.evaluate or loss is None):
             return
@@ -287,7 +287,7 @@ class Desk:
 
     # ---- failures ---------------------------------------------------------------------------
 
-    def fail(self, work: Work, reason: str, *, final: bool = False) -> None:
+    def fail(self, work: Request, reason: str, *, final: bool = False) -> None:
         """Count a failed attempt: the same order is sent again, or given up."""
         if not self._alive(work):
             return
@@ -302,15 +302,15 @@ class Desk:
         else:
             self._rewind(work, self._settings.retry_delay_s)
 
-    def _alive(self, work: Work) -> bool:
+    def _alive(self, work: Request) -> bool:
         return work in (self.works.get(work.facility), self.ahead.get(work.facility))
 
-    def _rewind(self, work: Work, delay_s: float) -> None:
+    def _rewind(self, work: Request, delay_s: float) -> None:
         if work.order is not None:
             work.phase = "hand_in"
         work.not_before = self._now() + delay_s
 
-    def expire(self, sites: Mapping[str, Site]) -> None:
+    def expire(self, sites: Mapping[str, SiteState]) -> None:
         """Give up what has waited for too long."""
         now, s = self._now(), self._settings
         for work in [w for w in self.works.values() if w.phase != "arrived"]:

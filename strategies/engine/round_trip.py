@@ -9,9 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr_hpc.protocol import OrderKind
 from strategies.engine import messages
 from strategies.engine.engine import Engine
-from strategies.engine.state import Arrival, Event
-
-__all__ = ["RoundTrip"]
+from strategies.engine.state import Event, SiteResult
 
 
 class RoundTrip:
@@ -86,7 +84,7 @@ class RoundTrip:
             for event in self._engine.events():
                 if event.facility in waiting and _kind(event) == kind:
                     waiting.discard(event.facility)
-                    if isinstance(event, Arrival):
+                    if isinstance(event, SiteResult):
                         reply = Message(event.message.content, reply_to=asked[event.facility])
                         replies[event.facility] = reply
                     else:
@@ -97,7 +95,7 @@ class RoundTrip:
 
 
 def _kind(event: Event) -> OrderKind:
-    return event.order.kind if isinstance(event, Arrival) else event.kind
+    return event.order.kind if isinstance(event, SiteResult) else event.kind
 
 
 def _frozen(content: RecordDict) -> RecordDict:

@@ -17,12 +17,10 @@ from strategies.base.persistence import load_result, load_strategy, result_state
 from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.evaluation import final_evaluation
-from strategies.engine.online_grid import Roster
+from strategies.engine.online_grid import OnlineSitesGrid
 from strategies.engine.round_trip import RoundTrip
 from strategies.engine.runtime import RunFailed, Runtime
 from strategies.parts.rules import Record, Tensors, normalised, tensors
-
-__all__ = ["EvaluateFn", "run_rounds"]
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 log = logging.getLogger("strategies")
@@ -87,7 +85,7 @@ class _Rounds:
         self.engine = engine
         self.runtime = engine.runtime
         self.settings = engine.runtime.settings
-        self.roster = Roster(grid, engine)
+        self.roster = OnlineSitesGrid(grid, engine)
         self.evaluate_fn = evaluate_fn
         self.trip = RoundTrip(engine, deadline_s, getattr(strategy, "stores_arrays", False))
         self.arrays = ArrayRecord()

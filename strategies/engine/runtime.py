@@ -17,26 +17,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
-__all__ = [
-    "CheckpointStore",
-    "Clock",
-    "FatalSiteError",
-    "MemoryCheckpoints",
-    "RunFailed",
-    "Runtime",
-    "Settings",
-    "Stopped",
-    "SystemClock",
-    "check_reply",
-]
-
 
 class RunFailed(RuntimeError):
     """The run cannot go on; the message is for the user."""
 
 
 class FatalSiteError(RunFailed):
-    """A site reported an error that will not mend by trying again (bad data, bad settings)."""
+    """A site reported an error that trying again will not fix (bad data, bad settings)."""
 
 
 class Stopped(Exception):
@@ -117,53 +104,27 @@ class MemoryCheckpoints:
 
 @dataclass(frozen=True)
 class Settings:
-    """How patient a run is. Times are seconds of the injected clock; None: wait for ever.
+    """How patient a run is. Times are seconds of the injected clock; None: wait for ever."""
 
-    Attributes
-    ----------
-    wait_s : float
-        Longest time a launcher site holds a message.
-    acquire_deadline_s, order_deadline_s : float or None
-        Give up on an allocation that has not started, or on an order handed in, by then.
-    offline_grace_s : float
-        How long a site may be unreachable before its order is given up.
-    retries : int
-        How often an order that failed is sent again.
-    reply_grace_s : float
-        A reply later than `wait_s` by so much is taken for lost.
-    poll_s, retry_delay_s : float
-        Pause of the loop when nothing happened; pause before something is tried again.
-    ttl_s : float
-        Flower's time to live of every message.
-    evaluate_every : int
-        Evaluate every so many versions together with training (0: never).
-    final_evaluation_s : float
-        Time for the evaluation of the last version (0: none).
-    round_deadline_s : float or None
-        A synchronous round aggregates what has arrived by then.
-    min_sites : int
-        A synchronous round with fewer results has failed.
-    max_failed_rounds : int
-        So many failed rounds in a row (asynchronous: failures of every site) end the run.
-    backoff_s, backoff_max_s : float
-        First and longest pause of a failing site in an asynchronous loop.
-    """
-
-    wait_s: float = 60.0
+    wait_s: float = 60.0  # Longest time a launcher site holds a message
+    # Give up on an allocation that has not started, or on an order handed in, by then.
     acquire_deadline_s: float | None = None
     order_deadline_s: float | None = None
+    # How long a site may be unreachable before its order is given up.
     offline_grace_s: float = 600.0
-    retries: int = 2
-    reply_grace_s: float = 900.0
+    retries: int = 2  # How often an order that failed is sent again
+    reply_grace_s: float = 900.0  # A reply later than `wait_s` by so much is taken for lost
+    # Pause of the loop when nothing happened; pause before something is tried again.
     poll_s: float = 1.0
     retry_delay_s: float = 5.0
-    ttl_s: float = 7 * 86400.0
-    evaluate_every: int = 1
-    final_evaluation_s: float = 600.0
-    round_deadline_s: float | None = None
-    min_sites: int = 1
+    ttl_s: float = 7 * 86400.0  # Flower's time to live of every message
+    evaluate_every: int = 1  # Evaluate every so many versions together with training (0: never)
+    final_evaluation_s: float = 600.0  # Time for the evaluation of the last version (0: none)
+    round_deadline_s: float | None = None  # A synchronous round aggregates what has arrived by then
+    min_sites: int = 1  # A synchronous round with fewer results has failed
+    # So many failed rounds in a row (asynchronous: failures of every site) end the run.
     max_failed_rounds: int = 3
-    backoff_s: float = 30.0
+    backoff_s: float = 30.0  # First and longest pause of a failing site in an asynchronous loop
     backoff_max_s: float = 900.0
 
 
@@ -187,28 +148,15 @@ def check_reply(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | No
 
 @dataclass
 class Runtime:
-    """Surroundings of one run.
-
-    Attributes
-    ----------
-    clock : Clock
-    emit : callable
-        ``emit(event, **fields)``: one line of the event log.
-    checkpoints : CheckpointStore
-    run_key : str
-        Names the training run in the ids of its orders; the same after a resume.
-    settings : Settings
-    check : callable or None
-        ``check(base, trained) -> what is wrong or None``: guards the model against a launcher
-        site's weights. None where the exchange has checked them already.
-    stop : threading.Event
-        Once set, the loop ends with `Stopped`.
-    """
+    """Surroundings of one run."""
 
     clock: Clock = field(default_factory=SystemClock)
-    emit: Callable[..., object] = _no_event
+    emit: Callable[..., object] = _no_event  # ``emit(event, **fields)``: one line of the event log
     checkpoints: CheckpointStore = field(default_factory=MemoryCheckpoints)
-    run_key: str = "run"
+    run_key: str = "run"  # Names the training run in the ids of its orders; the same after a resume
     settings: Settings = field(default_factory=Settings)
+    # ``check(base, trained) -> what is wrong or None``: guards the model against a launcher
+    # site's weights. None where the exchange has checked them already.
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = check_reply
+    # Once set, the loop ends with `Stopped`.
     stop: threading.Event = field(default_factory=threading.Event)

@@ -11,86 +11,42 @@ from numpy.typing import NDArray
 
 from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Order, OrderKind, Status
 
-__all__ = [
-    "Arrival",
-    "Bind",
-    "Binding",
-    "Event",
-    "Failure",
-    "Flight",
-    "Further",
-    "Memory",
-    "Plan",
-    "Site",
-    "Weights",
-    "Work",
-]
-
 Weights = Callable[[], tuple[int, ArrayRecord | None]]
 Further = Mapping[str, Callable[[], Iterable[tuple[str, NDArray[Any]]] | None]]
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What an order is bound to as it is handed in.
-
-    Attributes
-    ----------
-    version : int
-    arrays : ArrayRecord or None
-        All weights of that version, whatever of them travels.
-    options : dict of str to scalar
-        Added to the order's.
-    merges, returns : list of str or None
-        See `flwr_hpc.protocol.Order`.
-    evaluate : bool
-        The version may be evaluated with it, where it is due.
-    """
+    """What an order is bound to as it is handed in."""
 
     version: int
-    arrays: ArrayRecord | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    merges: list[str] | None = None
+    arrays: ArrayRecord | None  # All weights of that version, whatever of them travels
+    options: Mapping[str, Any] = field(default_factory=dict)  # Added to the order's
+    merges: list[str] | None = None  # See `flwr_hpc.protocol.Order`
     returns: list[str] | None = None
-    evaluate: bool = True
+    evaluate: bool = True  # The version may be evaluated with it, where it is due
 
 
 Bind = Callable[[Order | None], Binding]
 
 
 @dataclass
-class Site:
-    """A facility as the server sees it.
-
-    Attributes
-    ----------
-    launcher : bool
-        It speaks `flwr_hpc.protocol`; else it is an ordinary ClientApp.
-    node_id : int
-        The newest node that spoke for this facility.
-    offline_since : float or None
-        On the server's clock; None while online.
-    ends_at : float or None
-        When the allocation's walltime is over, on the server's clock, by its last word.
-    evaluated : int
-        Last version of the global model evaluated here (-1: none).
-    release : bool
-        Its queued job is to be cancelled.
-    warm : bool
-        By its last word an allocation runs with everything loaded: the next order needs no
-        question first.
-    """
+class SiteState:
+    """A facility as the server sees it."""
 
     facility: str
-    launcher: bool
-    node_id: int
-    offline_since: float | None = None
+    launcher: bool  # It speaks `flwr_hpc.protocol`; else it is an ordinary ClientApp
+    node_id: int  # The newest node that spoke for this facility
+    offline_since: float | None = None  # On the server's clock; None while online
     allocation: str = ""
     allocation_state: str = ""
     walltime_left_s: float | None = None
+    # When the allocation's walltime is over, on the server's clock, by its last word.
     ends_at: float | None = None
-    evaluated: int = -1
-    release: bool = False
+    evaluated: int = -1  # Last version of the global model evaluated here (-1: none)
+    release: bool = False  # Its queued job is to be cancelled
+    # By its last word an allocation runs with everything loaded: the next order needs no
+    # question first.
     warm: bool = False
 
     @property
@@ -105,36 +61,25 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a site is to do next.
+    """What a site is to do next."""
 
-    Attributes
-    ----------
-    steps : int
-        To train; 0: as many as the site is configured for.
-    options : dict of str to scalar
-        Added to the order's.
-    ahead_after_s : float or None
-        So long after the hand-in the next order may be handed in, to wait at the site until
-        this one is done (None: only when this one has arrived).
-    further : dict of str to callable
-        Makes further arrays for the order, by their key in the message (see
-        `flwr_hpc.protocol`): called, like the weights are chosen, when the order is handed in;
-        None: without. Ordinary ClientApps are sent none.
-    bind : callable or None
-        ``bind(running)``, called when the order is handed in, with the one that is under way
-        there (None: none): what it starts from and which tensors travel. None: the newest
-        version, whole.
-    """
-
-    steps: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 0  # To train; 0: as many as the site is configured for
+    options: Mapping[str, Any] = field(default_factory=dict)  # Added to the order's
+    # So long after the hand-in the next order may be handed in, to wait at the site until
+    # this one is done (None: only when this one has arrived).
     ahead_after_s: float | None = None
+    # Makes further arrays for the order, by their key in the message (see
+    # `flwr_hpc.protocol`): called, like the weights are chosen, when the order is handed in;
+    # None: without. Ordinary ClientApps are sent none.
     further: Further = field(default_factory=dict)
+    # ``bind(running)``, called when the order is handed in, with the one that is under way
+    # there (None: none): what it starts from and which tensors travel. None: the newest
+    # version, whole.
     bind: Bind | None = None
 
 
 @dataclass(eq=False)
-class Work:
+class Request:
     """One request of a loop on its way: acquire, hand in, collect, arrived.
 
     The order is made, and its number taken, at the first hand-in: a request that still waits
@@ -184,46 +129,28 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlight:
     """A message whose reply is awaited."""
 
     node_id: int
     kind: str
     sent_at: float
     message: Message
-    work: Work | None
+    work: Request | None
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """A finished order.
-
-    Attributes
-    ----------
-    order : Order
-    base : ArrayRecord or None
-        The weights the order started from.
-    arrays : ArrayRecord or None
-        The trained weights (None of an evaluation).
-    metrics : dict of str to float
-    message : Message
-        The reply itself.
-    status : Status or None
-        None from an ordinary ClientApp.
-    took_s : float
-        From the hand-in to the arrival, on the server's clock.
-    resumed : bool
-        It was handed in again after an interruption: `took_s` counts from then.
-    """
+class SiteResult:
+    """A finished order."""
 
     order: Order
-    base: ArrayRecord | None
-    arrays: ArrayRecord | None
+    base: ArrayRecord | None  # The weights the order started from
+    arrays: ArrayRecord | None  # The trained weights (None of an evaluation)
     metrics: dict[str, float]
-    message: Message
-    status: Status | None = None
-    took_s: float = 0.0
-    resumed: bool = False
+    message: Message  # The reply itself
+    status: Status | None = None  # None from an ordinary ClientApp
+    took_s: float = 0.0  # From the hand-in to the arrival, on the server's clock
+    resumed: bool = False  # It was handed in again after an interruption: `took_s` counts from then
 
     @property
     def facility(self) -> str:
@@ -278,7 +205,7 @@ class Failure:
     order_id: str = ""
 
 
-Event = Arrival | Failure
+Event = SiteResult | Failure
 
 
 @dataclass

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flwr_hpc.protocol import WEIGHT_KEY, Order, Status
-from strategies.engine.state import Site, Work
-
-__all__ = ["Telemetry"]
+from strategies.engine.state import Request, SiteState
 
 # What the state of a site says of its allocation.
 ALLOCATION_STATES = {
@@ -65,7 +63,7 @@ class Telemetry:
             attempt=attempt,
         )
 
-    def progress(self, work: Work, status: Status) -> None:
+    def progress(self, work: Request, status: Status) -> None:
         """Tell how far a running order is, if it has moved."""
         if status.state != "running" or status.step <= work.step:
             return
@@ -108,7 +106,7 @@ class Telemetry:
         """Tell of weights that must not touch the model."""
         self._emit("order_rejected", facility=order.facility, order_id=order.id, reason=reason)
 
-    def failed(self, work: Work, reason: str, *, fatal: bool = False) -> None:
+    def failed(self, work: Request, reason: str, *, fatal: bool = False) -> None:
         """Tell of a failed attempt."""
         self._emit(
             "order_failed",
@@ -123,7 +121,7 @@ class Telemetry:
         """Tell the held-out loss of a version at a facility."""
         self._emit("evaluated", facility=order.facility, version=order.version, held_out_loss=loss)
 
-    def allocation(self, site: Site, status: Status) -> None:
+    def allocation(self, site: SiteState, status: Status) -> None:
         """Note the state of a site's allocation, and tell what is new of it and of its jobs."""
         state = ALLOCATION_STATES.get(status.state)
         name = site.allocation if status.state == "idle" else status.allocation

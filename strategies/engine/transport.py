@@ -14,21 +14,19 @@ from flwr.serverapp import Grid
 
 from flwr_hpc.protocol import RELEASE
 from strategies.engine.runtime import Clock, Settings
-from strategies.engine.state import Flight, Work
-
-__all__ = ["NODE_UNAVAILABLE", "Courier"]
+from strategies.engine.state import InFlight, Request
 
 NODE_UNAVAILABLE = 5  # Flower's error code: nothing is known of the reply
 
 
-class Courier:
+class MessageTransport:
     """Pushes and pulls, at most one message in flight per node."""
 
     def __init__(self, grid: Grid, clock: Clock, settings: Settings) -> None:
         self.grid = grid
         self.clock = clock
         self.settings = settings
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[str, InFlight] = {}
 
     def online(self) -> list[int]:
         """Return the nodes Flower lists, in a stable order."""
@@ -42,7 +40,7 @@ class Courier:
         """Return how many messages of a kind are in flight."""
         return sum(flight.kind == kind for flight in self._flights.values())
 
-    def pull(self, online: Iterable[int]) -> list[tuple[Flight, Message]]:
+    def pull(self, online: Iterable[int]) -> list[tuple[InFlight, Message]]:
         """Return the replies that are there, of nodes that are online."""
         reachable = set(online)
         ids = [i for i, flight in self._flights.items() if flight.node_id in reachable]
@@ -56,7 +54,7 @@ class Courier:
         rank = {message_id: n for n, message_id in enumerate(ids)}
         return sorted(replies, key=lambda pair: rank[pair[1].metadata.reply_to_message_id])
 
-    def push(self, parcels: Sequence[tuple[Message, Work | None]]) -> list[bool]:
+    def push(self, parcels: Sequence[tuple[Message, Request | None]]) -> list[bool]:
         """Push messages; tell for each whether the SuperLink took it."""
         if not parcels:
             return []
@@ -67,11 +65,11 @@ class Courier:
         for (message, work), message_id in zip(parcels, ids, strict=True):
             if message_id:
                 meta = message.metadata
-                flight = Flight(meta.dst_node_id, meta.message_type, now, message, work)
+                flight = InFlight(meta.dst_node_id, meta.message_type, now, message, work)
                 self._flights[message_id] = flight
         return [bool(message_id) for message_id in ids]
 
-    def overdue(self, online: Iterable[int], launchers: set[int]) -> list[Flight]:
+    def overdue(self, online: Iterable[int], launchers: set[int]) -> list[InFlight]:
         """Forget and return the messages whose replies are taken for lost."""
         limit = self.clock.now() - self.settings.wait_s - self.settings.reply_grace_s
         reachable = set(online) & launchers

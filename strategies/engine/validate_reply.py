@@ -9,9 +9,7 @@ from flwr.app import Message
 
 from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Status
 from strategies.engine import messages
-from strategies.engine.state import Work
-
-__all__ = ["Check", "fault"]
+from strategies.engine.state import Request
 
 MOST = 1e15  # examples, tokens or steps of one order
 
@@ -19,7 +17,7 @@ Check = Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
 
 
 def fault(
-    work: Work,
+    work: Request,
     message: Message,
     arrays: object,
     status: Status | None,
@@ -30,7 +28,7 @@ def fault(
 
     Parameters
     ----------
-    work : Work
+    work : Request
     message : Message
     arrays : object
         The weights in it.
@@ -48,7 +46,7 @@ def fault(
     )
 
 
-def _claims(work: Work, message: Message, status: Status | None) -> str | None:
+def _claims(work: Request, message: Message, status: Status | None) -> str | None:
     """How much a reply claims to count is its weight: a number, not negative and not absurd."""
     records = message.content.metric_records.values()
     claims: list[Any] = [r[key] for r in records for key in (WEIGHT_KEY, "steps") if key in r]
@@ -63,7 +61,7 @@ def _claims(work: Work, message: Message, status: Status | None) -> str | None:
     return None
 
 
-def _weights(work: Work, arrays: object, launcher: bool, check: Check | None) -> str | None:
+def _weights(work: Request, arrays: object, launcher: bool, check: Check | None) -> str | None:
     if work.kind == "evaluate" or not (launcher or work.checked):
         return None
     if not isinstance(arrays, Mapping):
@@ -76,7 +74,7 @@ def _weights(work: Work, arrays: object, launcher: bool, check: Check | None) ->
     return check(messages.part_of(work.base, names), arrays)
 
 
-def _gradient(work: Work, message: Message, check: Check | None) -> str | None:
+def _gradient(work: Request, message: Message, check: Check | None) -> str | None:
     """A gradient has the names and shapes of the weights."""
     gradient = message.content.get(GRADIENT)
     if gradient is None or check is None or work.base is None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Balance"]
-
 CLIP = 3.0
 
 
-class Balance:
+class ContributionBalance:
     """Moving averages of how often sites arrive and of how many steps their orders have.
 
     Attributes

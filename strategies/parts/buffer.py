@@ -9,33 +9,20 @@ from typing import Any
 from flwr.app import ArrayRecord
 
 from strategies.engine.runtime import CheckpointStore
-from strategies.engine.state import Arrival
+from strategies.engine.state import SiteResult
 from strategies.parts import rules
-
-__all__ = ["Buffer", "Update", "deltas"]
 
 DELTA = "delta-"  # and the order's id: its name in the store
 
 
 @dataclass(frozen=True)
 class Update:
-    """One arrival's pseudo-gradient.
+    """One arrival's pseudo-gradient."""
 
-    Attributes
-    ----------
-    name : str
-        Of the pseudo-gradient in the checkpoint store.
-    facility : str
-    version : int
-        The one the site started from; staleness is measured from there.
-    steps, tokens, examples : int
-        Really trained.
-    """
-
-    name: str
+    name: str  # Of the pseudo-gradient in the checkpoint store
     facility: str
-    version: int
-    steps: int
+    version: int  # The one the site started from; staleness is measured from there
+    steps: int  # Really trained
     tokens: int
     examples: int
 
@@ -57,7 +44,7 @@ class Buffer:
     def __iter__(self) -> Iterator[Update]:
         return iter(self._updates)
 
-    def add(self, store: CheckpointStore, arrival: Arrival) -> Update:
+    def add(self, store: CheckpointStore, arrival: SiteResult) -> Update:
         """Store an arrival's pseudo-gradient against the weights it STARTED from."""
         assert arrival.base is not None
         assert arrival.arrays is not None

@@ -16,8 +16,6 @@ from strategies.engine.runtime import CheckpointStore
 from strategies.parts.outer import Nesterov
 from strategies.parts.rules import Tensor, Tensors
 
-__all__ = ["Fragments", "fragments"]
-
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a name counts the layers
 
 

@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["not_negative", "positive", "share", "steps"]
-
 
 def positive(name: str, value: float | None) -> None:
-    """Refuse what is not a finite number above zero; None is no number, and passes.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Refuse what is not a finite number above zero; None is no number, and passes."""
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name}={value} must be greater than zero")
 
 
 def not_negative(name: str, value: float | None) -> None:
-    """Refuse what is not zero or a finite number above it; None passes.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Refuse what is not zero or a finite number above it; None passes."""
     if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"{name}={value} must be zero or greater")
 
 
 def share(name: str, value: float) -> None:
-    """Refuse what lies outside [0, 1).
-
-    Raises
-    ------
-    ValueError
-    """
+    """Refuse what lies outside [0, 1)."""
     if not 0 <= value < 1:
         raise ValueError(f"{name}={value} must be at least 0 and less than 1")
 
 
 def steps(min_steps: int, max_steps: int) -> None:
-    """Refuse bounds of an order that are not ``1 <= min_steps <= max_steps``.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Refuse bounds of an order that are not ``1 <= min_steps <= max_steps``."""
     if min_steps < 1:
         raise ValueError(f"min_steps={min_steps} must be at least 1")
     if max_steps < min_steps:

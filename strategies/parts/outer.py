@@ -11,8 +11,6 @@ from strategies.engine.runtime import CheckpointStore
 from strategies.parts import limits, rules
 from strategies.parts.rules import Record, Tensor, Tensors
 
-__all__ = ["Nesterov", "PartialNesterov"]
-
 
 def _check(lr: float, momentum: float) -> None:
     limits.positive("outer_lr", lr)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from strategies.engine.state import Arrival
-
-__all__ = ["Pace"]
+from strategies.engine.state import SiteResult
 
 
-class Pace:
+class SpeedEstimate:
     """Moving averages per facility: seconds per step, queue wait, and what an order costs besides.
 
     Compute, transfer and queue are kept apart; each comes from one host's clock.
@@ -38,7 +36,7 @@ class Pace:
         self.overhead_s: dict[str, float] = {}
         self.queued_s: dict[str, float] = {}
 
-    def observe(self, arrival: Arrival, *, ahead: bool = False) -> None:
+    def observe(self, arrival: SiteResult, *, ahead: bool = False) -> None:
         """Take an arrival's times in; of an order that was handed in `ahead`, not what it cost.
 
         Such an order has waited at the site for the one before it; of one that was resumed, the
@@ -67,7 +65,7 @@ class Pace:
             return extra - waited
         return min(extra, self.overhead_s.get(facility, extra))
 
-    def waited_s(self, arrival: Arrival) -> float:
+    def waited_s(self, arrival: SiteResult) -> float:
         """Return the seconds in the queue since the facility's arrival before this one."""
         return max(0.0, arrival.queued_s - self.queued_s.get(arrival.facility, 0.0))
 

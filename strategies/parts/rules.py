@@ -15,31 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "STALENESS",
-    "Record",
-    "Tensor",
-    "Tensors",
-    "buffered_step",
-    "combined_delta",
-    "descend",
-    "in_dtypes_of",
-    "interpolated",
-    "mixed",
-    "momentum_step",
-    "nesterov_step",
-    "normalised",
-    "pseudo_gradient",
-    "radial_directional",
-    "record_delta",
-    "record_mean",
-    "staleness_weight",
-    "tensors",
-    "weighted_mean",
-    "weighted_step",
-    "weighted_sum",
-]
-
 Tensor = NDArray[Any]
 Tensors = Iterator[tuple[str, Tensor]]
 

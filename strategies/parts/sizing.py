@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from strategies.engine.state import Site
+from strategies.engine.state import SiteState
 from strategies.parts import limits
-from strategies.parts.pace import Pace
-
-__all__ = ["Sizing"]
+from strategies.parts.pace import SpeedEstimate
 
 LEAST_STEPS = 5  # below that an order is not worth its transfer
 ROUND_OVERHEADS = 5.0  # an order trains so many times as long as it costs besides
 UNKNOWN_OVERHEAD_S = 60.0
 
 
-class Sizing:
+class OrderSizing:
     """Orders of about `round_s` seconds that end within the walltime.
 
     Parameters
@@ -34,7 +32,7 @@ class Sizing:
         limits.steps(min_steps, max_steps)
         self.round_s, self.min_steps, self.max_steps = round_s, min_steps, max_steps
 
-    def steps(self, site: Site, pace: Pace, now: float) -> int:
+    def steps(self, site: SiteState, pace: SpeedEstimate, now: float) -> int:
         """Return the steps of a site's next order."""
         step_s = pace.step_s.get(site.facility)
         if not step_s:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_hpc.exchange.codec import BadPayload, FullWeights, check, sha256_of
+from flwr_hpc.exchange.codec import FullWeights, sha256_of
 from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.tensors import BadPayload, check
 
 # One row per codec: how far a value may be from what was sent.
 CODECS = [pytest.param(FullWeights(), 0.0, id="FullWeights")]

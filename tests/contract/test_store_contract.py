@@ -8,8 +8,8 @@ import uuid
 
 import pytest
 
-from flwr_hpc.exchange.codec import BadPayload
 from flwr_hpc.exchange.store import Reference, Store
+from flwr_hpc.exchange.tensors import BadPayload
 
 DATA = b"weights" * 400_000
 

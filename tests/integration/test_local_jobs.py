@@ -17,11 +17,12 @@ import pytest
 from worlds import worker as fake_worker
 from worlds.jobs import TESTS, command_line, processes_of, until
 
-from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.local.adapter import LocalScheduler
 from flwr_hpc.site.long_poll import SystemClock
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 
 FINAL = {"done", "failed"}
@@ -35,11 +36,11 @@ class Home:
         self.run_key = uuid.uuid4().hex[:8]
         self.spec: dict[str, object] = {}
 
-    def site(self, walltime: str = "01:00:00", **config: Any) -> Site:
+    def site(self, walltime: str = "01:00:00", **config: Any) -> AllocationManager:
         facility = FacilityConfig(
             scheduler="local", ranks_per_node=2, walltime=walltime, env={"PYTHONPATH": str(TESTS)}
         )
-        return Site(
+        return AllocationManager(
             Spool(self.root),
             self.run_key,
             "here",
@@ -77,17 +78,17 @@ def home(tmp_path: Path) -> Iterator[Home]:
             process.kill()
 
 
-def acquire(site: Site) -> Status:
+def acquire(site: AllocationManager) -> Status:
     status = site.wait(site.acquire, 30, {"ready", "failed"})
     assert status.state == "ready", status
     return status
 
 
-def finish(site: Site, order: Order) -> Status:
+def finish(site: AllocationManager, order: Order) -> Status:
     return site.wait(lambda: site.collect(order.id), 30, FINAL)
 
 
-def begun(home: Home, site: Site, order: Order) -> None:
+def begun(home: Home, site: AllocationManager, order: Order) -> None:
     site.hand_in(order, None)
     until(lambda: site.collect(order.id).step > 0)
 

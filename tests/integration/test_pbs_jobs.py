@@ -18,7 +18,7 @@ from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
 from flwr_hpc.site.long_poll import SystemClock
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 
 
@@ -30,9 +30,9 @@ class Centre:
         self.facility = facility("fake_pbs", tmp_path, monkeypatch)
         self.server = Path(os.environ["FAKE_PBS"])
 
-    def site(self, poll_s: float = 0.2, walltime: str = "01:00:00") -> Site:
+    def site(self, poll_s: float = 0.2, walltime: str = "01:00:00") -> AllocationManager:
         where = replace(self.facility, poll_s=poll_s, walltime=walltime)
-        return Site(
+        return AllocationManager(
             Spool(self.root),
             self.run_key,
             "here",
@@ -61,7 +61,7 @@ def centre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Centre]:
     until(lambda: all(job["state"] == "F" for job in centre.jobs()))
 
 
-def finish(site: Site, order: Order) -> Status:
+def finish(site: AllocationManager, order: Order) -> Status:
     return site.wait(lambda: site.collect(order.id), 60, {"done", "failed"})
 
 

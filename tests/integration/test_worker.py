@@ -333,7 +333,7 @@ def test_a_finished_checkpoint_without_result_is_only_written_out(
 HURRIED = """
 import sys, time
 from flwr_hpc.train import trainer, worker
-endings, init, step = [], worker.Ending.__init__, trainer.Trainer._train_step
+endings, init, step = [], worker.Deadline.__init__, trainer.Trainer._train_step
 def noted(self, *args):
     init(self, *args)
     endings.append(self)
@@ -341,7 +341,7 @@ def hurried(self, *args):
     if self.step == 3:
         endings[0]._end = time.monotonic() + endings[0].reserve_s + 0.5
     return step(self, *args)
-worker.Ending.__init__, trainer.Trainer._train_step = noted, hurried
+worker.Deadline.__init__, trainer.Trainer._train_step = noted, hurried
 worker.run(sys.argv[1])
 """
 

@@ -49,7 +49,7 @@ class LabError(Exception):
 
 @functools.cache
 def missing(command: str = "") -> str:
-    """Return why no cluster can be brought up here, with the mend; empty if one can.
+    """Return why no cluster can be brought up here, with the fix; empty if one can.
 
     `command` is what should be run as root then; default: the tests.
     """

@@ -10,8 +10,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from worlds.grid import VirtualClock, name_this_process
 
 from flwr_hpc.protocol import GRADIENT, TRAIN, Order, Result, Status
-from strategies import Arrival, AsyncStrategy, Failure, Plan, Runtime
-from strategies.engine.state import Site
+from strategies import AsyncStrategy, Failure, Plan, Runtime, SiteResult
+from strategies.engine.state import SiteState
 
 THETA = {"w": [[10.0, -20.0], [30.0, 4.0]], "b": [5.0]}
 Tensors = dict[str, np.ndarray]
@@ -41,7 +41,7 @@ class Driven:
         self.orders: dict[str, tuple[Order, ArrayRecord, float]] = {}
         self.queued: dict[str, float] = {}
         strategy.runtime = Runtime(clock=self.clock)
-        strategy.sites = {name: Site(name, True, k) for k, name in enumerate(sites)}
+        strategy.sites = {name: SiteState(name, True, k) for k, name in enumerate(sites)}
         strategy.default_steps = steps
         strategy.busy = lambda facility: facility in self.orders
         self._put(dict(strategy_arrays(theta())))
@@ -64,7 +64,7 @@ class Driven:
     def ask(self, name: str, ahead: bool = False) -> Plan | None:
         """Let a free site be planned for (`ahead`: a busy one), and hand its order in."""
         assert name not in self.orders
-        plan_of = self.strategy.plan_ahead if ahead else self.strategy.plan
+        plan_of = self.strategy.plan_next if ahead else self.strategy.plan
         plan = plan_of(self.strategy.sites[name])
         if plan is not None:
             steps = plan.steps or self.strategy.default_steps
@@ -102,8 +102,8 @@ class Driven:
         content = {} if gradient is None else {GRADIENT: record(gradient)}
         reply = Message(RecordDict(content), 1, TRAIN)
         took_s = self.clock.t - began
-        arrival = Arrival(order, base, trained, metrics, reply, status, took_s, resumed)
-        new = self.strategy.on_arrival(arrival, self.strategy.version - order.version)
+        arrival = SiteResult(order, base, trained, metrics, reply, status, took_s, resumed)
+        new = self.strategy.on_result(arrival, self.strategy.version - order.version)
         made = self._take(new)
         del self.orders[name]
         return made

@@ -13,7 +13,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 
 T = TypeVar("T")
 TESTS = Path(__file__).parents[1]

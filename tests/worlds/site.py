@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.site.renewal import NoForecast
 from flwr_hpc.spool import AllocationDir, Spool, WorkerState
 
@@ -120,10 +121,10 @@ class World:
         self.forecast, self.config, self.beat = Foretold(), {"retries": 2}, 0
         self.restart()
 
-    def restart(self, **config: Any) -> Site:
+    def restart(self, **config: Any) -> AllocationManager:
         """Begin again as a new process on the same files."""
         self.config |= config
-        self.site = Site(
+        self.site = AllocationManager(
             self.spool,
             "run",
             "fac",

@@ -12,11 +12,12 @@ from lab.cluster import Cluster
 from worlds import worker as fake_worker
 from worlds.jobs import TESTS, until
 
-from flwr_hpc.config.schema import AllocationConfig, FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 from flwr_hpc.site.long_poll import SystemClock
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 
 __all__ = ["SlurmSite"]
@@ -53,11 +54,11 @@ class SlurmSite:
         default = {"walltime": "00:10:00", "poll_s": 0.5, "env": env, "account": "lab"}
         self.facility = FacilityConfig(**(default | fields))
 
-    def site(self) -> Site:
+    def site(self) -> AllocationManager:
         """Return the site as a new process would see it."""
         scheduler = SlurmScheduler(self.facility)
         scheduler.lost_after_s = self.lost_after_s
-        return Site(
+        return AllocationManager(
             self.spool, self.key, "real", self.facility, self.limits, scheduler, {}, SystemClock(),
             entry=fake_worker.run,
         )  # fmt: skip

@@ -17,7 +17,6 @@ from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
 import strategies
 from strategies import (
-    Arrival,
     AsyncDiLoCo,
     AsyncStrategy,
     DecoupledDiLoCo,
@@ -30,6 +29,7 @@ from strategies import (
     HpcStrategy,
     Runtime,
     Settings,
+    SiteResult,
     run_rounds,
 )
 from strategies.engine.runtime import MemoryCheckpoints
@@ -42,7 +42,7 @@ HANGS_S = 100_000.0  # of virtual time: no run here takes so long, unless it wai
 class Mixing(AsyncStrategy):
     """A user's asynchronous strategy: every arrival is mixed in."""
 
-    def on_arrival(self, arrival: Arrival, staleness: int) -> Any:
+    def on_result(self, arrival: SiteResult, staleness: int) -> Any:
         assert arrival.arrays is not None
         alpha = np.float32(0.5 / (1 + staleness))
         for name, array in self.arrays.items():

@@ -18,7 +18,7 @@ from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.tensorfile import write_tensors
-from flwr_hpc.worker.ledger import Ledger
+from flwr_hpc.worker.ledger import PhaseTimer
 
 ALPHA = 0.25
 
@@ -35,7 +35,7 @@ class Site:
         }
         self.runner = OrderRunner(
             trainer=trainer, checkpoints=Checkpoints(folder / "checkpoints", group), group=group,
-            train=TRAIN, data=DataConfig(), ledger=Ledger(0.0), may_go=lambda: GO, **parts,
+            train=TRAIN, data=DataConfig(), ledger=PhaseTimer(0.0), may_go=lambda: GO, **parts,
         )  # fmt: skip
         self.runner.restore()
         names = sorted(trainer.shapes())

@@ -15,7 +15,7 @@ import submitit
 
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, Spool, WorkerState, publish
-from flwr_hpc.worker.deadline import Ending
+from flwr_hpc.worker.deadline import Deadline
 
 BEAT_S = 0.05
 LEFT = ("closed", "failed", "interrupted")
@@ -27,7 +27,7 @@ def run(allocation_dir: str) -> None:
     if submitit.JobEnvironment().global_rank == 0:
         _Worker(alloc).run()
         return
-    Ending()  # rank 0 decides what a signal means
+    Deadline()  # rank 0 decides what a signal means
     former = alloc.state()  # of this job before it was requeued
     while (state := alloc.state()) is None or state.state not in LEFT or _same(state, former):
         time.sleep(BEAT_S)
@@ -60,7 +60,7 @@ class _Worker:
     def __init__(self, alloc: AllocationDir) -> None:
         self.alloc, self.spec = alloc, alloc.spec()
         self.spool = Spool(alloc.path.parents[1])
-        self.ending = Ending.detect(None)
+        self.ending = Deadline.detect(None)
         former = alloc.state()
         self.beat = former.beat if former else 0
 

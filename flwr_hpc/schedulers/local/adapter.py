@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from submitit.local.local import LocalExecutor, LocalJob
 
-from flwr_hpc.config.schema import walltime_s
+from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.schedulers.base import (
     JobInfo,
     JobSpec,
@@ -33,8 +33,6 @@ from flwr_hpc.schedulers.base import (
 )
 from flwr_hpc.schedulers.script import render
 from flwr_hpc.worker.entry import run_rank
-
-__all__ = ["DetachedExecutor", "LocalScheduler", "kill", "members", "script"]
 
 LOG = "controller.err"
 # Last words of the controller; others tell of a failure.

@@ -17,8 +17,6 @@ from submitit.local.local import Controller
 
 from flwr_hpc.schedulers.local.adapter import kill, members
 
-__all__ = ["RankController", "main"]
-
 
 class RankController(Controller):  # type: ignore[misc]
     """Starts the ranks and watches them."""

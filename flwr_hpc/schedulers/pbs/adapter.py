@@ -16,7 +16,7 @@ from typing import Any
 from submitit.core.core import InfoWatcher, Job, PicklingExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from flwr_hpc.config.schema import FacilityConfig, walltime_s
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import (
     JobInfo,
@@ -29,8 +29,6 @@ from flwr_hpc.schedulers.base import (
 )
 from flwr_hpc.schedulers.pbs import parse as pbs
 from flwr_hpc.schedulers.script import render
-
-__all__ = ["PbsExecutor", "PbsScheduler", "script"]
 
 # What selects another server than the host's, given in the facility's `env`.
 SERVER = ("PBS_SERVER", "PBS_CONF_FILE")

@@ -14,25 +14,6 @@ from typing import Any
 
 from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome, SchedulerUnavailableError
 
-__all__ = [
-    "FINISHED",
-    "GarbledError",
-    "NAME",
-    "NO_ANSWER",
-    "NO_HISTORY",
-    "UNKNOWN_JOB",
-    "duration_s",
-    "number",
-    "qdel",
-    "qstat",
-    "qsub",
-    "read_job",
-    "read_qdel",
-    "read_qstat",
-    "read_qsub",
-    "short_name",
-]
-
 # A job's full name, in its environment (-v) and so in its Variable_List; -N may be too short.
 NAME = "FLWR_HPC_JOB"
 

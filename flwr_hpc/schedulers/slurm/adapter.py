@@ -16,8 +16,7 @@ from typing import Any
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from flwr_hpc.config.facility import PLACEMENT, queue_of
-from flwr_hpc.config.schema import FacilityConfig, walltime_s
+from flwr_hpc.config.facility import PLACEMENT, FacilityConfig, queue_of, walltime_s
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import (
     JobInfo,
@@ -37,8 +36,6 @@ from flwr_hpc.schedulers.slurm.parse import (
     read_squeue,
     read_start,
 )
-
-__all__ = ["SlurmScheduler", "TemplateExecutor", "script"]
 
 # What sbatch says when slurmctld is busy or away, in lower case; all else is a refusal.
 TRANSIENT = (

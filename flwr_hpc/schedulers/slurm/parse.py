@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome
 
-__all__ = ["SACCT", "SQUEUE", "merge", "read_sacct", "read_squeue", "read_start", "stuck"]
-
 # A column without a width is not cut; the reason may hold anything and comes last.
 _COLUMNS = "JobID,Name,State,SubmitTime,EligibleTime,StartTime,EndTime,NumNodes,RestartCnt,Reason"
 SQUEUE = ["--noheader", "--states=all", "--Format=" + _COLUMNS.replace(",", ":|,") + ":|"]

@@ -19,18 +19,6 @@ from numpy.typing import NDArray
 from flwr_hpc.site.forecast.history import Shape, Wait
 from flwr_hpc.site.forecast.survival import Floats, Survival, survival
 
-__all__ = [
-    "HIGH",
-    "Estimate",
-    "by_history",
-    "by_plan",
-    "estimate",
-    "similarity",
-    "stretch",
-    "trust",
-    "verdicts",
-]
-
 HALF_JOBS = 8.0  # a wait counts half after so many younger ones of its kind
 HALF_S = 14 * 86400.0  # or after two weeks
 OTHER_QUEUE = 1 / 16  # what a wait in another partition or QOS counts
@@ -40,32 +28,16 @@ STRETCH_AFTER = 10  # waits
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a wait.
+    """What is known of a wait."""
 
-    Attributes
-    ----------
-    history : Survival or None
-        Of waits + `floor_s`.
-    planned : Survival or None
-        Of what is still to wait + `floor_s`, given `plan_s`.
-    plan_s : float or None
-        The scheduler's plan of what is still to wait.
-    trust : float
-        Weight of the plan against the history, 0 to 1.
-    floor_s : float
-    age_s : float or None
-        How long the job has waited; None for one that is not submitted yet.
-    stretch : float
-        Of the `HIGH` quantile; see `stretch`.
-    """
-
-    history: Survival | None
-    planned: Survival | None
-    plan_s: float | None
-    trust: float
+    history: Survival | None  # Of waits + `floor_s`
+    planned: Survival | None  # Of what is still to wait + `floor_s`, given `plan_s`
+    plan_s: float | None  # The scheduler's plan of what is still to wait
+    trust: float  # Weight of the plan against the history, 0 to 1
     floor_s: float
+    # How long the job has waited; None for one that is not submitted yet.
     age_s: float | None = None
-    stretch: float = 1.0
+    stretch: float = 1.0  # Of the `HIGH` quantile; see `stretch`
 
     @property
     def source(self) -> str:

@@ -21,8 +21,6 @@ from flwr_hpc.site.lock import locked
 from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.spool import publish, read_json
 
-__all__ = ["Forecaster"]
-
 PLAN_POLLS = 10  # the scheduler is asked for a plan at most every so many polling intervals
 AT_ONCE = Survival(np.array([0.0, 1e-9]), np.array([1.0, 0.0]))
 

@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flwr_hpc.config.schema import FacilityConfig, walltime_s
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.site.lock import locked
 from flwr_hpc.spool import publish
-
-__all__ = ["History", "Shape", "Wait", "merge", "shape_of", "waits_folder"]
 
 KEPT = 300  # jobs
 LONGEST_BYTES = 400_000  # of a file, before the oldest jobs are dropped
@@ -41,55 +39,31 @@ class Shape:
 
 @dataclass(frozen=True)
 class Wait:
-    """One job's wait, and what had been forecast when it was submitted; in seconds.
+    """One job's wait, and what had been forecast when it was submitted; in seconds."""
 
-    Attributes
-    ----------
-    job : str
-        Its name, unique.
-    submitted_s : float
-        Unix seconds.
-    waited_s : float or None
-        How long it waited, or is known to have waited so far; None if that is not known.
-    over : bool
-        Whether it has started. If not, it may wait still, or it was cancelled: all that is
-        known is that the wait would have been longer.
-    closed : bool
-        Nothing more will become known.
-    void : bool
-        Tells nothing of the queue: the job was held or put back, or could not have run.
-    plan_s : float or None
-        The scheduler's own plan at the time.
-    median_s, high_s : float or None
-        Forecast: median and upper quantile, both of the whole wait.
-    quantile : float
-        Which one `high_s` is.
-    source : str
-        As in `flwr_hpc.protocol.Forecast`.
-    unstretched_s : float or None
-        `high_s` before it was corrected by the record of earlier ones.
-    by_history_s, by_plan_s : float or None
-        The median that each source alone would have given.
-    """
-
-    job: str
-    submitted_s: float
+    job: str  # Its name, unique
+    submitted_s: float  # Unix seconds
     nodes: int = 1
     walltime_s: float = 0.0
     partition: str = ""
     qos: str = ""
     scheduler: str = ""
+    # How long it waited, or is known to have waited so far; None if that is not known.
     waited_s: float | None = None
+    # Whether it has started. If not, it may wait still, or it was cancelled: all that is
+    # known is that the wait would have been longer.
     over: bool = False
-    closed: bool = False
+    closed: bool = False  # Nothing more will become known
+    # Tells nothing of the queue: the job was held or put back, or could not have run.
     void: bool = False
-    plan_s: float | None = None
-    median_s: float | None = None
+    plan_s: float | None = None  # The scheduler's own plan at the time
+    median_s: float | None = None  # Forecast: median and upper quantile, both of the whole wait
     high_s: float | None = None
-    quantile: float = 0.9
-    source: str = "none"
+    quantile: float = 0.9  # Which one `high_s` is
+    source: str = "none"  # As in `flwr_hpc.protocol.Forecast`
+    # `high_s` before it was corrected by the record of earlier ones.
     unstretched_s: float | None = None
-    by_history_s: float | None = None
+    by_history_s: float | None = None  # The median that each source alone would have given
     by_plan_s: float | None = None
 
     @property

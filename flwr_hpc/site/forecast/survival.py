@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Survival", "survival"]
-
 Floats = NDArray[np.float64]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from flwr_hpc import run
 from flwr_hpc.config.compose import compose_config, conf_dir, resume_config, shown
-from flwr_hpc.config.schema import walltime_s
+from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.errors import UserError
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.simulate.__main__ import compose as parse_simulation
@@ -94,7 +94,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
     ],
 )
 def test_wrong_settings_are_explained(overrides: list[str], said: str) -> None:
-    """Protects users from tracebacks: the message names the mend."""
+    """Protects users from tracebacks: the message names the fix."""
     with pytest.raises(UserError) as caught:
         compose_config(overrides)
     assert said in str(caught.value)

@@ -12,7 +12,8 @@ import pytest
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import sources, stdlib_corpus
-from flwr_hpc.data.sources import NotVisibleError, check, resolve
+from flwr_hpc.data.sources import check, resolve
+from flwr_hpc.data.stdlib_corpus import NotVisibleError
 from flwr_hpc.errors import UserError
 
 TWO = ["a", "b"]

@@ -166,7 +166,7 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
 def test_what_is_needed_comes_first() -> None:
     """Protects readers from the consequences of one fault told as many."""
     checks: Checks[None] = Checks("here")
-    checks("a")(lambda _: failed("no", "mend it"))
+    checks("a")(lambda _: failed("no", "fix it"))
     for name in "bcd":
         checks(name, needs=["a"])(lambda _: passed("never made"))
     findings = checks.run(None)
@@ -175,7 +175,7 @@ def test_what_is_needed_comes_first() -> None:
         out = io.StringIO()
         show(Console(file=out, force_terminal=terminal, width=100), "x", findings)
         assert "3 more checks" in out.getvalue()
-        assert "mend it" in out.getvalue()
+        assert "fix it" in out.getvalue()
         assert "[" not in out.getvalue() or terminal
     assert verdict({"x": findings}) == "1 failed, 3 skipped"
     assert json.loads(as_json({"x": findings}))["ok"] is False

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from worlds.doctor import FakeClock, FakeScheduler
 
-from flwr_hpc.config.schema import FacilityConfig, QueueConfig
+from flwr_hpc.config.facility import FacilityConfig, QueueConfig
 from flwr_hpc.doctor.job import Probe, probe_facility
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo, SchedulerUnavailableError
@@ -18,7 +18,7 @@ from flwr_hpc.schedulers.base import JobInfo, SchedulerUnavailableError
 FACILITY = FacilityConfig(account=None, ranks_per_node=2, walltime="00:10:00")
 
 
-class Patient:
+class FacilityExam:
     """A probe with its surroundings."""
 
     def __init__(self, tmp_path: Path, **scheduler: Any) -> None:
@@ -40,7 +40,7 @@ class Patient:
 
 def test_a_probe_from_begin_to_end(tmp_path: Path) -> None:
     """Protects the exchange of files, the bounds on the clock, and that nothing is left."""
-    patient = Patient(tmp_path)
+    patient = FacilityExam(tmp_path)
     patient.probe.start()
     assert not patient.probe.poll()
     patient.clock.sleep(60.0)
@@ -67,7 +67,7 @@ def test_a_probe_from_begin_to_end(tmp_path: Path) -> None:
 
 def test_polling_is_sparse(tmp_path: Path) -> None:
     """Protects login nodes: two questions a minute at most, however long the queue."""
-    patient = Patient(tmp_path)
+    patient = FacilityExam(tmp_path)
     patient.probe.start()
     patient.wait()
     assert patient.clock.now() - 1000.0 == pytest.approx(1800.0, abs=2)
@@ -80,7 +80,9 @@ def test_polling_is_sparse(tmp_path: Path) -> None:
 
 def test_a_job_that_cannot_start_is_not_waited_for(tmp_path: Path) -> None:
     """Protects from half an hour of waiting for a job that is held."""
-    patient = Patient(tmp_path, info=JobInfo("7", "", "pending", stuck="held", reason="held: bad"))
+    patient = FacilityExam(
+        tmp_path, info=JobInfo("7", "", "pending", stuck="held", reason="held: bad")
+    )
     patient.probe.start()
     patient.wait()
     assert patient.clock.now() < 1010.0
@@ -95,7 +97,7 @@ def test_a_job_that_ends_early(tmp_path: Path, log: str, waits_s: float) -> None
         spec.folder.mkdir(parents=True)
         (spec.folder / "7_0_log.err").write_text(log)
 
-    patient = Patient(tmp_path, on_submit=write)
+    patient = FacilityExam(tmp_path, on_submit=write)
     patient.probe.start()
     patient.ended("FAILED")
     patient.wait()
@@ -106,7 +108,7 @@ def test_a_job_that_ends_early(tmp_path: Path, log: str, waits_s: float) -> None
 
 def test_a_rank_that_hangs(tmp_path: Path) -> None:
     """Protects from waiting for ever for a rank that hangs in an import."""
-    patient = Patient(tmp_path)
+    patient = FacilityExam(tmp_path)
     patient.probe.start()
     patient.tell("hello", 0, wall=0.0)
     patient.wait()
@@ -116,7 +118,7 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
 
 def test_a_refusal(tmp_path: Path) -> None:
     """Protects the scheduler's words; nothing is waited for or left."""
-    patient = Patient(tmp_path, error=UserError("refused: no such account\nCheck account"))
+    patient = FacilityExam(tmp_path, error=UserError("refused: no such account\nCheck account"))
     patient.probe.start()
     patient.wait()
     patient.probe.close()
@@ -130,7 +132,7 @@ def test_interrupted_while_submitting(tmp_path: Path) -> None:
     def interrupt(spec: Any) -> None:
         raise KeyboardInterrupt
 
-    patient = Patient(tmp_path, on_submit=interrupt)
+    patient = FacilityExam(tmp_path, on_submit=interrupt)
     with pytest.raises(KeyboardInterrupt):
         patient.probe.start()
     patient.probe.close()
@@ -139,7 +141,7 @@ def test_interrupted_while_submitting(tmp_path: Path) -> None:
 
 def test_no_answer_to_the_submission(tmp_path: Path) -> None:
     """Protects from a job that was taken although sbatch timed out."""
-    patient = Patient(tmp_path)
+    patient = FacilityExam(tmp_path)
 
     def taken(spec: Any) -> None:
         raise SchedulerUnavailableError("sbatch: timed out")
@@ -153,7 +155,7 @@ def test_no_answer_to_the_submission(tmp_path: Path) -> None:
 
 def test_a_scheduler_that_does_not_cancel(tmp_path: Path) -> None:
     """Protects the user's budget: what may be left is named."""
-    patient = Patient(tmp_path, deaf=True)
+    patient = FacilityExam(tmp_path, deaf=True)
     patient.probe.start()
     patient.probe.close()
     assert patient.probe.spec.name in patient.probe.left

@@ -1,4 +1,4 @@
-"""The doctor's checks on a login node: each failing situation gives its mend."""
+"""The doctor's checks on a login node: each failing situation gives its fix."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_not_on_a_login_node(tmp_path: Path) -> None:
     findings = sick(tmp_path, outside={"programs": ("srun",)})
     first = findings["scheduler commands"]
     assert (first.status, first.found) == ("fail", "not found on this host: sbatch squeue scancel")
-    assert "login node of slurm" in first.mend
+    assert "login node of slurm" in first.fix
     for name in ("scheduler answers", "accounting", "account and limits"):
         assert findings[name].status == "skipped"
 
@@ -62,7 +62,7 @@ def test_scheduler_away(tmp_path: Path) -> None:
     findings = sick(tmp_path, scheduler={"error": away})
     assert findings["scheduler answers"].status == "fail"
     assert "Unable to contact" in findings["scheduler answers"].found
-    assert "SLURM_CONF" in findings["scheduler answers"].mend
+    assert "SLURM_CONF" in findings["scheduler answers"].fix
     assert findings["account and limits"].status == "skipped"
 
 
@@ -81,7 +81,7 @@ def test_no_accounting_is_no_failure(tmp_path: Path, outside: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "mend"),
+    ("words", "fix"),
     [
         ("Invalid account or account/partition combination specified", "account=NAME; yours: sacc"),
         ("invalid partition specified: nowhere", "partition=NAME; there are: sinfo"),
@@ -96,14 +96,14 @@ def test_no_accounting_is_no_failure(tmp_path: Path, outside: dict[str, Any]) ->
         ("something new", "dry_run=true"),
     ],
 )
-def test_refusals(tmp_path: Path, words: str, mend: str) -> None:
+def test_refusals(tmp_path: Path, words: str, fix: str) -> None:
     """Protects the user from guessing which field a refusal is about."""
     refused = UserError(REFUSED.format(words))
     finding = sick(tmp_path, scheduler={"error": refused})["account and limits"]
     assert finding.status == "fail"
     assert finding.found.endswith(words)
-    assert mend in finding.mend
-    assert "{" not in finding.mend
+    assert fix in finding.fix
+    assert "{" not in finding.fix
 
 
 def test_refusals_of_pbs() -> None:
@@ -112,19 +112,19 @@ def test_refusals_of_pbs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "mend"),
+    ("answer", "fix"),
     [
         (Answer(127, "", "No such file or directory: '/x/python'"), "facilities.slurm.python="),
         (Answer(0, "3.9.18"), "Python 3.11 or newer"),
         (Answer(0, "3.12.1 torch peft"), "/x/python -m pip install 'flwr-hpc[train]'"),
     ],
 )
-def test_python_of_the_jobs(tmp_path: Path, answer: Answer, mend: str) -> None:
+def test_python_of_the_jobs(tmp_path: Path, answer: Answer, fix: str) -> None:
     """Protects from a job that cannot even begin."""
     says = {"/x/python": answer}
     findings = sick(tmp_path, "facilities.slurm.python=/x/python", outside={"says": says})
     assert findings["Python for jobs"].status == "fail"
-    assert mend in findings["Python for jobs"].mend
+    assert fix in findings["Python for jobs"].fix
 
 
 def test_python_by_setup_lines_is_left_to_the_probe(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_containers(tmp_path: Path) -> None:
     assert sick(tmp_path, setting)["Python for jobs"].status == "pass"
     finding = sick(tmp_path, setting, outside={"programs": ("sbatch",)})["Python for jobs"]
     assert finding.status == "warn"
-    assert "module load apptainer" in finding.mend
+    assert "module load apptainer" in finding.fix
 
 
 def test_packages_and_loopback(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Protects from a folder that cannot be written, or that compute nodes do not see."""
     finding = sick(tmp_path, outside={"mounted": ("/dev/sda1", "ext4")})["working folder"]
     assert finding.status == "warn"
-    assert "facilities.slurm.workdir=" in finding.mend
+    assert "facilities.slurm.workdir=" in finding.fix
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -258,7 +258,7 @@ def test_exchange_store(tmp_path: Path) -> None:
     for url in ("nonsense://x", "/proc/none"):
         finding = sick(tmp_path, f"exchange.store={url}")["exchange store"]
         assert finding.status == "fail"
-        assert "exchange.store=URL" in finding.mend
+        assert "exchange.store=URL" in finding.fix
 
 
 def test_a_check_that_breaks_is_a_finding(tmp_path: Path) -> None:

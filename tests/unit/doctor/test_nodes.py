@@ -1,4 +1,4 @@
-"""The doctor's checks on compute nodes, from reports alone: each fault gives its mend."""
+"""The doctor's checks on compute nodes, from reports alone: each fault gives its fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flwr_hpc import __version__
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.doctor.findings import Finding
 from flwr_hpc.doctor.job import Probed
 from flwr_hpc.doctor.nodes import Nodes, nodes
@@ -68,7 +68,7 @@ def test_all_is_well() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "log", "mend"),
+    ("fault", "log", "fix"),
     [
         ("the job ended early: FAILED", "No module named 'submitit'", "install flwr-hpc[train]"),
         ("the job ended early: FAILED", "execve(): x: No such file", "not on the compute nodes"),
@@ -79,7 +79,7 @@ def test_all_is_well() -> None:
         ("the job will not start: AssocGrpNodeLimit policy", "", "your limits"),
     ],
 )
-def test_jobs_that_bring_nothing_back(fault: str, log: str, mend: str) -> None:
+def test_jobs_that_bring_nothing_back(fault: str, log: str, fix: str) -> None:
     """Protects the user from a silent failure on a compute node."""
     there = well()
     there.probed.reports, there.probed.waited_s = {}, None
@@ -88,7 +88,7 @@ def test_jobs_that_bring_nothing_back(fault: str, log: str, mend: str) -> None:
     assert first.status == "fail"
     assert fault in first.found
     assert log in first.found
-    assert mend in first.mend
+    assert fix in first.fix
     assert {f.status for f in others} == {"skipped"}
 
 
@@ -99,7 +99,7 @@ def test_a_refused_job() -> None:
     there.probed.fault = "Slurm refused the job 'x': sbatch: error: Invalid qos specification"
     finding = found(there)["probe job"]
     assert finding.found == there.probed.fault
-    assert "facilities.x.qos=NAME" in finding.mend
+    assert "facilities.x.qos=NAME" in finding.fix
 
 
 def test_some_ranks_are_silent() -> None:
@@ -115,7 +115,7 @@ def test_files() -> None:
     for change in ({"token": None}, {"ping": False}):
         finding = sick(2, **change)["shared files"]
         assert finding.status == "fail"
-        assert "facilities.x.workdir=" in finding.mend
+        assert "facilities.x.workdir=" in finding.fix
     there = well()
     there.probed.round_trip_s[1] = 31.0
     assert found(there)["shared files"].status == "warn"
@@ -135,7 +135,7 @@ def test_packages(change: dict[str, Any], status: str, words: str) -> None:
     findings = sick(1, **change)
     assert findings["packages"].status == status
     assert words in findings["packages"].found
-    assert "facilities.x.python" in findings["packages"].mend
+    assert "facilities.x.python" in findings["packages"].fix
     assert findings["rendezvous"].status == "skipped"
 
 
@@ -149,7 +149,7 @@ def test_other_versions_than_on_the_login_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "status", "mend"),
+    ("change", "status", "fix"),
     [
         ({"torch": {"cuda": False, "seconds": 1.0}, "gpus": []}, "fail", "gpu_request"),
         ({"gpus": {"error": "RuntimeError: driver too old"}}, "fail", "nvidia driver"),
@@ -158,11 +158,11 @@ def test_other_versions_than_on_the_login_node() -> None:
         ({"gpus": [{**GPU, "uuid": "0-0", "bytes": 20 * 2**30}]}, "warn", "gpu_memory_gb=20"),
     ],
 )
-def test_gpus(change: dict[str, Any], status: str, mend: str) -> None:
+def test_gpus(change: dict[str, Any], status: str, fix: str) -> None:
     """Protects from a node with other GPUs than the plan and MFU are made for."""
     finding = sick(1, **change)["GPUs"]
     assert finding.status == status, finding
-    assert mend in finding.mend
+    assert fix in finding.fix
 
 
 def test_gpus_of_one_rank_each() -> None:
@@ -178,7 +178,7 @@ def test_cores() -> None:
     """Protects from ranks that share a core, or have fewer than their threads."""
     finding = sick(3, cores=[0])["cores per rank"]
     assert (finding.status, finding.found) == ("fail", "a rank may use 1, 2 declared")
-    assert "cpus_per_rank=1" in finding.mend
+    assert "cpus_per_rank=1" in finding.fix
     finding = sick(3, cores=[0, 1])["cores per rank"]
     assert "n1: 2 ranks share 2 cores" in finding.found
     local = well(scheduler="local")
@@ -190,7 +190,7 @@ def test_rendezvous() -> None:
     """Protects from the wrong network interface."""
     finding = sick(2, meeting={"error": "TimeoutError: ranks [2] did not start"})["rendezvous"]
     assert finding.status == "fail"
-    assert "facilities.x.env.GLOO_SOCKET_IFNAME=" in finding.mend
+    assert "facilities.x.env.GLOO_SOCKET_IFNAME=" in finding.fix
     there = well()
     del there.probed.reports[0]["meeting"]  # it never came back from it
     assert found(there)["rendezvous"].status == "fail"
@@ -213,7 +213,7 @@ def test_clock(bounds: tuple[float, float], status: str) -> None:
 
 def test_tmp_and_outbound_reach() -> None:
     """Protects from a full /tmp, and from counting on an internet that is not there."""
-    assert "TMPDIR" in sick(1, tmp_free=5)["temporary files"].mend
+    assert "TMPDIR" in sick(1, tmp_free=5)["temporary files"].fix
     there = well(internet=True)
     for r in there.probed.reports.values():
         r["unreachable"] = {"https://huggingface.co": ""}
@@ -221,4 +221,4 @@ def test_tmp_and_outbound_reach() -> None:
     there.probed.reports[1]["unreachable"] = {"https://huggingface.co": "timed out"}
     finding = found(there)["outbound reach"]
     assert finding.status == "fail"
-    assert "facilities.x.internet=false" in finding.mend
+    assert "facilities.x.internet=false" in finding.fix

@@ -9,9 +9,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from flwr_hpc.exchange.client import receive, send
-from flwr_hpc.exchange.codec import BadPayload, FullWeights, TensorFile, sha256_of
+from flwr_hpc.exchange.codec import FullWeights, sha256_of
 from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.store import Store
+from flwr_hpc.exchange.tensors import BadPayload, TensorFile
 
 RECORD = ArrayRecord({"w": Array(np.arange(6, dtype=np.float32)), "b": Array(np.zeros(()))})
 

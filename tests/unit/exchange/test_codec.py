@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flwr_hpc.exchange.codec import (
-    BadPayload,
-    Spec,
-    TensorFile,
-    aligned,
-    check,
-    sha256_of,
-    write_safetensors,
-    write_stream,
-)
+from flwr_hpc.exchange.codec import aligned, sha256_of, write_safetensors, write_stream
+from flwr_hpc.exchange.tensors import BadPayload, TensorFile, TensorInfo, check
 
 ARRAYS = {
     "flags": np.array([True, False, True]),
@@ -33,7 +25,7 @@ ARRAYS = {
 
 
 def layout_of(arrays):
-    return {n: Spec.of(a) for n, a in arrays.items()}
+    return {n: TensorInfo.of(a) for n, a in arrays.items()}
 
 
 def write(path, arrays):
@@ -79,7 +71,7 @@ def test_we_read_what_the_official_library_writes(tmp_path):
 def test_half_precisions_widen_exactly_and_pass_through_bit_by_bit(tmp_path):
     """bfloat16 must survive a trip through numpy, which lacks it."""
     bits = np.arange(1 << 16, dtype=np.uint16)
-    write_safetensors(tmp_path / "c", [("w", bits)], {"w": Spec("BF16", (1 << 16,))})
+    write_safetensors(tmp_path / "c", [("w", bits)], {"w": TensorInfo("BF16", (1 << 16,))})
     file = TensorFile(tmp_path / "c")
     np.testing.assert_array_equal(file.raw("w"), bits)
     wide = file.tensor("w")
@@ -123,7 +115,7 @@ def test_the_open_file_outlives_its_name(tmp_path):
 )
 def test_the_writer_refuses_other_tensors_and_leaves_nothing(tmp_path, tensors, says):
     """A half-written file is never seen under its name, nor left over."""
-    layout = {"a": Spec("F32", (2,)), "b": Spec("F32", (3,))}
+    layout = {"a": TensorInfo("F32", (2,)), "b": TensorInfo("F32", (3,))}
     with pytest.raises(ValueError, match=says):
         write_safetensors(tmp_path / "g", tensors, layout)
     assert list(tmp_path.iterdir()) == []
@@ -131,7 +123,7 @@ def test_the_writer_refuses_other_tensors_and_leaves_nothing(tmp_path, tensors, 
 
 def test_the_writer_refuses_misaligned_tensors(tmp_path):
     """Readers that map a file need aligned tensors."""
-    layout = {"a": Spec("U8", (1,)), "b": Spec("F32", (1,))}
+    layout = {"a": TensorInfo("U8", (1,)), "b": TensorInfo("F32", (1,))}
     with pytest.raises(ValueError, match="misaligned"):
         write_safetensors(tmp_path / "h", [], layout)
     assert list(aligned(layout)) == ["b", "a"]
@@ -217,6 +209,6 @@ def test_a_nan_in_bfloat16_and_beyond_the_first_chunk_is_found(tmp_path):
     """The finiteness check looks at every number, in every float dtype."""
     bits = np.zeros((1 << 20) + 3, np.uint16)
     bits[-1] = 0x7FC0
-    write_safetensors(tmp_path / "l", [("w", bits)], {"w": Spec("BF16", bits.shape)})
+    write_safetensors(tmp_path / "l", [("w", bits)], {"w": TensorInfo("BF16", bits.shape)})
     with pytest.raises(BadPayload, match="not finite"):
         check(TensorFile(tmp_path / "l"))

@@ -15,16 +15,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from flwr_hpc.exchange.client import receive, send
-from flwr_hpc.exchange.codec import (
-    FullWeights,
-    Spec,
-    TensorFile,
-    sha256_of,
-    write_safetensors,
-)
+from flwr_hpc.exchange.codec import FullWeights, sha256_of, write_safetensors
 from flwr_hpc.exchange.grid import REJECTED, TTL_S, ExchangeGrid
 from flwr_hpc.exchange.records import LazyArray, RecordTensors
 from flwr_hpc.exchange.store import PREFIX, Store
+from flwr_hpc.exchange.tensors import TensorFile, TensorInfo
 from flwr_hpc.protocol import ORDER, Order, to_json
 from strategies.engine.messages import part_of
 
@@ -512,7 +507,7 @@ def test_bfloat16_replies_average_as_float32(tmp_path, inline_below_mb):
     def spoil(node, path, content):
         file = TensorFile(path)
         bits = {n: (file.tensor(n).astype(np.float32).view(np.uint32) >> 16) for n in file.layout}
-        layout = {n: Spec("BF16", file.layout[n].shape) for n in bits}
+        layout = {n: TensorInfo("BF16", file.layout[n].shape) for n in bits}
         half = path.with_name("bf16")
         write_safetensors(half, ((n, b.astype(np.uint16)) for n, b in bits.items()), layout)
         return half

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_hpc.exchange.codec import BadPayload, FullWeights, Spec, TensorFile, write_safetensors
+from flwr_hpc.exchange.codec import FullWeights, write_safetensors
 from flwr_hpc.exchange.records import (
     LazyArray,
     RecordTensors,
@@ -18,6 +18,7 @@ from flwr_hpc.exchange.records import (
     source_of,
     tensors,
 )
+from flwr_hpc.exchange.tensors import BadPayload, TensorFile, TensorInfo
 
 ARRAYS = {
     "w": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),
@@ -87,7 +88,7 @@ def test_names_set_the_order(file):
 def test_bfloat16_survives_inline_bit_by_bit(tmp_path):
     """numpy has no bfloat16 and Flower's Array refuses it; it arrives as bfloat16 still."""
     bits = np.array([0x3F80, 0x4049, 0x8000, 0x7F7F], np.uint16)
-    write_safetensors(tmp_path / "a", [("w", bits)], {"w": Spec("BF16", (4,))})
+    write_safetensors(tmp_path / "a", [("w", bits)], {"w": TensorInfo("BF16", (4,))})
     record = inline(TensorFile(tmp_path / "a"))
     sent = {name: Array(a.dtype, a.shape, a.stype, a.data) for name, a in record.items()}
     received = RecordTensors(ArrayRecord(sent))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobSpec, heal_pickle, job_env, rank_command, stderr_tail
 from flwr_hpc.schedulers.local.adapter import LocalScheduler
 from flwr_hpc.worker.entry import work

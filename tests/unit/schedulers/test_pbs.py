@@ -10,7 +10,7 @@ import pytest
 from submitit.core.utils import FailedJobError
 from worlds.pbs_answers import AT, AT_S, NOBODY, answer, job
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobSpec, SchedulerUnavailableError
 from flwr_hpc.schedulers.pbs.adapter import PbsExecutor, PbsScheduler, script
@@ -142,7 +142,7 @@ def test_find_takes_the_latest_and_heals_its_pickle(
 def test_what_qsub_says(
     code: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects the line between 'will not mend' and 'try again'."""
+    """Protects the line between 'cannot be fixed' and 'try again'."""
 
     def submit(*_: Any) -> None:
         raise FailedJobError("qsub: words") from subprocess.CalledProcessError(code, ["qsub"])

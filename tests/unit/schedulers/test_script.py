@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobSpec, make_scheduler
 from flwr_hpc.schedulers.local import adapter as local
 from flwr_hpc.schedulers.pbs import adapter as pbs

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from submitit.core.utils import FailedJobError
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler, TemplateExecutor
@@ -296,7 +296,7 @@ def test_find_does_not_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_sbatch_says(
     said: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects the line between 'will not mend' and 'try again'."""
+    """Protects the line between 'cannot be fixed' and 'try again'."""
 
     def submit(*_: Any) -> None:
         raise FailedJobError(said)

@@ -36,11 +36,11 @@ def fault(*overrides: str) -> str:
 
 def test_a_strategy_that_waits_for_more_sites_than_there_are() -> None:
     """Protects Flower's defaults of two nodes from waiting for ever with one facility."""
-    mend = [f"strategy.{key}=1" for key in preflight.MIN_NODES]
+    fix = [f"strategy.{key}=1" for key in preflight.MIN_NODES]
     said = fault(FEDAVG, "+facility=local_a")
     assert "but the run has 1 facility" in said
-    assert " ".join(mend) in said
-    check(FEDAVG, "+facility=local_a", *mend)
+    assert " ".join(fix) in said
+    check(FEDAVG, "+facility=local_a", *fix)
     check(FEDAVG)
 
 

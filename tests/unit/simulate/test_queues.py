@@ -117,7 +117,7 @@ def test_empirical_waits_are_those_seen():
 
 
 def test_an_empirical_queue_without_waits():
-    """Nothing to draw from is the user's to mend."""
+    """Nothing to draw from is the user's to fix."""
     with pytest.raises(UserError, match="at least one wait"):
         EmpiricalQueue(VirtualClock(), [], rng())
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
 from flwr_hpc.site.forecast.estimate import by_history, by_plan, estimate, verdicts

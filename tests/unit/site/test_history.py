@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flwr_hpc.config.schema import FacilityConfig
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.site.forecast import history
 from flwr_hpc.site.forecast.history import History, Shape, merge, shape_of, waits_folder
 

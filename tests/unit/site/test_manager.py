@@ -16,7 +16,7 @@ from worlds.site import Killed, World, order
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
-from flwr_hpc.site.manager import Site
+from flwr_hpc.site.manager import AllocationManager
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_submission_is_not_hammered(world: World) -> None:
 
 
 def test_refused_job_is_fatal(world: World) -> None:
-    """Protects the user's time: a wrong account does not mend by trying again."""
+    """Protects the user's time: trying again does not fix a wrong account."""
     world.scheduler.refusal = UserError("Slurm refused the job: invalid account")
     status = world.site.acquire()
     assert (status.state, status.fatal) == ("failed", True)
@@ -331,7 +331,7 @@ def test_two_launchers_at_once_submit_one_job(world: World) -> None:
     sites = [world.restart() for _ in range(4)]
     gate = threading.Barrier(len(sites))
 
-    def act(site: Site) -> None:
+    def act(site: AllocationManager) -> None:
         gate.wait()
         site.acquire()
 

@@ -11,7 +11,6 @@ from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays, with_nan
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Status
 from strategies import (
-    Arrival,
     DiLoCo,
     Engine,
     Failure,
@@ -19,8 +18,9 @@ from strategies import (
     RunFailed,
     Runtime,
     Settings,
+    SiteResult,
 )
-from strategies.engine.engine import Stopped
+from strategies.engine.runtime import Stopped
 
 ARRAYS = initial_arrays()
 
@@ -41,7 +41,7 @@ class Bench:
     def train(self, facility: str = "a", steps: int = 10, version: int = 0) -> None:
         self.engine.request(facility, "train", steps=steps, weights=lambda: (version, ARRAYS))
 
-    def run(self, seconds: float = 1e5) -> Arrival | Failure:
+    def run(self, seconds: float = 1e5) -> SiteResult | Failure:
         """Return the first thing the engine reports."""
         found = self.engine.events(timeout=seconds)
         assert found, f"nothing within {seconds} s: {self.log}"
@@ -71,7 +71,7 @@ def test_late_binding():
 
     bench.engine.request("a", "train", steps=10, weights=newest)
     arrival = bench.run()
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert arrival.order.version == 7
     assert asked_at[0] >= 500
     assert not bench.grid.violations
@@ -96,7 +96,7 @@ def test_offline_nodes_are_never_polled():
     bench.train(steps=10)
     bench.grid.away("a", 20, 400)
     arrival = bench.run()
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert not bench.grid.violations
     assert bench.names().count("site_offline") == bench.names().count("site_online") - 1 == 1
 
@@ -120,7 +120,7 @@ def test_restart_with_a_new_node_id_reattaches():
     bench.engine.events(timeout=30)
     bench.grid.restart("a")
     arrival = bench.run()
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert site.trained == {"run-a-000000": 1}
     assert bench.sent(TRAIN) == 2
 
@@ -133,7 +133,7 @@ def test_restart_while_the_old_node_is_still_listed():
     bench.engine.events(timeout=30)
     bench.grid.join(site)
     arrival = bench.run()
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert arrival.message.metadata.src_node_id == bench.grid.node_of("a")
     assert site.trained == {"run-a-000000": 1}
 
@@ -146,7 +146,7 @@ def test_a_lost_message_is_sent_again(kind):
     bench.grid.lose[kind] = 1
     bench.engine.wait_for(["a"], timeout=1000)
     bench.train(steps=20)
-    assert isinstance(bench.run(), Arrival)
+    assert isinstance(bench.run(), SiteResult)
     assert all(n == 1 for n in site.trained.values())
 
 
@@ -159,7 +159,7 @@ def test_an_error_reply_is_retried(kind, code):
     bench.grid.errors[kind] = [code, code]
     bench.train(steps=20)
     arrival = bench.run()
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert site.trained == {"run-a-000000": 1}
 
 
@@ -188,7 +188,7 @@ def test_a_refused_push_is_tried_later():
     bench = ready_bench()
     bench.grid.refuse = 3
     bench.train()
-    assert isinstance(bench.run(), Arrival)
+    assert isinstance(bench.run(), SiteResult)
 
 
 def test_a_push_that_is_always_refused_fails():
@@ -223,7 +223,7 @@ def test_order_deadline():
     assert bench.engine.events(timeout=500) == []
     bench.train(steps=1, version=1)
     arrival = bench.run()
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert arrival.order.id == "run-a-000001"
 
 
@@ -232,12 +232,12 @@ def test_duplicates_are_ignored():
     bench = ready_bench()
     bench.grid.duplicate = True
     bench.train()
-    assert isinstance(bench.run(), Arrival)
+    assert isinstance(bench.run(), SiteResult)
     assert bench.engine.events(timeout=100) == []
 
 
 def test_a_fatal_error_ends_the_run():
-    """What will not mend is not tried again, and the message names the facility."""
+    """What cannot be fixed is not tried again, and the message names the facility."""
     bench = ready_bench(FakeSite("a", fail=Status("failed", error="no such file", fatal=True)))
     bench.train()
     with pytest.raises(FatalSiteError, match="a: no such file"):
@@ -271,7 +271,7 @@ def test_a_plain_client_app_is_trained_directly():
     facility = next(iter(bench.engine.sites))
     assert facility.startswith("node-")
     bench.train(facility)
-    assert isinstance(bench.run(), Arrival)
+    assert isinstance(bench.run(), SiteResult)
     assert [m.metadata.message_type for m in bench.grid.pushed] == [DESCRIBE, TRAIN]
     assert set(bench.grid.pushed[1].content) == {"arrays", "config"}
 
@@ -394,7 +394,7 @@ def test_an_order_in_flight_survives_a_new_engine():
     again.wait_for(["a"], timeout=1000)
     again.reattach(lambda version: ARRAYS)
     arrival = again.events(timeout=1000)[0]
-    assert isinstance(arrival, Arrival)
+    assert isinstance(arrival, SiteResult)
     assert arrival.order.version == 3
     assert site.trained == {"run-a-000000": 1}
 
@@ -454,7 +454,7 @@ def test_a_warm_allocation_is_not_asked_for_again():
     bench = ready_bench()
     for _ in range(3):
         bench.train()
-        assert isinstance(bench.run(), Arrival)
+        assert isinstance(bench.run(), SiteResult)
         bench.engine.settle()
     assert bench.sent(TRAIN) == 3
     assert bench.sent(ACQUIRE) == 1

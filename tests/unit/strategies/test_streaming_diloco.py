@@ -241,12 +241,12 @@ def test_an_order_ahead_that_failed_is_not_waited_for() -> None:
     for site in (a, b):
         assert run.strategy.plan(site) is not None
         order_of(run, site.facility, 0)
-    assert run.strategy.plan_ahead(b) is not None
-    assert run.strategy.plan_ahead(b) is None  # failed: not asked for again at every poll
+    assert run.strategy.plan_next(b) is not None
+    assert run.strategy.plan_next(b) is None  # failed: not asked for again at every poll
     run.arrive("a", delta(1.0))
     run.at(100.0)
     assert run.strategy.version == 1
-    assert run.strategy.plan_ahead(b) is not None  # for the window after this one
+    assert run.strategy.plan_next(b) is not None  # for the window after this one
     assert run.strategy.awaited() == set()
     assert run.strategy.plan(a) is not None
     order_of(run, "a", 1, 1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flwr_hpc.protocol import Order, Result, Status
-from strategies.engine.state import Site
+from strategies.engine.state import SiteState
 from strategies.engine.telemetry import Telemetry
 
 JOB = {"id": "7", "nodes": 2, "restarts": 0, "submitted_s": 100.0}
@@ -19,7 +19,7 @@ class Bench:
     def __init__(self) -> None:
         self.now = 0.0
         self.log: list[dict[str, Any]] = []
-        self.site = Site("a", launcher=True, node_id=1)
+        self.site = SiteState("a", launcher=True, node_id=1)
         self.telemetry = Telemetry(
             lambda event, **f: self.log.append({"event": event, **f}), lambda: self.now
         )

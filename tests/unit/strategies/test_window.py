@@ -310,10 +310,10 @@ def test_fedqueue_timer():
 class HoldsBack(FedQueue):
     """Holds b's first update back, as FedQueue does with one whose job waited for long."""
 
-    def on_arrival(self, arrival, staleness):
+    def on_result(self, arrival, staleness):
         if arrival.facility == "b" and arrival.order.version == 0:
             self._held.append("b")
-        return super().on_arrival(arrival, staleness)
+        return super().on_result(arrival, staleness)
 
 
 def told(strategy, sites: list[FakeSite], versions: int = 3) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flwr_hpc.protocol import Order
-from flwr_hpc.train.local_update_share import OwnUpdate
+from flwr_hpc.train.local_update_share import LocalUpdate
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def read(trainer: Any, value: float) -> None:
 
 def test_a_share_of_the_last_update_is_added(trainer: Any) -> None:
     """Protects the overlap: the order starts where the server's merge of the last will lead."""
-    own = OwnUpdate(trainer)
+    own = LocalUpdate(trainer)
     assert own.begin(order(4, **{"own-share": 0.0})) == {}
     train(trainer, 8.0)
     own.end(order(4))
@@ -50,7 +50,7 @@ def test_a_share_of_the_last_update_is_added(trainer: Any) -> None:
 
 def test_nothing_is_remembered_unasked(trainer: Any) -> None:
     """Protects memory, and an order from an update that the server does not know of."""
-    own = OwnUpdate(trainer)
+    own = LocalUpdate(trainer)
     own.begin(order(0))
     train(trainer, 1.0)
     own.end(order(0))

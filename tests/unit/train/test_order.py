@@ -16,7 +16,7 @@ from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.checkpoint import Saved
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Trained
-from flwr_hpc.worker.ledger import Ledger
+from flwr_hpc.worker.ledger import PhaseTimer
 
 Array = np.ndarray
 
@@ -97,7 +97,7 @@ def runner(shelf: Shelf, **train: Any) -> OrderRunner:
     made = OrderRunner(
         train=TrainConfig(**train),
         data=DataConfig(),
-        ledger=Ledger(0.0),
+        ledger=PhaseTimer(0.0),
         may_go=lambda: GO,
         **parts,
     )

@@ -20,7 +20,7 @@ from flwr_hpc.train.metrics import flops_per_token, mfu
 from flwr_hpc.train.model import build, exchanged, layers
 from flwr_hpc.train.schedule import learning_rate, schedule_steps
 from flwr_hpc.train.tensorfile import check_names, open_tensors, write_tensors
-from flwr_hpc.worker.ledger import Ledger, process_start
+from flwr_hpc.worker.ledger import PhaseTimer, process_start
 from flwr_hpc.worker.lifeline import GOODBYE, Lifeline
 
 TRAIN = TrainConfig(steps=10, lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
@@ -65,7 +65,7 @@ def test_a_sequence_without_labels_costs_nothing() -> None:
 def test_ledger_counts_every_second_once() -> None:
     """The phases add up to the process's age, also while one is running."""
     now = 10.0
-    ledger = Ledger(start=8.0, clock=lambda: now)
+    ledger = PhaseTimer(start=8.0, clock=lambda: now)
     ledger.switch("load")
     now = 15.0
     ledger.switch("idle")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flwr_hpc.worker.deadline import Ending
+from flwr_hpc.worker.deadline import Deadline
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -42,26 +42,26 @@ def test_the_earlier_end_holds(
     env = {"FLWR_HPC_WALLTIME_S": granted or "", "FLWR_HPC_END_S": ""}
     if end_in is not None:
         env["FLWR_HPC_END_S"] = f"{time.time() + end_in:.0f}"
-    ending = Ending.detect(asked, env)
+    ending = Deadline.detect(asked, env)
     found = ending.walltime_left()
     assert found == (None if left is None else pytest.approx(left, abs=2.0))
 
 
 def test_time_to_write_is_kept() -> None:
     """Protects the writing of a result: the last step is the one that leaves time for it."""
-    ending = Ending.detect(100.0, {})
+    ending = Deadline.detect(100.0, {})
     assert ending.reserve_s == pytest.approx(10.0, abs=0.1)
     assert not ending.is_due(80.0)
     assert ending.is_due(95.0)
     ending.reserve_s = 30.0  # measured
     assert ending.is_due(80.0)
-    assert not Ending().is_due(1e9)
+    assert not Deadline().is_due(1e9)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_warning_is_no_interruption(number: signal.Signals) -> None:
     """Protects the partial result: only the walltime's warning leaves time for one."""
-    ending = Ending.detect(1000.0, {})
+    ending = Deadline.detect(1000.0, {})
     os.kill(os.getpid(), number)
     warning = number in (signal.SIGUSR1, signal.SIGUSR2)
     assert (ending.warned, ending.interrupted) == (warning, not warning)

@@ -40,8 +40,8 @@ def spool(tmp_path: Path) -> Spool:
     return Spool(tmp_path)
 
 
-def inbox(spool: Spool, clock: Clock, must_end: Callable[[], bool] = lambda: False) -> Inbox:
-    return Inbox(allocation(spool), spool, 100.0, must_end, clock, clock.sleep)
+def inbox(spool: Spool, clock: Clock, should_stop: Callable[[], bool] = lambda: False) -> Inbox:
+    return Inbox(allocation(spool), spool, 100.0, should_stop, clock, clock.sleep)
 
 
 def allocation(spool: Spool) -> AllocationDir:
@@ -92,4 +92,4 @@ def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: Clock) -> 
 def test_end_of_walltime_or_a_signal_wins(spool: Spool, clock: Clock) -> None:
     """No order is begun that could not be finished."""
     allocation(spool).assign("run-a-000000")
-    assert inbox(spool, clock, must_end=lambda: True).next() is None
+    assert inbox(spool, clock, should_stop=lambda: True).next() is None
