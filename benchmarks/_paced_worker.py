@@ -18,9 +18,10 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from flwr_hpc.exchange.codec import write_safetensors
+from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.simulate.learning import Learner, LearnerConfig
-from flwr_hpc.spool import AllocationDir, OrderDir, Spool, publish
+from flwr_hpc.spool import AllocationDir, OrderDir, Spool
 from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
 from flwr_hpc.worker.ledger import PhaseTimer, process_start

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from _machine import record
 
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobInfo, JobSpec
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 from flwr_hpc.site.forecast.estimate import Estimate, estimate, verdicts
 from flwr_hpc.site.forecast.forecaster import Forecaster
 from flwr_hpc.site.forecast.history import Wait, shape_of
-from flwr_hpc.site.long_poll import SystemClock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from lab.cluster import Cluster

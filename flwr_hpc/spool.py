@@ -30,40 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import Order, Result, from_json, to_json
-
-
-def publish(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is seen whole or not at all, and survives a crash."""
-    raw = data.encode() if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "wb") as f:
-        f.write(raw)
-        f.flush()
-        os.fsync(f.fileno())
-    draft.replace(path)
-    sync_dir(path.parent)
-
-
-def sync_dir(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a published JSON object, or None while there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ trust boundary here. Both sides need the same version of Flower.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import sys
 import traceback
@@ -19,7 +18,7 @@ from typing import Any
 from flwr.app import Context, Message
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.spool import sync_dir
+from flwr_hpc.files import draft
 
 REQUEST, REPLY = "request.pkl", "reply.pkl"  # in an order's folder
 
@@ -84,14 +83,8 @@ class _Loaded(pickle.Unpickler):
 
 def save(path: Path, value: Any) -> None:
     """Write a value so that it is seen whole or not at all; large arrays are not copied."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "wb") as f:
+    with draft(path) as temporary, open(temporary, "wb") as f:
         pickle.dump(value, f, protocol=5)
-        f.flush()
-        os.fsync(f.fileno())
-    draft.replace(path)
-    sync_dir(path.parent)
 
 
 def load(path: Path) -> Any:

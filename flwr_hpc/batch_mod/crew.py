@@ -19,7 +19,8 @@ from pathlib import Path
 from flwr_hpc.batch_mod.app import AppRef
 from flwr_hpc.batch_mod.carry import REQUEST, Failure, load, save
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
-from flwr_hpc.spool import AllocationDir, Spool, publish, read_json
+from flwr_hpc.files import publish, read_json
+from flwr_hpc.spool import AllocationDir, Spool
 from flwr_hpc.worker.ranks import Ranks
 
 LOOK_S = 0.1

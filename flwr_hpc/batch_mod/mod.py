@@ -19,9 +19,9 @@ from flwr_hpc.batch_mod.app import Next, copy_app, find_app, rest
 from flwr_hpc.batch_mod.carry import REPLY, REQUEST, load, save, take_over, versions
 from flwr_hpc.batch_mod.settings import HERE, Settings, gather, settle
 from flwr_hpc.batch_mod.worker import run
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import make_scheduler
-from flwr_hpc.site.long_poll import SystemClock
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 

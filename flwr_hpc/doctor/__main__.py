@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from flwr_hpc import __version__
+from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import compose_config, conf_dir
 from flwr_hpc.config.facility import walltime_s
@@ -30,7 +31,6 @@ from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError
-from flwr_hpc.site.long_poll import Clock, SystemClock
 
 
 def main(argv: Sequence[str] | None = None) -> int:

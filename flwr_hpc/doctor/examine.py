@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.config.schema import Config
 from flwr_hpc.doctor import files  # noqa: F401 (it adds its checks)
 from flwr_hpc.doctor.files import WORKDIR
@@ -23,7 +24,6 @@ from flwr_hpc.doctor.outside import Outside, hub_url, versions
 from flwr_hpc.doctor.probe import PACKAGES
 from flwr_hpc.schedulers.base import make_scheduler
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.settings import job_spec
 
 GATE = ("scheduler commands", "scheduler answers", ACCEPTED, WORKDIR, "Python for jobs")

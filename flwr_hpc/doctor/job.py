@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
 from flwr_hpc.doctor import probe
 from flwr_hpc.doctor.login import duration, refusal
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import (
     JobInfo,
     JobSpec,
@@ -23,8 +25,6 @@ from flwr_hpc.schedulers.base import (
     checkout,
     stderr_tail,
 )
-from flwr_hpc.site.long_poll import Clock
-from flwr_hpc.spool import publish, read_json
 
 WALLTIME_S = 600
 AFTER_END_S = 30.0  # for the last files of a job that has ended, with nothing seen of it

@@ -20,7 +20,7 @@ from typing import Any
 
 import flwr_hpc
 from flwr_hpc.doctor.outside import reach, versions
-from flwr_hpc.spool import publish, read_json
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.worker.ranks import Ranks
 
 PACKAGES = (

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flwr_hpc.exchange.codec import write_stream
 from flwr_hpc.exchange.records import lazy_record
 from flwr_hpc.exchange.tensors import TensorFile
-from flwr_hpc.spool import publish, read_json
+from flwr_hpc.files import publish, read_json
 
 
 class FileCheckpoints:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import uuid
 from abc import ABC, abstractmethod
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flwr_hpc.exchange.tensors import Layout, TensorFile, TensorInfo, Tensors
-from flwr_hpc.spool import sync_dir
+from flwr_hpc.files import draft
 
 FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
 PIECE = 1 << 20  # bytes copied at a time
@@ -136,21 +135,6 @@ def write_stream(
 def aligned(layout: Layout) -> dict[str, TensorInfo]:
     """Order a layout by falling item size, so that every tensor starts aligned."""
     return dict(sorted(layout.items(), key=lambda item: -item[1].stored.itemsize))
-
-
-@contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """Yield a temporary name that is synced and becomes `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(path) as temporary:
-        yield temporary
-        fd = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.replace(path)
-        sync_dir(path.parent)
 
 
 @contextmanager

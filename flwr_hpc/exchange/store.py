@@ -19,8 +19,9 @@ from typing import Any
 
 from flwr.app import ConfigRecord
 
-from flwr_hpc.exchange.codec import draft, sha256_of
+from flwr_hpc.exchange.codec import sha256_of
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.files import draft
 
 PREFIX = "exchange."  # in a message, a reference to the arrays of key K lies under PREFIX + K
 

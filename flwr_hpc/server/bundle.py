@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flwr_hpc import __version__
-from flwr_hpc.spool import publish
+from flwr_hpc.files import publish
 
 PYPROJECT = f"""\
 [build-system]

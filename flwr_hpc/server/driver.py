@@ -19,6 +19,7 @@ import psutil
 
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import read_json
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
@@ -26,7 +27,6 @@ from flwr_hpc.server.progress import SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.site.settings import load_launcher, site_file, write_site
-from flwr_hpc.spool import read_json
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
 

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
-from flwr_hpc.site.lock import try_lock
-from flwr_hpc.spool import publish, read_json
+from flwr_hpc.files import publish, read_json, try_lock
 
 LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
 _held: dict[Path, int] = {}

@@ -12,17 +12,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.schema import Config
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.codec import write_safetensors
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.records import tensors
 from flwr_hpc.exchange.store import Store
+from flwr_hpc.files import publish
 from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
-from flwr_hpc.site.long_poll import SystemClock
-from flwr_hpc.spool import publish
 from flwr_hpc.tracking.events import EventLog
 from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine, global_name

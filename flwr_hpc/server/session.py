@@ -14,12 +14,12 @@ from rich.table import Table
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import make_scheduler
 from flwr_hpc.server import preflight
 from flwr_hpc.server.driver import Outcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.settings import job_spec
-from flwr_hpc.spool import publish, read_json
 from flwr_hpc.tracking.live import LiveView
 from flwr_hpc.tracking.report import rebuild
 from flwr_hpc.tracking.text import node_hours_line

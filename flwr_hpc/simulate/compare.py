@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.files import publish
 from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, check_site
 from flwr_hpc.simulate.federation import Outcome, simulate
-from flwr_hpc.spool import publish
 
 RENEWS = "renew"  # in a strategy's file: its warm allocations have successors submitted ahead
 POLICY = "policy"

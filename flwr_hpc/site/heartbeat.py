@@ -9,10 +9,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flwr_hpc.clock import Clock
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import from_json
 from flwr_hpc.schedulers.base import JobInfo
-from flwr_hpc.site.long_poll import Clock
-from flwr_hpc.spool import WorkerState, publish, read_json
+from flwr_hpc.spool import WorkerState
 
 SILENCE_S = 15.0  # of a worker whose job the scheduler calls pending, until that is believed
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import JobInfo
-from flwr_hpc.spool import AllocationDir, publish, read_json
+from flwr_hpc.spool import AllocationDir
 
 STAY = ("submitted_s", "eligible_s", "started_s", "ended_s")
 

@@ -2,44 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
-from typing import Protocol
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.protocol import Status
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 0.5
 QUEUED_PAUSE_S = 5.0
-
-
-class Clock(Protocol):
-    """Time as the launcher sees it."""
-
-    def now(self) -> float:
-        """Return monotonic seconds."""
-
-    def wall(self) -> float:
-        """Return seconds since the epoch."""
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-
-
-class SystemClock:
-    """The real clock."""
-
-    def now(self) -> float:
-        """Return monotonic seconds."""
-        return time.monotonic()
-
-    def wall(self) -> float:
-        """Return seconds since the epoch."""
-        return time.time()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait."""
-        time.sleep(seconds)
 
 
 def wait(

@@ -13,21 +13,21 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import lock, publish
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import Scheduler, SchedulerUnavailableError
 from flwr_hpc.site import long_poll
-from flwr_hpc.site.lock import locked
-from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.monitor import Monitor, View
 from flwr_hpc.site.prune import prune
 from flwr_hpc.site.renewal import NoForecast, QueueForecast, Renewal
 from flwr_hpc.site.startup_failures import forget, give_up, startup_failures_in_a_row
 from flwr_hpc.site.status import Answers
 from flwr_hpc.site.submission import Submission, job_spec
-from flwr_hpc.spool import AllocationDir, Spool, publish
+from flwr_hpc.spool import AllocationDir, Spool
 from flwr_hpc.worker.entry import work
 
 HANDOVER_S = 120.0  # for a released allocation to write down what the next one goes on from
@@ -89,7 +89,7 @@ class AllocationManager:
 
     def acquire(self) -> Status:
         """Return the live allocation's state, asking for a new one if there is none."""
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             while True:
                 current = self._current()
                 if current is not None:
@@ -108,7 +108,7 @@ class AllocationManager:
 
         An order that failed before is tried once more.
         """
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             folder = self.spool.order(order.id)
             result = folder.result()
             if result is not None and result.state == "failed":
@@ -119,7 +119,7 @@ class AllocationManager:
 
     def collect(self, order_id: str) -> Status:
         """Return the order's result or progress; a dead allocation is replaced."""
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             if not (self.spool.order(order_id).path / "order.json").exists():
                 error = f"order '{order_id}' is not known here: hand it in first"
                 return self._answers.say("failed", order_id=order_id, error=error)
@@ -127,7 +127,7 @@ class AllocationManager:
 
     def status(self) -> Status:
         """Return the state of the site; asks for nothing."""
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             current = self._current()
             return self._answers.of(*current) if current else self._answers.say("idle")
 
@@ -144,21 +144,21 @@ class AllocationManager:
 
     def release(self) -> Status:
         """Let allocations end once idle; those still queued are cancelled."""
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             for alloc in self._open():
                 self._let_go(alloc)
             return self._answers.say("idle")
 
     def live_jobs(self) -> list[dict[str, Any]]:
         """Return the jobs of this site that the scheduler has not called ended."""
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             for alloc in self.spool.allocations():
                 self._submission.known(alloc)
             return [job for _, job in self._watch.living()]
 
     def account(self) -> Status:
         """Return what the jobs have cost, by the scheduler's present word."""
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             self._watch.living()
             return self._answers.say("idle")
 
@@ -171,7 +171,7 @@ class AllocationManager:
             Naming the jobs that could not be cancelled.
         """
         left = []
-        with locked(self.spool.root):
+        with lock(self.spool.root):
             for alloc in self.spool.allocations():
                 with contextlib.suppress(SchedulerUnavailableError, OSError):  # asked again below
                     self._submission.known(alloc)

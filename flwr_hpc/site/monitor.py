@@ -18,15 +18,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flwr_hpc.clock import Clock
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import from_json
 from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError, stderr_tail
 from flwr_hpc.site.heartbeat import Heartbeat
 from flwr_hpc.site.job_times import keep_times
-from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.outcomes import ENDS, Verdict, Why, of_job, of_pending
 from flwr_hpc.site.queue import Queue
 from flwr_hpc.site.renewal import NoForecast, QueueForecast
-from flwr_hpc.spool import AllocationDir, Spool, WorkerState, publish, read_json
+from flwr_hpc.spool import AllocationDir, Spool, WorkerState
 
 NO_LOG = (
     "It left no log. Whether its nodes see the working folder, and what else they lack, is told "

@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flwr_hpc.clock import Clock
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import from_json
 from flwr_hpc.schedulers.base import JobInfo, Scheduler
-from flwr_hpc.site.long_poll import Clock
-from flwr_hpc.spool import publish, read_json
 
 
 class Queue:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Protocol
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Forecast
 from flwr_hpc.schedulers.base import JobInfo
-from flwr_hpc.site.long_poll import Clock
 
 LEAST_S = 60.0  # for a start-up nobody has measured yet
 LEAD_SHARE = 0.75  # of the walltime: at least the rest of it is used whatever is forecast

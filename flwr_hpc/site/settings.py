@@ -10,15 +10,16 @@ from urllib.parse import unquote
 
 from omegaconf import OmegaConf
 
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import AllocationConfig, Config
 from flwr_hpc.exchange.store import Store
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import JobSpec, make_scheduler
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site import submission
-from flwr_hpc.site.long_poll import SystemClock
 from flwr_hpc.site.manager import AllocationManager
-from flwr_hpc.spool import Spool, publish, read_json
+from flwr_hpc.spool import Spool
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.protocol import Result, SiteState, Status
 from flwr_hpc.site.job_times import queue_s, times
-from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.monitor import Monitor, View, is_gone
 from flwr_hpc.site.renewal import QueueForecast
 from flwr_hpc.spool import AllocationDir, Spool

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError, checkout
-from flwr_hpc.site.long_poll import Clock
 from flwr_hpc.site.renewal import QueueForecast
-from flwr_hpc.spool import AllocationDir, Spool, publish, read_json
+from flwr_hpc.spool import AllocationDir, Spool
 from flwr_hpc.worker.entry import work
 
 BUSY_POLLS = 2  # polling intervals that a submission may take; sbatch and qsub are given 120 s

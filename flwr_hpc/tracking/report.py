@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.spool import publish, read_json
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.tracking.charts import Chart, Curve, Gantt, gantt, line_chart
 from flwr_hpc.tracking.events import FILE_NAME, read
 from flwr_hpc.tracking.lanes import lanes

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
-from flwr_hpc.spool import publish, read_json, sync_dir
+from flwr_hpc.files import publish, read_json, sync_dir
 from flwr_hpc.train.rendezvous import Group
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.spool import publish, read_json
+from flwr_hpc.files import publish, read_json
 from flwr_hpc.worker.lifeline import Lifeline, LoneFailureError
 from flwr_hpc.worker.ranks import Ranks
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.spool import sync_dir
+from flwr_hpc.files import draft
 
 
 def write_tensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable[Tensor]) -> str:
@@ -32,16 +31,10 @@ def write_tensors(path: Path, shapes: dict[str, list[int]], tensors: Iterable[Te
         In the order of `shapes`.
     """
     digest = hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "wb") as file:
+    with draft(path) as temporary, open(temporary, "wb") as file:
         for part in _parts(shapes, tensors):
             file.write(part)
             digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    sync_dir(path.parent)
     return digest.hexdigest()
 
 

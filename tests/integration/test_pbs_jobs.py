@@ -14,10 +14,10 @@ from worlds import worker as fake_worker
 from worlds.jobs import facility, install_fake_pbs, processes_of, until
 from worlds.runs import SMALL, Run
 
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
-from flwr_hpc.site.long_poll import SystemClock
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 

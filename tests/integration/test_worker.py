@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save_file
 from worlds.torch_ranks import LLAMA
 
 from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
+from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
-from flwr_hpc.spool import AllocationDir, OrderDir, Spool, publish
+from flwr_hpc.spool import AllocationDir, OrderDir, Spool
 
 RUN = "import sys; from flwr_hpc.train.worker import run; run(sys.argv[1])"
 PATIENCE_S = 90.0

@@ -16,6 +16,8 @@ LAYERS = {
     "__init__": 8,  # the face: hands on `batch`
     "errors": 0,
     "protocol": 0,
+    "files": 0,
+    "clock": 0,
     "spool": 1,
     "command": 1,
     "config": 2,

@@ -12,11 +12,11 @@ from lab.cluster import Cluster
 from worlds import worker as fake_worker
 from worlds.jobs import TESTS, until
 
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
-from flwr_hpc.site.long_poll import SystemClock
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 

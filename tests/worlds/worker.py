@@ -13,8 +13,9 @@ from pathlib import Path
 
 import submitit
 
+from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
-from flwr_hpc.spool import AllocationDir, Spool, WorkerState, publish
+from flwr_hpc.spool import AllocationDir, Spool, WorkerState
 from flwr_hpc.worker.deadline import Deadline
 
 BEAT_S = 0.05

@@ -11,15 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 
+from flwr_hpc.clock import Clock
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import lock, publish, read_json
 from flwr_hpc.protocol import Forecast
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, Scheduler, SchedulerUnavailableError
 from flwr_hpc.site.forecast.estimate import HIGH, Estimate, estimate, verdicts
 from flwr_hpc.site.forecast.history import History, Wait, shape_of
 from flwr_hpc.site.forecast.survival import Survival
-from flwr_hpc.site.lock import locked
-from flwr_hpc.site.long_poll import Clock
-from flwr_hpc.spool import publish, read_json
 
 PLAN_POLLS = 10  # the scheduler is asked for a plan at most every so many polling intervals
 AT_ONCE = Survival(np.array([0.0, 1e-9]), np.array([1.0, 0.0]))
@@ -150,14 +149,14 @@ class Forecaster:
         """Return the scheduler's plan for a new job, from a file unless that is old."""
         now = self._clock.wall()
         try:
-            with locked(self.history.folder):
+            with lock(self.history.folder):
                 last = self._kept_plans().get(self._key, {})
                 if 0 <= now - last.get("asked", float("-inf")) < self._ask_every_s:
                     return cast("float | None", last["wait_s"])
                 # Whoever comes meanwhile, or after this was killed, makes do with the last one.
                 self._keep_plan(now, last.get("wait_s"))
             wait_s = self._ask()
-            with locked(self.history.folder):
+            with lock(self.history.folder):
                 self._keep_plan(now, wait_s)
             return wait_s
         except OSError as exc:  # nowhere to note that it was asked: do without

@@ -18,8 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
-from flwr_hpc.site.lock import locked
-from flwr_hpc.spool import publish
+from flwr_hpc.files import lock, publish
 
 KEPT = 300  # jobs
 LONGEST_BYTES = 400_000  # of a file, before the oldest jobs are dropped
@@ -119,7 +118,7 @@ class History:
         """Add to what is known of a job; the fields are `Wait`'s."""
         line = json.dumps({"job": job, **known}, allow_nan=False) + "\n"
         try:
-            with locked(self.folder):
+            with lock(self.folder):
                 self._append(line)
                 if self.path.stat().st_size > LONGEST_BYTES:
                     self._shorten()

@@ -378,8 +378,7 @@ def test_cancel_all_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for module in ("job_times", "monitor", "submission"):
-        monkeypatch.setattr(f"flwr_hpc.site.{module}.publish", full)
+    monkeypatch.setattr("flwr_hpc.files.draft", full)
     monkeypatch.setattr(Path, "touch", full)
     world.restart().cancel_all()
     assert world.scheduler.cancelled == ["run-fac-a0000"]

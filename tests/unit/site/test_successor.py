@@ -271,6 +271,7 @@ def test_killed_at_any_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def count(path: Path, target: Path) -> Path:
         writes[0] -= 1
         if writes[0] == 0:
+            path.with_name(f".{target.name}.killed.tmp").write_bytes(path.read_bytes())
             raise Killed()
         return replace(path, target)
 
