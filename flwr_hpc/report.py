@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.tracking.report import REPORT, SUMMARY, rebuild
+from flwr_hpc.tracking.report.page import REPORT, SUMMARY, rebuild
 
 
 def main(argv: Sequence[str] | None = None) -> int:

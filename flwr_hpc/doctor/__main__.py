@@ -108,7 +108,7 @@ def _probe(patients: Sequence[FacilityExam], console: Console, clock: Clock) -> 
         with probing(patients), _Progress(progress) as tell:
             settled(patients, clock, tell)
     except Stopped as exc:
-        ended = ", ".join(one.probe.found.job_id or "none yet" for one in patients)
+        ended = ", ".join(one.probe.result.job_id or "none yet" for one in patients)
         print(f"stopped; probe job cancelled: {ended}", file=sys.stderr)
         for one in patients:
             one.look_there()  # counts as not passed

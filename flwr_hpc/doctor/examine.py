@@ -59,7 +59,7 @@ class FacilityExam:
 
     def look_there(self) -> list[Finding]:
         """Judge what the probe job brought back."""
-        found = nodes.run(Nodes(self.here.name, self.probe.found, versions(PACKAGES)))
+        found = nodes.run(Nodes(self.here.name, self.probe.result, versions(PACKAGES)))
         self.findings = self.findings + found
         return found
 

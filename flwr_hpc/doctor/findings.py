@@ -16,7 +16,7 @@ class Finding:
     """The outcome of one check."""
 
     status: Status  # ``pass``, ``warn`` (runs go on, but not as well), ``fail`` or ``skipped``
-    found: str  # What there is, in the system's own words where it has some
+    observed: str  # What there is, in the system's own words where it has some
     fix: str = ""  # What to do about it; empty when there is nothing to do
     name: str = ""  # Set by `Checks.run`
     where: str = ""

@@ -33,7 +33,7 @@ FIRST_LOOK_S = 5.0
 
 
 @dataclass
-class Probed:
+class ProbeResult:
     """What the probe job brought back, as far as it came."""
 
     facility: FacilityConfig  # As the job had it
@@ -92,9 +92,9 @@ class Probe:
         urls: tuple[str, ...] = (),
     ) -> None:
         self.name, self.folder = name, root / "probe"
-        self.found = Probed(facility, token=secrets.token_hex(8))
+        self.result = ProbeResult(facility, token=secrets.token_hex(8))
         self.spec = JobSpec(
-            name=f"doctor-{self.found.token[:6]}-{name}",
+            name=f"doctor-{self.result.token[:6]}-{name}",
             folder=root / "job",
             facility=facility,
             function=probe.run,
@@ -115,22 +115,22 @@ class Probe:
         """What to show while waiting."""
         said = self._info.reason or self._info.state if self._info else "submitted"
         seen = f", {len(self._greeted)} ranks at work" if self._greeted else ""
-        return f"{self.name}: probe job {self.found.job_id} {said}{seen}"
+        return f"{self.name}: probe job {self.result.job_id} {said}{seen}"
 
     def start(self) -> None:
         """Submit the job; a refusal is part of what was found."""
-        asked = {"token": self.found.token, "urls": self._urls}
+        asked = {"token": self.result.token, "urls": self._urls}
         self._submitted = self._clock.now()
         try:
             publish(self.folder / "ask.json", json.dumps(asked))
             self._job = self._scheduler.submit(self.spec)
         except UserError as exc:
-            self.found.fault = refusal(exc)
+            self.result.fault = refusal(exc)
             return
         except (SchedulerUnavailableError, OSError) as exc:
-            self.found.fault = str(exc)
+            self.result.fault = str(exc)
             return
-        self.found.job_id = self._job["id"]
+        self.result.job_id = self._job["id"]
         soon = min(FIRST_LOOK_S, self._scheduler.poll_s)
         self._asked = self._clock.now() + soon - self._scheduler.poll_s
 
@@ -140,14 +140,14 @@ class Probe:
             return True
         self._read_files()
         world = self.spec.facility.nodes * self.spec.facility.ranks_per_node
-        if len(self.found.reports) == world:
+        if len(self.result.reports) == world:
             return True
         now = self._clock.now()
         if now - self._asked >= self._scheduler.poll_s:
             self._asked = now
             self._ask_scheduler(self._job)
-        self.found.fault = self._fault(now)
-        return bool(self.found.fault)
+        self.result.fault = self._fault(now)
+        return bool(self.result.fault)
 
     def close(self) -> None:
         """End the job and remove its files; to be called again is harmless."""
@@ -172,8 +172,8 @@ class Probe:
         if job is None and self._submitted < float("inf"):
             job = self._scheduler.find(self.spec)  # interrupted while submitting
         if job is not None:
-            self.found.job_id = job["id"]
-            self.found.log = self.found.log or _log(job)
+            self.result.job_id = job["id"]
+            self.result.log = self.result.log or _log(job)
             self._scheduler.cancel(job)
 
     def _ask_scheduler(self, job: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class Probe:
             self._info = info
         if self._info.state == "ended":
             self._ended = min(self._ended, self._clock.now())
-            self.found.log = _log(job)
+            self.result.log = _log(job)
 
     def _fault(self, now: float) -> str:
         """Return why not to wait any longer, or nothing."""
@@ -191,7 +191,7 @@ class Probe:
             return f"the job will not start: {info.reason}"
         if now - self._ended > self._grace_s():
             return f"the job ended early: {info.reason if info else ''}"
-        started = self.found.waited_s
+        started = self.result.waited_s
         if started is None and waited > self._queue_s:
             said = info.reason or info.state if info else "no answer"
             return f"no sign of life after {duration(waited)}; the scheduler says: {said}"
@@ -203,7 +203,7 @@ class Probe:
         """Return how long to wait for the files of a job that has ended."""
         if self.spec.facility.scheduler == "local":
             return 1.0
-        return FIRST_LOOK_S if self.found.log else AFTER_END_S
+        return FIRST_LOOK_S if self.result.log else AFTER_END_S
 
     def _read_files(self) -> None:
         """See who said hello, send them a file, and take the answers."""
@@ -212,17 +212,17 @@ class Probe:
         for rank in range(world):
             if rank not in self._greeted and f"hello-{rank}.json" in names:
                 self._greet(rank)
-            if rank not in self.found.round_trip_s and f"pong-{rank}.json" in names:
+            if rank not in self.result.round_trip_s and f"pong-{rank}.json" in names:
                 self._take(rank)
-            if rank not in self.found.reports and f"report-{rank}.json" in names:
-                self.found.reports[rank] = read_json(self.folder / f"report-{rank}.json") or {}
+            if rank not in self.result.reports and f"report-{rank}.json" in names:
+                self.result.reports[rank] = read_json(self.folder / f"report-{rank}.json") or {}
 
     def _greet(self, rank: int) -> None:
         said = read_json(self.folder / f"hello-{rank}.json")
         if said is None:
             return
-        if self.found.waited_s is None:
-            self.found.waited_s = self._clock.now() - self._submitted
+        if self.result.waited_s is None:
+            self.result.waited_s = self._clock.now() - self._submitted
         least = said["wall"] - self._clock.wall()  # it was written before it was seen
         sent = self._clock.wall()
         publish(self.folder / f"ping-{rank}.json", "{}")
@@ -234,8 +234,8 @@ class Probe:
             return
         sent, least = self._greeted[rank]
         now = self._clock.wall()
-        self.found.round_trip_s[rank] = now - sent
-        self.found.clock_s[rank] = (max(least, said["wall"] - now), said["wall"] - sent)
+        self.result.round_trip_s[rank] = now - sent
+        self.result.clock_s[rank] = (max(least, said["wall"] - now), said["wall"] - sent)
 
 
 def _log(job: dict[str, Any]) -> str:

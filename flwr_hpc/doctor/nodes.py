@@ -10,7 +10,7 @@ from typing import Any
 from flwr_hpc import __version__
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
-from flwr_hpc.doctor.job import Probed
+from flwr_hpc.doctor.job import ProbeResult
 from flwr_hpc.doctor.login import duration, mend_refusal
 
 NODES = "compute nodes"
@@ -27,7 +27,7 @@ class Nodes:
     """What the checks of one facility look at."""
 
     name: str  # Of the facility
-    probed: Probed
+    probed: ProbeResult
     here: Mapping[str, str]  # Versions of the packages of the login node
 
     @property

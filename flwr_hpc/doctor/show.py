@@ -30,7 +30,7 @@ def show(console: Console, facility: str, findings: Sequence[Finding]) -> None:
     table.add_column("")
     table.add_column("found, and what to do about it", ratio=1, overflow="fold")
     for f in findings:
-        told = Text(f.found)
+        told = Text(f.observed)
         if f.fix:
             told.append(f"\n-> {f.fix}", style=COLOURS[f.status])
         table.add_row(Text(f.name), Text(f.status, style=COLOURS[f.status]), told)
@@ -39,18 +39,18 @@ def show(console: Console, facility: str, findings: Sequence[Finding]) -> None:
 
 def _gathered(findings: Sequence[Finding]) -> list[Finding]:
     """Put the checks that were skipped for want of another one into one row."""
-    idle = [f for f in findings if f.status == "skipped" and f.found.startswith(NEEDS)]
+    idle = [f for f in findings if f.status == "skipped" and f.observed.startswith(NEEDS)]
     rest = [f for f in findings if f not in idle]
     if len(idle) < 3:
         return list(findings)
     names = ", ".join(f.name for f in idle)
-    return [*rest, replace(idle[0], name=f"{len(idle)} more checks", found=names)]
+    return [*rest, replace(idle[0], name=f"{len(idle)} more checks", observed=names)]
 
 
 def _lines(console: Console, title: str, findings: Sequence[Finding]) -> None:
     lines = [title]
     for f in findings:
-        told = f.found.replace("\n", "\n" + 10 * " ")
+        told = f.observed.replace("\n", "\n" + 10 * " ")
         lines.append(f"  {f.status:8}{f.name}: {told}")
         if f.fix:
             lines.append(f"          -> {f.fix}")

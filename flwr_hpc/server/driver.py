@@ -91,7 +91,7 @@ def _sessions(run: RunDir, config: Config, view: LiveView) -> Outcome:
     for _ in range(config.federation.restarts):
         if outcome.status != "lost":
             break
-        view.say(f"{outcome.error}; starting again from the last aggregation")
+        view.print_line(f"{outcome.error}; starting again from the last aggregation")
         outcome = _session(run, config, follower, view)
     return outcome
 
@@ -102,7 +102,7 @@ def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: Outcome) -> 
         with suppress(SchedulerUnavailableError, OSError):  # then they are cancelled
             _let_jobs_end(run, config)
     if left := cancel_jobs(run, config):
-        view.say(f"could not cancel every job; look for them yourself: {left}")
+        view.print_line(f"could not cancel every job; look for them yourself: {left}")
     if not outcome.logged:
         status = "interrupted" if outcome.status == "interrupted" else "failed"
         with suppress(OSError), EventLog(run.events, join=True) as events:
@@ -151,7 +151,7 @@ def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) ->
     port = free_port()
     app = write_bundle(run.flower, f"127.0.0.1:{port}")
     sites = {facility: write_site(run, config, facility) for facility in config.facilities}
-    with Processes(run.logs, flower_env(run), run.lock_fd(), view.say) as processes:
+    with Processes(run.logs, flower_env(run), run.lock_fd(), view.print_line) as processes:
         superlink = Child("superlink", lambda: _superlink(port))
         processes.start(superlink)
         if config.tracking.wandb:

@@ -21,7 +21,7 @@ from flwr_hpc.server.driver import Outcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.settings import job_spec
 from flwr_hpc.tracking.live import LiveView
-from flwr_hpc.tracking.report import rebuild
+from flwr_hpc.tracking.report.page import rebuild
 from flwr_hpc.tracking.text import node_hours_line
 
 

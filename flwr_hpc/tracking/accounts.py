@@ -78,7 +78,7 @@ class Accounts:
                 job.account(seconds)
         for name, one in said.items():
             if job := self.of(name):
-                job.tell(one)
+                job.update(one)
         self._touched |= {name for name in (*ledger, *said) if name in self.jobs}
 
     def count_lost(self, names: Iterable[str]) -> None:

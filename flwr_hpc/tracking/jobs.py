@@ -124,7 +124,7 @@ class Job:
         else:
             self.workers[-1] = worker
 
-    def tell(self, said: Mapping[str, Any]) -> None:
+    def update(self, said: Mapping[str, Any]) -> None:
         """Take in what the scheduler said; an entry may hold one stay, or a list of them."""
         self.id = str(said.get("id") or self.id)
         nodes = _number(said.get("nodes"))

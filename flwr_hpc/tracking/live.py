@@ -106,7 +106,7 @@ class LiveView:
             self._drawn = self._clock()
             self._live.refresh()
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Tell what is no event of the run."""
         self._tell(line)
 

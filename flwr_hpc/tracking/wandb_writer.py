@@ -19,8 +19,8 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.tracking.events import Event
 from flwr_hpc.tracking.records import FacilityState
 from flwr_hpc.tracking.redact import redact
+from flwr_hpc.tracking.report.summary import summarize
 from flwr_hpc.tracking.state import fold, fold_all
-from flwr_hpc.tracking.summary import summarize
 
 MODES = ("auto", "online", "offline", "disabled")
 HOST = "https://api.wandb.ai"

@@ -34,7 +34,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert code == 0, found
     for name in ("probe job", "shared files", "packages", "rendezvous", "clock"):
         assert found[name]["status"] == "pass", found[name]
-    assert "2 ranks (cpu)" in found["rendezvous"]["found"]
+    assert "2 ranks (cpu)" in found["rendezvous"]["observed"]
     assert "2 ranks at work" in said
     assert not list(tmp_path.iterdir())
 
@@ -43,7 +43,7 @@ def test_a_job_that_dies(tmp_path: Path) -> None:
     """Protects from waiting for a job whose first line fails."""
     code, found, _ = doctor(tmp_path, "facilities.local_a.setup=['exit 3']")
     assert code == 1
-    assert "ended early" in found["probe job"]["found"]
+    assert "ended early" in found["probe job"]["observed"]
     assert found["rendezvous"]["status"] == "skipped"
     assert not list(tmp_path.iterdir())
 
@@ -56,7 +56,7 @@ def test_pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     code, found, _ = doctor(tmp_path / "here", *fields, name="pbs")
     assert code == 0, found
-    assert found["scheduler commands"]["found"] == "qsub qstat qdel"
+    assert found["scheduler commands"]["observed"] == "qsub qstat qdel"
     assert found["account and limits"]["status"] == "skipped"
-    assert "2 ranks (cpu)" in found["rendezvous"]["found"]
+    assert "2 ranks (cpu)" in found["rendezvous"]["observed"]
     assert not list((tmp_path / "here").iterdir())

@@ -46,9 +46,9 @@ def test_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
     assert doctor.returncode == 0, found
     for name in ("account and limits", "probe job", "shared files", "packages", "rendezvous"):
         assert found[name]["status"] == "pass", found[name]
-    assert "2 nodes for 00:20:00 accepted" in found["account and limits"]["found"]
+    assert "2 nodes for 00:20:00 accepted" in found["account and limits"]["observed"]
     for node in slurm.nodes:
-        assert node in found["probe job"]["found"]
+        assert node in found["probe job"]["observed"]
     assert "2 ranks at work" in err
     assert not list(tmp_path.iterdir())
     until(lambda: not slurm.active_jobs())

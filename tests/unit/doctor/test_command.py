@@ -69,7 +69,7 @@ def test_without_a_job(
     body = json.loads(capsys.readouterr().out)
     assert body["ok"] is True
     last = body["facilities"]["slurm"][-1]
-    assert (last["name"], last["status"], last["found"]) == ("probe job", "skipped", "--no-job")
+    assert (last["name"], last["status"], last["observed"]) == ("probe job", "skipped", "--no-job")
     assert (scheduler.submitted, list(tmp_path.iterdir())) == ([], [])
 
 
@@ -170,7 +170,7 @@ def test_what_is_needed_comes_first() -> None:
     for name in "bcd":
         checks(name, needs=["a"])(lambda _: passed("never made"))
     findings = checks.run(None)
-    assert [f.found for f in findings] == ["no", *["needs: a"] * 3]
+    assert [f.observed for f in findings] == ["no", *["needs: a"] * 3]
     for terminal in (False, True):
         out = io.StringIO()
         show(Console(file=out, force_terminal=terminal, width=100), "x", findings)

@@ -54,7 +54,7 @@ def test_a_probe_from_begin_to_end(tmp_path: Path) -> None:
         patient.tell("report", rank, host="n")
     assert patient.probe.poll()
     patient.probe.close()
-    found = patient.probe.found
+    found = patient.probe.result
     assert found.waited_s == pytest.approx(60.0)
     assert found.round_trip_s[1] == pytest.approx(0.4)
     low, high = found.clock_s[0]
@@ -73,7 +73,7 @@ def test_polling_is_sparse(tmp_path: Path) -> None:
     assert patient.clock.now() - 1000.0 == pytest.approx(1800.0, abs=2)
     assert patient.scheduler.asked <= 61
     said = "no sign of life after 30 min; the scheduler says: PENDING (Priority)"
-    assert patient.probe.found.fault == said
+    assert patient.probe.result.fault == said
     patient.probe.close()
     assert patient.scheduler.cancelled == ["7"]
 
@@ -86,7 +86,7 @@ def test_a_job_that_cannot_start_is_not_waited_for(tmp_path: Path) -> None:
     patient.probe.start()
     patient.wait()
     assert patient.clock.now() < 1010.0
-    assert patient.probe.found.fault == "the job will not start: held: bad"
+    assert patient.probe.result.fault == "the job will not start: held: bad"
 
 
 @pytest.mark.parametrize(("log", "waits_s"), [("", 30.0), ("No module named 'x'\n", 5.0)])
@@ -102,8 +102,8 @@ def test_a_job_that_ends_early(tmp_path: Path, log: str, waits_s: float) -> None
     patient.ended("FAILED")
     patient.wait()
     assert patient.clock.now() == pytest.approx(1005.0 + waits_s, abs=3)
-    assert patient.probe.found.fault == "the job ended early: FAILED"
-    assert patient.probe.found.log == log.strip()
+    assert patient.probe.result.fault == "the job ended early: FAILED"
+    assert patient.probe.result.log == log.strip()
 
 
 def test_a_rank_that_hangs(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
     patient.tell("hello", 0, wall=0.0)
     patient.wait()
     assert patient.clock.now() < 1500.0
-    assert "some ranks did not come to an end" in patient.probe.found.fault
+    assert "some ranks did not come to an end" in patient.probe.result.fault
 
 
 def test_a_refusal(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_refusal(tmp_path: Path) -> None:
     patient.probe.start()
     patient.wait()
     patient.probe.close()
-    assert patient.probe.found.fault == "refused: no such account"
+    assert patient.probe.result.fault == "refused: no such account"
     assert not list(tmp_path.iterdir())
 
 

@@ -42,7 +42,7 @@ def test_all_is_well(tmp_path: Path) -> None:
     """Protects users of a good facility from false alarms."""
     findings = found(a_login(tmp_path))
     assert {f.status for f in findings.values()} <= {"pass", "skipped"}
-    assert "would start in 12 min" in findings["account and limits"].found
+    assert "would start in 12 min" in findings["account and limits"].observed
     assert not list(tmp_path.iterdir())
 
 
@@ -50,7 +50,10 @@ def test_not_on_a_login_node(tmp_path: Path) -> None:
     """Protects who types the command on a laptop: said once, and nothing else is asked."""
     findings = sick(tmp_path, outside={"programs": ("srun",)})
     first = findings["scheduler commands"]
-    assert (first.status, first.found) == ("fail", "not found on this host: sbatch squeue scancel")
+    assert (first.status, first.observed) == (
+        "fail",
+        "not found on this host: sbatch squeue scancel",
+    )
     assert "login node of slurm" in first.fix
     for name in ("scheduler answers", "accounting", "account and limits"):
         assert findings[name].status == "skipped"
@@ -61,7 +64,7 @@ def test_scheduler_away(tmp_path: Path) -> None:
     away = SchedulerUnavailableError("squeue: Unable to contact slurm controller")
     findings = sick(tmp_path, scheduler={"error": away})
     assert findings["scheduler answers"].status == "fail"
-    assert "Unable to contact" in findings["scheduler answers"].found
+    assert "Unable to contact" in findings["scheduler answers"].observed
     assert "SLURM_CONF" in findings["scheduler answers"].fix
     assert findings["account and limits"].status == "skipped"
 
@@ -101,7 +104,7 @@ def test_refusals(tmp_path: Path, words: str, fix: str) -> None:
     refused = UserError(REFUSED.format(words))
     finding = sick(tmp_path, scheduler={"error": refused})["account and limits"]
     assert finding.status == "fail"
-    assert finding.found.endswith(words)
+    assert finding.observed.endswith(words)
     assert fix in finding.fix
     assert "{" not in finding.fix
 
@@ -138,7 +141,7 @@ def test_containers(tmp_path: Path) -> None:
     image = tmp_path / "x.sif"
     setting = f"facilities.slurm.container={image}"
     finding = sick(tmp_path, setting)["Python for jobs"]
-    assert (finding.status, finding.found) == ("fail", f"there is no image {image}")
+    assert (finding.status, finding.observed) == ("fail", f"there is no image {image}")
     image.touch()
     assert sick(tmp_path, setting)["Python for jobs"].status == "pass"
     finding = sick(tmp_path, setting, outside={"programs": ("sbatch",)})["Python for jobs"]
@@ -149,7 +152,7 @@ def test_containers(tmp_path: Path) -> None:
 def test_packages_and_loopback(tmp_path: Path) -> None:
     """Protects what runs on the login node itself."""
     finding = sick(tmp_path, outside={"missing": ("psutil",)})["packages here"]
-    assert (finding.status, finding.found) == ("fail", "missing: psutil")
+    assert (finding.status, finding.observed) == ("fail", "missing: psutil")
     finding = sick(tmp_path, outside={"lonely": "refused"})["loopback"]
     assert finding.status == "fail"
 
@@ -165,7 +168,7 @@ def test_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Path, "write_text", refuse)
     findings = sick(tmp_path)
-    assert "Permission denied" in findings["working folder"].found
+    assert "Permission denied" in findings["working folder"].observed
     assert findings["free space"].status == "skipped"
 
 
@@ -176,20 +179,20 @@ def test_shared_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for roots, status in (("[/gpfs,$SCRATCH]", "pass"), ("[$UNSET]", "pass"), ("[/gpfs]", "warn")):
         finding = sick(tmp_path, f"facilities.slurm.shared_roots={roots}")["working folder"]
         assert finding.status == status, roots
-    assert "/gpfs" in finding.found
+    assert "/gpfs" in finding.observed
 
 
 def test_a_path_containers_cannot_take(tmp_path: Path) -> None:
     """Protects from a bind of half a path."""
     here = a_login(tmp_path, "facilities.slurm.container=x.sif")
     odd = replace(here, root=tmp_path / "a:b")
-    assert "':'" in found(odd)["working folder"].found
+    assert "':'" in found(odd)["working folder"].observed
 
 
 def test_space(tmp_path: Path) -> None:
     """Protects from a disk that fills up in the third round."""
     assert sick(tmp_path, outside={"space": (10**8, -1)})["free space"].status == "fail"
-    assert "inodes" in sick(tmp_path, outside={"space": (10**13, 9)})["free space"].found
+    assert "inodes" in sick(tmp_path, outside={"space": (10**13, 9)})["free space"].observed
     assert sick(tmp_path, outside={"space": (10**13, -1)})["free space"].status == "pass"
 
 
@@ -222,7 +225,7 @@ def test_quota_of_another_file_system_is_not_ours(tmp_path: Path) -> None:
     rows = "Disk quotas for user me (uid 1):\n Filesystem blocks quota limit grace files quota "
     rows += "limit grace\nnas:/home 9 10 10 0 1 0 0 0\nnas:/x 9 90000000 0 0 1 0 0 0\n"
     outside = {"programs": (*FakeOutside().programs, "quota"), "says": {"quota": Answer(1, rows)}}
-    assert sick(tmp_path, outside=outside)["quota"].found == "92.2 GB left"
+    assert sick(tmp_path, outside=outside)["quota"].observed == "92.2 GB left"
 
 
 def test_need_follows_the_model(tmp_path: Path) -> None:
@@ -241,11 +244,11 @@ def test_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     paths = ["data=text", f"data.paths.slurm={tmp_path}/none/*.txt", "model.path=org/name"]
     findings = sick(tmp_path, *paths)
-    assert "hf download org/name" in findings["model and tokenizer"].found
+    assert "hf download org/name" in findings["model and tokenizer"].observed
     assert findings["data"].status == "fail"
     online = "facilities.slurm.internet=true"
     finding = sick(tmp_path, *paths, online, outside={"unreachable": "timed out"})
-    assert "timed out" in finding["Hugging Face from here"].found
+    assert "timed out" in finding["Hugging Face from here"].observed
     assert sick(tmp_path, *paths, online)["Hugging Face from here"].status == "pass"
 
 
@@ -268,7 +271,7 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path) -> None:
         raise ValueError("boom")
 
     findings = sick(tmp_path, outside={"which": boom})
-    assert "ValueError: boom" in findings["scheduler commands"].found
+    assert "ValueError: boom" in findings["scheduler commands"].observed
     assert findings["data"].status == "pass"
 
 

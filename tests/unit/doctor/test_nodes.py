@@ -10,7 +10,7 @@ import pytest
 from flwr_hpc import __version__
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.doctor.findings import Finding
-from flwr_hpc.doctor.job import Probed
+from flwr_hpc.doctor.job import ProbeResult
 from flwr_hpc.doctor.nodes import Nodes, nodes
 
 PACKAGES = {"torch": "2.13.0", "transformers": "5.1", "peft": "0.21", "datasets": "4.0"}
@@ -41,7 +41,7 @@ def well(**fields: Any) -> Nodes:
     """Return two nodes of two GPUs where everything is as declared."""
     shape = {"nodes": 2, "ranks_per_node": 2, "gpus_per_node": 2, "cpus_per_rank": 2}
     facility = FacilityConfig(account="p", **(shape | {"gpu_memory_gb": 40.0} | fields))
-    probed = Probed(facility, "7", "", {k: report(k) for k in range(4)}, 60.0, token=TOKEN)
+    probed = ProbeResult(facility, "7", "", {k: report(k) for k in range(4)}, 60.0, token=TOKEN)
     probed.round_trip_s = dict.fromkeys(range(4), 0.4)
     probed.clock_s = dict.fromkeys(range(4), (-0.2, 0.1))
     return Nodes("x", probed, {"flwr": "1.41.0", **PACKAGES})
@@ -63,8 +63,8 @@ def test_all_is_well() -> None:
     findings = found(well())
     assert {f.status for f in findings.values()} == {"pass", "skipped"}
     assert [f.name for f in findings.values() if f.status == "skipped"] == ["outbound reach"]
-    assert "4 ranks on n0, n1" in findings["probe job"].found
-    assert "all-reduce at 20.0 GB/s" in findings["rendezvous"].found
+    assert "4 ranks on n0, n1" in findings["probe job"].observed
+    assert "all-reduce at 20.0 GB/s" in findings["rendezvous"].observed
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_jobs_that_bring_nothing_back(fault: str, log: str, fix: str) -> None:
     there.probed.fault, there.probed.log = fault, log
     first, *others = nodes.run(there)
     assert first.status == "fail"
-    assert fault in first.found
-    assert log in first.found
+    assert fault in first.observed
+    assert log in first.observed
     assert fix in first.fix
     assert {f.status for f in others} == {"skipped"}
 
@@ -98,7 +98,7 @@ def test_a_refused_job() -> None:
     there.probed.job_id, there.probed.reports = "", {}
     there.probed.fault = "Slurm refused the job 'x': sbatch: error: Invalid qos specification"
     finding = found(there)["probe job"]
-    assert finding.found == there.probed.fault
+    assert finding.observed == there.probed.fault
     assert "facilities.x.qos=NAME" in finding.fix
 
 
@@ -107,7 +107,7 @@ def test_some_ranks_are_silent() -> None:
     there = well()
     del there.probed.reports[3]
     there.probed.fault = "some ranks did not come to an end in 7 min"
-    assert "no report of rank 3" in found(there)["probe job"].found
+    assert "no report of rank 3" in found(there)["probe job"].observed
 
 
 def test_files() -> None:
@@ -134,7 +134,7 @@ def test_packages(change: dict[str, Any], status: str, words: str) -> None:
     """Protects from environments that differ, or break on import."""
     findings = sick(1, **change)
     assert findings["packages"].status == status
-    assert words in findings["packages"].found
+    assert words in findings["packages"].observed
     assert "facilities.x.python" in findings["packages"].fix
     assert findings["rendezvous"].status == "skipped"
 
@@ -143,7 +143,7 @@ def test_other_versions_than_on_the_login_node() -> None:
     """Protects from a difference that may be meant: a warning; no torch there is fine."""
     there = well()
     differs = Nodes("x", there.probed, {"torch": "2.6.0"})
-    assert "torch 2.13.0 (2.6.0 on the login node)" in found(differs)["packages"].found
+    assert "torch 2.13.0 (2.6.0 on the login node)" in found(differs)["packages"].observed
     assert found(differs)["packages"].status == "warn"
     assert found(Nodes("x", there.probed, {}))["packages"].status == "pass"
 
@@ -177,10 +177,10 @@ def test_gpus_of_one_rank_each() -> None:
 def test_cores() -> None:
     """Protects from ranks that share a core, or have fewer than their threads."""
     finding = sick(3, cores=[0])["cores per rank"]
-    assert (finding.status, finding.found) == ("fail", "a rank may use 1, 2 declared")
+    assert (finding.status, finding.observed) == ("fail", "a rank may use 1, 2 declared")
     assert "cpus_per_rank=1" in finding.fix
     finding = sick(3, cores=[0, 1])["cores per rank"]
-    assert "n1: 2 ranks share 2 cores" in finding.found
+    assert "n1: 2 ranks share 2 cores" in finding.observed
     local = well(scheduler="local")
     local.probed.reports[3]["cores"] = [0]
     assert found(local)["cores per rank"].status == "warn"

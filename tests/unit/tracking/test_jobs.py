@@ -10,8 +10,8 @@ from worlds.job_events import job_events
 from flwr_hpc.tracking import accounts, state, timeline
 from flwr_hpc.tracking.accounts import Accounts
 from flwr_hpc.tracking.jobs import Job, order_of
+from flwr_hpc.tracking.report.summary import summarize
 from flwr_hpc.tracking.state import fold_all
-from flwr_hpc.tracking.summary import summarize
 from flwr_hpc.tracking.text import node_hours_line
 from flwr_hpc.tracking.timeline import Timeline, totals
 
@@ -89,14 +89,14 @@ def test_a_finished_order_is_credited_to_the_job_that_worked_on_it() -> None:
 def test_a_requeued_job_has_a_stay_and_a_worker_for_every_start() -> None:
     """Its time, its waits and its ledger add up; the new worker's counts from zero."""
     job = Job("a0")
-    job.tell(RUNNING)
+    job.update(RUNNING)
     job.account({"queue": 300, "load": 20, "train": 50})
-    job.tell({**ENDED, "restarts": 1})  # waits again; its new times are not known yet
+    job.update({**ENDED, "restarts": 1})  # waits again; its new times are not known yet
     assert job.pending
     assert job.bad_ends == 1
     again = {"submitted_s": 1000.0, "eligible_s": None, "started_s": 1600.0, "ended_s": None}
     first = {k: ENDED[k] for k in again}
-    job.tell({"id": "7", "nodes": 2, "restarts": 1, "stays": [first, again], **again})
+    job.update({"id": "7", "nodes": 2, "restarts": 1, "stays": [first, again], **again})
     job.account({"queue": 900, "load": 21, "train": 1})
     assert not job.pending
     assert not job.ended
@@ -110,7 +110,7 @@ def test_a_requeue_ends_the_stay_before_it() -> None:
     """Where the scheduler forgets the first start, the new submission tells its end."""
     job = Job("a0")
     for said in (RUNNING, {**RUNNING, "submitted_s": 700.0, "started_s": 900.0, "restarts": 1}):
-        job.tell(said)
+        job.update(said)
     assert [(s.started_s, s.ended_s) for s in job.stays] == [(400.0, 700.0), (900.0, None)]
 
 

@@ -9,8 +9,8 @@ import pytest
 from worlds.events import run_events
 
 from flwr_hpc.tracking.records import FacilityState, RunState
+from flwr_hpc.tracking.report.summary import summarize
 from flwr_hpc.tracking.state import fold, fold_all
-from flwr_hpc.tracking.summary import summarize
 from flwr_hpc.tracking.timeline import Timeline, order_parts, totals
 
 Event = dict[str, Any]

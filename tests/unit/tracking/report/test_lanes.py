@@ -11,7 +11,7 @@ from worlds.events import run_events, write_log
 from worlds.job_events import T0, job_events
 
 from flwr_hpc.report import main
-from flwr_hpc.tracking.lanes import Lane, lanes
+from flwr_hpc.tracking.report.lanes import Lane, lanes
 from flwr_hpc.tracking.state import fold_all
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from flwr_hpc.tracking.lanes import Lane, Span
+from flwr_hpc.tracking.report.lanes import Lane, Span
 from flwr_hpc.tracking.text import duration
 from flwr_hpc.tracking.timeline import PHASES
 

@@ -14,8 +14,8 @@ import pytest
 from worlds.events import run_events, write_log
 
 from flwr_hpc.report import main
-from flwr_hpc.tracking.charts import Curve, gantt, line_chart, nice_step, thin, time_ticks
 from flwr_hpc.tracking.redact import redact, redact_text
+from flwr_hpc.tracking.report.charts import Curve, gantt, line_chart, nice_step, thin, time_ticks
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

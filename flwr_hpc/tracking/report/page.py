@@ -17,13 +17,13 @@ import jinja2
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
-from flwr_hpc.tracking.charts import Chart, Curve, Gantt, gantt, line_chart
 from flwr_hpc.tracking.events import FILE_NAME, read
-from flwr_hpc.tracking.lanes import lanes
 from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.redact import redact_text
+from flwr_hpc.tracking.report.charts import Chart, Curve, Gantt, gantt, line_chart
+from flwr_hpc.tracking.report.lanes import lanes
+from flwr_hpc.tracking.report.summary import summarize
 from flwr_hpc.tracking.state import fold_all
-from flwr_hpc.tracking.summary import summarize
 from flwr_hpc.tracking.text import compact, duration, hours
 from flwr_hpc.tracking.timeline import PHASES
 

@@ -1,0 +1,1 @@
+"""report.html and summary.json: one self-contained page about a run."""
