@@ -154,6 +154,9 @@ class Status:
     # ``submitted_s``, ``eligible_s``, ``started_s``, ``ended_s`` (Unix seconds) and
     # ``outcome``, as far as known.
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Seconds so far in which a job of the site waited in the queue and none of them ran: a
+    # successor that queues while its predecessor works keeps nobody waiting.
+    queued_s: float = 0.0
     forecast: Forecast | None = None  # Answers `FORECAST`
     seconds: float = 0.0  # How long the site took to answer, on the site's clock
     error: str = ""  # As in `Result`

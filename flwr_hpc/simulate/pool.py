@@ -78,8 +78,8 @@ class Pool:
 
     Attributes
     ----------
-    node_s, queued_s : float
-        Node seconds of all allocations that have ended; seconds that jobs have waited.
+    node_s : float
+        Node seconds of all allocations that have ended.
     orders : int
         Finished so far.
     segments : list of Segment
@@ -97,7 +97,8 @@ class Pool:
     ) -> None:
         self.facility, self.queue, self.clock, self.rng = facility, queue, clock, rng
         self.retries = retries
-        self.node_s = self.queued_s = 0.0
+        self.node_s = 0.0
+        self._queued_s, self._counted_until = 0.0, clock.now()
         self.orders = 0
         self.segments: list[Segment] = []
         self._train, self._changed = train, changed
@@ -165,6 +166,14 @@ class Pool:
         now = self.clock.now()
         running = [a for a in self._allocations if a.state in ("loading", "ready")]
         return sum((now - a.started) * self.facility.nodes for a in running)
+
+    def queued_s(self) -> float:
+        """Return the seconds so far in which a job waited and none ran, see `Status.queued_s`."""
+        now, states = self.clock.now(), [a.state for a in self._allocations]
+        if "queued" in states and not {"loading", "ready"} & set(states):
+            self._queued_s += now - self._counted_until
+        self._counted_until = now
+        return self._queued_s
 
     def steps_so_far(self, a: Allocation) -> int:
         """Return how many steps of its order an allocation has done in this stay."""
@@ -234,6 +243,7 @@ class Pool:
         kept_s = self.facility.kept_s(self._made)
         a = Allocation(f"a{self._made:04d}", submitted=now, kept_s=kept_s, since=now)
         self._made += 1
+        self.queued_s()  # up to here; the same before every change of an allocation's state
         self._allocations.append(a)
         self._enqueue(a)
         return a
@@ -252,7 +262,7 @@ class Pool:
             return
         self._segment(a, "queue")
         self._waits.append(now - a.submitted)
-        self.queued_s += now - a.submitted
+        self.queued_s()
         a.state, a.started, a.ends, a.since = "loading", now, now + f.walltime_s, now
         a.stay += 1
         stay = a.stay
@@ -322,6 +332,7 @@ class Pool:
 
     def _preempt(self, a: Allocation) -> None:
         """Put the job back in the queue; the order goes on from its checkpoint."""
+        self.queued_s()
         steps = self.steps_so_far(a)
         task = self._stop(a)
         if task is not None:
@@ -344,6 +355,7 @@ class Pool:
         self._end(a, [])
 
     def _end(self, a: Allocation, undone: list[Task]) -> None:
+        self.queued_s()
         a.state = "ended"
         self._allocations.remove(a)
         if a.ticket is not None:

@@ -176,7 +176,7 @@ class SimulatedSite:
             self.name,
             allocation=name,
             walltime_left_s=left,
-            ledger={"all": {"queue": self.pool.queued_s}},
+            queued_s=self.pool.queued_s(),
             **fields,
         )
         return RecordDict({protocol.STATUS: ConfigRecord({"json": protocol.to_json(status)})})

@@ -7,12 +7,14 @@ stay for every start, and one without a start if it ended in the queue.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import JobInfo
 from flwr_hpc.spool import AllocationDir
 
+Span = tuple[float, float]  # Begin and end
 STAY = ("submitted_s", "eligible_s", "started_s", "ended_s")
 
 
@@ -53,3 +55,30 @@ def queue_s(kept: dict[str, Any]) -> float:
         if s["submitted_s"] is not None
     ]
     return float(sum(max(0.0, wait) for wait in waits))
+
+
+def spans(kept: dict[str, Any], until: float) -> tuple[list[Span], list[Span]]:
+    """Return when a job waited and when it ran; `until` ends what is not known to have ended."""
+    waits, runs = [], []
+    for stay in kept.get("stays", []):
+        submitted, started, ended = stay["submitted_s"], stay["started_s"], stay["ended_s"]
+        if started is not None:
+            runs.append((started, until if ended is None else ended))
+        if submitted is not None:
+            waits.append((submitted, ended if started is None else started))
+    return waits, runs
+
+
+def alone_s(waits: Iterable[Span], runs: Iterable[Span]) -> float:
+    """Return for how long somebody waited while nobody ran, each moment counted once."""
+    runs = list(runs)
+    return _covered([*waits, *runs]) - _covered(runs)
+
+
+def _covered(spans: Iterable[Span]) -> float:
+    """Return the length of the spans' union."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total

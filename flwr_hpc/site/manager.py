@@ -269,7 +269,7 @@ class AllocationManager:
         # A successor that has failed is not replaced before it is needed.
         if newer or alloc.released or view.walltime_left_s is None:
             return
-        ledgers = [self._answers.known(a)[0] for a in self.spool.allocations()]
+        ledgers = [self._answers.known(a).ledger for a in self.spool.allocations()]
         if self._renewal.due(view.walltime_left_s, ledgers):
             self._look(self._create())
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr_hpc.clock import Clock
 from flwr_hpc.protocol import Result, SiteState, Status
-from flwr_hpc.site.job_times import queue_s, times
+from flwr_hpc.site.job_times import Span, alone_s, queue_s, spans, times
 from flwr_hpc.site.monitor import Monitor, View, is_gone
 from flwr_hpc.site.renewal import QueueForecast
 from flwr_hpc.spool import AllocationDir, Spool
@@ -15,6 +15,15 @@ from flwr_hpc.spool import AllocationDir, Spool
 PROGRESS = ("step", "steps", "loss", "tokens_per_s")
 HIGH = 0.9  # quantile of the forecast beside the median
 FRESH_S = 30.0  # a forecast is computed anew after so long
+
+
+class Account(NamedTuple):
+    """What an allocation cost."""
+
+    ledger: dict[str, float]  # Seconds by what they went into
+    job: dict[str, Any]  # See `Status.jobs`
+    waits: list[Span]  # When its job was in the queue, and when it ran: the scheduler's time
+    runs: list[Span]
 
 
 class Answers:
@@ -39,7 +48,7 @@ class Answers:
     ) -> None:
         self._spool, self._facility, self._watch = spool, facility_name, watch
         self._forecast, self._clock = forecast, clock
-        self._final: dict[str, tuple[dict[str, float], dict[str, Any]]] = {}
+        self._final: dict[str, Account] = {}
         self._waits: dict[str, tuple[float, dict[str, float | None]]] = {}
 
     def say(self, state: SiteState, **fields: Any) -> Status:
@@ -50,8 +59,12 @@ class Answers:
             Status(
                 state,
                 facility=self._facility,
-                ledger={name: ledger for name, (ledger, _) in known.items()},
-                jobs={name: job for name, (_, job) in known.items() if job},
+                ledger={name: account.ledger for name, account in known.items()},
+                jobs={name: account.job for name, account in known.items() if account.job},
+                queued_s=alone_s(
+                    (span for account in known.values() for span in account.waits),
+                    (span for account in known.values() for span in account.runs),
+                ),
             ),
             **fields,
         )
@@ -88,21 +101,26 @@ class Answers:
             **progress,
         )
 
-    def known(self, alloc: AllocationDir) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return an allocation's seconds by what they went into, and its job's facts."""
+    def known(self, alloc: AllocationDir) -> Account:
+        """Return what an allocation has cost so far."""
         found = self._final.get(alloc.name)
         if found is None:
-            found = self._ledger(alloc), _job(alloc)
+            found = self._account(alloc)
             if self._watch.is_closed(alloc) and (is_gone(alloc) or alloc.job() is None):
                 self._final[alloc.name] = found  # nothing of it changes any more
         return found
 
-    def _ledger(self, alloc: AllocationDir) -> dict[str, float]:
-        job, worker, queued = alloc.job(), alloc.state(), queue_s(times(alloc))
+    def _account(self, alloc: AllocationDir) -> Account:
+        job, worker, kept, now = alloc.job(), alloc.state(), times(alloc), self._clock.wall()
+        seconds, queued = worker.seconds if worker else {}, queue_s(kept)
+        waits, runs = spans(kept, now)
+        if runs and is_gone(alloc):  # an end that the scheduler has not told: the worker's
+            waits, runs = spans(kept, min(now, runs[-1][0] + sum(seconds.values())))
         if job is not None and not self._watch.is_closed(alloc):
             info = self._watch.info(alloc, job)
-            queued += self._watch.waited_s(job, info) if info.state == "pending" else 0.0
-        return {"queue": queued, **(worker.seconds if worker else {})}
+            age = self._watch.waited_s(job, info) if info.state == "pending" else 0.0
+            queued, waits = queued + age, [*waits, (now - age, now)]
+        return Account({"queue": queued, **seconds}, _job(alloc), waits, runs)
 
     def _wait(self, alloc: AllocationDir, view: View) -> dict[str, float | None]:
         """Return the forecast of what a queued allocation has still to wait."""

@@ -184,9 +184,8 @@ class SiteResult:
 
     @property
     def queued_s(self) -> float:
-        """How long this site's jobs have waited so far, all of them, by its scheduler."""
-        ledger = self.status.ledger if self.status else {}
-        return sum(spent.get("queue", 0.0) for spent in ledger.values())
+        """How long this site has waited so far with no allocation running, by its scheduler."""
+        return self.status.queued_s if self.status else 0.0
 
     @property
     def train_s(self) -> float | None:

@@ -24,7 +24,7 @@ class SpeedEstimate:
         By facility: of one step; in the queue for one order; of an order, above its training
         (transfer, messages, start-up of the site's process).
     queued_s : dict of str to float
-        In the queue by the last arrival, in all.
+        In the queue with no allocation running, by the last arrival, in all.
     """
 
     KINDS = ("step_s", "queue_s", "overhead_s", "queued_s")

@@ -97,8 +97,7 @@ class Driven:
         self.queued[name] = self.queued.get(name, 0.0) + queued
         seconds = {"train": done * step_s}
         result = Result(order.id, "done", done, tokens, examples, metrics, "w", seconds=seconds)
-        ledger = {"all": {"queue": self.queued[name]}}
-        status = Status("done", name, result=result, ledger=ledger)
+        status = Status("done", name, result=result, queued_s=self.queued[name])
         content = {} if gradient is None else {GRADIENT: record(gradient)}
         reply = Message(RecordDict(content), 1, TRAIN)
         took_s = self.clock.t - began

@@ -231,8 +231,8 @@ class FakeSite:
 
     def _status(self, status: Status) -> RecordDict:
         allocation = "" if self.alloc_ready is None else f"{self.name}-{self.alloc_number}"
-        ledger = {f"{self.name}-{k + 1}": {"queue": self.queue_s} for k in range(self.alloc_number)}
-        named = {"facility": self.name, "allocation": allocation, "ledger": ledger}
+        queued_s = self.queue_s * self.alloc_number
+        named = {"facility": self.name, "allocation": allocation, "queued_s": queued_s}
         full = Status(**{**vars(status), **named})
         return RecordDict({protocol.STATUS: ConfigRecord({"json": protocol.to_json(full)})})
 

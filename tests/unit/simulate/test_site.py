@@ -157,7 +157,7 @@ def test_an_order_is_trained():
     status = reply.status
     assert (status.state, status.result.seconds["train"]) == ("done", 500.0)
     assert status.result.metrics["train_loss"] == 2.0
-    assert status.ledger == {"all": {"queue": 100.0}}
+    assert status.queued_s == 100.0
     assert status.allocation == "a0000"
     assert states(site)[:3] == [("queue", 0, 100), ("load", 100, 160), ("train", 160, 670)]
 
@@ -309,6 +309,20 @@ def test_renewal():
     assert [r.trained[0] for r in replies[:5]] == [90] * 5
 
 
+def test_a_successor_that_queues_in_time_keeps_nobody_waiting():
+    """As the launcher counts it: only time in the queue in which no job ran."""
+    site = Site(600.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 600.0))
+    first = site.train(90)
+    site.clock.advance(300.0)
+    assert site.pool.queued_s() == 300.0  # the one that waits still, too
+    site.until(lambda: first.content is not None)
+    assert first.status.queued_s == 600.0
+    second = site.train(1900, seq=1)
+    site.until(lambda: second.content is not None)
+    assert site.pool.queue.submitted == 2
+    assert second.status.queued_s == 600.0
+
+
 def test_a_successor_is_not_submitted_too_early():
     """As the launcher does: a quarter of the walltime is used whatever the waits were."""
     site = Site(10.0, 5000.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 5000.0))
@@ -353,7 +367,7 @@ def test_a_preempted_order_goes_on_from_its_checkpoint():
     assert reply.trained == (500, 500.0)
     assert reply.at == 160 + 1000 + 60 + 400 + 10
     assert (site.steps, site.pool.orders) == (500, 1)
-    assert reply.status.ledger["all"]["queue"] == 1000.0
+    assert reply.status.queued_s == 1000.0
 
 
 def test_the_mean_gradient_is_over_all_steps_of_an_order():
