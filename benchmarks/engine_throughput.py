@@ -25,19 +25,19 @@ from unittest.mock import patch
 import psutil
 from _machine import record
 
-import strategies
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
 from flwr_hpc.simulate.federation import simulate
 from flwr_hpc.simulate.pool import Allocation, Pool
+from strategies.fedbuff import FedBuff
 
 MARKS = (1_000, 5_000, 10_000, 20_000)  # orders
 LIMIT_MB, LIMIT_S = 5.0, 60.0
 ANY = {f"min_{kind}_nodes": 1 for kind in ("train", "evaluate", "available")}
 STRATEGIES: dict[str, tuple[dict[str, Any], int]] = {  # and the versions of 10,000 orders
-    "fedbuff": ({"_target_": "strategies.FedBuff", "buffer_size": 50}, 200),
-    "fedbackfill": ({"_target_": "strategies.FedBackfill", "round_s": 200.0}, 10_000),
-    "fedqueue": ({"_target_": "strategies.FedQueue", "round_s": 600.0}, 10),
+    "fedbuff": ({"_target_": "strategies.fedbuff.FedBuff", "buffer_size": 50}, 200),
+    "fedbackfill": ({"_target_": "strategies.fedbackfill.FedBackfill", "round_s": 200.0}, 10_000),
+    "fedqueue": ({"_target_": "strategies.fedqueue.FedQueue", "round_s": 600.0}, 10),
     "flower fedavg": ({"_target_": "flwr.serverapp.strategy.FedAvg", **ANY}, 10),
 }
 
@@ -64,7 +64,7 @@ def run(scenario: ScenarioConfig, strategy: dict[str, Any], versions: int) -> An
     return outcome
 
 
-class Watched(strategies.FedBuff):
+class Watched(FedBuff):
     """Has the memory measured at certain numbers of orders done."""
 
     found: ClassVar[dict[int, float]] = {}

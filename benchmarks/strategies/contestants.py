@@ -48,59 +48,63 @@ _BUFFER = {STEPS: [50, 100], "buffer_size": [2, 4], "outer_lr": [1.0, 2.0, 4.0]}
 _QUEUE = {"tolerance": [0.2, 0.5], "scale_lr": [True, False]}
 
 CONTESTANTS: dict[str, Contestant] = {
-    "fedavg, job per round": Contestant("strategies.FedAvg", _LONG, policy="per_round"),
-    "fedavg": Contestant("strategies.FedAvg", _LONG),
+    "fedavg, job per round": Contestant("strategies.fedavg.FedAvg", _LONG, policy="per_round"),
+    "fedavg": Contestant("strategies.fedavg.FedAvg", _LONG),
     "fedadam": Contestant(
         "flwr.serverapp.strategy.FedAdam",
         {STEPS: [25, 50, 100, 200], "eta": [0.01, 0.03, 0.1]},
         QUIET,
     ),
     "fedprox": Contestant(
-        "strategies.FedAvg",
+        "strategies.fedavg.FedAvg",
         {STEPS: [100, 200, 400, 800], "proximal_mu": [0.0003, 0.001, 0.01]},
     ),
     "scaffold": Contestant(
-        "strategies.Scaffold", {STEPS: [100, 200, 400, 800], "outer_lr": [1.0, 2.0, 3.0]}
+        "strategies.scaffold.Scaffold", {STEPS: [100, 200, 400, 800], "outer_lr": [1.0, 2.0, 3.0]}
     ),
     "fedavg, quorum": Contestant(
-        "strategies.FedAvg",
+        "strategies.fedavg.FedAvg",
         {STEPS: [50, 100, 200], "quorum": [2, 3], "grace_s": [60.0, 300.0]},
     ),
     "diloco, job per round": Contestant(
-        "strategies.DiLoCo", {STEPS: [200, 400, 800], **_OUTER}, policy="per_round"
+        "strategies.diloco.DiLoCo", {STEPS: [200, 400, 800], **_OUTER}, policy="per_round"
     ),
-    "diloco": Contestant("strategies.DiLoCo", {STEPS: [100, 200, 400], **_OUTER}),
+    "diloco": Contestant("strategies.diloco.DiLoCo", {STEPS: [100, 200, 400], **_OUTER}),
     "streaming_diloco": Contestant(
-        "strategies.StreamingDiLoCo",
+        "strategies.streaming_diloco.StreamingDiLoCo",
         {STEPS: [200, 400, 800], "alpha": [0.0, 0.5], "overlap": [True, False]},
     ),
     "decoupled_diloco": Contestant(
-        "strategies.DecoupledDiLoCo",
+        "strategies.decoupled_diloco.DecoupledDiLoCo",
         {STEPS: [50, 100, 200], "quorum": [2, 3], "momentum": [0.5, 0.8]},
     ),
     "async_diloco": Contestant(
-        "strategies.AsyncDiLoCo",
+        "strategies.async_diloco.AsyncDiLoCo",
         {STEPS: [25, 50, 100], "outer_lr": [0.7, 1.2], "momentum": [0.8, 0.9]},
     ),
     "fedasync": Contestant(
-        "strategies.FedAsync", {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]}
+        "strategies.fedasync.FedAsync", {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]}
     ),
-    "fedbuff": Contestant("strategies.FedBuff", _BUFFER),
-    "fedbuff, debiased": Contestant("strategies.FedBuff", _BUFFER, {"debias": True}),
+    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER),
+    "fedbuff, debiased": Contestant("strategies.fedbuff.FedBuff", _BUFFER, {"debias": True}),
     "fedcompass": Contestant(
-        "strategies.FedCompass",
+        "strategies.fedcompass.FedCompass",
         {"min_steps": [10, 20, 40], "max_steps": [50, 100], "slack": [1.2, 1.5]},
     ),
     "fedqueue, job per round": Contestant(
-        "strategies.FedQueue", {"round_s": [1800.0, 3600.0, 7200.0], **_QUEUE}, policy="per_round"
+        "strategies.fedqueue.FedQueue",
+        {"round_s": [1800.0, 3600.0, 7200.0], **_QUEUE},
+        policy="per_round",
     ),
-    "fedqueue": Contestant("strategies.FedQueue", {"round_s": [300.0, 600.0, 1800.0], **_QUEUE}),
+    "fedqueue": Contestant(
+        "strategies.fedqueue.FedQueue", {"round_s": [300.0, 600.0, 1800.0], **_QUEUE}
+    ),
     "fedbackfill": Contestant(
-        "strategies.FedBackfill",
+        "strategies.fedbackfill.FedBackfill",
         {"outer_lr": [2.0, 3.0, 4.0], "round_s": [60.0, 100.0, 200.0, 300.0]},
     ),
     "fedbackfill_rounds": Contestant(
-        "strategies.FedBackfillRounds",
+        "strategies.fedbackfill_rounds.FedBackfillRounds",
         {"outer_lr": [2.0, 3.0, 4.0], "round_s": [100.0, 200.0, 300.0, 450.0]},
     ),
 }

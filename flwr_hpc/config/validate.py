@@ -68,7 +68,9 @@ def check_values(c: Any) -> None:
     _check_paths(c)
     _check_model(c)
     if not c.strategy.get("_target_"):
-        raise UserError("strategy._target_ must name a Flower Strategy, e.g. strategies.DiLoCo")
+        raise UserError(
+            "strategy._target_ must name a Flower Strategy, e.g. strategies.diloco.DiLoCo"
+        )
 
 
 def _check_walltime(key: str, text: str) -> None:

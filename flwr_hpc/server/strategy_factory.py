@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -12,7 +13,8 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
 
-from flwr_hpc.errors import UserError
+import strategies
+from flwr_hpc.errors import UserError, closest
 from flwr_hpc.server.strategy_options import check_options
 
 
@@ -32,7 +34,9 @@ def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
     try:
         strategy = instantiate(spec, _convert_="all")
     except (HydraException, OmegaConfBaseException) as exc:
-        raise UserError(f"strategy {target} cannot be made: {_explain(exc)}") from None
+        raise UserError(
+            f"strategy {target} cannot be made: {_explain(exc)}{_whereabouts(str(target))}"
+        ) from None
     if not isinstance(strategy, Strategy):
         raise UserError(
             f"{key}._target_={target} is not a subclass of flwr.serverapp.strategy.Strategy "
@@ -57,6 +61,16 @@ def _explain(exc: BaseException) -> str:
     if isinstance(exc, TypeError | ImportError | AttributeError | ValueError):
         return lines[0]  # they speak for themselves
     return f"{type(exc).__name__}: {lines[-1]}"
+
+
+def _whereabouts(target: str) -> str:
+    """Say where our strategies are, if the class is looked for among them."""
+    package, _, name = target.rpartition(".")
+    if package != "strategies" or name in vars(strategies):
+        return ""
+    modules = [m.name for m in pkgutil.iter_modules(strategies.__path__) if not m.ispkg]
+    near = closest(name.lower(), modules)
+    return f". Ours are strategies.MODULE.CLASS, of the modules {', '.join(modules)}.{near}"
 
 
 @cache

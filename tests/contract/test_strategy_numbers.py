@@ -16,9 +16,11 @@ from worlds.grid import (
 )
 from worlds.strategies import ANY_NUMBER, ROUNDS, World, sites
 
-import strategies
 from flwr_hpc.protocol import WEIGHT_KEY
-from strategies import DiLoCo, FedBuff, HpcStrategy, Runtime, run_rounds
+from strategies import HpcStrategy, Runtime, run_rounds
+from strategies.diloco import DiLoCo
+from strategies.fedavg import FedAvg as OurFedAvg
+from strategies.fedbuff import FedBuff
 
 
 def plain_grid(dtype: str = "float64") -> tuple[FakeGrid, ArrayRecord]:
@@ -68,7 +70,7 @@ def test_the_dtype_of_the_model_is_kept():
     "ours",
     [
         HpcStrategy(),
-        strategies.FedAvg(),
+        OurFedAvg(),
         DiLoCo(outer_lr=1.0, momentum=0.0, weighted_by="num-examples"),
     ],
     ids=["hpc strategy", "fedavg", "diloco with eta 1 and beta 0"],

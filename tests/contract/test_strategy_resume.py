@@ -8,7 +8,9 @@ from flwr.serverapp.strategy import Strategy
 from worlds.grid import as_numpy
 from worlds.strategies import LATE, ROUNDS, Killed, World, apart, each, each_late, finite, sites
 
-from strategies import FedAvg, FedBackfill, FedBuff
+from strategies.fedavg import FedAvg
+from strategies.fedbackfill import FedBackfill
+from strategies.fedbuff import FedBuff
 
 
 def killed_everywhere(make, sites_of, rounds=ROUNDS, every=1):

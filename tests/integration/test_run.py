@@ -28,7 +28,7 @@ def test_summary_tells_what_happened(undisturbed: Run) -> None:
     """Protects the fields of summary.json that users and sweeps read."""
     summary = undisturbed.summary()
     assert summary["status"] == "finished"
-    assert summary["strategy"] == "strategies.DiLoCo"
+    assert summary["strategy"] == "strategies.diloco.DiLoCo"
     assert summary["versions"] == 2
     assert summary["wall_s"] > 0
     for facility in ("local_a", "local_b"):

@@ -17,7 +17,7 @@ from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.tensorfile import write_tensors
 from flwr_hpc.train.trainer import Trainer
-from strategies import DiLoCo
+from strategies.diloco import DiLoCo
 
 
 def trained(group: Group, folder: Path, steps: int = 4, mu: float = 0.0, **options: Any) -> Any:

@@ -1,38 +1,30 @@
 """Every strategy, and the world of scripted sites that the contract tests put it into.
 
-A new strategy needs one row in `STRATEGIES`.
+Every file of `conf/strategy` is a row. One whose times or sizes do not suit runs of three rounds
+has its own in `ARGUMENTS`; further settings of a strategy are rows of `VARIANTS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Result, Strategy
+from flwr.serverapp.strategy import FedAvgM, FedYogi, Result, Strategy
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
-import strategies
-from strategies import (
-    AsyncDiLoCo,
-    AsyncStrategy,
-    DecoupledDiLoCo,
-    DiLoCo,
-    Engine,
-    FedBackfill,
-    FedBuff,
-    FedCompass,
-    FedQueue,
-    HpcStrategy,
-    Runtime,
-    Settings,
-    SiteResult,
-    run_rounds,
-)
+from strategies import AsyncStrategy, Engine, HpcStrategy, Runtime, Settings, SiteResult, run_rounds
 from strategies.engine.runtime import MemoryCheckpoints
+from strategies.fedavg import FedAvg as OurFedAvg
+from strategies.fedbackfill_rounds import FedBackfillRounds
+from strategies.streaming_diloco import StreamingDiLoCo
 
 ANY_NUMBER = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
 ROUNDS = 3
@@ -50,39 +42,44 @@ class Mixing(AsyncStrategy):
             yield name, here + alpha * (arrival.arrays[name].numpy() - here)
 
 
+CONF = Path(__file__).parents[2] / "conf" / "strategy"
+SHORT = {"round_s": 20.0, "min_steps": 5}
+ARGUMENTS: dict[str, dict[str, Any]] = {  # by file of `conf/strategy`, in place of those there
+    "fedavg_deadline": {"deadline_s": None},
+    "fedasync": {"alpha": 0.6, "staleness": "hinge", "a": 1.0, "b": 1.0},
+    "fedbuff": {"buffer_size": 3},
+    "decoupled_diloco": {"quorum": 2, "grace_s": 0.0},
+    "fedcompass": {"min_steps": 5, "max_steps": 20},
+    "fedqueue": {"round_s": 200.0, "min_steps": 5},
+    "fedbackfill": SHORT,
+    "fedbackfill_rounds": {**SHORT, "grace": 0.0},
+}
+
+
+def configured(name: str) -> Callable[[], Strategy]:
+    """Return what makes a strategy of `conf/strategy`."""
+    spec = OmegaConf.load(CONF / f"{name}.yaml")
+    return partial(instantiate, OmegaConf.merge(spec, ARGUMENTS.get(name, {})))
+
+
 # A deadline is kept as what is left of it at the last commit: a death shifts it.
 LATE: dict[str, Callable[[], Strategy]] = {
-    "merge": lambda: strategies.FedAvg(deadline_s=60.0, late="merge"),
-    "drop": lambda: strategies.FedAvg(deadline_s=60.0, late="drop"),
-    "grace": lambda: strategies.FedBackfillRounds(round_s=20.0, min_steps=5),
+    "merge": lambda: OurFedAvg(deadline_s=60.0, late="merge"),
+    "drop": lambda: OurFedAvg(deadline_s=60.0, late="drop"),
+    "grace": lambda: FedBackfillRounds(round_s=20.0, min_steps=5),
 }
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "fedavg of ours": HpcStrategy,
-    "diloco": DiLoCo,
-    "fedbuff": lambda: FedBuff(buffer_size=3),
+VARIANTS: dict[str, Callable[[], Strategy]] = {
     "mixing": Mixing,
-    "fedavg with a quorum": lambda: strategies.FedAvg(quorum=2, grace_s=0.0),
-    "fedavg of two of three": lambda: strategies.FedAvg(sites_per_round=2, over_selection=1.5),
+    "fedavg with a quorum": lambda: OurFedAvg(quorum=2, grace_s=0.0),
+    "fedavg of two of three": lambda: OurFedAvg(sites_per_round=2, over_selection=1.5),
     "fedavg that merges what is late": LATE["merge"],
     "fedavg that drops what is late": LATE["drop"],
-    "fedasync": lambda: strategies.FedAsync(alpha=0.6, staleness="hinge", a=1.0, b=1.0),
-    "async diloco": AsyncDiLoCo,
-    "decoupled diloco": lambda: DecoupledDiLoCo(quorum=2, grace_s=0.0),
-    "fedcompass": lambda: FedCompass(min_steps=5, max_steps=20),
-    "fedqueue": lambda: FedQueue(round_s=200.0, min_steps=5),
-    "fedbackfill": lambda: FedBackfill(round_s=20.0, min_steps=5),
-    "fedbackfill rounds": lambda: strategies.FedBackfillRounds(
-        round_s=20.0, min_steps=5, grace=0.0
-    ),
     "fedbackfill rounds with a grace": LATE["grace"],
-    "scaffold": strategies.Scaffold,
-    "streaming diloco": lambda: strategies.StreamingDiLoCo(overlap=False),
-    "streaming diloco with overlap": strategies.StreamingDiLoCo,
-    "flower fedavg": lambda: FedAvg(**ANY_NUMBER),
+    "streaming diloco without overlap": lambda: StreamingDiLoCo(overlap=False),
     "flower fedavgm": lambda: FedAvgM(**ANY_NUMBER, server_momentum=0.9),
-    "flower fedadam": lambda: FedAdam(**ANY_NUMBER),
     "flower fedyogi": lambda: FedYogi(**ANY_NUMBER),
 }
+STRATEGIES = {p.stem: configured(p.stem) for p in sorted(CONF.glob("*.yaml"))} | VARIANTS
 
 each = pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
 each_late = pytest.mark.parametrize("make", LATE.values(), ids=LATE.keys())

@@ -186,7 +186,7 @@ def test_any_strategy_by_its_class_alone(extra: list[str]) -> None:
     name = "flwr.serverapp.strategy.FedAdam"
     config = compose_config([f"strategy._target_={name}", *extra])
     assert type(build_strategy(config.strategy)).__name__ == "FedAdam"
-    kept = compose_config(["strategy=diloco", "strategy._target_=strategies.DiLoCo"])
+    kept = compose_config(["strategy=diloco", "strategy._target_=strategies.diloco.DiLoCo"])
     assert kept.strategy["outer_lr"] == 0.7
 
 
@@ -214,7 +214,7 @@ def test_resumed_configuration_takes_plain_values_only(tmp_path: Path) -> None:
         ("model.lora.r=4", "holds the weights of this model"),
         ("data.tokenizer=a: b: c", "its vocabulary"),
         ("seed=3", "the order of the data"),
-        ("strategy._target_=strategies.FedBuff", "the state of this strategy"),
+        ("strategy._target_=strategies.fedbuff.FedBuff", "the state of this strategy"),
         ("run_dir=/x", "stays in its folder"),
         ("~rounds", "only single values can"),
         ("rouns=3", "Did you mean 'rounds'?"),
@@ -260,11 +260,13 @@ def test_wrong_walltime_is_explained() -> None:
 
 def test_a_strategy_that_is_none_is_refused() -> None:
     """Protects against `_target_`s that would fail minutes later in the ServerApp."""
+    with pytest.raises(UserError, match="modules async_diloco, .* Did you mean 'fedbuff'"):
+        build_strategy({"_target_": "strategies.FedBuff"})
     for spec in ({"_target_": "strategies.Nope"}, {"_target_": "builtins.dict"}):
         with pytest.raises(UserError, match="strategy"):
             build_strategy(spec)
     with pytest.raises(UserError, match="unexpected keyword"):
-        build_strategy({"_target_": "strategies.DiLoCo", "no_such": 1})
+        build_strategy({"_target_": "strategies.diloco.DiLoCo", "no_such": 1})
 
 
 @pytest.mark.parametrize(

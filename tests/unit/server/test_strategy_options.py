@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from omegaconf import OmegaConf
 
 from flwr_hpc import run
 from flwr_hpc.errors import UserError
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.simulate.__main__ import main as simulate
-from strategies import HpcStrategy, Scaffold
+from strategies import HpcStrategy
+from strategies.scaffold import Scaffold
 
 OWN = """
 from __future__ import annotations
 from typing import TYPE_CHECKING
-from strategies import FedAvg
+from strategies.fedavg import FedAvg
 if TYPE_CHECKING:
     from nowhere import Odd
 class Mine(FedAvg):
@@ -69,6 +71,10 @@ RANGES = [
     ("FedQueue", "momentum", 0, "greater than 0 and at most 1"),
 ]
 
+FILES = (Path(__file__).parents[3] / "conf" / "strategy").glob("*.yaml")
+TARGETS = [str(OmegaConf.load(path)["_target_"]) for path in FILES]
+OURS = {t.rpartition(".")[2]: t for t in TARGETS if t.startswith("strategies.")}
+
 
 def refused(spec: dict[str, Any], key: str = "strategy") -> str:
     with pytest.raises(UserError) as caught:
@@ -79,20 +85,22 @@ def refused(spec: dict[str, Any], key: str = "strategy") -> str:
 @pytest.mark.parametrize(("cls", "name", "value", "valid"), TYPES)
 def test_a_wrong_type_is_named(cls: str, name: str, value: Any, valid: str) -> None:
     """Protects from a failure at the first aggregation, hours into the queue."""
-    said = refused({"_target_": f"strategies.{cls}", name: value})
+    said = refused({"_target_": OURS[cls], name: value})
     assert re.match(rf"strategy\.{name}=.+ must be {re.escape(valid)}", said)
 
 
 @pytest.mark.parametrize(("cls", "name", "value", "valid"), RANGES)
 def test_a_value_out_of_range_is_named(cls: str, name: str, value: Any, valid: str) -> None:
     """Protects from powers of negative numbers and orders of no steps."""
-    said = refused({"_target_": f"strategies.{cls}", name: value})
+    said = refused({"_target_": OURS[cls], name: value})
     assert f"{name}={value} must be {valid}" in said
 
 
 def test_what_fits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects whoever annotates as they like: only what is understood is looked at."""
-    build_strategy({"_target_": "strategies.FedBackfill", "outer_lr": 1, "average": None})
+    build_strategy(
+        {"_target_": "strategies.fedbackfill.FedBackfill", "outer_lr": 1, "average": None}
+    )
     monkeypatch.delitem(sys.modules, "own_options", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_options.py").write_text(OWN)

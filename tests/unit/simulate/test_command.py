@@ -150,7 +150,7 @@ def test_the_configuration_can_be_shown(capsys):
     assert main(["--cfg", "job", "strategy=diloco", "seeds=7"]) == 0
     shown = capsys.readouterr().out
     assert "seeds: 7" in shown
-    assert "_target_: strategies.DiLoCo" in shown
+    assert "_target_: strategies.diloco.DiLoCo" in shown
     assert "median_s: 3600.0" in shown
 
 

@@ -10,16 +10,14 @@ from flwr.app import ArrayRecord, ConfigRecord
 from worlds.driven import Driven, close, delta, minus, record, theta
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
-from strategies import (
-    AsyncDiLoCo,
-    FedAsync,
-    FedBackfill,
-    FedBuff,
-    FedCompass,
-    Runtime,
-)
+from strategies import Runtime
+from strategies.async_diloco import AsyncDiLoCo
 from strategies.base import asynchronous
 from strategies.engine.runtime import MemoryCheckpoints
+from strategies.fedasync import FedAsync
+from strategies.fedbackfill import FedBackfill
+from strategies.fedbuff import FedBuff
+from strategies.fedcompass import FedCompass
 from strategies.parts import rules
 from strategies.parts.outer import Nesterov
 

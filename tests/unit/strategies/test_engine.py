@@ -10,16 +10,8 @@ from flwr.app import ConfigRecord
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays, with_nan
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Status
-from strategies import (
-    DiLoCo,
-    Engine,
-    Failure,
-    FatalSiteError,
-    RunFailed,
-    Runtime,
-    Settings,
-    SiteResult,
-)
+from strategies import Engine, Failure, FatalSiteError, RunFailed, Runtime, Settings, SiteResult
+from strategies.diloco import DiLoCo
 from strategies.engine.runtime import Stopped
 
 ARRAYS = initial_arrays()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from worlds.driven import Driven, close, delta, minus, theta
 
-from strategies import FedBackfillRounds, Plan
+from strategies import Plan
+from strategies.fedbackfill_rounds import FedBackfillRounds
 
 BALANCED = {"balance": True, "balance_arrivals": True}
 PLAIN = {"momentum": 0.0, "average": None, **BALANCED}

@@ -13,7 +13,9 @@ from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 from worlds.strategies import Killed, World, sites
 
 from flwr_hpc.protocol import CORRECTION, GRADIENT, ORDER, Order, from_json
-from strategies import FedAvg, Plan, Runtime, Scaffold
+from strategies import Plan, Runtime
+from strategies.fedavg import FedAvg
+from strategies.scaffold import Scaffold
 
 Tensors = dict[str, np.ndarray]
 

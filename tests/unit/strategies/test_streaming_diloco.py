@@ -12,8 +12,10 @@ from worlds.grid import FakeGrid, FakeSite, as_numpy, pull_towards, with_nan
 from worlds.strategies import Killed, World, ends_well
 
 from flwr_hpc.protocol import STATUS, Order, Status, from_json
-from strategies import DiLoCo, HpcStrategy, Runtime, Settings, StreamingDiLoCo
+from strategies import HpcStrategy, Runtime, Settings
+from strategies.diloco import DiLoCo
 from strategies.parts.fragments import fragments
+from strategies.streaming_diloco import StreamingDiLoCo
 
 STEPS = 12
 TARGETS = {"a": 1.0, "b": -2.0}

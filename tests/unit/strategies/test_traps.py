@@ -18,16 +18,14 @@ from __future__ import annotations
 import pytest
 from worlds.driven import Driven, close, delta, minus, theta
 
-from strategies import (
-    AsyncDiLoCo,
-    DecoupledDiLoCo,
-    FedAsync,
-    FedAvg,
-    FedBackfill,
-    FedBuff,
-    FedCompass,
-    FedQueue,
-)
+from strategies.async_diloco import AsyncDiLoCo
+from strategies.decoupled_diloco import DecoupledDiLoCo
+from strategies.fedasync import FedAsync
+from strategies.fedavg import FedAvg
+from strategies.fedbackfill import FedBackfill
+from strategies.fedbuff import FedBuff
+from strategies.fedcompass import FedCompass
+from strategies.fedqueue import FedQueue
 
 SITES = "abcdefgh"
 PLAIN = {"balance": False, "balance_arrivals": False, "momentum": 0.0}

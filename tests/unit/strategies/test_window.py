@@ -8,7 +8,10 @@ from flwr.app import ConfigRecord
 from worlds.driven import Driven, close, delta, minus, theta
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
-from strategies import DecoupledDiLoCo, FedAvg, FedQueue, Runtime
+from strategies import Runtime
+from strategies.decoupled_diloco import DecoupledDiLoCo
+from strategies.fedavg import FedAvg
+from strategies.fedqueue import FedQueue
 
 # ---- FedAvg -------------------------------------------------------------------------------------
 
