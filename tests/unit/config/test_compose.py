@@ -260,7 +260,7 @@ def test_wrong_walltime_is_explained() -> None:
 
 def test_a_strategy_that_is_none_is_refused() -> None:
     """Protects against `_target_`s that would fail minutes later in the ServerApp."""
-    with pytest.raises(UserError, match="modules async_diloco, .* Did you mean 'fedbuff'"):
+    with pytest.raises(UserError, match=r"modules async_diloco, .* Did you mean 'fedbuff'"):
         build_strategy({"_target_": "strategies.FedBuff"})
     for spec in ({"_target_": "strategies.Nope"}, {"_target_": "builtins.dict"}):
         with pytest.raises(UserError, match="strategy"):
