@@ -106,6 +106,9 @@ class AllocationConfig:
     renew_ahead: str = "forecast"
     # Of the forecast wait, for ``forecast``: above 0.5 the successor comes rather too early.
     renew_quantile: float = 0.5
+    # At most so many successors wait in the queue: where waits are longer than walltimes it takes
+    # more than one to let each begin when the one before it ends. Otherwise one at a time waits.
+    max_successors: int = 3
     # A job that has waited longer is cancelled and counts as failed.
     queue_deadline_s: float = 604800.0
     idle_timeout_s: float = 600.0  # The worker ends when no order came for so long

@@ -25,6 +25,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
+    "allocation.max_successors",
     *(f"train.{k}" for k in ("clip", "warmup_steps", "weight_decay", "checkpoint_every_orders")),
     *(f"federation.{k}" for k in ("retries", "restarts", "offline_grace_s")),
 )

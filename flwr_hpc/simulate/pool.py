@@ -14,7 +14,7 @@ from flwr_hpc.protocol import Order
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.facility import Facility, Segment, Weights
 from flwr_hpc.simulate.queues import Queue, Ticket
-from flwr_hpc.site.renewal import lead_s
+from flwr_hpc.site.renewal import lead_s, next_successor_in_s
 
 RENEWAL = AllocationConfig()  # the launcher's rule for successors, as it comes
 
@@ -289,8 +289,10 @@ class Pool:
         self._plan(a.ends - a.kept_s, self._expire, a, stay)
         if self.facility.renew and not a.released:
             f = self.facility
-            lead = lead_s(RENEWAL, f.walltime_s, self._expected_wait(), f.startup_s) or 0.0
-            self._plan(max(self.clock.now(), a.ends - lead), self._renew, a, stay)
+            lead = lead_s(RENEWAL, f.walltime_s, self._expected_wait(), f.startup_s)
+            now = self.clock.now()
+            due_in_s = next_successor_in_s(RENEWAL, f.walltime_s, lead, a.ends - now, []) or 0.0
+            self._plan(now + due_in_s, self._renew, a, stay)
         for older in [] if a.released else list(self._allocations):
             if older is not a and older.state == "ready" and not older.released:
                 older.released = True

@@ -19,7 +19,7 @@ from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import lock, publish
 from flwr_hpc.protocol import Order, Status
-from flwr_hpc.schedulers.base import Scheduler, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.monitor import Monitor, View
 from flwr_hpc.site.prune import prune
@@ -37,8 +37,8 @@ RANKED = ("queued", "starting", "ready")
 class AllocationManager:
     """One facility's side of a run: allocations and the orders they work on.
 
-    New orders go to the newest allocation that is ready, else to one that starts, else to one
-    that waits. There is at most one that is to succeed another.
+    New orders go to an allocation that is ready, else to one that starts, else to one that waits.
+    Others may wait in the queue to succeed it, see `flwr_hpc.site.renewal`.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ class AllocationManager:
             while True:
                 current = self._current()
                 if current is not None:
-                    self._renew(*current)
+                    self._renew()
                     return self._answers.of(*current)
                 hopeless = startup_failures_in_a_row(self.spool, self.retries)
                 if hopeless is not None:
@@ -126,8 +126,9 @@ class AllocationManager:
             return self._advance(order_id)
 
     def status(self) -> Status:
-        """Return the state of the site; asks for nothing."""
+        """Return the state of the site; asks for nothing but an allocation's successors."""
         with lock(self.spool.root):
+            self._renew()
             current = self._current()
             return self._answers.of(*current) if current else self._answers.say("idle")
 
@@ -203,7 +204,7 @@ class AllocationManager:
                 ready = current if current and current[1].state == "ready" else None
                 return self._answers.finished(result, ready)
             if at is not None:
-                self._renew(*at)
+                self._renew()
                 return self._answers.of(*at, order_id=order_id)
             current = self._current()
             if current is not None and self._hands_over(*current):
@@ -241,7 +242,7 @@ class AllocationManager:
         if view.state != "ready":
             return False
         for alloc in self._open():
-            if alloc.released and alloc.name < to.name and self._look(alloc).state == "ready":
+            if alloc.released and alloc != to and self._look(alloc).state == "ready":
                 since = (alloc.path / "release").stat().st_mtime
                 if self.clock.wall() - since < HANDOVER_S:
                     return True
@@ -250,28 +251,45 @@ class AllocationManager:
     # ---- allocations ------------------------------------------------------------------------
 
     def _current(self) -> tuple[AllocationDir, View] | None:
-        """Return the allocation that takes new orders; once it is ready, older ones are let go."""
+        """Return the allocation that takes new orders; once it is ready, others are let go.
+
+        The ready one that lasts longest, else one that starts, else the one that waits longest.
+        What waits for its first start stays: it is a successor.
+        """
         views = [(alloc, self._look(alloc)) for alloc in self._open()]
         living = [(a, view) for a, view in views if view.state != "ended" and not a.released]
-        best = max(living, key=lambda found: RANKED.index(found[1].state), default=None)
+        best = max(living, key=lambda candidate: _fitness(*candidate), default=None)
         if best is not None and best[1].state == "ready":
-            for alloc, _ in living:
-                if alloc.name < best[0].name:
+            for alloc, view in living:
+                older = alloc.name < best[0].name and view.has_begun
+                if alloc != best[0] and (older or view.state == "ready"):
                     self._let_go(alloc)
         return best
 
-    def _renew(self, alloc: AllocationDir, view: View) -> None:
-        """Submit a running allocation's successor in time; let the old one go for a ready one."""
-        newer = [a for a in self.spool.allocations() if a.name > alloc.name]
-        heirs = [a for a in newer if not self._watch.is_closed(a) and not a.released]
-        if any(self._look(heir).state == "ready" for heir in heirs):
-            self._let_go(alloc)
-        # A successor that has failed is not replaced before it is needed.
-        if newer or alloc.released or view.walltime_left_s is None:
+    def _renew(self) -> None:
+        """Submit the successors of the allocation that takes new orders in time."""
+        current = self._current()
+        if current is None:
             return
+        alloc, view = current
+        # A successor that has failed is not replaced before it is needed.
+        if any(self._is_out(a) for a in self.spool.allocations() if a.name > alloc.name):
+            return
+        if (runs := view.state != "queued") and view.walltime_left_s is None:
+            return
+        queued = [a for a in self._open() if not a.released and not (runs and a == alloc)]
         ledgers = [self._answers.known(a).ledger for a in self.spool.allocations()]
-        if self._renewal.due(view.walltime_left_s, ledgers):
+        waits = [self._queue_wait(a) for a in queued]
+        if self._renewal.is_due(view.walltime_left_s, waits, ledgers):
             self._look(self._create())
+
+    def _is_out(self, alloc: AllocationDir) -> bool:
+        return alloc.released or self._watch.is_closed(alloc)
+
+    def _queue_wait(self, alloc: AllocationDir) -> tuple[JobInfo | None, float]:
+        """Return what the scheduler says of a job in the queue, and how long it has waited."""
+        info, job = self._look(alloc).info, alloc.job()
+        return info, self._watch.waited_s(job, info) if info and job else 0.0
 
     def _open(self) -> list[AllocationDir]:
         """Return the allocations without a verdict, newest first."""
@@ -310,3 +328,11 @@ class AllocationManager:
                 if view.info is not None:
                     self._forecast.gave_up(job["name"], self._watch.waited_s(job, view.info))
                 self._watch.end(alloc, "cancelled")
+
+
+def _fitness(alloc: AllocationDir, view: View) -> tuple[int, float, str]:
+    """Return what to choose among allocations by: the greatest takes new orders."""
+    rank = RANKED.index(view.state)
+    if view.state == "queued":
+        return rank, -int(alloc.name[1:]), ""
+    return rank, view.walltime_left_s or 0.0, alloc.name

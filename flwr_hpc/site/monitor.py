@@ -45,6 +45,11 @@ class View:
     reason: str = ""  # Why a queued one waits
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the job has ever started."""
+        return self.state != "queued" or self.worker is not None
+
+    @property
     def walltime_left_s(self) -> float | None:
         """Return the worker's word on it; None while queued."""
         started = self.state in ("starting", "ready") and self.worker is not None

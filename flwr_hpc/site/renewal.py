@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from flwr_hpc.protocol import Forecast
 from flwr_hpc.schedulers.base import JobInfo
 
 LEAST_S = 60.0  # for a start-up nobody has measured yet
-LEAD_SHARE = 0.75  # of the walltime: at least the rest of it is used whatever is forecast
+LEAD_SHARE = 0.75  # of the walltime: a job uses the rest before its successor is submitted
 PREPARING_SHARE = 0.25
 FRESH_S = 60.0  # a forecast is asked for anew after so long
 
@@ -63,7 +63,7 @@ class NoForecast:
 
 
 class Renewal:
-    """Tells when it is time for a successor.
+    """Says when it is time for a successor.
 
     Parameters
     ----------
@@ -81,12 +81,40 @@ class Renewal:
         self._forecast, self._clock = forecast, clock
         self._wait: tuple[float, float | None] = (float("-inf"), None)
 
-    def due(self, left_s: float, ledgers: Iterable[dict[str, float]]) -> bool:
-        """Tell whether an allocation with so much walltime left needs a successor now."""
-        if left_s > LEAD_SHARE * self._walltime:
+    def is_due(
+        self,
+        left_s: float | None,
+        queued: Sequence[tuple[JobInfo | None, float]],
+        ledgers: Iterable[dict[str, float]],
+    ) -> bool:
+        """Tell whether a site needs one more allocation now, see `next_successor_in_s`.
+
+        Parameters
+        ----------
+        left_s : float or None
+            Walltime left of the running allocation; None: none runs.
+        queued : sequence of (JobInfo or None, float)
+            Of every allocation in the queue what the scheduler says, and how long it has waited.
+        ledgers : iterable of dict
+            Seconds of the site's allocations so far, by what they went into.
+        """
+        config, walltime = self._config, self._walltime
+        if len(queued) - (left_s is None) >= config.max_successors:
             return False  # before the forecast is asked for
-        lead = lead_s(self._config, self._walltime, self._wait_s(), preparing_s(ledgers))
-        return lead is not None and left_s <= lead
+        if (left_s or 0.0) > LEAD_SHARE * walltime:
+            return False
+        lead = lead_s(config, walltime, self._wait_s(), preparing_s(ledgers))
+        if lead is None or (queued and lead < walltime):
+            return False  # one of those in the queue lasts longer than that
+        starts = [self._starts_in_s(info, waited_s, lead) for info, waited_s in queued]
+        return next_successor_in_s(config, walltime, lead, left_s, starts) == 0.0
+
+    def _starts_in_s(self, info: JobInfo | None, waited_s: float, lead: float) -> float:
+        """Return when a job in the queue is expected to start; without a forecast, after `lead`."""
+        left = None
+        if info is not None:
+            left = self._forecast.remaining(info, waited_s, self._config.renew_quantile)
+        return max(0.0, lead - waited_s) if left is None else left
 
     def _wait_s(self) -> float | None:
         if self._config.policy != "warm" or self._config.renew_ahead != "forecast":
@@ -107,7 +135,7 @@ def preparing_s(ledgers: Iterable[dict[str, float]]) -> float | None:
 def lead_s(
     config: AllocationConfig, walltime: float, wait_s: float | None, preparing: float | None
 ) -> float | None:
-    """Return how long before an allocation's end its successor is submitted; None: never.
+    """Return how long before a site's last job ends the next is submitted; None: never.
 
     Parameters
     ----------
@@ -119,12 +147,50 @@ def lead_s(
     preparing : float or None
         Seconds from a job's start until it is ready, as far as known.
     """
-    if config.policy != "warm" or config.renew_ahead == "off":
+    if config.policy != "warm" or config.renew_ahead == "off" or config.max_successors < 1:
         return None
     if config.renew_ahead == "forecast":
         # A local or quick job must not spend its walltime on replacing itself.
         ready = min(max(LEAST_S, preparing or 0.0), PREPARING_SHARE * walltime)
-        lead = (wait_s or 0.0) + ready
-    else:
-        lead = float(walltime_s(config.renew_ahead))
-    return min(lead, LEAD_SHARE * walltime)
+        return (wait_s or 0.0) + ready
+    return float(walltime_s(config.renew_ahead))
+
+
+def covered_s(left_s: float | None, starts_in_s: Iterable[float], walltime: float) -> float:
+    """Return how long it takes until the last job, of those that run or wait, will end."""
+    return max(left_s or 0.0, *(start + walltime for start in starts_in_s), 0.0)
+
+
+def next_successor_in_s(
+    config: AllocationConfig,
+    walltime: float,
+    lead: float | None,
+    left_s: float | None,
+    starts_in_s: Sequence[float],
+) -> float | None:
+    """Return in how many seconds one more allocation is to be submitted; 0: now; None: never.
+
+    One is due when the last job of those that run or wait will end within `lead`. So one
+    successor waits at a time where waits are shorter than a walltime, and where they are longer
+    as many as it takes to let the next begin when the one before it ends, up to
+    ``config.max_successors``. Whatever is forecast, the running job is first used for a quarter
+    of its walltime: a wrong forecast must not let jobs do nothing but replace each other.
+
+    Parameters
+    ----------
+    config : AllocationConfig
+    walltime : float
+        Of a job, in seconds.
+    lead : float or None
+        See `lead_s`.
+    left_s : float or None
+        Walltime left of the running allocation; None: none runs.
+    starts_in_s : sequence of float
+        Expected seconds until each of the allocations in the queue starts. While none runs, the
+        first to start is no successor.
+    """
+    successors = len(starts_in_s) - (left_s is None)
+    if lead is None or successors < 0 or successors >= config.max_successors:
+        return None
+    used = (left_s or 0.0) - LEAD_SHARE * walltime
+    return max(0.0, used, covered_s(left_s, starts_in_s, walltime) - lead)
