@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from flwr_hpc.exchange.codec import write_safetensors
+from flwr_hpc.exchange.tensorfile import sha256_of, write_stream
 from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.simulate.learning import Learner, LearnerConfig
@@ -123,8 +123,8 @@ class _Worker:
         result = Result(order.id, "done", steps, steps, done, metrics, seconds=seconds)
         if order.kind == "evaluate":
             return result
-        sha256 = write_safetensors(folder.weights, arrays.items())
-        written = {"weights": folder.weights.name, "sha256": sha256}
+        write_stream(folder.weights, arrays.items())
+        written = {"weights": folder.weights.name, "sha256": sha256_of(folder.weights)}
         return Result(**(vars(result) | written))
 
     def _learner(self) -> Learner:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from _machine import record
 
-from flwr_hpc.exchange.tensors import TensorFile
+from flwr_hpc.exchange.tensorfile import TensorFile
 
 CLIENT_LIMIT_MB = 200
 PROGRAMS = {

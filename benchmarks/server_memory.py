@@ -33,11 +33,12 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from flwr_hpc.exchange.client import receive, send
-from flwr_hpc.exchange.codec import write_safetensors
+from flwr_hpc.exchange.client import SiteExchange
+from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.grid import ExchangeGrid
-from flwr_hpc.exchange.store import Store
-from flwr_hpc.exchange.tensors import TensorFile, TensorInfo
+from flwr_hpc.exchange.store import make_store
+from flwr_hpc.exchange.tensorfile import TensorFile, write_safetensors
+from flwr_hpc.exchange.tensors import TensorInfo
 
 MB = 1e6
 SERVER_LIMIT = (3, 250)  # model sizes, MB
@@ -136,7 +137,9 @@ def server(folder: Path, facilities: int, rounds: int, exchange: bool) -> dict[s
     inner = Facilities(facilities, folder, exchange)
     grid: Grid = inner
     if exchange:
-        grid = ExchangeGrid(inner, Store(f"file://{folder}/store"), folder / "server")
+        grid = ExchangeGrid(
+            inner, make_store(f"file://{folder}/store"), make_codec("full"), folder / "server"
+        )
     rng = np.random.default_rng(0)
     initial = ArrayRecord()
     for name, spec in layout().items():
@@ -160,11 +163,11 @@ def client(folder: Path, node: int) -> dict[str, Any]:
     content = RecordDict({k: ConfigRecord(record) for k, record in json.load(sys.stdin).items()})
     site = folder / f"site{node}"
     site.mkdir(exist_ok=True)
-    store = Store(f"file://{folder}/store")
-    received = receive(content, "arrays", store, site)
+    exchange = SiteExchange(make_store(f"file://{folder}/store"), make_codec("full"))
+    received = exchange.receive(content, "arrays", site)
     sha256 = run("trainer", str(received), str(site / "trained.safetensors"), str(node))
     reply = RecordDict()
-    send(reply, "arrays", site / "trained.safetensors", sha256, store, owner=f"site{node}")
+    exchange.send(reply, "arrays", site / "trained.safetensors", sha256, f"site{node}")
     assert received is not None
     received.unlink()
     return {**{k: dict(r) for k, r in reply.items()}, "peak_mb": peak_mb()}

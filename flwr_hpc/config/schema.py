@@ -91,6 +91,9 @@ class ExchangeConfig:
     # fsspec URL of a place both the server and the sites reach; default: a folder in the run
     # directory.
     store: str | None = None
+    # What the bytes of a payload are: a file of flwr_hpc/exchange/codecs, or the import path
+    # of a class of your own.
+    codec: str = "full"
     inline_below_mb: float = 1.0  # Smaller payloads travel inside the Flower message
 
 

@@ -15,7 +15,7 @@ from flwr_hpc.doctor.findings import Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.login import Login, login
 from flwr_hpc.doctor.outside import hub_url
 from flwr_hpc.errors import UserError
-from flwr_hpc.exchange.store import Store
+from flwr_hpc.exchange.store import make_store
 from flwr_hpc.server import preflight
 
 WORKDIR = "working folder"
@@ -219,8 +219,8 @@ def _there_and_back(place: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         payload = Path(folder) / "payload"
         payload.write_bytes(secrets.token_bytes(1024))
-        reference = Store(place).put(payload)
-        Store(place).get(reference, Path(folder) / "back")
+        reference = make_store(place).put(payload)
+        make_store(place).get(reference, Path(folder) / "back")
     fs, path = url_to_fs(place)
     fs.rm(path, recursive=True)
 

@@ -15,9 +15,8 @@ from typing import Any
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
-from flwr_hpc.exchange.codec import write_stream
 from flwr_hpc.exchange.records import lazy_record
-from flwr_hpc.exchange.tensors import TensorFile
+from flwr_hpc.exchange.tensorfile import TensorFile, write_stream
 from flwr_hpc.files import publish, read_json
 
 

@@ -31,10 +31,11 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 
-from flwr_hpc.exchange.codec import Codec, FullWeights
+from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.records import LazyArray, RecordTensors, lazy_record, source_of
 from flwr_hpc.exchange.store import PREFIX, Reference, Store
-from flwr_hpc.exchange.tensors import BadPayload, Layout, TensorFile, Tensors, check
+from flwr_hpc.exchange.tensorfile import TensorFile, save
+from flwr_hpc.exchange.tensors import BadPayload, Layout, Tensors, check
 from flwr_hpc.protocol import ARRAYS, ORDER, STATUS, WEIGHT_KEY, Order, from_json
 
 GLOBAL = "global"  # the server's folder in the store
@@ -53,11 +54,11 @@ class ExchangeGrid(Grid):
         Flower's.
     store : Store
         This run's alone.
+    codec : Codec
+        What the bytes of payloads are, on both ways.
     folder : Path
         For this object's own files and emptied by it; on the store's file system, if that is
         local, so that nothing is copied.
-    codec : Codec
-        Reads replies. The global model is published as full weights.
     inline_below_mb : float
         Smaller records stay in the message.
     emit : callable
@@ -73,9 +74,9 @@ class ExchangeGrid(Grid):
         self,
         grid: Grid,
         store: Store,
+        codec: Codec,
         folder: Path,
         *,
-        codec: Codec | None = None,
         inline_below_mb: float = 1.0,
         emit: Callable[..., object] = lambda event, **fields: None,
     ) -> None:
@@ -83,16 +84,19 @@ class ExchangeGrid(Grid):
         self._grid = grid
         self._store = store
         self._folder = folder
-        self._codec = codec or FullWeights()
+        self._codec = codec
         self._inline_below = inline_below_mb * 1e6
         self._emit = emit
         self._published: dict[str, Reference] = {}  # by sha256
+        self._payloads: weakref.WeakKeyDictionary[TensorFile, Reference] = (
+            weakref.WeakKeyDictionary()
+        )
         self._newest: dict[str, str] = {}  # sha256 of what was published last, by key
         self._unanswered: dict[int, deque[str]] = defaultdict(lambda: deque(maxlen=FEW))
         self._sent: dict[str, Message] = {}  # by message id, without the arrays
         self._layouts: dict[tuple[int | None, str], Layout] = {}  # by node and key
         folder.mkdir(parents=True, exist_ok=True)
-        for remains in folder.glob("*.safetensors"):  # of a killed session
+        for remains in folder.iterdir():  # of a killed session
             remains.unlink()
 
     def expect(self, arrays: ArrayRecord, key: str) -> None:
@@ -185,10 +189,7 @@ class ExchangeGrid(Grid):
             self._layouts[node, key] = tensors.layout
         if tensors.nbytes < self._inline_below or not record:
             return None
-        file = self._file_of(record, tensors)
-        ref = self._published.pop(file.sha256, None)
-        ref = ref or self._store.put(file.path, GLOBAL, file.sha256)
-        self._published[ref.sha256] = ref
+        ref = self._put(self._file_of(record, tensors))
         self._newest[key] = ref.sha256
         self._unanswered[node].append(ref.sha256)
         return ref
@@ -196,15 +197,28 @@ class ExchangeGrid(Grid):
     def _file_of(self, record: ArrayRecord, tensors: Tensors) -> TensorFile:
         """Return the file a record stands for, and write it first if there is none."""
         source = source_of(record)
-        if isinstance(source, TensorFile) and source.path.exists():
+        if isinstance(source, TensorFile) and source.in_place:
             return source
         path = self._new_path()
-        file = TensorFile(path, FullWeights().encode(tensors, path))
+        file = TensorFile(path, save(tensors, path))
         weakref.finalize(file, path.unlink, missing_ok=True)
         for name in record:
             record[name] = LazyArray(file, name)
         gc.collect()  # Flower's records are in cycles: old replies would keep their files
         return file
+
+    def _put(self, file: TensorFile) -> Reference:
+        """Have a file's payload in the store, encoded once for all sites."""
+        ref = self._payloads.get(file)
+        if ref is None or ref.sha256 not in self._published:
+            payload = self._new_path()
+            try:
+                sha256 = self._codec.encode(file, payload)
+                ref = self._store.put(payload, GLOBAL, sha256)
+            finally:
+                payload.unlink(missing_ok=True)
+            self._payloads[file] = self._published[ref.sha256] = ref
+        return ref
 
     def _prune(self) -> None:
         awaited = set().union(*self._unanswered.values())
@@ -221,7 +235,7 @@ class ExchangeGrid(Grid):
             self._sent[message_id] = stub
 
     def _new_path(self) -> Path:
-        return self._folder / f"{uuid.uuid4().hex}.safetensors"
+        return self._folder / uuid.uuid4().hex
 
     # --- pull -----------------------------------------------------------------------------
 
@@ -255,28 +269,41 @@ class ExchangeGrid(Grid):
             elif isinstance(record, ArrayRecord) and record:
                 tensors = RecordTensors(record)
                 check(tensors, self._layout(node, name, order))
-                if any(spec.dtype == "BF16" for spec in tensors.layout.values()):
+                if any(info.dtype == "BF16" for info in tensors.layout.values()):
                     content[name] = lazy_record(tensors)
         if _has_arrays(content):
             _check_weight(content)
 
     def _fetch(self, ref: Reference, layout: Layout | None) -> ArrayRecord:
-        path = self._new_path()
         try:
             _check_size(ref, layout)
-            self._store.get(ref, path)
+            tensors = self._open(ref, self._base(ref.base))
         except BadPayload:
             self._discard(ref)  # else the same bytes would be found there for ever
             raise
         self._discard(ref)
+        check(tensors, layout)
+        return lazy_record(tensors, layout)
+
+    def _open(self, ref: Reference, base: Tensors | None = None) -> Tensors:
+        """Fetch a payload; its file goes with the last array over it."""
+        path = self._new_path()
         try:
-            tensors = self._codec.decode(path)
-            weakref.finalize(tensors, path.unlink, missing_ok=True)
-            check(tensors, layout)
+            self._store.get(ref, path)
+            tensors = self._codec.decode(path, base)
         except BadPayload:
             path.unlink(missing_ok=True)
             raise
-        return lazy_record(tensors, layout)
+        weakref.finalize(tensors, path.unlink, missing_ok=True)
+        return tensors
+
+    def _base(self, sha256: str) -> Tensors | None:
+        """Return a version as the sites have it: decoded from what was published."""
+        if not sha256 or not self._codec.relative:
+            return None
+        if sha256 not in self._published:
+            raise BadPayload(f"relative to the version {sha256}, which is not published any more")
+        return self._open(self._published[sha256])
 
     def _discard(self, ref: Reference) -> None:
         if ref.folder != GLOBAL:
@@ -318,7 +345,7 @@ def _has_arrays(content: RecordDict) -> bool:
 def _check_size(ref: Reference, layout: Layout | None) -> None:
     """Refuse a payload that could only fill the disk."""
     if layout is not None:
-        limit = SLACK + sum(8 * spec.size for spec in layout.values())
+        limit = SLACK + sum(8 * info.size for info in layout.values())
         if ref.bytes > limit:
             raise BadPayload(f"payload has {ref.bytes} bytes, expected {limit} at most")
 

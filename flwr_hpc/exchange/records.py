@@ -22,11 +22,11 @@ class LazyArray(Array):
     """
 
     def __init__(self, source: Tensors, name: str) -> None:
-        spec = source.layout[name]
+        info = source.layout[name]
         self.source = source
         self.name = name
-        self.dtype = str(spec.widened)
-        self.shape = spec.shape
+        self.dtype = str(info.widened)
+        self.shape = info.shape
         self.stype = NUMPY
 
     @property
@@ -68,26 +68,26 @@ class RecordTensors(Tensors):
 
     def __init__(self, record: ArrayRecord) -> None:
         self._record = record
-        self.layout = {name: _spec(name, array) for name, array in record.items()}
+        self.layout = {name: _info(name, array) for name, array in record.items()}
 
     def raw(self, name: str) -> NDArray[Any]:
         """Return the bits of one array."""
-        array, spec = self._record[name], self.layout[name]
+        array, info = self._record[name], self.layout[name]
         if isinstance(array, LazyArray):
             return array.source.raw(array.name)
         try:
             if array.stype == RAW:
-                bits = np.frombuffer(array.data, spec.stored).reshape(spec.shape)
+                bits = np.frombuffer(array.data, info.stored).reshape(info.shape)
             else:
                 bits = array.numpy()
         except Exception as exc:  # whatever numpy says to bytes from another site
             raise BadPayload(f"tensor '{name}' cannot be read: {exc}") from None
-        if bits.shape != spec.shape or bits.dtype.newbyteorder("<") != spec.stored:
-            raise BadPayload(f"tensor '{name}' is {bits.dtype} {bits.shape}, expected {spec}")
+        if bits.shape != info.shape or bits.dtype.newbyteorder("<") != info.stored:
+            raise BadPayload(f"tensor '{name}' is {bits.dtype} {bits.shape}, expected {info}")
         return bits
 
 
-def _spec(name: str, array: Array) -> TensorInfo:
+def _info(name: str, array: Array) -> TensorInfo:
     if isinstance(array, LazyArray):
         return array.source.layout[array.name]
     shape = tuple(array.shape)
@@ -136,10 +136,10 @@ def inline(source: Tensors) -> ArrayRecord:
     Flower does it.
     """
     record = ArrayRecord()
-    for name, spec in source.layout.items():
+    for name, info in source.layout.items():
         bits = source.raw(name)
-        if spec.dtype == "BF16":
-            record[name] = Array("bfloat16", spec.shape, RAW, bits.tobytes())
+        if info.dtype == "BF16":
+            record[name] = Array("bfloat16", info.shape, RAW, bits.tobytes())
         else:
             record[name] = Array(np.asarray(bits))
     return record

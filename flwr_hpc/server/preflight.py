@@ -13,7 +13,9 @@ from flwr.serverapp.strategy import Strategy
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.data import sources
-from flwr_hpc.errors import UserError, closest
+from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.store import make_store
 from flwr_hpc.server.strategy_factory import build_strategy
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
@@ -28,8 +30,9 @@ def check(config: Config) -> None:
         raise UserError(
             "tracking=wandb needs the package wandb. Fix it with: pip install 'flwr-hpc[wandb]'"
         )
+    make_codec(config.exchange.codec)
     if config.exchange.store:
-        _check_store(config.exchange.store)
+        make_store(config.exchange.store).check()
     for name, facility in config.facilities.items():
         local = facility.scheduler == "local"
         if local and facility.python is None:
@@ -59,26 +62,6 @@ def _check_packages(facility: str) -> None:
             f"facility '{facility}' runs here, but {', '.join(missing)} cannot be imported. "
             "Fix it with: pip install 'flwr-hpc[train]'"
         )
-
-
-def _check_store(url: str) -> None:
-    scheme, separator, _ = url.partition("://")
-    if not separator or scheme == "file":
-        return
-    import fsspec  # not needed where weights lie in a folder
-
-    for protocol in scheme.split("::"):
-        known = fsspec.available_protocols()
-        if protocol not in known:
-            raise UserError(
-                f"exchange.store={url}: there is no file system '{protocol}'."
-                f"{closest(protocol, known)} Examples: exchange.store=/shared/folder, "
-                "exchange.store=s3://bucket/folder, exchange.store=sftp://host/folder"
-            )
-        try:
-            fsspec.get_filesystem_class(protocol)
-        except ImportError as exc:
-            raise UserError(f"exchange.store={url} cannot be reached from here: {exc}") from None
 
 
 def check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:

@@ -15,10 +15,11 @@ from flwr.serverapp.strategy import Strategy
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.schema import Config
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
-from flwr_hpc.exchange.codec import write_safetensors
+from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.records import tensors
-from flwr_hpc.exchange.store import Store
+from flwr_hpc.exchange.store import make_store
+from flwr_hpc.exchange.tensorfile import write_stream
 from flwr_hpc.files import publish
 from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.server.run_dir import RunDir
@@ -59,11 +60,12 @@ def main(grid: Grid, context: Context) -> None:
 
 def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     """Train from the newest checkpoint, or from the start, to the last round."""
-    store = Store(run.store_url(config))
+    store = make_store(run.store_url(config))
     store.sweep()
     exchange = ExchangeGrid(
         grid,
         store,
+        make_codec(config.exchange.codec),
         run.flower / "replies",
         inline_below_mb=config.exchange.inline_below_mb,
         emit=events.emit,
@@ -157,7 +159,7 @@ def write_model(folder: Path, arrays: ArrayRecord) -> None:
     """Complete a Hugging Face directory (a model's or an adapter's) with its weights."""
     adapter = (folder / "adapter_config.json").exists()
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
-    write_safetensors(folder / name, tensors(arrays))
+    write_stream(folder / name, tensors(arrays))
 
 
 def _settings(config: Config) -> Settings:

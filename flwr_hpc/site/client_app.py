@@ -18,7 +18,6 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_hpc import protocol
-from flwr_hpc.exchange.client import receive, send
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.server import reaper
@@ -99,7 +98,7 @@ def _order(message: Message, context: Context, kind: protocol.OrderKind) -> Mess
         order = _read_order(message, context, launcher, kind)
         folder = launcher.site.spool.root / "weights"
         folder.mkdir(parents=True, exist_ok=True)
-        weights = receive(message.content, protocol.ARRAYS, launcher.store, folder)
+        weights = launcher.exchange.receive(message.content, protocol.ARRAYS, folder)
         if weights is None and order.merges:
             raise BadPayload(f"the message lacks the weights of order {order.id}")
         further = _further(message, order, launcher, folder)
@@ -132,7 +131,7 @@ def _further(message: Message, order: Order, launcher: Launcher, folder: Path) -
     """Receive what the order carries beside the weights: without it, it would be another order."""
     found: dict[str, Path] = {}
     for key in order.carries:
-        path = receive(message.content, key, launcher.store, folder)
+        path = launcher.exchange.receive(message.content, key, folder)
         if path is None:
             raise BadPayload(f"the message lacks the arrays '{key}' of order {order.id}")
         found[key] = path
@@ -156,12 +155,12 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     if result is not None and result.state == "done":
         content[protocol.METRICS] = _flower_metrics(result)
         folder = launcher.site.spool.order(result.order_id)
+        base = folder.order()[1] if launcher.exchange.codec.relative else None
         files = {key: (folder.arrays(key), sha256) for key, sha256 in result.further.items()}
         if result.weights:
             files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
         for key, (path, sha256) in files.items():
-            limit_mb = launcher.inline_below_mb
-            send(content, key, path, sha256, launcher.store, limit_mb, owner=launcher.facility)
+            launcher.exchange.send(content, key, path, sha256, launcher.facility, base)
     answer = dict(vars(status), seconds=time.monotonic() - began, facility=launcher.facility)
     content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(Status(**answer))})
     print(f"{message.metadata.message_type} -> {status.state} {status.order_id}", file=sys.stderr)

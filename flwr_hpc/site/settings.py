@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import AllocationConfig, Config
-from flwr_hpc.exchange.store import Store
+from flwr_hpc.exchange.client import SiteExchange
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import JobSpec, make_scheduler
 from flwr_hpc.server.run_dir import RunDir
@@ -28,8 +30,7 @@ class Launcher:
 
     facility: str
     site: AllocationManager
-    store: Store
-    inline_below_mb: float
+    exchange: SiteExchange
     steps: int
 
 
@@ -66,6 +67,7 @@ def write_site(run: RunDir, config: Config, facility: str) -> Path:
         "facility": facility,
         "root": str(run.site_root(config, facility)),
         "store": run.store_url(config),
+        "codec": config.exchange.codec,
         "inline_below_mb": config.exchange.inline_below_mb,
         "config": asdict(config.facilities[facility]),
         "allocation": asdict(config.allocation),
@@ -122,7 +124,10 @@ def load_launcher(path: str) -> Launcher:
     return Launcher(
         facility=name,
         site=site,
-        store=Store(str(body["store"])),
-        inline_below_mb=float(body["inline_below_mb"]),
+        exchange=SiteExchange(
+            make_store(str(body["store"])),
+            make_codec(str(body["codec"])),
+            float(body["inline_below_mb"]),
+        ),
         steps=int(body["spec"]["train"]["steps"]),
     )

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flwr_hpc.exchange.tensors import Layout
 from flwr_hpc.train.optim import gradient
 from flwr_hpc.train.parallel import full, local, put
-from flwr_hpc.train.tensorfile import read_tensors
+from flwr_hpc.train.weights import read_weights
 
 
 class ControlVariates:
@@ -31,17 +32,17 @@ class ControlVariates:
         self._sums = _zeros(trained)
         self._correction: dict[str, Tensor] = {}
 
-    def read(self, path: Path, shapes: dict[str, list[int]]) -> None:
+    def read(self, path: Path, layout: Layout) -> None:
         """Take over a correction; each rank reads the file and keeps its shard.
 
         Parameters
         ----------
         path : Path
-        shapes : dict of str to list of int
+        layout : Layout
             Of what travels; what of it is not trained needs no correction.
         """
         self._correction = _zeros(self._trained)
-        for name, value in read_tensors(path, shapes):
+        for name, value in read_weights(path, layout):
             if name in self._correction:
                 put(value, self._correction[name])
 

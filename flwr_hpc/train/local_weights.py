@@ -56,7 +56,7 @@ class LocalWeights:
             self._merge(path, order.merges, float(order.options.get("alpha", 0.0)))
 
     def _merge(self, path: Path, names: list[str], alpha: float) -> None:
-        self._trainer.shapes(names)  # refuses names that are not the model's
+        self._trainer.layout(names)  # refuses names that are not the model's
         shards = {name: shard for name, shard in self._shards().items() if name in names}
         own = {name: shard.clone() for name, shard in shards.items()} if alpha else {}
         self._trainer.load_weights(path, names)
@@ -92,7 +92,7 @@ class LocalWeights:
                 shard.copy_(mine)
 
     def _shards(self) -> dict[str, Tensor]:
-        return dict(zip(self._trainer.shapes(), self._trainer.shards(), strict=True))
+        return dict(zip(self._trainer.layout(), self._trainer.shards(), strict=True))
 
     def _note(self, shards: dict[str, Tensor]) -> None:
         self._given |= {name: shard.to("cpu", copy=True) for name, shard in shards.items()}

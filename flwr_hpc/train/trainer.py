@@ -14,6 +14,7 @@ from torch import Tensor
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch, Corpus
 from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.control_variates import ControlVariates
 from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.model import Built, exchanged
@@ -22,7 +23,7 @@ from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, s
 from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Evaluated, Progress, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.schedule import learning_rate
-from flwr_hpc.train.tensorfile import read_tensors, write_tensors
+from flwr_hpc.train.weights import layout_of, read_weights, write_weights
 
 
 class Trainer:
@@ -73,7 +74,7 @@ class Trainer:
 
     # Weights
 
-    def shapes(self, names: Collection[str] | None = None) -> dict[str, list[int]]:
+    def layout(self, names: Collection[str] | None = None) -> dict[str, TensorInfo]:
         """Return names and shapes of the weights that travel, or of some of them."""
         if unknown := sorted(set(names or ()) - self._exchanged.keys()):
             raise UserError(
@@ -81,7 +82,7 @@ class Trainer:
                 "All facilities must use the same model configuration."
             )
         chosen = self._exchanged.keys() if names is None else names
-        return {n: list(t.shape) for n, t in self._exchanged.items() if n in chosen}
+        return layout_of((n, t) for n, t in self._exchanged.items() if n in chosen)
 
     def load_weights(self, path: Path, names: Collection[str] | None = None) -> None:
         """Take over weights; each rank reads the file and keeps its shard.
@@ -93,7 +94,7 @@ class Trainer:
             Tensors that the file holds (None: all); the others stay as they are.
         """
         reshard(self._model)
-        for name, value in read_tensors(path, self.shapes(names)):
+        for name, value in read_weights(path, self.layout(names)):
             put(value, self._exchanged[name])
 
     def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
@@ -102,16 +103,16 @@ class Trainer:
         Returns the sha256 on rank 0.
         """
         reshard(self._model)
-        shapes = self.shapes(names)
-        return self._publish(path, shapes, (full(self._exchanged[name]) for name in shapes))
+        layout = self.layout(names)
+        return self._publish(path, layout, (full(self._exchanged[name]) for name in layout))
 
     def save_gradient(self, path: Path, variates: ControlVariates, steps: int) -> str:
         """Publish the mean gradient of `steps` steps, as `save_weights` does the weights."""
-        return self._publish(path, self.shapes(), variates.mean(steps, self._exchanged))
+        return self._publish(path, self.layout(), variates.mean(steps, self._exchanged))
 
-    def _publish(self, path: Path, shapes: dict[str, list[int]], tensors: Iterator[Tensor]) -> str:
+    def _publish(self, path: Path, layout: Layout, tensors: Iterator[Tensor]) -> str:
         if self._group.ranks.rank == 0:
-            return write_tensors(path, shapes, tensors)
+            return write_weights(path, layout, tensors)
         for _ in tensors:  # take part in gathering
             pass
         return ""
@@ -184,7 +185,7 @@ class Trainer:
         """Return what sums up an order's gradients and adds the correction, if any."""
         made = ControlVariates({n: t for n, t in self._exchanged.items() if t.requires_grad})
         if correction is not None:
-            made.read(correction, self.shapes())
+            made.read(correction, self.layout())
         return made
 
     def _parameters(self) -> list[Tensor]:

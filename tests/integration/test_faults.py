@@ -94,7 +94,7 @@ def test_a_corrupt_reply_is_refused(tmp_path: Path) -> None:
 
 def spoil(folder: Path) -> None:
     """Publish a result with NaNs in the order's folder before the worker does."""
-    from flwr_hpc.exchange.codec import sha256_of, write_safetensors
+    from flwr_hpc.exchange.tensorfile import sha256_of, write_stream
     from flwr_hpc.protocol import Result
     from flwr_hpc.spool import OrderDir
 
@@ -103,7 +103,7 @@ def spoil(folder: Path) -> None:
     assert weights is not None
     tensors = load_file(weights)
     bad = [(name, np.full_like(t, np.nan)) for name, t in tensors.items()]
-    write_safetensors(order.weights, bad)
+    write_stream(order.weights, bad)
     metrics = {"train_loss": 1.0}
     order.write_result(
         Result(

@@ -227,10 +227,13 @@ def test_divergence_is_named(pair: Team) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("model.norm.weight"), "1 tensors missing (model.norm.weight)"),
-        (lambda w: w.update(extra=np.zeros(2, np.float32)), "not in the model (extra)"),
-        (lambda w: w.update({"model.norm.weight": np.zeros(3, np.float32)}), "has shape [3]"),
-        (lambda w: w["model.norm.weight"].fill(np.nan), "NaN"),
+        (lambda w: w.pop("model.norm.weight"), "1 tensors are missing (model.norm.weight)"),
+        (lambda w: w.update(extra=np.zeros(2, np.float32)), "1 tensors are unknown (extra)"),
+        (lambda w: w.update({"model.norm.weight": np.zeros(3, np.float32)}), "has shape (3,)"),
+        (
+            lambda w: w["model.norm.weight"].fill(np.nan),
+            "'model.norm.weight' has a value that is not finite",
+        ),
     ],
     ids=["missing", "extra", "shape", "nan"],
 )

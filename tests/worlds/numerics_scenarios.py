@@ -15,8 +15,8 @@ from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.parallel import full
 from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.train.tensorfile import write_tensors
 from flwr_hpc.train.trainer import Trainer
+from flwr_hpc.train.weights import write_weights
 from strategies.diloco import DiLoCo
 
 
@@ -58,9 +58,9 @@ def with_variates(group: Group, folder: Path, at: int = 0, steps: int = 3, **opt
     trainer = tiny_trainer(group, **options)
     file = folder / "correction.safetensors"
     draw = torch.Generator().manual_seed(3)
-    given = {n: torch.randn(s, generator=draw) * 1e-2 for n, s in trainer.shapes().items()}
+    given = {n: torch.randn(i.shape, generator=draw) * 1e-2 for n, i in trainer.layout().items()}
     if group.ranks.rank == 0:
-        write_tensors(file, trainer.shapes(), given.values())
+        write_weights(file, trainer.layout(), given.values())
     group.broadcast(None)  # the file is there
     variates, done = trainer.variates(file), None
     if at:

@@ -17,7 +17,7 @@ from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.train.tensorfile import write_tensors
+from flwr_hpc.train.weights import write_weights
 from flwr_hpc.worker.ledger import PhaseTimer
 
 ALPHA = 0.25
@@ -38,7 +38,7 @@ class Site:
             train=TRAIN, data=DataConfig(), ledger=PhaseTimer(0.0), may_go=lambda: GO, **parts,
         )  # fmt: skip
         self.runner.restore()
-        names = sorted(trainer.shapes())
+        names = sorted(trainer.layout())
         self.parts = names[::2], names[1::2]
 
     def run(self, seq: int, given: Path | None, steps: int = 1, **fields: Any) -> Result | None:
@@ -62,10 +62,10 @@ class Site:
         """Write some tensors as the server might send them."""
         trainer, path = self.runner.trainer, self.folder / f"{name}.safetensors"
         generator = torch.Generator().manual_seed(seed)
-        shapes = trainer.shapes(names)
-        given = [torch.randn(s, generator=generator) * 0.1 for s in shapes.values()]
+        layout = trainer.layout(names)
+        given = [torch.randn(i.shape, generator=generator) * 0.1 for i in layout.values()]
         if self.group.ranks.rank == 0:
-            write_tensors(path, shapes, given)
+            write_weights(path, layout, given)
         self.group.broadcast(None)  # the file is there
         return path
 

@@ -2,159 +2,30 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import json
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
+from worlds.exchange import (
+    NODES,
+    Federation,
+    InProcess,
+    assert_equal,
+    initial,
+    plain_site,
+    values,
+)
 
-from flwr_hpc.exchange.client import receive, send
-from flwr_hpc.exchange.codec import FullWeights, sha256_of, write_safetensors
-from flwr_hpc.exchange.grid import REJECTED, TTL_S, ExchangeGrid
+from flwr_hpc.exchange.grid import REJECTED, TTL_S
 from flwr_hpc.exchange.records import LazyArray, RecordTensors
-from flwr_hpc.exchange.store import PREFIX, Store
-from flwr_hpc.exchange.tensors import TensorFile, TensorInfo
+from flwr_hpc.exchange.store import PREFIX
+from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of, write_safetensors
+from flwr_hpc.exchange.tensors import TensorInfo
 from flwr_hpc.protocol import ORDER, Order, to_json
 from strategies.engine.messages import part_of
-
-NODES = (11, 12, 13)
-
-
-def initial():
-    rng = np.random.default_rng(0)
-    return ArrayRecord(
-        {
-            "w": Array(rng.standard_normal((4, 3), dtype=np.float32)),
-            "b": Array(rng.standard_normal(5)),
-            "steps": Array(np.asarray(1.0, dtype=np.float32)),
-        }
-    )
-
-
-def trained(name, array, node):
-    kind = array.dtype.type
-    return np.asarray(array * kind(0.9) + kind(node / 7))
-
-
-class InProcess(Grid):
-    """Answers every message at once, by calling `site(message) -> content or error`."""
-
-    def __init__(self, site, nodes=NODES):
-        identity = Message.__init__.__globals__["TaskIdentity"]  # as Flower does at start
-        identity.task_id, identity.run_id, identity.node_id = 1, 1, 1
-        self.site, self.nodes = site, nodes
-        self.pushed, self._replies, self._ids = [], {}, itertools.count()
-
-    def set_run(self, run): ...
-
-    @property
-    def run(self):
-        return "the run"
-
-    def create_message(self, *args, **kwargs):
-        return Message(*args, **kwargs)
-
-    def get_node_ids(self):
-        return list(self.nodes)
-
-    def push_messages(self, messages):
-        return [self._push(m) for m in messages]
-
-    def _push(self, message):
-        message_id = f"{message.object_id}{next(self._ids)}"
-        message.metadata.__dict__["_message_id"] = message_id
-        self.pushed.append(message)
-        self._replies[message_id] = Message(self.site(message), reply_to=message)
-        return message_id
-
-    def pull_messages(self, message_ids):
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
-
-    def send_and_receive(self, messages, *, timeout=None):
-        return self.pull_messages(self.push_messages(messages))
-
-
-class Site:
-    """The thin ClientApp with a trainer of one line; `spoil` changes what it sends."""
-
-    def __init__(self, store, folder, inline_below_mb=0.0, spoil=lambda node, path, content: path):
-        self.store, self.folder, self.inline_below_mb = store, folder, inline_below_mb
-        self.spoil = spoil
-
-    def __call__(self, message):
-        node = message.metadata.dst_node_id
-        metrics = MetricRecord({"num-examples": node, "loss": 0.5})
-        content = RecordDict({"metrics": metrics})
-        if message.metadata.message_type == "evaluate":
-            return content
-        work = self.folder / f"site{node}"
-        work.mkdir(parents=True, exist_ok=True)
-        path = receive(message.content, "arrays", self.store, work)
-        file, path = TensorFile(path), work / "trained"
-        result = {n: Array(trained(n, file.tensor(n), node)) for n in file.layout}
-        FullWeights().encode(RecordTensors(ArrayRecord(result)), path)
-        path = self.spoil(node, path, content)
-        send(content, "arrays", path, sha256_of(path), self.store, self.inline_below_mb, f"{node}")
-        return content
-
-
-def plain_site(message):
-    """An ordinary Flower ClientApp, without the exchange."""
-    node = message.metadata.dst_node_id
-    content = RecordDict({"metrics": MetricRecord({"num-examples": node, "loss": 0.5})})
-    if message.metadata.message_type == "train":
-        arrays = message.content["arrays"]
-        content["arrays"] = ArrayRecord(
-            {n: Array(np.asarray(trained(n, a.numpy(), node))) for n, a in arrays.items()}
-        )
-    return content
-
-
-class Federation:
-    """An exchange grid over simulated sites."""
-
-    def __init__(self, folder: Path, inline_below_mb=0.0, **site):
-        self.store = Store(str(folder / "store"))
-        self.site = Site(self.store, folder / "sites", inline_below_mb, **site)
-        self.inner = InProcess(self.site)
-        self.events = []
-        self.folder = folder
-        self.grid = ExchangeGrid(
-            self.inner,
-            self.store,
-            folder / "server",
-            inline_below_mb=inline_below_mb,
-            emit=lambda event, **fields: self.events.append((event, fields)),
-        )
-
-    def files(self, part):
-        gc.collect()
-        return [p for p in (self.folder / part).rglob("*") if p.is_file()]
-
-    def run(self, rounds=3, strategy=FedAvg, **options):
-        return strategy(**options).start(self.grid, initial(), rounds)
-
-    def train(self, *nodes, arrays=None):
-        record = RecordDict({"arrays": arrays or initial(), "config": ConfigRecord({"lr": 0.1})})
-        ids = self.grid.push_messages([Message(record, n, "train") for n in nodes])
-        return list(self.grid.pull_messages(ids))
-
-
-def values(record):
-    return {name: array.numpy() for name, array in record.items()}
-
-
-def assert_equal(found, expected):
-    assert list(found) == list(expected)
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array)
 
 
 @pytest.mark.parametrize("strategy", [FedAvg, FedAdam])
@@ -228,12 +99,11 @@ def ask_for_a_part(federation, merges, returns, answer, kind="train"):
     arrays = {"arrays": part_of(initial(), merges)} if merges and kind == "train" else {}
     content = RecordDict({**arrays, ORDER: order_of(merges=merges, returns=returns)})
     path = federation.folder / "answer"
-    FullWeights().encode(RecordTensors(part_of(initial(), answer)), path)
+    save(RecordTensors(part_of(initial(), answer)), path)
 
     def site(message):
         found = RecordDict()
-        limit_mb = federation.site.inline_below_mb
-        send(found, "arrays", path, sha256_of(path), federation.store, limit_mb, "a")
+        federation.site.exchange.send(found, "arrays", path, sha256_of(path), "a")
         return found
 
     federation.inner.site = site
@@ -362,7 +232,7 @@ def rewrite(change):
             change(arrays, content)
             record = ArrayRecord({n: Array(np.asarray(a)) for n, a in arrays.items()})
             path = path.with_name("spoiled")
-            FullWeights().encode(RecordTensors(record), path)
+            save(RecordTensors(record), path)
         return path
 
     return spoil
@@ -444,7 +314,7 @@ def gone(federation, ref):
 
 
 def elsewhere(federation, ref):
-    ref["key"] = f"../../{ref['sha256']}.safetensors"
+    ref["key"] = f"../../{ref['sha256']}.payload"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from flwr_hpc.exchange.codec import FullWeights, write_safetensors
 from flwr_hpc.exchange.records import (
     LazyArray,
     RecordTensors,
@@ -18,7 +17,8 @@ from flwr_hpc.exchange.records import (
     source_of,
     tensors,
 )
-from flwr_hpc.exchange.tensors import BadPayload, TensorFile, TensorInfo
+from flwr_hpc.exchange.tensorfile import TensorFile, save, write_safetensors
+from flwr_hpc.exchange.tensors import BadPayload, TensorInfo
 
 ARRAYS = {
     "w": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),
@@ -30,7 +30,7 @@ ARRAYS = {
 @pytest.fixture
 def file(tmp_path):
     record = ArrayRecord({n: Array(a) for n, a in ARRAYS.items()})
-    FullWeights().encode(RecordTensors(record), tmp_path / "f")
+    save(RecordTensors(record), tmp_path / "f")
     return TensorFile(tmp_path / "f")
 
 
@@ -94,9 +94,9 @@ def test_bfloat16_survives_inline_bit_by_bit(tmp_path):
     received = RecordTensors(ArrayRecord(sent))
     np.testing.assert_array_equal(received.raw("w"), bits)
     assert received.tensor("w").tolist() == [1.0, 3.140625, -0.0, 3.3895313892515355e38]
-    FullWeights().encode(received, tmp_path / "b")
+    save(received, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    FullWeights().encode(RecordTensors(lazy_record(TensorFile(tmp_path / "a"))), tmp_path / "c")
+    save(RecordTensors(lazy_record(TensorFile(tmp_path / "a"))), tmp_path / "c")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
 
 

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flwr_hpc.exchange.codec import aligned, sha256_of, write_safetensors, write_stream
-from flwr_hpc.exchange.tensors import BadPayload, TensorFile, TensorInfo, check
+from flwr_hpc.exchange.tensorfile import (
+    TensorFile,
+    aligned,
+    sha256_of,
+    write_safetensors,
+    write_stream,
+)
+from flwr_hpc.exchange.tensors import BadPayload, TensorInfo, check
 
 ARRAYS = {
     "flags": np.array([True, False, True]),

@@ -1,0 +1,1 @@
+"""One codec a file; `exchange.codec` names the file."""

@@ -1,0 +1,228 @@
+"""safetensors files, written and read one tensor at a time: the only reader and writer there is.
+
+Server, sites, trainers and checkpoints use it alike. The library judges whether a file is valid
+and reads what others wrote; its writer wants all tensors at once, ours one. Nothing that another
+site wrote is trusted: whatever is wrong with a file ends in `BadPayload`. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from flwr_hpc.exchange.tensors import STORED, BadPayload, Layout, TensorInfo, Tensors
+from flwr_hpc.files import draft
+
+FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
+MAX_HEADER = 32 << 20  # bytes; some 250,000 tensors
+PIECE = 1 << 20  # bytes copied at a time
+
+
+class TensorFile(Tensors):
+    """A safetensors file whose tensors are memory-mapped, each by itself.
+
+    A mapping lives as long as the array over it, so pages of tensors that are done with do
+    not stay in the process. Arrays are private copies on write. The open file outlives its
+    name: deleting it on disk does not harm a reader.
+
+    Parameters
+    ----------
+    path : Path
+    sha256 : str or None
+        Of the file, where known; else computed when first asked for.
+
+    Raises
+    ------
+    BadPayload
+        If the file is not a whole, valid safetensors file.
+    """
+
+    def __init__(self, path: Path, sha256: str | None = None) -> None:
+        self.path = path
+        self._sha256 = sha256
+        self._file = open(path, "rb")  # noqa: SIM115 - stays open as long as the object lives
+        self.layout, self._starts = _read_header(self._file, path)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the whole file."""
+        if self._sha256 is None:
+            self._file.seek(0)
+            self._sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+        return self._sha256
+
+    @property
+    def in_place(self) -> bool:
+        """Whether this very file still lies under its name."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
+
+    def raw(self, name: str) -> NDArray[Any]:
+        """Map one tensor."""
+        info = self.layout[name]
+        if info.nbytes == 0:
+            return np.empty(info.shape, info.stored)
+        skip = self._starts[name] % mmap.ALLOCATIONGRANULARITY
+        view = mmap.mmap(
+            self._file.fileno(),
+            info.nbytes + skip,
+            access=mmap.ACCESS_COPY,
+            offset=self._starts[name] - skip,
+        )
+        return np.frombuffer(view, info.stored, info.size, skip).reshape(info.shape)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in small pieces."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, NDArray[Any]]], layout: Layout
+) -> str:
+    """Write tensors as they come; return the file's sha256.
+
+    The file appears whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    tensors : iterable of (str, NDArray)
+        In the order of `layout`; the stored bits (uint16 for ``BF16``).
+    layout : Layout
+
+    Raises
+    ------
+    ValueError
+        If the tensors are not those of the layout, or its order would leave one misaligned
+        (see `aligned`).
+    """
+    header = _header(layout)
+    digest = hashlib.sha256(header)
+    expected = iter(layout.items())
+    with draft(path) as temporary, open(temporary, "wb") as f:
+        f.write(header)
+        for name, array in tensors:
+            wanted, info = next(expected, ("no further tensor", TensorInfo("", ())))
+            if name != wanted or (array.dtype, array.shape) != (info.stored, info.shape):
+                found = f"'{name}' {array.dtype} {array.shape}"
+                raise ValueError(f"{path}: found {found}, expected '{wanted}' {info}")
+            data = _bytes(array)
+            f.write(data)
+            digest.update(data)
+        if rest := next(expected, None):
+            raise ValueError(f"{path}: tensor '{rest[0]}' is missing")
+    return digest.hexdigest()
+
+
+def write_stream(path: Path, tensors: Iterable[tuple[str, NDArray[Any]]]) -> None:
+    """Write tensors whose names and shapes are not known beforehand.
+
+    A safetensors file begins with its table of contents, so the numbers go to a second file
+    first; it costs the disk twice the writing, and the memory nothing.
+    """
+    layout: dict[str, TensorInfo] = {}
+    starts: dict[str, int] = {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as body:
+        for name, array in tensors:
+            if name in layout:
+                raise ValueError(f"{path}: tensor '{name}' comes twice")
+            layout[name], starts[name] = TensorInfo.of(array), body.tell()
+            body.write(_bytes(array))
+        ordered = aligned(layout)
+        with draft(path) as temporary, open(temporary, "wb") as f:
+            f.write(_header(ordered))
+            for name, info in ordered.items():
+                body.seek(starts[name])
+                _copy(body, f, info.nbytes)
+
+
+def save(tensors: Tensors, path: Path) -> str:
+    """Have `path` hold these tensors; return its sha256.
+
+    What is a file already is linked where that works: nothing is copied, so neither name must
+    be written to again.
+    """
+    if isinstance(tensors, TensorFile) and tensors.in_place:
+        with draft(path) as temporary:
+            link_or_copy(tensors.path, temporary)
+        return tensors.sha256
+    layout = aligned(tensors.layout)
+    return write_safetensors(path, ((name, tensors.raw(name)) for name in layout), layout)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Have `target` hold what `source` does, by a hard link where that works."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, a foreign owner, or no hard links here
+        with open(source, "rb") as a, open(target, "wb") as b:
+            shutil.copyfileobj(a, b, PIECE)
+
+
+def aligned(layout: Layout) -> dict[str, TensorInfo]:
+    """Order a layout by falling item size, so that every tensor starts aligned."""
+    return dict(sorted(layout.items(), key=lambda item: -item[1].stored.itemsize))
+
+
+def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
+    while count > 0:
+        piece = source.read(min(count, PIECE))
+        if not piece:
+            raise EOFError("a file of ours became shorter while it was read")
+        target.write(piece)
+        count -= len(piece)
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8).data
+
+
+def _header(layout: Layout) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": FORMAT}
+    offset = 0
+    for name, info in layout.items():
+        if offset % info.stored.itemsize:
+            raise ValueError(f"tensor '{name}' would be misaligned; order the layout")
+        end = offset + info.nbytes
+        entries[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _read_header(f: IO[bytes], path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """Return layout and absolute offsets; the library judges whether they are valid."""
+    length = int.from_bytes(f.read(8), "little")
+    if length > MAX_HEADER:
+        raise BadPayload(f"{path.name}: the header claims {length} bytes")
+    try:
+        with safe_open(path, framework="numpy"):
+            header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        layout = {n: TensorInfo(e["dtype"], tuple(e["shape"])) for n, e in header.items()}
+    except (SafetensorError, ValueError, RecursionError) as exc:
+        raise BadPayload(f"{path.name}: not a valid safetensors file: {exc}") from None
+    for name, info in layout.items():
+        if info.dtype not in STORED:
+            raise BadPayload(f"{path.name}: tensor '{name}' has unknown dtype {info.dtype}")
+    starts = {n: 8 + length + int(e["data_offsets"][0]) for n, e in header.items()}
+    return layout, starts

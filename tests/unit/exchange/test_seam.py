@@ -1,0 +1,108 @@
+"""A newcomer's codec and store: one class each, on both ways, and nothing else changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.serverapp.strategy import FedAvg
+from worlds.exchange import Federation, InProcess, initial, plain_site, values
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.store import PREFIX, make_store
+from flwr_hpc.exchange.stores.fsspec import FsspecStore
+
+
+def run(federation, rounds=2):
+    """Run FedAvg over the exchange; return how far each array is from a run without one."""
+    found = federation.run(rounds, min_train_nodes=3)
+    plain = FedAvg(min_train_nodes=3).start(InProcess(plain_site), initial(), rounds)
+    assert federation.grid.rejected == 0, federation.events
+    pairs = zip(values(found.arrays).values(), values(plain.arrays).values(), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+def test_a_codec_of_ones_own_is_used_on_both_ways(tmp_path):
+    """float16, to the site and back: nothing but the name of the class selects it."""
+    federation = Federation(tmp_path, codec="worlds.codecs.Half")
+    sizes, plain = [], Federation(tmp_path / "plain")
+    for each in (federation, plain):
+        record = each.inner.site
+        each.inner.site = lambda message, record=record: _noting(message, record(message), sizes)
+    assert 0 < run(federation) < 1e-2  # rounded, on the way there or back
+    half, sizes[:] = list(sizes), []
+    assert run(plain) < 1e-6
+    assert len(half) == len(sizes) == 2 * 3 * 3  # rounds; to train, back, to evaluate; nodes
+    assert all(a < b for a, b in zip(half, sizes, strict=True))
+
+
+def _noting(message, content, sizes):
+    for record in (message.content, content):
+        sizes += [int(r["bytes"]) for k, r in record.items() if k.startswith(PREFIX)]
+    return content
+
+
+def test_a_codec_may_be_relative_to_what_both_sides_have(tmp_path):
+    """Replies hold the bits that differ from the version the site was sent; it comes out exact."""
+    federation = Federation(tmp_path, codec="worlds.codecs.Xor")
+    bases, site = [], federation.inner.site
+
+    def noting(message):
+        content = site(message)
+        if f"{PREFIX}arrays" in content:
+            there, back = message.content[f"{PREFIX}arrays"], content[f"{PREFIX}arrays"]
+            assert not there["base"]  # what is published must be readable by any site
+            bases.append(back["base"] == there["sha256"])
+        return content
+
+    federation.inner.site = noting
+    assert run(federation) < 1e-6
+    assert bases == [True] * 6
+    assert len(federation.files("server")) <= 1  # the versions opened as bases are gone again
+
+
+def test_a_base_that_is_not_published_is_refused(tmp_path):
+    """A reply to a session that is over, or a lie."""
+    federation = Federation(tmp_path, codec="worlds.codecs.Xor")
+    site = federation.inner.site
+
+    def elsewhere(message):
+        content = site(message)
+        content[f"{PREFIX}arrays"]["base"] = "0" * 64
+        return content
+
+    federation.inner.site = elsewhere
+    (reply,) = federation.train(11)
+    assert "not published" in reply.error.reason
+    assert not list((tmp_path / "store" / "from-11").iterdir())
+
+
+def test_a_store_of_ones_own_is_used_on_both_ways(tmp_path):
+    """The scheme of the URL names the class."""
+    url = f"worlds.codecs.Drawer://{tmp_path}/drawer"
+    federation = Federation(tmp_path, store=url)
+    assert run(federation) < 1e-6
+    assert list((tmp_path / "drawer" / "global").iterdir())
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("url", ["/folder", "file:///folder", "memory://x", "s3://bucket/x"])
+def test_any_other_place_is_fsspecs(url):
+    """A folder needs no scheme, and a bucket no class."""
+    assert type(make_store(url)) is FsspecStore
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("fulll", "Did you mean 'full'"),
+        ("nowhere.to.Be", "exchange.codec=nowhere.to.Be cannot be imported"),
+        ("worlds.codecs.Nothing", "cannot be imported"),
+        ("worlds.codecs.Drawer", "there is no such codec"),
+        ("", "Valid: full"),
+    ],
+)
+def test_what_is_no_codec_is_refused_with_the_valid_names(name, says):
+    """Also a class of another kind."""
+    with pytest.raises(UserError, match=says):
+        make_codec(name)
