@@ -11,7 +11,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from flwr_hpc.simulate.learning import Learner, LearnerConfig
+from flwr_hpc.simulate.learning.base import Learner
+from flwr_hpc.simulate.learning.network import NetworkConfig, NetworkLearner
 from flwr_hpc.site.job_times import times
 from flwr_hpc.spool import AllocationDir, Spool
 
@@ -100,7 +101,7 @@ def speeds(run: Path) -> dict[str, Speeds]:
 
 def learner(sites: int, seed: int) -> Learner:
     """Return what was trained, to evaluate weights with."""
-    return Learner(sites, LearnerConfig(), seed)
+    return NetworkLearner(sites, NetworkConfig(), seed)
 
 
 def _speeds(site: Path, events: list[Event]) -> Speeds:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from flwr_hpc.exchange.tensorfile import sha256_of, write_stream
 from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
-from flwr_hpc.simulate.learning import Learner, LearnerConfig
+from flwr_hpc.simulate.learning.network import NetworkConfig, NetworkLearner
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
 from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
@@ -49,7 +49,7 @@ class _Worker:
         self.step_s = float(os.environ["PACED_STEP_S"])
         spec = allocation.spec()
         self.site = spec["facilities"].index(spec["facility"])
-        self.new = Learner(len(spec["facilities"]), LearnerConfig(), spec["seed"])
+        self.new = NetworkLearner(len(spec["facilities"]), NetworkConfig(), spec["seed"])
         self.inbox = Inbox(allocation, self.spool, spec["idle_timeout_s"], self._over)
 
     def serve(self) -> None:
@@ -91,7 +91,7 @@ class _Worker:
         self._tell("order", order=order_id, seen=seen, train_s=trained - began)
         return True
 
-    def _train(self, order: Order, learner: Learner, arrays: Any) -> tuple[Any, float, int]:
+    def _train(self, order: Order, learner: NetworkLearner, arrays: Any) -> tuple[Any, float, int]:
         """Take the steps' time, and train them in the last one's."""
         began = time.monotonic()
         for step in range(order.steps):
@@ -102,7 +102,9 @@ class _Worker:
             time.sleep(max(0.0, began + (step + 1) * self.step_s - time.monotonic()))
         return arrays, loss, order.steps
 
-    def _learn(self, order: Order, learner: Learner, arrays: Any, steps: int) -> tuple[Any, float]:
+    def _learn(
+        self, order: Order, learner: NetworkLearner, arrays: Any, steps: int
+    ) -> tuple[Any, float]:
         scale = float(order.options.get("lr-scale", 1.0))
         mu = float(order.options.get("proximal-mu", 0.0))
         return learner.train(self.site, arrays, steps, scale, mu, arrays)
@@ -111,7 +113,7 @@ class _Worker:
         self,
         order: Order,
         folder: OrderDir,
-        learner: Learner,
+        learner: NetworkLearner,
         arrays: Any,
         steps: int,
         metrics: dict[str, float],
@@ -127,13 +129,13 @@ class _Worker:
         written = {"weights": folder.weights.name, "sha256": sha256_of(folder.weights)}
         return Result(**(vars(result) | written))
 
-    def _learner(self) -> Learner:
+    def _learner(self) -> NetworkLearner:
         """Return the learner as the site's last order left it."""
         saved = self.spool.root / "learner.pkl"
         if not saved.exists():
             return self.new
         learner = pickle.loads(saved.read_bytes())
-        assert isinstance(learner, Learner)
+        assert isinstance(learner, NetworkLearner)
         return learner
 
     def _tell(self, what: str, **fields: Any) -> None:

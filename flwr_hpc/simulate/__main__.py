@@ -14,6 +14,7 @@ All of them, with their values: python -m flwr_hpc.simulate --cfg job
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.cfg:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
         return 0
+    # A matrix here is too small to be shared: more threads only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from flwr_hpc.simulate.compare import compare  # later, so that errors answer at once
 
     return compare(config)

@@ -66,14 +66,14 @@ def compare(config: SimulateConfig) -> int:
     outcomes = list(_with_progress(console, config, scenario))
     outcomes.sort(key=lambda o: (list(config.strategies).index(o.strategy), o.seed))
     found = rows(outcomes)
-    console.print(table(found, scenario))
+    console.print(table(found, outcomes[0].target, scenario.horizon_h))
     record = {
         "config": asdict(config),
         "rows": [asdict(row) for row in found],
         "runs": [o.to_json() for o in outcomes],
     }
     publish(out / "results.json", json.dumps(_plain(record), indent=1, allow_nan=False))
-    drawn = _draw(out, outcomes, scenario)
+    drawn = _draw(out, outcomes)
     console.print(f"Results: {out / 'results.json'}{drawn}", soft_wrap=True)
     return 0
 
@@ -165,10 +165,10 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def table(found: Sequence[Row], scenario: ScenarioConfig) -> Table:
+def table(found: Sequence[Row], target: float, horizon_h: float) -> Table:
     """Return the table that is printed."""
     best = min((r.hours for r in found if r.hours is not None), default=None)
-    title = f"Time to a held-out loss of {scenario.target:g}"
+    title = f"Time to a held-out loss of {target:g}"
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("strategy", "policy", "reached"):
         shown.add_column(name, no_wrap=True)
@@ -180,7 +180,7 @@ def table(found: Sequence[Row], scenario: ScenarioConfig) -> Table:
             r.strategy,
             r.policy,
             f"{r.reached}/{r.runs}",
-            _number(r.hours, f"> {scenario.horizon_h:g}"),
+            _number(r.hours, f"> {horizon_h:g}"),
             f"{_number(r.hours_low)}-{_number(r.hours_high, '')}",
             times,
             _number(r.node_hours),
@@ -260,10 +260,10 @@ def _folder(config: SimulateConfig) -> Path:
     return out
 
 
-def _draw(out: Path, outcomes: Sequence[Outcome], scenario: ScenarioConfig) -> str:
+def _draw(out: Path, outcomes: Sequence[Outcome]) -> str:
     """Draw the plots if matplotlib is there; return what to say about them."""
     try:
         from flwr_hpc.simulate.plots import draw
     except ModuleNotFoundError:
         return "\nFor plots: pip install 'flwr-hpc[simulate]'"
-    return "".join(f"\nPlot: {path}" for path in draw(out, outcomes, scenario))
+    return "".join(f"\nPlot: {path}" for path in draw(out, outcomes))

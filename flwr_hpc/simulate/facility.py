@@ -3,36 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
-
-Weights = dict[str, Any]
-
-
-class Learns(Protocol):
-    """What a site's training does to weights."""
-
-    def initial(self) -> Weights:
-        """Return the initial weights."""
-
-    def train(
-        self,
-        site: int,
-        weights: Weights,
-        steps: int,
-        lr_scale: float = 1.0,
-        mu: float = 0.0,
-        anchor: Weights | None = None,
-        correction: Weights | None = None,
-        gradients: Weights | None = None,
-    ) -> tuple[Weights, float]:
-        """Return the trained weights and the mean training loss.
-
-        With `mu`, ``mu / 2 ||w - anchor||^2`` is added to the loss. A `correction` is added to
-        every gradient, after that has been added to the sum in `gradients`.
-        """
-
-    def evaluate(self, weights: Weights) -> float:
-        """Return the held-out loss."""
+from typing import Literal
 
 
 @dataclass(frozen=True)

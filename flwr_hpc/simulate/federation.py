@@ -16,9 +16,10 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.simulate.clock import HorizonReached, VirtualClock
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
-from flwr_hpc.simulate.facility import Facility, Learns, Segment
+from flwr_hpc.simulate.facility import Facility, Segment
 from flwr_hpc.simulate.grid import SimulatedGrid
-from flwr_hpc.simulate.learning import Learner, LearnerConfig
+from flwr_hpc.simulate.learning.base import Learner
+from flwr_hpc.simulate.learning.tasks import TASKS
 from flwr_hpc.simulate.queues import (
     BackfillCluster,
     EmpiricalQueue,
@@ -29,7 +30,6 @@ from flwr_hpc.simulate.queues import (
     waits_of_trace,
 )
 from flwr_hpc.simulate.site import SimulatedSite
-from flwr_hpc.simulate.surrogate import Surrogate
 from flwr_hpc.site.forecast.history import History
 from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine
@@ -56,6 +56,7 @@ class Outcome:
     node_hours: float = 0.0
     versions: int = 0
     orders: int = 0
+    target: float = 0.0  # The held-out loss to reach
     error: str = ""  # Why the run ended early, if it did
     # By site: what its allocations did, for timelines.
     segments: dict[str, list[Segment]] = field(default_factory=dict)
@@ -96,12 +97,17 @@ class _Watch:
     """Follows the loss of the global model."""
 
     def __init__(
-        self, clock: VirtualClock, learner: Learns, sites: list[SimulatedSite], every_s: float
+        self,
+        clock: VirtualClock,
+        learner: Learner,
+        sites: list[SimulatedSite],
+        every_s: float,
+        target: float,
     ) -> None:
         self.clock, self.learner, self.sites, self.every_s = clock, learner, sites, every_s
+        self.target = target
         self.curve: list[tuple[float, float, float]] = []
         self.versions = 0
-        self.target = 0.0
         self._next = 0.0
 
     def look(self, version: int, record: ArrayRecord) -> None:
@@ -127,7 +133,7 @@ def simulate(
     renew: bool = False,
     seed: int = 0,
     steps: int = 100,
-    learning: str = "real",
+    learning: str = "network",
     evaluate_every_s: float = 60.0,
     versions: int = ENDLESS,
     wait_s: float = WAIT_S,
@@ -152,7 +158,7 @@ def simulate(
     steps : int
         Per order, where the strategy does not decide.
     learning : str
-        ``real`` or ``surrogate``.
+        Of `learning.tasks.TASKS`.
     evaluate_every_s : float
         The loss is computed no more often, in virtual seconds.
     versions : int
@@ -166,17 +172,17 @@ def simulate(
     Outcome
     """
     clock = VirtualClock(scenario.horizon_h * 3600.0)
-    learner = _learner(scenario, learning, seed)
+    learner = TASKS[learning](len(scenario.sites), scenario.own_share, seed)
     grid, sites = _sites(scenario, clock, learner, policy, renew, seed)
-    watch = _Watch(clock, learner, sites, evaluate_every_s)
-    watch.target = scenario.target
+    target = learner.target if scenario.target is None else scenario.target
+    watch = _Watch(clock, learner, sites, evaluate_every_s, target)
     runtime = Runtime(
         clock=clock,
         checkpoints=_Memory(),
         settings=Settings(wait_s=wait_s, evaluate_every=0, final_evaluation_s=0.0, poll_s=poll_s),
         check=None,
     )
-    outcome = Outcome(name, seed, policy)
+    outcome = Outcome(name, seed, policy, target=target)
     try:
         built = build_strategy(copy.deepcopy(strategy), f"strategies.{name}")
         own = None if initialize else learner
@@ -198,7 +204,7 @@ def _start(
     strategy: Any,
     grid: SimulatedGrid,
     runtime: Runtime,
-    learner: Learns | None,
+    learner: Learner | None,
     watch: _Watch,
     versions: int,
     steps: int,
@@ -227,17 +233,10 @@ def _start(
         )
 
 
-def _learner(scenario: ScenarioConfig, kind: str, seed: int) -> Learns:
-    sites = len(scenario.sites)
-    if kind == "surrogate":
-        return Surrogate(sites, seed)
-    return Learner(sites, LearnerConfig(own_share=scenario.own_share), seed)
-
-
 def _sites(
     scenario: ScenarioConfig,
     clock: VirtualClock,
-    learner: Learns,
+    learner: Learner,
     policy: str,
     renew: bool,
     seed: int,

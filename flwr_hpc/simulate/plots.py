@@ -9,19 +9,18 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from flwr_hpc.simulate.config import ScenarioConfig
 from flwr_hpc.simulate.federation import Outcome
 
 COLOURS = {"queue": "#d9d9d9", "load": "#fdb462", "train": "#4daf4a", "idle": "#fb8072"}
 
 
-def draw(out: Path, outcomes: Sequence[Outcome], scenario: ScenarioConfig) -> list[Path]:
+def draw(out: Path, outcomes: Sequence[Outcome]) -> list[Path]:
     """Write ``loss.png`` and ``timelines.png``; return their paths."""
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return [_losses(out / "loss.png", outcomes, scenario), _timelines(out, outcomes)]
+    return [_losses(out / "loss.png", outcomes), _timelines(out, outcomes)]
 
 
-def _losses(path: Path, outcomes: Sequence[Outcome], scenario: ScenarioConfig) -> Path:
+def _losses(path: Path, outcomes: Sequence[Outcome]) -> Path:
     """Loss against wall-clock and against node-hours; a thin line per seed."""
     names = list(dict.fromkeys(o.strategy for o in outcomes))
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -34,7 +33,7 @@ def _losses(path: Path, outcomes: Sequence[Outcome], scenario: ScenarioConfig) -
             ys = [point[2] for point in outcome.curve]
             width = 1.6 if first else 0.7
             axis.plot(xs, ys, colour, lw=width, label=outcome.strategy if first else None)
-        axis.axhline(scenario.target, color="black", lw=0.8, ls=":")
+        axis.axhline(outcomes[0].target, color="black", lw=0.8, ls=":")
         axis.set_xlabel(label)
     axes[0].set_ylabel("held-out loss (nats per token)")
     axes[1].legend(frameon=False)

@@ -12,7 +12,8 @@ import numpy as np
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order
 from flwr_hpc.simulate.clock import VirtualClock
-from flwr_hpc.simulate.facility import Facility, Segment, Weights
+from flwr_hpc.simulate.facility import Facility, Segment
+from flwr_hpc.simulate.learning.base import Weights
 from flwr_hpc.simulate.queues import Queue, Ticket
 from flwr_hpc.site.renewal import lead_s, next_successor_in_s
 

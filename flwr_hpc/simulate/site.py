@@ -18,7 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.simulate.clock import VirtualClock
-from flwr_hpc.simulate.facility import Facility, Learns, Weights
+from flwr_hpc.simulate.facility import Facility
+from flwr_hpc.simulate.learning.base import Learner, Weights
 from flwr_hpc.simulate.pool import Allocation, Pool, Task
 from flwr_hpc.simulate.queues import Queue
 
@@ -44,7 +45,7 @@ class SimulatedSite:
         Of the facility; the index selects its data.
     facility : Facility
     queue : Queue
-    learner : Learns
+    learner : Learner
     clock : VirtualClock
     rng : numpy Generator
         Draws preemptions and failures.
@@ -65,7 +66,7 @@ class SimulatedSite:
         index: int,
         facility: Facility,
         queue: Queue,
-        learner: Learns,
+        learner: Learner,
         clock: VirtualClock,
         rng: np.random.Generator,
         retries: int = 2,

@@ -12,6 +12,8 @@ import pytest
 
 from flwr_hpc.simulate import compare
 from flwr_hpc.simulate.__main__ import _parser, compose, main
+from flwr_hpc.simulate.config import LEARNING
+from flwr_hpc.simulate.learning.tasks import TASKS
 
 ROOT = Path(__file__).parents[3]
 SCENARIOS = sorted(p.stem for p in (ROOT / "conf" / "scenario").glob("*.yaml"))
@@ -30,6 +32,11 @@ def _in_this_process(monkeypatch):
 
 def finite(value):
     raise AssertionError(f"not JSON: {value}")
+
+
+def test_every_learning_task_can_be_chosen():
+    """What the configuration offers is what there is."""
+    assert tuple(TASKS) == LEARNING
 
 
 def test_a_comparison(tmp_path, capsys):
@@ -167,7 +174,7 @@ def test_the_configuration_can_be_shown(capsys):
         (["steps=0"], ["steps=0 must be greater than zero"]),
         (["seeds=many"], ["seeds=many", "Integer"]),
         (["policy=hot"], ["policy=hot is not known", "own, warm, per_round"]),
-        (["learning=deep"], ["learning=deep is not known", "real, surrogate"]),
+        (["learning=deep"], ["learning=deep is not known", "network, text, surrogate"]),
         (["evaluate_every_s=-1"], ["evaluate_every_s=-1.0 must be zero or greater"]),
         (["scenario.target=0"], ["scenario.target=0.0 must be greater than zero"]),
         (["scenario.sites.a.step_s=-1"], ["scenario.sites.a.step_s=-1.0 must be greater"]),

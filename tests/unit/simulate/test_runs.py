@@ -20,9 +20,9 @@ from flwr_hpc.simulate.facility import Facility
 from flwr_hpc.simulate.federation import Outcome, simulate
 from flwr_hpc.simulate.grid import SimulatedGrid
 from flwr_hpc.simulate.identity import take_identity
+from flwr_hpc.simulate.learning.surrogate import SurrogateLearner
 from flwr_hpc.simulate.queues import NoQueue
 from flwr_hpc.simulate.site import SimulatedSite
-from flwr_hpc.simulate.surrogate import Surrogate
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "flower fedavg": {
@@ -79,7 +79,9 @@ def one_site(**facility: Any) -> tuple[VirtualClock, SimulatedGrid]:
     clock = VirtualClock()
     grid = SimulatedGrid(clock)
     shape = Facility(**{"step_s": 1.0, "latency_s": 1.0, **facility})
-    site = SimulatedSite("x", 0, shape, NoQueue(), Surrogate(1, 0), clock, np.random.default_rng(0))
+    site = SimulatedSite(
+        "x", 0, shape, NoQueue(), SurrogateLearner(1, 0), clock, np.random.default_rng(0)
+    )
     grid.join(site)
     return clock, grid
 
@@ -136,7 +138,7 @@ def test_every_strategy_learns_where_everything_goes_wrong(spec, policy):
     assert nodes == sorted(nodes)
 
 
-@pytest.mark.parametrize("learning", ["real", "surrogate"])
+@pytest.mark.parametrize("learning", ["network", "surrogate"])
 @pytest.mark.parametrize("name", ["flower fedavg", "fedqueue", "fedbackfill"])
 def test_a_run_is_that_of_its_seed(name, learning):
     """The same curve, bit for bit, from the same seed; another one from another."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from flwr_hpc.simulate.learning.base import Weights
 
 FLOOR, START = 1.0, 2.5  # held-out loss at the optimum and at the start
-Weights = dict[str, NDArray[np.float32]]
 
 
-class Surrogate:
+class SurrogateLearner:
     """Every site is pulled to an optimum of its own, near the common one.
 
     A step moves the weights by a share `rate` of the way to the site's optimum, with noise; the
@@ -26,6 +26,8 @@ class Surrogate:
     rate, noise : float
         Of a step.
     """
+
+    target = 1.45
 
     def __init__(
         self, sites: int, seed: int, skew: float = 0.7, rate: float = 2e-3, noise: float = 0.02
@@ -57,7 +59,7 @@ class Surrogate:
     ) -> tuple[Weights, float]:
         """Return the weights after `steps` steps, in one formula, and the loss there.
 
-        The gradient is the distance to the site's optimum; see `Learner.train`.
+        The gradient is the distance to the site's optimum; see `Learner.train` of `learning.base`.
         """
         point, own = weights["point"].astype(float), self._optima[site]
         goal = own - correction["point"] if correction else own  # both move the optimum

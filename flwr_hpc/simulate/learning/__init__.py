@@ -1,0 +1,1 @@
+"""What simulated sites learn: a small network, a small transformer on text, or a formula."""
