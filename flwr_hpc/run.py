@@ -21,6 +21,7 @@ from flwr_hpc import __version__
 from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.schema import Config
+from flwr_hpc.schedulers.registry import check_facilities
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     config, resumed = _configure(args.overrides, args.config_dir)
+    check_facilities(config.facilities)
     if args.cfg:
         print(shown(config), end="")
         return 0

@@ -21,7 +21,7 @@ from flwr_hpc.batch_mod.settings import HERE, Settings, gather, settle
 from flwr_hpc.batch_mod.worker import run
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.protocol import Order, Status
-from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
 

@@ -14,10 +14,10 @@ from flwr.app import Context
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.config.facility_rules import check_facility
 from flwr_hpc.config.overrides import quoted
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError, closest
+from flwr_hpc.schedulers.registry import check_facility
 
 PREFIX = "flwr-hpc."  # of our keys in Flower's run and node config
 HERE = "none"  # the facility that stands for: no job, run in the ClientApp's process

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from flwr_hpc.errors import UserError
 
+LOCAL = "local"  # The scheduler that is no batch system
 QUEUE = ("partition", "qos")
 PLACEMENT = ("account", *QUEUE, "constraint", "reservation")
 
@@ -32,7 +33,9 @@ class QueueConfig:
 class FacilityConfig:
     """One HPC centre as data: how to get an allocation there and what it is made of."""
 
-    scheduler: str = "slurm"  # ``local`` (submitit's local executor), ``slurm`` or ``pbs``
+    # Its batch system: ``slurm``, ``pbs``, ``local`` (none: jobs run on this host) or one of
+    # your own.
+    scheduler: str = "slurm"
     # Passed to the scheduler when set; a batch system must be given `account`, if only as
     # null. With PBS `partition` is the queue, and there are no others of these.
     account: str | None = MISSING
@@ -93,6 +96,11 @@ class FacilityConfig:
     poll_s: float = 60.0
     # Whether compute nodes reach outside (else Hugging Face is put in offline mode).
     internet: bool = False
+
+    @property
+    def local(self) -> bool:
+        """Whether jobs run on this host, at once."""
+        return self.scheduler == LOCAL
 
 
 def walltime_s(text: str) -> int:

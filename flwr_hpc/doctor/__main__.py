@@ -31,6 +31,7 @@ from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError
+from flwr_hpc.schedulers.registry import check_facilities
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +62,9 @@ def _configure(args: argparse.Namespace) -> Config:
         )
     if args.nodes < 1:
         raise UserError(f"--nodes {args.nodes} must be at least 1")
-    return compose_config(args.overrides, args.config_dir)
+    config = compose_config(args.overrides, args.config_dir)
+    check_facilities(config.facilities)
+    return config
 
 
 def _timeout_s(text: str) -> float:

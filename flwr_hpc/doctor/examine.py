@@ -22,7 +22,7 @@ from flwr_hpc.doctor.login import ACCEPTED, Login, login
 from flwr_hpc.doctor.nodes import Nodes, nodes
 from flwr_hpc.doctor.outside import Outside, hub_url, versions
 from flwr_hpc.doctor.probe import PACKAGES
-from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.schedulers.registry import make_scheduler, rules_of
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.settings import job_spec
 
@@ -74,7 +74,8 @@ def patient(
     run = RunDir(Path(config.run_dir or f"runs/doctor-{token}").expanduser().absolute())
     root = run.site_root(config, name, f"doctor-{token}").absolute()
     spec = job_spec(run, config, name, f"doctor-{token}")
-    here = Login(name, config, root, scheduler, spec, Outside(facility.env))
+    env = rules_of(facility).environment(facility, os.environ)
+    here = Login(name, config, root, scheduler, spec, Outside(env))
     urls = (hub_url({**os.environ, **facility.env}),) if facility.internet else ()
     wanted = probe_facility(facility, most_nodes)
     own = root.with_name(f"doctor-{token}-{name}")

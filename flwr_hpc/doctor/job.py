@@ -201,7 +201,7 @@ class Probe:
 
     def _grace_s(self) -> float:
         """Return how long to wait for the files of a job that has ended."""
-        if self.spec.facility.scheduler == "local":
+        if self.spec.facility.local:
             return 1.0
         return FIRST_LOOK_S if self.result.log else AFTER_END_S
 

@@ -13,13 +13,10 @@ from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, w
 from flwr_hpc.doctor.outside import Outside
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError
+from flwr_hpc.schedulers.registry import rules_of
+from flwr_hpc.schedulers.rules import Rules
 
 LOGIN = "login node"
-COMMANDS = {
-    "slurm": ("sbatch", "squeue", "scancel", "srun"),
-    "pbs": ("qsub", "qstat", "qdel"),
-    "local": (),
-}
 PACKAGES = ("flwr", "submitit", "hydra-core", "jinja2", "numpy", "psutil", "rich", "safetensors")
 # What a rank imports, looked for without importing it.
 RANK = ("submitit", "flwr", "torch", "transformers", "peft", "datasets")
@@ -29,27 +26,6 @@ PYTHON = (
 )
 AT_ONCE_S = 5.0
 ACCEPTED = "account and limits"
-
-# What schedulers say of a job they refuse, and what then to look at.
-REFUSALS = {
-    r"held": "sbatch may hold it; if not, somebody at the centre does: ask there",
-    r"policy|assoc": "nodes, walltime, or another account or qos; your limits: {accounts}",
-    r"account": "account=NAME; yours: {accounts}",
-    r"partition|queue": "partition=NAME; there are: {partitions}",
-    r"qos": "qos=NAME; yours: {accounts}",
-    r"time ?limit|walltime": "walltime=HH:MM:SS; limits: {partitions}",
-    r"reservation": "reservation=NAME, or null",
-    r"node|gres|cpu|processor|memory": "nodes, gpus_per_node, gpu_request, gpu_type or "
-    "cpus_per_rank; what there is: {nodes}",
-}
-LOOK_UP = {
-    "slurm": {
-        "accounts": "sacctmgr show assoc user=$USER format=account%30,partition,qos%60",
-        "partitions": "sinfo -o '%P %l %D'",
-        "nodes": "sinfo -o '%P %D %c %m %G'",
-    },
-    "pbs": {"accounts": "qstat -Qf", "partitions": "qstat -Q", "nodes": "pbsnodes -a"},
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,11 @@ class Login:
     @property
     def local(self) -> bool:
         """Whether jobs run on this machine."""
-        return self.facility.scheduler == "local"
+        return self.facility.local
+
+    @property
+    def rules(self) -> Rules:
+        return rules_of(self.facility)
 
     def set(self, field: str) -> str:
         """Return a field of the facility as it is set on the command line."""
@@ -83,8 +63,7 @@ login: Checks[Login] = Checks(LOGIN)
 @login("scheduler commands")
 def commands(here: Login) -> Finding:
     """Look for the batch system's programs."""
-    kind = here.facility.scheduler
-    names = COMMANDS[kind]
+    names = here.rules.programs
     missing = [name for name in names if not here.outside.which(name)]
     if missing:
         return failed(
@@ -108,32 +87,30 @@ def answers(here: Login) -> Finding:
 @login("accounting", needs=["scheduler answers"])
 def accounting(here: Login) -> Finding:
     """See whether ended jobs are remembered."""
-    if here.facility.scheduler != "slurm":
+    accounting = here.rules.accounting
+    if accounting is None:
         return skipped(f"{here.facility.scheduler} is not asked for it")
-    if not here.outside.which("sacct"):
-        said = "sacct was not found on this host"
-    else:
-        answer = here.outside.ask("sacct", "-X", "-n", "-o", "JobID", "-S", "now")
-        if answer.code == 0:
-            return passed("sacct answers")
-        said = answer.err.strip() or f"sacct ended with code {answer.code}"
-    return warned(
-        said,
-        "runs go on without; what slurmctld has forgotten of a job (after its MinJobAge) is lost. "
-        "The centre can enable accounting",
-    )
+    program = accounting.command[0]
+    if not here.outside.which(program):
+        return warned(f"{program} was not found on this host", accounting.without)
+    answer = here.outside.ask(*accounting.command)
+    if answer.code == 0:
+        return passed(f"{program} answers")
+    said = answer.err.strip() or f"{program} ended with code {answer.code}"
+    return warned(said, accounting.without)
 
 
 @login(ACCEPTED, needs=["scheduler answers"])
 def accepted(here: Login) -> Finding:
     """Let the scheduler judge the job that a run would submit; nothing is submitted."""
-    if here.facility.scheduler == "pbs":
-        return skipped("PBS judges a job only when it is submitted: see the probe job")
+    if not here.rules.trial:
+        title = here.rules.title
+        return skipped(f"{title} judges a job only when it is submitted: see the probe job")
     try:
         wait_s = here.scheduler.estimate(here.spec)
     except UserError as exc:
         words = refusal(exc)
-        return failed(words, mend_refusal(here.name, here.facility.scheduler, words))
+        return failed(words, mend_refusal(here.name, here.facility, words))
     except SchedulerUnavailableError as exc:
         return failed(str(exc), _who_to_ask(here))
     if here.local:
@@ -161,24 +138,22 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def mend_refusal(facility: str, scheduler: str, words: str) -> str:
+def mend_refusal(name: str, f: FacilityConfig, words: str) -> str:
     """Return what to change about a job that was refused with these words."""
-    look_up = LOOK_UP.get(scheduler, LOOK_UP["slurm"])
     said = next((line for line in words.lower().splitlines() if "error" in line), words.lower())
-    for pattern, fix in REFUSALS.items():
+    for pattern, fix in rules_of(f).refusals.items():
         if re.search(pattern, said):
-            return f"facilities.{facility}.{fix.format(**look_up)}"
+            return f"facilities.{name}.{fix}"
     return (
-        f"look at the script (python -m flwr_hpc.run +facility={facility} dry_run=true) beside "
+        f"look at the script (python -m flwr_hpc.run +facility={name} dry_run=true) beside "
         "what the centre's pages ask for"
     )
 
 
 def _who_to_ask(here: Login) -> str:
-    return (
-        "try again in some minutes; if it stays so, ask the centre. With several clusters on one "
-        f"host: {here.set('env.SLURM_CONF')}=/path/to/slurm.conf"
-    )
+    other = here.rules.other_cluster
+    more = f". With several clusters on one host: {here.set(other)}" if other else ""
+    return f"try again in some minutes; if it stays so, ask the centre{more}"
 
 
 @login("Python for jobs")

@@ -65,7 +65,7 @@ def job(there: Nodes) -> Finding:
                       "submission")  # fmt: skip
     fault = probed.fault or "interrupted"
     if not probed.job_id:
-        return failed(fault, mend_refusal(there.name, f.scheduler, fault))
+        return failed(fault, mend_refusal(there.name, f, fault))
     if probed.waited_s is None and not probed.log and "ended" not in fault:
         return failed(f"job {probed.job_id}: {fault}", _mend_queue(there))
     missing = sorted(set(range(world)) - set(probed.reports))
@@ -75,7 +75,7 @@ def job(there: Nodes) -> Finding:
 
 def _mend_queue(there: Nodes) -> str:
     if "will not start" in there.probed.fault:
-        return mend_refusal(there.name, there.facility.scheduler, there.probed.fault)
+        return mend_refusal(there.name, there.facility, there.probed.fault)
     return (
         f"wait longer: --timeout 120 (minutes); or a debug queue: {there.set('partition')}=NAME or "
         f"{there.set('qos')}=NAME"
@@ -211,7 +211,7 @@ def _memory(there: Nodes) -> Finding:
 def cores(there: Nodes) -> Finding:
     """See whether each rank may use as many cores as declared, and not another's."""
     want = there.facility.cpus_per_rank
-    complain = warned if there.facility.scheduler == "local" else failed
+    complain = warned if there.facility.local else failed
     least = min(len(r["cores"]) for r in there.reports)
     if least < want:
         return complain(

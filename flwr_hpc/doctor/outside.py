@@ -58,13 +58,11 @@ class Outside:
     Parameters
     ----------
     env : mapping
-        The facility's; of it, scheduler commands get ``SLURM_CONF``.
+        Of the commands.
     """
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-        conf = env.get("SLURM_CONF") or os.environ.get("SLURM_CONF")
-        self.env = inherited | ({"SLURM_CONF": conf} if conf else {})
+        self.env = dict(env)
 
     def ask(self, *command: str, timeout_s: float = 60.0) -> Answer:
         """Run a command and return what it said."""

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import flwr_hpc
-from flwr_hpc.config.facility import FacilityConfig, walltime_s
-
-# Of apptainer and singularity; Intel's devices are in /dev, which they see anyway.
-GPU_FLAG = {"nvidia": ["--nv"], "amd": ["--rocm"], "intel": []}
+from flwr_hpc.config.facility import FacilityConfig
 
 JobState = Literal["pending", "running", "ended", "unknown"]
 Outcome = Literal[
@@ -131,51 +126,10 @@ class Scheduler(Protocol):
         """Return what `submit` would run; works without the scheduler."""
 
 
-def make_scheduler(facility: FacilityConfig) -> Scheduler:
-    """Return the adapter named by ``facility.scheduler``."""
-    if facility.scheduler == "local":
-        from flwr_hpc.schedulers.local.adapter import LocalScheduler
-
-        return LocalScheduler()
-    if facility.scheduler == "pbs":
-        from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
-
-        return PbsScheduler(facility)
-    from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
-
-    return SlurmScheduler(facility)
-
-
-def job_env(spec: JobSpec) -> dict[str, str]:
-    """Environment every job gets; the facility's own settings win."""
-    facility = spec.facility
-    return {
-        "OMP_NUM_THREADS": str(facility.cpus_per_rank),
-        "PYTHONUNBUFFERED": "1",
-        **facility.env,
-        **spec.env,
-        "FLWR_HPC_JOB": spec.name,
-        "FLWR_HPC_WALLTIME_S": str(walltime_s(facility.walltime)),
-    }
-
-
 def checkout() -> str:
     """Return the folder of the checkout this runs from; empty if it is installed."""
     root = Path(flwr_hpc.__file__).resolve().parents[1]
     return "" if "site-packages" in root.parts else str(root)
-
-
-def rank_command(spec: JobSpec, module: str = "submitit.core._submit") -> str:
-    """Return the shell command of one rank: submitit's, in the facility's container if any."""
-    facility = spec.facility
-    python = facility.python or ("python3" if facility.container else sys.executable)
-    command = [python, "-u", "-m", module, str(spec.folder)]
-    if facility.container:
-        binds = [part for folder in spec.binds for part in ("--bind", folder)]
-        gpus = GPU_FLAG[facility.gpu_vendor] if facility.gpus_per_node else []
-        runtime = [facility.container_runtime, "exec", *gpus, *binds, facility.container]
-        command = runtime + command
-    return shlex.join(command)
 
 
 def heal_pickle(folder: Path, job_id: str) -> None:

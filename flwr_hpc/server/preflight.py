@@ -34,12 +34,11 @@ def check(config: Config) -> None:
     if config.exchange.store:
         make_store(config.exchange.store).check()
     for name, facility in config.facilities.items():
-        local = facility.scheduler == "local"
-        if local and facility.python is None:
+        if facility.local and facility.python is None:
             _check_packages(name)
-        if local and facility.container is None:
+        if facility.local and facility.container is None:
             check_pretrained(config, name, facility)
-        sources.check(config.data, name, list(config.facilities), must_exist=local)
+        sources.check(config.data, name, list(config.facilities), must_exist=facility.local)
 
 
 def _check_nodes(strategy: Strategy, facilities: int) -> None:

@@ -15,7 +15,7 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
-from flwr_hpc.schedulers.base import make_scheduler
+from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import preflight
 from flwr_hpc.server.driver import Outcome, drive
 from flwr_hpc.server.run_dir import RunDir

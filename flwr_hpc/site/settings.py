@@ -17,7 +17,8 @@ from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import publish, read_json
-from flwr_hpc.schedulers.base import JobSpec, make_scheduler
+from flwr_hpc.schedulers.base import JobSpec
+from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site import submission
 from flwr_hpc.site.manager import AllocationManager

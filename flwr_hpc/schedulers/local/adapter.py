@@ -21,17 +21,14 @@ from typing import Any
 import psutil
 from submitit.local.local import LocalExecutor, LocalJob
 
-from flwr_hpc.config.facility import walltime_s
+from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.schedulers.base import (
     JobInfo,
     JobSpec,
     Outcome,
-    checkout,
     heal_pickle,
-    job_env,
-    rank_command,
 )
-from flwr_hpc.schedulers.script import render
+from flwr_hpc.schedulers.script import common_fields, job_env, rank_command, render
 from flwr_hpc.worker.entry import run_rank
 
 LOG = "controller.err"
@@ -89,14 +86,8 @@ def script(spec: JobSpec) -> str:
         **job_env(spec),
         "FLWR_HPC_JOB_DIR": str(spec.folder),
     }
-    fields = {
-        "setup": facility.setup,
-        "env": env,
-        "checkout": checkout(),
-        "python": sys.executable,
-        "folder": spec.folder,
-    }
-    return render("local.sh.j2", fields)
+    own = {"env": env, "python": sys.executable, "folder": spec.folder}
+    return render("local.sh.j2", common_fields(spec) | own)
 
 
 class DetachedExecutor(LocalExecutor):  # type: ignore[misc]
@@ -197,6 +188,11 @@ class LocalScheduler:
     def script(self, spec: JobSpec) -> str:
         """Return the script the job consists of."""
         return script(spec)
+
+
+def make_scheduler(facility: FacilityConfig) -> LocalScheduler:
+    """Return this host; every facility on it has the same."""
+    return LocalScheduler()
 
 
 def _job(spec: JobSpec, controller: psutil.Process) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""What qsub, qstat and qdel are told and what they answer: pure functions, tables of PBS's words.
+"""What qsub, qstat and qdel answer: pure functions, and tables of PBS's words.
 
-A command builds the request; the ``read_`` function beside it reads exit code and output. The
-exit codes are PBS's error numbers modulo 256. Read so on OpenPBS 23.06.
+The exit codes are PBS's error numbers modulo 256. Read so on OpenPBS 23.06.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ import signal
 import time
 from typing import Any
 
-from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome
+from flwr_hpc.schedulers.command import Answer, GarbledAnswerError
 
 # A job's full name, in its environment (-v) and so in its Variable_List; -N may be too short.
 NAME = "FLWR_HPC_JOB"
@@ -20,6 +20,7 @@ NAME = "FLWR_HPC_JOB"
 UNKNOWN_JOB = 153
 FINISHED = 35  # known to the history alone
 NO_HISTORY = 36  # asked with -x of a server that keeps none
+ABSENT = (UNKNOWN_JOB, FINISHED, NO_HISTORY)
 # qsub: server down, no (free) connection, no server, shutting down, try again; qstat: 255; 124 is
 # that of `timeout`. Anything else is a refusal.
 NO_ANSWER = (124, 162, 185, 186, 212, 104, 255)
@@ -49,15 +50,6 @@ _SIGNALLED = 256
 _HOLDS = ("user", "operator", "system")
 
 
-class GarbledError(SchedulerUnavailableError):
-    """qstat answered with something that is not JSON."""
-
-
-def qsub(script: str, output: str) -> list[str]:
-    """Return the command that submits a job script; its directives could quote no path."""
-    return ["qsub", "-o", output, script]
-
-
 def read_qsub(text: str) -> str:
     """Return the job's id, e.g. ``21.pbshost``; ``""`` if there is none."""
     ids = re.findall(r"^\s*(\d+\.\S+)\s*$", text, flags=re.MULTILINE)
@@ -79,40 +71,30 @@ def qstat(job_id: str = "", history: bool = False) -> list[str]:
     ]
 
 
-def read_qstat(code: int, out: str, err: str = "") -> list[JobInfo]:
-    """Read the jobs in qstat's answer; none if it does not know the one that was asked for.
+def no_answer(answer: Answer) -> bool:
+    """Tell whether a failure says nothing of job or request.
 
-    Raises
-    ------
-    SchedulerUnavailableError
-        If it did not answer. What it prints then is JSON too, without jobs: the code decides.
+    Without its server qstat prints JSON too, without jobs: the code decides.
     """
-    if code in (UNKNOWN_JOB, FINISHED):
+    if answer.program == "qsub":
+        return answer.code < 0 or answer.code in NO_ANSWER
+    return answer.code not in (0, *ABSENT)
+
+
+def keeps_no_history(answer: Answer) -> bool:
+    """Tell whether a server that was asked with -x forgets finished jobs; the code may be 0."""
+    return answer.code == NO_HISTORY or "not configured to maintain job history" in answer.err
+
+
+def read_qstat(answer: Answer) -> list[JobInfo]:
+    """Read the jobs in qstat's answer; none if it does not know the one that was asked for."""
+    if answer.code:
         return []
-    if code:
-        raise SchedulerUnavailableError(f"qstat: {err.strip() or f'exit code {code}'}")
     try:
-        answer = json.loads(out, strict=False)
+        jobs = json.loads(answer.out, strict=False).get("Jobs", {})
     except ValueError as exc:
-        raise GarbledError(f"qstat: its answer is no JSON: {exc}") from None
-    return [read_job(job_id, job) for job_id, job in answer.get("Jobs", {}).items()]
-
-
-def qdel(job_id: str) -> list[str]:
-    """Return the command that deletes a job."""
-    return ["qdel", job_id]
-
-
-def read_qdel(code: int, err: str = "") -> None:
-    """Read qdel's answer; a job that has ended is well deleted.
-
-    Raises
-    ------
-    SchedulerUnavailableError
-        If the request was not taken.
-    """
-    if code not in (0, FINISHED, UNKNOWN_JOB):
-        raise SchedulerUnavailableError(f"qdel: {err.strip() or f'exit code {code}'}")
+        raise GarbledAnswerError(f"qstat: its answer is no JSON: {exc}") from None
+    return [read_job(job_id, job) for job_id, job in jobs.items()]
 
 
 def read_job(job_id: str, job: dict[str, Any]) -> JobInfo:
@@ -140,12 +122,6 @@ def read_job(job_id: str, job: dict[str, Any]) -> JobInfo:
         stuck=_stuck(letter, said),
         reason=": ".join(filter(None, (_with_exit(word, job), said))),
     )
-
-
-def number(job_id: str) -> int:
-    """Return the sequence number in a job's id."""
-    found = re.match(r"\d+", job_id)
-    return int(found[0]) if found else -1
 
 
 def short_name(name: str) -> str:

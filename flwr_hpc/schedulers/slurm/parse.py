@@ -1,11 +1,10 @@
-"""What squeue and sacct print, read: pure functions, and tables of Slurm's words."""
+"""What sbatch, squeue and sacct print, read: pure functions, and tables of Slurm's words."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome
 
@@ -15,6 +14,21 @@ SQUEUE = ["--noheader", "--states=all", "--Format=" + _COLUMNS.replace(",", ":|,
 # One row for every stay in the queue. sacct has no restarts before Slurm 23.
 _FIELDS = "JobID,JobName,State,Submit,Eligible,Start,End,NNodes,ExitCode"
 SACCT = ["-X", "-D", "--noheader", "--parsable2", "-o", _FIELDS]
+
+# What sbatch says when slurmctld is busy or away, in lower case; all else is a refusal.
+TRANSIENT = (
+    "unable to contact slurm controller",
+    "socket timed out",
+    "temporarily unable",
+    "temporarily unavailable",
+    "connection refused",
+    "connection timed out",
+    "transport endpoint",
+    "zero bytes were transmitted",
+    "try again",
+    "rate limit",
+    "protocol authentication error",  # munged is being restarted
+)
 
 # Slurm's states; those not listed are "unknown".
 _NATIVE: dict[JobState, str] = {
@@ -84,15 +98,22 @@ def read_start(text: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def merge(job: dict[str, Any], live: Iterable[JobInfo], past: Iterable[JobInfo]) -> JobInfo | None:
-    """Return what is known of a job, None if neither slurmctld nor the accounting knows it.
+def read_sbatch(text: str) -> str:
+    """Read the id of a submitted job; ``""`` if there is none."""
+    found = re.search(r"job (\d+)", text)
+    return found[1] if found else ""
+
+
+def is_transient(said: str) -> bool:
+    """Tell whether a command failed without an answer; one that was killed says nothing."""
+    return not said.strip() or any(word in said.lower() for word in TRANSIENT)
+
+
+def merge(now: JobInfo | None, then: JobInfo | None) -> JobInfo | None:
+    """Return what holds of a job, None if neither slurmctld nor the accounting knows it.
 
     slurmctld alone knows what lives; the accounting is preferred for what has ended.
     """
-    now = _pick(job, live)
-    if now is not None and now.state != "ended":
-        return now
-    then = _pick(job, past)
     if then is None or then.state != "ended":  # late, or a ghost that slurmctld has lost
         return now
     if now is None:
@@ -104,11 +125,6 @@ def merge(job: dict[str, Any], live: Iterable[JobInfo], past: Iterable[JobInfo])
         restarts=max(now.restarts, then.restarts),
         reason=f"{then.reason} ({said}" if said else then.reason,
     )
-
-
-def _pick(job: dict[str, Any], infos: Iterable[JobInfo]) -> JobInfo | None:
-    mine = (i for i in infos if (i.id, i.name) == (job["id"], job["name"]))
-    return next(mine, None)
 
 
 def _live(

@@ -133,7 +133,7 @@ class Forecaster:
 
     @property
     def _queues(self) -> bool:
-        return self._facility.scheduler != "local"  # which starts at once: nothing to learn
+        return not self._facility.local  # which starts at once: nothing to learn
 
     def _new(self) -> Estimate:
         if not self._queues:

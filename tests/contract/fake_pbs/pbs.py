@@ -132,7 +132,8 @@ def qstat(args):
         fail(255, f"qstat: cannot connect to server {SERVER} (errno=111)")
     if history and (HOME / "no_history").exists():
         print(json.dumps(answer, indent=4))
-        fail(36, "qstat: job_history_enable is set to false")
+        sys.stderr.write("PBS is not configured to maintain job history\n")
+        return
     ids = [a for a in args if a[0].isdigit()]
     found = [find(i) for i in ids[:1]] if ids else jobs()
     for job_id, job in zip(ids, found, strict=False):

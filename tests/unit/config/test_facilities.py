@@ -18,11 +18,9 @@ from omegaconf import OmegaConf
 
 from flwr_hpc.config.compose import compose_config, conf_dir
 from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
-from flwr_hpc.config.facility_rules import check_facility
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import make_scheduler
-from flwr_hpc.schedulers.pbs import adapter as pbs
-from flwr_hpc.schedulers.slurm import adapter as slurm
+from flwr_hpc.schedulers import script
+from flwr_hpc.schedulers.registry import check_facility, make_scheduler
 from flwr_hpc.site import submission
 from flwr_hpc.site.submission import job_spec
 from flwr_hpc.spool import Spool
@@ -44,7 +42,9 @@ def _facility(name: str, *overrides: str) -> FacilityConfig:
     """Compose a facility as a user would; overrides are fields of it."""
     given = ["account=project1", *([f"qos={QOS[name]}"] if name in QOS else []), *overrides]
     settings = [f"facilities.{name}.{o}" for o in given]
-    return compose_config([f"+facility={name}", *settings]).facilities[name]
+    facility = compose_config([f"+facility={name}", *settings]).facilities[name]
+    check_facility(name, facility)
+    return facility
 
 
 def _script(name: str, facility: FacilityConfig) -> str:
@@ -55,7 +55,7 @@ def _script(name: str, facility: FacilityConfig) -> str:
 @pytest.fixture(autouse=True)
 def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
-    for module in (submission, slurm, pbs):
+    for module in (submission, script):
         monkeypatch.setattr(module, "checkout", lambda: "")
 
 

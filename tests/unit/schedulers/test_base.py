@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.schedulers.base import JobSpec, heal_pickle, job_env, rank_command, stderr_tail
+from flwr_hpc.schedulers.base import JobSpec, heal_pickle, stderr_tail
 from flwr_hpc.schedulers.local.adapter import LocalScheduler
+from flwr_hpc.schedulers.script import job_env, rank_command
 from flwr_hpc.worker.entry import work
 
 ROOT = Path(__file__).parents[3]

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from submitit.core.utils import FailedJobError
 from worlds.pbs_answers import AT, AT_S, NOBODY, answer, job
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobSpec, SchedulerUnavailableError
-from flwr_hpc.schedulers.pbs.adapter import PbsExecutor, PbsScheduler, script
+from flwr_hpc.schedulers.command import Answer
+from flwr_hpc.schedulers.pbs.adapter import PbsScheduler, script
 from flwr_hpc.schedulers.pbs.parse import (
     qstat,
 )
@@ -32,7 +32,7 @@ class Qstat:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: tuple[int, str]) -> None:
         self.asked: list[list[str]] = []
 
-        def run(_: PbsScheduler, command: list[str]) -> subprocess.CompletedProcess[str]:
+        def once(_: PbsScheduler, command: list[str], stdin: str, timeout_s: float) -> Answer:
             self.asked.append(command)
             key = (
                 command[0] if command[0] != "qstat" else "all" if command[-1][0] in "-j" else "one"
@@ -40,16 +40,17 @@ class Qstat:
             code, out = answers[key]
             if "-x" in command and "history" in answers:
                 code, out = answers["history"]
-            return subprocess.CompletedProcess(command, code, out, "words")
+            return Answer(command[0], code, out, "words")
 
-        monkeypatch.setattr(PbsScheduler, "_run", run)
+        monkeypatch.setattr(PbsScheduler, "_once", once)
+        monkeypatch.setattr(PbsScheduler, "pauses_s", ())
 
 
 def test_one_job_is_asked_about_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the server: its list of all jobs may be long."""
     commands = Qstat(monkeypatch, one=(0, answer(j21=job())))
     assert PbsScheduler(FacilityConfig("pbs")).infos([JOB])["mine"].state == "running"
-    assert commands.asked == [qstat("21.pbshost", history=True)]
+    assert commands.asked == [qstat("21.pbshost")]
 
 
 def test_several_jobs_are_asked_about_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +93,7 @@ def test_server_down_says_nothing_about_jobs(monkeypatch: pytest.MonkeyPatch) ->
         (10, {"one": (153, NOBODY)}, "unknown", None),  # too young to be called lost
         (3600, {"one": (153, NOBODY)}, "ended", "lost"),
         (3600, {"one": (153, NOBODY), "history": (36, NOBODY)}, "ended", None),
+        (3600, {"one": (0, answer(j21=job())), "history": (0, NOBODY)}, "running", None),
         (3600, {"one": (0, answer(j21=job(Variable_List={})))}, "ended", "lost"),  # another's
     ],
 )
@@ -144,10 +146,7 @@ def test_what_qsub_says(
 ) -> None:
     """Protects the line between 'cannot be fixed' and 'try again'."""
 
-    def submit(*_: Any) -> None:
-        raise FailedJobError("qsub: words") from subprocess.CalledProcessError(code, ["qsub"])
-
-    monkeypatch.setattr(PbsExecutor, "submit", submit)
+    Qstat(monkeypatch, qsub=(code, ""))
     with pytest.raises(error, match="qsub"):
         PbsScheduler(FacilityConfig("pbs")).submit(spec(tmp_path))
 

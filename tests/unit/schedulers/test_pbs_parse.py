@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from worlds.pbs_answers import AT, AT_S, NOBODY, job
 
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobInfo, SchedulerUnavailableError
-from flwr_hpc.schedulers.pbs import parse as pbs_states
+from flwr_hpc.schedulers.command import Answer, number
+from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
 from flwr_hpc.schedulers.pbs.parse import (
     duration_s,
-    qdel,
+    keeps_no_history,
+    no_answer,
     qstat,
-    qsub,
     read_job,
-    read_qdel,
     read_qstat,
     read_qsub,
     short_name,
@@ -24,10 +26,13 @@ from flwr_hpc.schedulers.pbs.parse import (
 
 def test_commands() -> None:
     """Protects the requests: JSON, one id or none at all, never a user."""
-    assert qsub("/f/x.sh", "/f/a b") == ["qsub", "-o", "/f/a b", "/f/x.sh"]
+    scheduler = PbsScheduler(FacilityConfig("pbs"))
+    assert scheduler.submit_command(Path("/f/x.sh"), Path("/f/a b")) == [
+        *("qsub", "-o", "/f/a b/pbs.out", "/f/x.sh")
+    ]
     assert qstat("21.pbshost", history=True) == ["qstat", "-f", "-F", "json", "-x", "21.pbshost"]
     assert qstat() == ["qstat", "-f", "-F", "json"]
-    assert qdel("21.pbshost") == ["qdel", "21.pbshost"]
+    assert scheduler.cancel_command({"id": "21.pbshost"}) == ["qdel", "21.pbshost"]
 
 
 @pytest.mark.parametrize(
@@ -140,28 +145,36 @@ def test_durations(text: Any, seconds: float) -> None:
 @pytest.mark.parametrize("code", [153, 35])
 def test_a_job_that_is_not_there(code: int) -> None:
     """Protects the two exit codes that are an answer."""
-    assert read_qstat(code, NOBODY) == []
+    answer = Answer("qstat", code, NOBODY)
+    assert (no_answer(answer), read_qstat(answer)) == (False, [])
 
 
 @pytest.mark.parametrize("code", [255, 1, 2, 162])
 def test_server_down_is_no_answer(code: int) -> None:
     """Protects running jobs: without a server qstat prints valid JSON without jobs."""
-    with pytest.raises(SchedulerUnavailableError, match="cannot connect"):
-        read_qstat(code, NOBODY, "cannot connect to server")
+    assert no_answer(Answer("qstat", code, NOBODY, "cannot connect to server"))
+
+
+def test_a_server_without_history() -> None:
+    """Protects ends from being called losses: the server says so and exits 0, or with a code."""
+    said = "PBS is not configured to maintain job history"
+    assert keeps_no_history(Answer("qstat", 0, NOBODY, f"{said}\n"))
+    assert keeps_no_history(Answer("qstat", 36, NOBODY))
+    assert not keeps_no_history(Answer("qstat", 0, NOBODY))
 
 
 def test_broken_json_is_no_answer() -> None:
     """Protects against other users' variables that break qstat's JSON."""
     with pytest.raises(SchedulerUnavailableError, match="no JSON"):
-        read_qstat(0, '{"Jobs": {"21.p": {"a": "b"c"}}}')
+        read_qstat(Answer("qstat", 0, '{"Jobs": {"21.p": {"a": "b"c"}}}'))
 
 
 def test_deleting_what_has_ended() -> None:
     """Protects cancelling twice; only a server that is down is an error."""
-    for code in (0, 35, 153):
-        read_qdel(code)
-    with pytest.raises(SchedulerUnavailableError, match="exit code 162"):
-        read_qdel(162)
+    scheduler = PbsScheduler(FacilityConfig("pbs"))
+    assert all(scheduler.absent(Answer("qdel", code)) for code in (35, 153))
+    assert no_answer(Answer("qdel", 162))
+    assert not scheduler.absent(Answer("qdel", 162))
 
 
 @pytest.mark.parametrize(
@@ -180,5 +193,5 @@ def test_short_names(name: str, short: str) -> None:
 
 def test_numbers_of_ids() -> None:
     """Protects jobs of servers that go by several names."""
-    assert pbs_states.number("21.pbshost") == pbs_states.number("21.pbshost.example.org") == 21
-    assert pbs_states.number("") == -1
+    assert number("21.pbshost") == number("21.pbshost.example.org") == 21
+    assert number("") == -1

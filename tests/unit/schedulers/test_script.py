@@ -12,11 +12,10 @@ import pytest
 from jinja2 import UndefinedError
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.schedulers.base import JobSpec, make_scheduler
-from flwr_hpc.schedulers.local import adapter as local
-from flwr_hpc.schedulers.pbs import adapter as pbs
+from flwr_hpc.schedulers import script
+from flwr_hpc.schedulers.base import JobSpec
+from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.schedulers.script import render
-from flwr_hpc.schedulers.slurm import adapter as slurm
 from flwr_hpc.site import submission
 from flwr_hpc.site.submission import job_spec
 from flwr_hpc.spool import Spool
@@ -82,7 +81,7 @@ def _spec(facility: FacilityConfig, root: str = "/scratch/me/run 1") -> JobSpec:
 def test_golden_scripts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects every facility's job script from changes nobody looked at."""
     monkeypatch.setattr(sys, "executable", "/opt/venv/bin/python")
-    for module in (submission, local, slurm, pbs):
+    for module in (submission, script):
         monkeypatch.setattr(module, "checkout", lambda: "/opt/flwr-hpc")
     text = make_scheduler(FACILITIES[name]).script(_spec(FACILITIES[name]))
     golden = ROOT / "tests" / "golden" / f"{name}.sh"
@@ -112,7 +111,8 @@ def test_values_survive_the_shell(tmp_path: Path) -> None:
 
 def test_percent_signs_in_paths() -> None:
     """Protects log files in folders whose names look like Slurm's patterns."""
-    text = slurm.script(_spec(FACILITIES["slurm_plain"], "/scratch/50%j"))
+    facility = FACILITIES["slurm_plain"]
+    text = make_scheduler(facility).script(_spec(facility, "/scratch/50%j"))
     assert "/scratch/50%%j/allocations/a0000/job/%j_0_log.out" in text
 
 

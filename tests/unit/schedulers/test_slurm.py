@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from submitit.core.utils import FailedJobError
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
-from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler, TemplateExecutor
+from flwr_hpc.schedulers.command import Answer
+from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 from flwr_hpc.schedulers.slurm.parse import read_squeue, stuck
 from flwr_hpc.worker.entry import work
 
@@ -30,14 +30,12 @@ class Answers:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **by_command: str | None) -> None:
         self.asked: list[str] = []
 
-        def ask(
-            _: SlurmScheduler, command: list[str], missing: str = "", again: bool = True
-        ) -> str:
+        def ask(_: SlurmScheduler, command: list[str], again: bool = True) -> Answer:
             self.asked.append(command[0])
             answer = by_command[command[0]]
             if answer is None:
                 raise SchedulerUnavailableError(command[0])
-            return answer
+            return Answer(command[0], 0, answer)
 
         monkeypatch.setattr(SlurmScheduler, "_ask", ask)
 
@@ -283,7 +281,6 @@ def test_find_does_not_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("said", "error"),
     [
         ("sbatch: error: Batch job submission failed: Invalid account", UserError),
-        ("env: ‘sbatch’: No such file or directory", UserError),  # noqa: RUF001
         ("sbatch: error: Unable to contact slurm controller", SchedulerUnavailableError),
         ("slurm_submit_batch_job: Socket timed out on send/recv", SchedulerUnavailableError),
         (
@@ -298,12 +295,25 @@ def test_what_sbatch_says(
 ) -> None:
     """Protects the line between 'cannot be fixed' and 'try again'."""
 
-    def submit(*_: Any) -> None:
-        raise FailedJobError(said)
+    with pytest.raises(error, match=r"sbatch|Slurm"):
+        Commands(monkeypatch, (1, "", said)).scheduler().submit(spec(tmp_path))
 
-    monkeypatch.setattr(TemplateExecutor, "submit", submit)
-    with pytest.raises(error):
-        SlurmScheduler(FacilityConfig()).submit(spec(tmp_path))
+
+def test_sbatch_without_a_job_id_may_have_taken_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects against a second job where a centre's wrapper prints something else."""
+    with pytest.raises(SchedulerUnavailableError, match="no job id"):
+        Commands(monkeypatch, (0, "well done", "")).scheduler().submit(spec(tmp_path))
+
+
+def test_a_host_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the user on a wrong host from a retry loop; running jobs are not called ended."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    scheduler = SlurmScheduler(FacilityConfig(), sleep=lambda _: pytest.fail("tried again"))
+    with pytest.raises(UserError, match="sbatch was not found on this host"):
+        scheduler.submit(spec(tmp_path))
+    assert scheduler.infos([JOB])["mine"].state == "unknown"
 
 
 def test_environment_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +321,7 @@ def test_environment_of_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURM_CONF", "/etc/other.conf")
     scheduler = SlurmScheduler(FacilityConfig(env={"SLURM_CONF": "/etc/mine.conf"}))
-    out = scheduler._ask(["env"]).splitlines()
+    out = scheduler._ask(["env"]).out.splitlines()
     assert "SLURM_CONF=/etc/mine.conf" in out
     assert "SLURM_TIME_FORMAT=%s" in out
     assert not any(line.startswith("SLURM_JOB_ID") for line in out)
@@ -321,7 +331,7 @@ def test_site_defaults_give_way_to_the_facility(monkeypatch: pytest.MonkeyPatch)
     """Protects the account that is charged: sbatch puts its environment above the script."""
     for name in ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_EXPORT", "SLURM_MPI_TYPE"):
         monkeypatch.setenv(name, "theirs")
-    out = SlurmScheduler(FacilityConfig(account="mine"))._ask(["env"])
+    out = SlurmScheduler(FacilityConfig(account="mine"))._ask(["env"]).out
     assert "SBATCH_ACCOUNT" not in out
     assert "SBATCH_EXPORT" not in out
     assert "SBATCH_PARTITION=theirs" in out

@@ -1,0 +1,87 @@
+"""What a facility may ask of PBS, and PBS's words for people."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.errors import UserError, one_of
+from flwr_hpc.schedulers.rules import Rules
+
+# What selects another server than the host's, given in the facility's `env`.
+SERVER = ("PBS_SERVER", "PBS_CONF_FILE")
+# Set where this runs inside a job itself; PBS_DPREFIX changes how directives begin.
+INSIDE = ("PBS_JOBID", "PBS_ENVIRONMENT", "PBS_NODEFILE", "PBS_DPREFIX")
+MPIS = ("mpich", "openmpi")
+FIELD_OF = {"select": "nodes and chunk", "walltime": "walltime"}
+CHUNK = "with PBS the chunk says what a node must have: {key}.chunk"
+
+
+def check(key: str, f: FacilityConfig) -> None:
+    """Check launcher, resources and chunk against fields and what is forbidden here."""
+    one_of(f"{key}.mpi", f.mpi, MPIS)
+    for name in f.qsub:
+        if name in FIELD_OF:
+            raise UserError(
+                f"{key}.qsub.{name} is set by a field. Use {key}.{FIELD_OF[name]} instead."
+            )
+        if not re.fullmatch(r"\w+", name):
+            raise UserError(
+                f"{key}.qsub: '{name}' is no resource, what stands after -l and before '='. "
+                f"Example: {key}.qsub.filesystems=home"
+            )
+    if f.chunk and not re.fullmatch(r"\w+=[^\s:+]+(:\w+=[^\s:+]+)*", f.chunk):
+        raise UserError(
+            f"{key}.chunk='{f.chunk}' is not what one node asks for, without their number. "
+            f"Example: {key}.chunk='ncpus=32:ngpus=4:mpiprocs=4'"
+        )
+    asked = [part.partition("=")[0] for part in (f.chunk or "").split(":")]
+    for name in [*f.qsub, *asked]:
+        if name in f.forbidden:
+            raise UserError(
+                f"{key}: a job here must never ask for {name} (its file forbids "
+                f"{', '.join(f.forbidden)}). Leave it out of {key}.qsub and {key}.chunk"
+            )
+
+
+def environment(f: FacilityConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the commands' environment, without that of a job this runs in."""
+    env = {k: v for k, v in inherited.items() if k not in INSIDE}
+    return env | {"LC_ALL": "C"} | {k: f.env[k] for k in SERVER if k in f.env}
+
+
+RULES = Rules(
+    title="PBS",
+    fields=("chunk", "qsub", "mpi", "mpiexec_args"),
+    instead={
+        "qos": "PBS knows no QOS; its queue is {key}.partition",
+        "constraint": CHUNK,
+        "reservation": "a reservation of PBS is a queue: {key}.partition={value}",
+        "gpu_request": CHUNK,
+        "gpu_type": CHUNK,
+        "sbatch": "resources of PBS go into {key}.qsub, e.g. {key}.qsub.filesystems=home",
+        "srun_args": "with PBS mpiexec starts the ranks: {key}.mpiexec_args",
+    },
+    check=check,
+    environment=environment,
+    advice="account, partition (the queue), walltime, chunk and qsub",
+    programs=("qsub", "qstat", "qdel"),
+    trial=False,
+    refusals={
+        r"held": "qsub may hold it; if not, somebody at the centre does: ask there",
+        r"account": "account=NAME; limits: qstat -Qf",
+        r"unknown queue|queue is not enabled|no route": (
+            "partition=NAME (the queue); there are: qstat -Q"
+        ),
+        r"limit|policy|violates|exceed": (
+            "nodes, walltime or another partition (the queue); limits: qstat -Qf"
+        ),
+        r"walltime": "walltime=HH:MM:SS; limits: qstat -Qf",
+        r"queue": "partition=NAME (the queue); there are: qstat -Q",
+        r"resource|chunk|select|node|ncpus|ngpus|memory": (
+            "chunk, qsub, nodes, gpus_per_node or cpus_per_rank; what there is: pbsnodes -a"
+        ),
+    },
+    other_cluster="env.PBS_SERVER=NAME",
+)
