@@ -78,7 +78,7 @@ RULES = Rules(
             "nodes, walltime or another partition (the queue); limits: qstat -Qf"
         ),
         r"walltime": "walltime=HH:MM:SS; limits: qstat -Qf",
-        r"queue": "partition=NAME (the queue); there are: qstat -Q",
+        r"queue\b": "partition=NAME (the queue); there are: qstat -Q",
         r"resource|chunk|select|node|ncpus|ngpus|memory": (
             "chunk, qsub, nodes, gpus_per_node or cpus_per_rank; what there is: pbsnodes -a"
         ),

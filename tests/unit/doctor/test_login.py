@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from worlds.doctor import FakeOutside, FakeScheduler, a_login
 
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import ModelConfig
 from flwr_hpc.doctor import files
 from flwr_hpc.doctor.findings import Finding
@@ -109,9 +110,20 @@ def test_refusals(tmp_path: Path, words: str, fix: str) -> None:
     assert "{" not in finding.fix
 
 
-def test_refusals_of_pbs() -> None:
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("qsub: Unknown queue", "facilities.aurora.partition=NAME (the queue); there are: qst"),
+        ("qsub: Queue is not enabled", "facilities.aurora.partition=NAME"),
+        ("qsub: Job violates queue and/or server resource limits", "nodes, walltime or another"),
+        ("qsub: would exceed queue prod's per-user limit", "nodes, walltime or another"),
+        ("qsub: Unknown resource Resource_List.filesystem", "chunk, qsub, nodes"),
+        ("queued: Can Never Run: Insufficient amount of resource: ngpus", "pbsnodes -a"),
+    ],
+)
+def test_refusals_of_pbs(words: str, fix: str) -> None:
     """Protects PBS users from advice in Slurm's words."""
-    assert "qstat -Q" in mend_refusal("aurora", "pbs", "qsub: Unknown queue")
+    assert fix in mend_refusal("aurora", FacilityConfig("pbs"), words)
 
 
 @pytest.mark.parametrize(
