@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,37 +16,48 @@ from strategies.parts.rules import Tensors
 
 @dataclass
 class _Group:
-    """Sites that are expected to arrive together.
+    """Sites that are expected to arrive together."""
 
-    ``expected`` and ``latest`` are times on the run's clock; ``members`` have yet to arrive.
-    """
-
-    expected: float
+    expected: float  # T_exp and T_late, on the run's clock
     latest: float
-    members: list[str] = field(default_factory=list)
-    buffer: Buffer = field(default_factory=Buffer)
+    members: list[str] = field(default_factory=list)  # Have yet to arrive
+    buffer: Buffer = field(default_factory=Buffer)  # Of those who have arrived
+
+    def everybody(self) -> list[str]:
+        return [*self.members, *(update.facility for update in self.buffer)]
 
 
 class FedCompass(AsyncStrategy):
     """FedCompass (arXiv 2309.14675): semi-asynchronous, by computing-power-aware scheduling.
 
-    A site that becomes free joins the arrival group in which it can do the most steps
-    ``Q = floor((T - now) / s)`` within [min_steps, max_steps], or founds one. A group is merged
-    when all of its sites have arrived, or at its latest time; an update that misses its group
-    is merged with the next one.
+    A site's first update makes a version at once. From then on its speed s is known, and it is
+    assigned to a group of sites that are to arrive together at T_exp: to the one in which it can
+    do the most steps ``Q = floor((T_exp - now) / s)`` within [min_steps, max_steps]. If there is
+    none it founds one, with as many steps as let it arrive by the time another group, fired at
+    its latest, could be back: ``Q = floor((T_late + f max_steps - now) / s)``, f being the
+    seconds per step of that group's fastest site.
+
+    A group makes a version when all of its sites have arrived, or at ``T_late = now + slack Q s``
+    with those who have; they are assigned anew, the fastest first. An update that misses its
+    group goes into the version of the next one. A version is
+    ``theta - sum_k alpha s(tau_k) / N delta_k``.
 
     Parameters
     ----------
     min_steps, max_steps : int
-        Q_min and Q_max.
+        Q_min and Q_max. A site's first order has Q_max steps.
     slack : float
-        lambda: a group is waited for until ``now + lambda Q s``.
+        lambda: how much longer than expected a group is waited for.
     momentum : float
-        Of the moving average of seconds per step.
-    exponent : float
-        Of the staleness weight.
+        Weight of the newest observation in the moving average of seconds per step.
+    alpha : float
+        Weight of a fresh update, before it is divided by the number of sites N.
+    staleness : str
+        s(tau), see `strategies.parts.rules.staleness_rule`.
+    a, b : float or None
+        Its parameters; None: their defaults.
     normalise : bool
-        False: every update weighs 1 / N of all N sites. True: the weights of a merge sum to 1.
+        False: every update weighs alpha / N. True: the weights of a version sum to alpha.
     """
 
     def __init__(
@@ -56,26 +67,36 @@ class FedCompass(AsyncStrategy):
         max_steps: int = 100,
         slack: float = 1.5,
         momentum: float = 0.9,
-        exponent: float = 0.5,
+        alpha: float = 0.9,
+        staleness: str = "polynomial",
+        a: float | None = None,
+        b: float | None = None,
         normalise: bool = False,
     ) -> None:
         super().__init__()
         limits.steps(min_steps, max_steps)
         limits.positive("slack", slack)
-        limits.share("momentum", momentum)
-        limits.not_negative("exponent", exponent)
+        limits.positive_share("momentum", momentum)
+        limits.positive_share("alpha", alpha)
         self.min_steps = min_steps
         self.max_steps = max_steps
         self.slack = slack
-        self.exponent = exponent
+        self.alpha = alpha
+        self._decay = rules.staleness_rule(staleness, a=a, b=b)
         self.normalise = normalise
-        self.pace = SpeedEstimate(momentum)
-        self._groups: list[_Group] = []
-        self._general = Buffer()  # what came before there were groups, or too late for its own
+        self.pace = SpeedEstimate(1.0 - momentum)
+        self._groups: list[_Group] = []  # In the order of their founding
+        self._late = Buffer()  # What missed its group, for the next version of any
+        self._idle: list[str] = []  # Whose group has fired, in the order of their arrival
+        self._orders: dict[str, int] = {}  # Steps that were assigned and are not handed out yet
 
     def staleness_weight(self, staleness: int) -> float:
-        """Return (1 + tau)^-a."""
-        return rules.staleness_weight("polynomial", staleness, a=self.exponent)
+        """Return s(tau)."""
+        return self._decay(staleness)
+
+    def counts(self, arrival: SiteResult, staleness: int) -> bool:
+        """Return whether the site has trained at all."""
+        return not arrival.empty
 
     # ---- grouping ---------------------------------------------------------------------------
 
@@ -84,66 +105,78 @@ class FedCompass(AsyncStrategy):
         name = site.facility
         if any(name in {u.facility for u in g.buffer} for g in self._groups):
             return None
-        step_s = self.pace.step_s.get(name)
-        if not step_s:
-            return Plan(self.min_steps)
+        if not self.pace.step_s.get(name):
+            return Plan(self.max_steps)
         group = self._group_of(name)
-        if group is None:  # else the order of an interrupted run was given up
-            group = self._join(name, step_s) or self._found(name, step_s)
-        return Plan(self._steps(group, step_s))
+        if group is None:
+            self._assign_idle(name)
+        elif name not in self._orders:  # its order was given up
+            fits = self._fits(group.expected - self.now(), name)
+            return Plan(min(max(fits, self.min_steps), self.max_steps))
+        return Plan(self._orders.pop(name))
+
+    def _assign_idle(self, name: str) -> None:
+        """Assign a free site; with those who arrived together with it, the fastest first."""
+        here = [each for each in self._idle if each == name or self.sites[each].online]
+        together = here if name in here else [name]
+        for each in sorted(together, key=lambda each: self.pace.step_s[each]):
+            self._orders[each] = self._join(each) or self._found(each)
+        self._idle = [each for each in self._idle if each not in together]
 
     def _group_of(self, name: str) -> _Group | None:
         return next((g for g in self._groups if name in g.members), None)
 
-    def _steps(self, group: _Group, step_s: float) -> int:
-        fits = int((group.expected - self.now()) / step_s + 1e-9)
-        return min(max(fits, self.min_steps), self.max_steps)
+    def _fits(self, seconds: float, name: str) -> int:
+        return int(seconds / self.pace.step_s[name] + 1e-9)
 
-    def _join(self, name: str, step_s: float) -> _Group | None:
+    def _join(self, name: str) -> int:
+        """Join the group that has room for most steps, the youngest of equals; 0: none has."""
         now = self.now()
-        fits = [(int((g.expected - now) / step_s), -i) for i, g in enumerate(self._groups)]
+        fits = [(self._fits(g.expected - now, name), k) for k, g in enumerate(self._groups)]
         able = [fit for fit in fits if self.min_steps <= fit[0] <= self.max_steps]
         if not able:
-            return None
-        group = self._groups[-max(able)[1]]
-        group.members.append(name)
-        return group
+            return 0
+        steps, k = max(able)
+        self._groups[k].members.append(name)
+        return steps
 
-    def _found(self, name: str, step_s: float) -> _Group:
-        """Found a group that arrives when another group's fastest site could be back again."""
-        now, steps = self.now(), 0
+    def _found(self, name: str) -> int:
+        """Found a group that arrives when another one could be back; return the site's steps."""
+        now, speeds = self.now(), self.pace.step_s
+        fits = []
         for group in self._groups:
-            speeds = [self.pace.step_s[m] for m in group.members if m in self.pace.step_s]
-            if speeds and group.expected > now:
-                back = group.expected + min(speeds) * self.max_steps
-                fits = int((back - now) / step_s)
-                if self.min_steps <= fits <= self.max_steps:
-                    steps = max(steps, fits)
-        work_s = (steps or self.max_steps) * step_s
-        group = _Group(now + work_s, now + self.slack * work_s, [name])
-        self._groups.append(group)
-        return group
+            fastest = min((speeds[m] for m in group.everybody()), default=None)
+            if fastest is not None and now < group.latest:
+                back = group.latest + fastest * self.max_steps
+                fits.append(self._fits(back - now, name))
+        steps = max((fit for fit in fits if fit <= self.max_steps), default=self.max_steps)
+        steps = max(steps, self.min_steps)
+        work_s = steps * speeds[name]
+        self._groups.append(_Group(now + work_s, now + self.slack * work_s, [name]))
+        return steps
 
     # ---- arrivals ---------------------------------------------------------------------------
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
-        """Gather an update; the last one of a group makes a version."""
-        self.pace.observe(arrival)
-        store, name = self.runtime.checkpoints, arrival.facility
-        group = self._group_of(name)
-        if group is None:
-            self._general.add(store, arrival)
-            return self._merge(self._general.take()) if not self._groups else None
-        group.members.remove(name)
-        group.buffer.add(store, arrival)
-        return self._fire(group) if not group.members else None
+        """Gather an update; a site's first, and the last of a group, make a version."""
+        name = arrival.facility
+        first, group = not self.pace.step_s.get(name), self._group_of(name)
+        self.pace.observe(arrival)  # ahead of the grouping, which goes by the newest speeds
+        if group is not None:
+            group.members.remove(name)
+        if self.counts(arrival, staleness):
+            buffer = Buffer() if first else self._late if group is None else group.buffer
+            buffer.add(self.runtime.checkpoints, arrival)
+            if first:
+                return self._merge(buffer.take())
+        return self._fire(group) if group is not None and not group.members else None
 
     def pending(self) -> list[str]:
         """Return what waits for its group, or for any."""
         return [u.order_id for b in self._buffers() for u in b]
 
     def _buffers(self) -> list[Buffer]:
-        return [self._general, *(g.buffer for g in self._groups)]
+        return [self._late, *(g.buffer for g in self._groups)]
 
     def on_failure(self, failure: Failure) -> None:
         """Wait for a failed site no longer."""
@@ -158,25 +191,20 @@ class FedCompass(AsyncStrategy):
 
     def on_wake(self) -> Tensors | None:
         """Merge a group that is due; one without an arrival is forgotten."""
-        group = min(self._groups, key=lambda g: (bool(g.members), g.latest))
-        return self._fire(group)
+        return self._fire(min(self._groups, key=lambda g: (bool(g.members), g.latest)))
 
     def _fire(self, group: _Group) -> Tensors | None:
         self._groups.remove(group)
-        updates = [*group.buffer.take(), *self._general.take()]
-        return self._merge(updates) if updates else None
+        for name in group.members:  # assigned, and not asked for an order since
+            self._orders.pop(name, None)
+        updates = group.buffer.take()
+        self._idle += [u.facility for u in updates]
+        return self._merge([*self._late.take(), *updates]) if updates else None
 
-    def _merge(self, updates: list[Update]) -> Tensors:
-        weights = [self.staleness_weight(self.version - u.version) for u in updates]
-        shares = self._shares(updates)
-        found = deltas(self.runtime.checkpoints, updates)
-        both = [w * s for w, s in zip(weights, shares, strict=True)]
-        return rules.weighted_step(self.arrays, found, both)
-
-    def _shares(self, updates: list[Update]) -> Iterable[float]:
-        if self.normalise:
-            return [1.0 / len(updates)] * len(updates)
-        return [1.0 / max(1, len(self.sites))] * len(updates)
+    def _merge(self, updates: Sequence[Update]) -> Tensors:
+        share = self.alpha / (len(updates) if self.normalise else max(1, len(self.sites)))
+        weights = [share * self.staleness_weight(self.version - u.version) for u in updates]
+        return rules.weighted_step(self.arrays, deltas(self.runtime.checkpoints, updates), weights)
 
     # ---- state ------------------------------------------------------------------------------
 
@@ -185,7 +213,9 @@ class FedCompass(AsyncStrategy):
         now = self.now()
         return {
             "tensors": [u.name for b in self._buffers() for u in b],
-            "general": [asdict(u) for u in self._general],
+            "late": [asdict(u) for u in self._late],
+            "idle": self._idle,
+            "orders": self._orders,
             "pace": self.pace.state_dict(),
             "groups": [
                 {
@@ -202,7 +232,8 @@ class FedCompass(AsyncStrategy):
         """Undo `state_dict`."""
         now = self.now()
         self.pace.load_state_dict(state["pace"])
-        self._general.load_state_dict({"updates": state["general"]})
+        self._late.load_state_dict({"updates": state["late"]})
+        self._idle, self._orders = list(state["idle"]), dict(state["orders"])
         self._groups = []
         for saved in state["groups"]:
             times = now + saved["expected"], now + saved["latest"]

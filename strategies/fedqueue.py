@@ -19,7 +19,12 @@ class FedQueue(WindowStrategy):
     With the forecast wait ``q <- b q_seen + (1 - b) q`` a site gets ``max(0.5, T - q - margin)``
     seconds of work, ``E = max(floor(J / s), min_steps)`` steps at its speed s, and its learning
     rate is scaled by ``E_min / E``. A job that waited no longer than ``q + tolerance T`` is
-    merged in its round, any other in the next one with a staleness weight.
+    merged in its round, any other in the next one with a staleness weight; its site has no work
+    until then. A round ends when every site has come, or by its timer.
+
+    A job's wait is the time in the queue during which its site had no allocation: a successor
+    that queues while its predecessor trains keeps nobody waiting. E_min is the least of the sites
+    that have reported before.
 
     Parameters
     ----------
@@ -29,6 +34,8 @@ class FedQueue(WindowStrategy):
         Kept back of each round for transfers.
     momentum : float
         b.
+    q_init : float or None
+        q ahead of a site's first report. None: the first wait is the forecast, and not late.
     min_steps, max_steps : int
     tolerance : float
         Of the admission, as a share of T.
@@ -36,8 +43,13 @@ class FedQueue(WindowStrategy):
         A round ends after so many T.
     scale_lr : bool
         Scale the sites' learning rates by ``E_min / E``.
-    exponent : float
-        Of the staleness weight.
+    staleness : str
+        s(u), see `strategies.parts.rules.staleness_rule`.
+    a, b : float or None
+        Its parameters; None: their defaults.
+    renormalise : bool
+        False: an update weighs ``n_k / n s(u)``, so that stale ones shorten the step. True: these
+        weights are divided by their sum.
     """
 
     def __init__(
@@ -46,38 +58,53 @@ class FedQueue(WindowStrategy):
         round_s: float = 3600.0,
         margin_s: float = 60.0,
         momentum: float = 0.5,
+        q_init: float | None = 2.0,
         min_steps: int = 20,
         max_steps: int = 100_000,
         tolerance: float = 0.2,
         timer: float = 1.15,
         scale_lr: bool = True,
-        exponent: float = 0.5,
+        staleness: str = "polynomial",
+        a: float | None = None,
+        b: float | None = None,
+        renormalise: bool = False,
     ) -> None:
         limits.positive("round_s", round_s)
         limits.positive("timer", timer)
         limits.not_negative("margin_s", margin_s)
         limits.not_negative("tolerance", tolerance)
+        limits.not_negative("q_init", q_init)
         limits.steps(min_steps, max_steps)
-        if not 0 < momentum <= 1:  # b = 1: the last wait is the forecast
-            raise ValueError(f"momentum={momentum} must be greater than 0 and at most 1")
-        super().__init__(deadline_s=timer * round_s, late="merge", exponent=exponent)
+        limits.positive_share("momentum", momentum)  # 1: the last wait is the forecast
+        super().__init__(deadline_s=timer * round_s, late="merge")
         self.round_s = round_s
         self.margin_s = margin_s
         self.min_steps = min_steps
         self.max_steps = max_steps
         self.tolerance = tolerance
         self.scale_lr = scale_lr
-        self.pace = SpeedEstimate(1.0 - momentum)
+        self.q_init = q_init
+        self.renormalise = renormalise
+        self._decay = rules.staleness_rule(staleness, a=a, b=b)
+        self.pace = SpeedEstimate(1.0 - momentum, queue_s=q_init)
         self._held: list[str] = []  # facilities whose update waits for the next round
+
+    def staleness_weight(self, staleness: int) -> float:
+        """Return s(u)."""
+        return self._decay(staleness)
+
+    def may_join(self, site: SiteState) -> bool:
+        """Let a site whose update has not been merged yet wait for that."""
+        return super().may_join(site) and site.facility not in {u.facility for u in self.buffer}
 
     def order(self, site: SiteState) -> Plan:
         """Return as many steps as the round has room for."""
         steps = self._steps(site.facility)
-        return Plan(steps, {"lr-scale": self._least() / steps} if self.scale_lr else {})
+        return Plan(steps, {"lr-scale": self._least(steps) / steps} if self.scale_lr else {})
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Merge an update now if its job started as forecast, else in the next round."""
-        expected, waited = self.pace.queue_s.get(arrival.facility), self.pace.waited_s(arrival)
+        expected, waited = self._forecast(arrival.facility), self.pace.waited_s(arrival)
         self.pace.observe(arrival)
         late = expected is not None and waited > expected + self.tolerance * self.round_s
         if late and staleness == 0:
@@ -87,6 +114,7 @@ class FedQueue(WindowStrategy):
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean of what is admitted."""
         found = deltas(self.runtime.checkpoints, updates)
+        weights = rules.normalised(weights) if self.renormalise else weights
         return rules.weighted_step(self.arrays, found, weights)
 
     def admitted(self) -> list[Update]:
@@ -97,22 +125,30 @@ class FedQueue(WindowStrategy):
         admitted = {u.name for u in self.admitted()}
         held = [u for u in self.buffer if u.name not in admitted] if admitted else []
         self.buffer.keep([u for u in self.buffer if u not in held])
+        stragglers = dict(self.working)  # the next round waits for them, too
         new = super()._close()
         self.buffer.keep(held)
+        self.working = stragglers
         self._held = []
         return new
+
+    def _forecast(self, facility: str) -> float | None:
+        return self.pace.queue_s.get(facility, self.q_init)
 
     def _steps(self, facility: str) -> int:
         speed = self.pace.step_s.get(facility)
         if speed is None or speed <= 0:
             return self.min_steps
-        work_s = max(0.5, self.round_s - self.pace.queue_s.get(facility, 0.0) - self.margin_s)
+        work_s = max(0.5, self.round_s - (self._forecast(facility) or 0.0) - self.margin_s)
         return min(self.max_steps, max(int(work_s / speed), self.min_steps))
 
-    def _least(self) -> int:
-        """Return the least work of a site that takes part: one long gone scales nobody's rate."""
+    def _least(self, own: int) -> int:
+        """Return the least work of the sites that take part and whose speed is known.
+
+        One that has not reported yet, or is long gone, scales nobody's rate.
+        """
         here = [name for name, site in self.sites.items() if site.online or self.busy(name)]
-        return min((self._steps(name) for name in here), default=self.min_steps)
+        return min([own, *(self._steps(name) for name in here if self.pace.step_s.get(name))])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window and the forecasts."""

@@ -23,6 +23,12 @@ def share(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be at least 0 and less than 1")
 
 
+def positive_share(name: str, value: float) -> None:
+    """Refuse what lies outside (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value} must be greater than 0 and at most 1")
+
+
 def steps(min_steps: int, max_steps: int) -> None:
     """Refuse bounds of an order that are not ``1 <= min_steps <= max_steps``."""
     if min_steps < 1:

@@ -17,6 +17,8 @@ class SpeedEstimate:
     ----------
     momentum : float
         Share of the old average that an observation leaves.
+    queue_s : float or None
+        What the average wait begins with; None: with the first one.
 
     Attributes
     ----------
@@ -29,8 +31,9 @@ class SpeedEstimate:
 
     KINDS = ("step_s", "queue_s", "overhead_s", "queued_s")
 
-    def __init__(self, momentum: float = 0.5) -> None:
+    def __init__(self, momentum: float = 0.5, queue_s: float | None = None) -> None:
         self.momentum = momentum
+        self._first_queue_s = queue_s
         self.step_s: dict[str, float] = {}
         self.queue_s: dict[str, float] = {}
         self.overhead_s: dict[str, float] = {}
@@ -51,7 +54,7 @@ class SpeedEstimate:
         if not (ahead or arrival.resumed):
             extra = self._besides(facility, max(0.0, arrival.took_s - train_s), waited)
             self._blend(self.overhead_s, facility, extra)
-        self._blend(self.queue_s, facility, waited)
+        self._blend(self.queue_s, facility, waited, self._first_queue_s)
         self.queued_s[facility] = arrival.queued_s
 
     def _besides(self, facility: str, extra: float, waited: float) -> float:
@@ -69,8 +72,10 @@ class SpeedEstimate:
         """Return the seconds in the queue since the facility's arrival before this one."""
         return max(0.0, arrival.queued_s - self.queued_s.get(arrival.facility, 0.0))
 
-    def _blend(self, table: dict[str, float], facility: str, value: float) -> None:
-        old = table.get(facility)
+    def _blend(
+        self, table: dict[str, float], facility: str, value: float, first: float | None = None
+    ) -> None:
+        old = table.get(facility, first)
         keep = self.momentum
         table[facility] = value if old is None else keep * old + (1.0 - keep) * value
 

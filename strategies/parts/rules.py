@@ -9,11 +9,15 @@ have the dtype of the global tensor.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from strategies.parts import limits
 
 Tensor = NDArray[Any]
 Tensors = Iterator[tuple[str, Tensor]]
@@ -121,10 +125,20 @@ def _hinge(tau: float, a: float = 10.0, b: float = 4.0) -> float:
     return 1.0 if tau <= b else 1.0 / (a * (tau - b) + 1.0)
 
 
+def _harmonic(tau: float, a: float = 1.0) -> float:
+    return 1.0 / (1.0 + a * tau)
+
+
+def _exponential(tau: float, a: float = 1.0) -> float:
+    return math.exp(-a * tau)
+
+
 STALENESS: dict[str, Callable[..., float]] = {
     "constant": _constant,
     "polynomial": _polynomial,
     "hinge": _hinge,
+    "harmonic": _harmonic,
+    "exponential": _exponential,
 }
 
 
@@ -132,7 +146,8 @@ def staleness_weight(kind: str, tau: float, **parameters: float) -> float:
     """Return s(tau): how much an update counts that started `tau` versions ago.
 
     ``constant`` 1; ``polynomial`` (1 + tau)^-a, a = 0.5 being FedBuff's 1/sqrt(1 + tau);
-    ``hinge`` 1 up to b, then 1 / (a (tau - b) + 1), a = 10, b = 4 (FedAsync, arXiv 1903.03934).
+    ``hinge`` 1 up to b, then 1 / (a (tau - b) + 1), a = 10, b = 4 (FedAsync, arXiv 1903.03934);
+    ``harmonic`` 1 / (1 + a tau) and ``exponential`` exp(-a tau), a = 1 (FedQueue's code).
 
     Raises
     ------
@@ -144,6 +159,25 @@ def staleness_weight(kind: str, tau: float, **parameters: float) -> float:
     if tau < 0:
         raise ValueError(f"staleness cannot be negative: {tau}")
     return STALENESS[kind](tau, **parameters)
+
+
+def staleness_rule(
+    kind: str, *, a: float | None = None, b: float | None = None
+) -> Callable[[float], float]:
+    """Return s(tau) as a function of tau alone; a parameter that is None has its default.
+
+    The kinds are those of `staleness_weight`.
+    """
+    if kind not in STALENESS:
+        raise ValueError(f"staleness='{kind}' is not known. Valid: {', '.join(STALENESS)}")
+    given = {name: value for name, value in {"a": a, "b": b}.items() if value is not None}
+    takes = list(inspect.signature(STALENESS[kind]).parameters)[1:]
+    for name, value in given.items():
+        if name not in takes:
+            valid = ", ".join(takes) or "no parameter"
+            raise ValueError(f"{name}={value} does not go with staleness='{kind}', it has: {valid}")
+        limits.not_negative(name, value)
+    return lambda tau: staleness_weight(kind, tau, **given)
 
 
 # ---- whole records, tensor by tensor --------------------------------------------------------

@@ -17,7 +17,6 @@ from strategies.engine.runtime import MemoryCheckpoints
 from strategies.fedasync import FedAsync
 from strategies.fedbackfill import FedBackfill
 from strategies.fedbuff import FedBuff
-from strategies.fedcompass import FedCompass
 from strategies.parts import rules
 from strategies.parts.outer import Nesterov
 
@@ -128,117 +127,6 @@ def test_fixed_steps():
         assert run.ask(name).steps == 7
         run.arrive(name, delta(0.1), step_s=step_s)
         assert run.ask(name).steps == 7
-
-
-# ---- FedCompass ---------------------------------------------------------------------------------
-
-
-def compass(**arguments) -> Driven:
-    """Three sites whose speeds are known: 1, 2 and 5 seconds per step."""
-    run = Driven(FedCompass(min_steps=20, max_steps=100, **arguments))
-    for name, step_s in (("a", 1.0), ("b", 2.0), ("c", 5.0)):
-        assert run.ask(name).steps == 20  # until the speed is known
-        run.arrive(name, delta(0.0), step_s=step_s)
-    return run
-
-
-def test_fedcompass_first_arrivals_are_merged_at_once():
-    """Before there are groups: weight 1 / N of all sites, and nothing divides it again."""
-    run = Driven(FedCompass())
-    run.ask("a")
-    assert run.arrive("a", delta(3.0))
-    close(run.now, minus(theta(), (1 / 3, delta(3.0))))
-
-
-def test_fedcompass_groups():
-    """A site founds a group with Q_max steps; the next joins with the Q that arrives together."""
-    run = compass()
-    assert run.ask("a").steps == 100  # founds: arrives at 100, latest 150
-    # b: floor(100 / 2) = 50 lies in [20, 100]
-    assert run.ask("b").steps == 50
-    # c: floor(100 / 5) = 20, just so
-    assert run.ask("c").steps == 20
-    assert len(run.strategy._groups) == 1
-
-
-def test_fedcompass_founds_for_the_next_meeting():
-    """Too late for a group: arrive when its fastest site could be back with Q_max steps."""
-    run = compass()
-    run.ask("a")  # arrives at 100
-    run.at(10.0)
-    # c: floor(90 / 5) = 18 < 20; a is back at 100 + 1 * 100 = 200: floor(190 / 5) = 38
-    assert run.ask("c").steps == 38
-    group = run.strategy._groups[1]
-    assert (group.expected, group.latest) == (10 + 38 * 5, 10 + 1.5 * 38 * 5)
-
-
-def test_fedcompass_joins_the_group_with_most_steps():
-    """b fits both groups: 45 steps with the first, 95 with the second."""
-    run = compass()
-    run.ask("a")
-    run.at(10.0)
-    run.ask("c")  # a second group, at 200
-    assert run.ask("b").steps == 95
-    assert [g.members for g in run.strategy._groups] == [["a"], ["c", "b"]]
-
-
-def test_fedcompass_merges_a_group_when_all_are_there():
-    """Each delta by 1 / N s(tau), no further normalisation; who arrived early waits."""
-    run = compass()
-    before = run.now
-    run.ask("a"), run.ask("b")
-    run.at(99.0)
-    assert not run.arrive("a", delta(1.0))
-    assert run.ask("a") is None  # waits for its group
-    assert run.arrive("b", delta(2.0, turn=1.0))
-    close(run.now, minus(before, (1 / 3, delta(1.0)), (1 / 3, delta(2.0, turn=1.0))))
-    assert run.ask("a").steps == 100
-
-
-def test_fedcompass_goes_on_at_the_latest_time_and_merges_the_late_one_next():
-    """The straggler's delta comes with the next group, s = (1 + 1)^-0.5."""
-    run = compass()
-    start = run.now
-    run.ask("a"), run.ask("b")
-    run.at(100.0)
-    run.arrive("a", delta(1.0))
-    assert run.strategy.wake_at() == 150.0
-    run.at(150.0)
-    first = minus(start, (1 / 3, delta(1.0)))
-    close(run.now, first)
-    run.ask("a")
-    run.at(160.0)
-    assert not run.arrive("b", delta(2.0))  # held for the next group
-    assert run.ask("b") is not None  # and free meanwhile
-    assert run.strategy._groups[0].members == ["a", "b"]
-    run.at(250.0)
-    run.arrive("a", delta(4.0))
-    assert run.arrive("b", delta(8.0))
-    late = 0.5**0.5 / 3
-    close(run.now, minus(first, (1 / 3, delta(4.0)), (1 / 3, delta(8.0)), (late, delta(2.0))))
-
-
-def test_fedcompass_normalise_is_an_option():
-    """The weights of a merge sum to 1 before the staleness."""
-    run = compass(normalise=True)
-    before = run.now
-    run.ask("a"), run.ask("b")
-    run.arrive("a", delta(1.0))
-    run.arrive("b", delta(3.0))
-    close(run.now, minus(before, (0.5, delta(1.0)), (0.5, delta(3.0))))
-
-
-def test_fedcompass_waits_for_no_failed_site():
-    """Neither the rest of its group nor a group without anybody left."""
-    run = compass()
-    run.ask("a"), run.ask("b")
-    run.arrive("a", delta(1.0))
-    run.fail("b")
-    assert run.wake()
-    run.ask("c")
-    run.fail("c")
-    assert not run.wake()  # an empty group is forgotten
-    assert run.strategy.wake_at() is None
 
 
 def test_fedbuff_counts_no_empty_order():

@@ -35,7 +35,7 @@ ONE_UPDATE = {
     "fedbuff": (lambda: FedBuff(buffer_size=1, outer_lr=0.5), 0.5),
     "async diloco": (lambda: AsyncDiLoCo(delay=1, outer_lr=0.5, momentum=0.0), 0.5),
     "async diloco of all": (lambda: AsyncDiLoCo(outer_lr=0.5, momentum=0.0), 0.5 / 8),
-    "fedcompass": (FedCompass, 1 / 8),
+    "fedcompass": (lambda: FedCompass(alpha=0.5), 0.5 / 8),
     "fedbackfill": (lambda: FedBackfill(outer_lr=0.5, **PLAIN), 0.5 / 8),
 }
 # The server's learning rate halves the step of a round of one.
@@ -84,9 +84,9 @@ DELTAS = {
     "fedbuff": lambda: FedBuff(buffer_size=1, staleness="constant"),
     "async diloco": lambda: AsyncDiLoCo(delay=1, outer_lr=1.0, momentum=0.0),
     "fedavg": lambda: FedAvg(sites_per_round=1, over_selection=2.0, exponent=0.0),
-    "fedcompass": lambda: FedCompass(exponent=0.0, normalise=True),
+    "fedcompass": lambda: FedCompass(alpha=1.0, staleness="constant", normalise=True),
     "fedbackfill": lambda: FedBackfill(exponent=0.0, outer_lr=2.0, **PLAIN),
-    "fedqueue": lambda: FedQueue(exponent=0.0, round_s=10.0),
+    "fedqueue": lambda: FedQueue(staleness="constant", round_s=10.0),
 }
 
 
@@ -216,7 +216,7 @@ def test_7_the_time_of_a_resumed_order_is_not_its_cost():
 def test_8_queue_time_is_the_schedulers_own():
     """The server's clock may stand still or race: the wait is what the site's ledger says."""
     for server_s in (0.0, 1e6):
-        run = Driven(FedQueue(round_s=1000.0, margin_s=60.0, timer=1e9), sites="a")
+        run = Driven(FedQueue(round_s=1000.0, q_init=None, timer=1e9), sites="a")
         run.ask("a")
         run.clock.t = server_s
         run.arrive("a", delta(0.0), queued=240.0, step_s=1.0)
