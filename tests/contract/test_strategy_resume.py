@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from flwr.serverapp.strategy import Strategy
 from worlds.grid import as_numpy
-from worlds.strategies import LATE, ROUNDS, Killed, World, apart, each, each_late, finite, sites
+from worlds.strategies import (
+    LATE,
+    ROUNDS,
+    Killed,
+    World,
+    apart,
+    each,
+    each_exact,
+    each_late,
+    finite,
+    sites,
+)
 
 from strategies.fedavg import FedAvg
 from strategies.fedbackfill import FedBackfill
@@ -29,7 +40,7 @@ def killed_everywhere(make, sites_of, rounds=ROUNDS, every=1):
         assert world.grid.violations == []
 
 
-@each
+@each_exact
 def test_kill_at_every_moment_and_resume(make):
     """Wherever the server dies, the resumed run ends with the same bits and trains no more."""
     killed_everywhere(make, apart if make in LATE.values() else sites)
@@ -92,7 +103,7 @@ def test_orders_handed_in_ahead():
         assert all(n == 1 for site in world.sites for n in site.trained.values())
 
 
-@each
+@each_exact
 def test_many_deaths(make):
     """A server that dies again and again still gets there."""
     whole = World(sites())

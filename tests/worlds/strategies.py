@@ -49,17 +49,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # by file of `conf/strategy`, in place
     "fedasync": {"alpha": 0.6, "staleness": "hinge", "a": 1.0, "b": 1.0},
     "fedbuff": {"buffer_size": 3},
     "decoupled_diloco": {"quorum": 2, "grace_s": 0.0},
-    "fedcompass": {"min_steps": 5, "max_steps": 20},
+    "fedcompass": {"min_steps": 5, "max_steps": 10},
     "fedqueue": {"round_s": 200.0, "min_steps": 5},
     "fedbackfill": SHORT,
     "fedbackfill_rounds": {**SHORT, "grace": 0.0},
 }
 
 
-def configured(name: str) -> Callable[[], Strategy]:
+def configured(name: str, **arguments: Any) -> Callable[[], Strategy]:
     """Return what makes a strategy of `conf/strategy`."""
     spec = OmegaConf.load(CONF / f"{name}.yaml")
-    return partial(instantiate, OmegaConf.merge(spec, ARGUMENTS.get(name, {})))
+    return partial(instantiate, OmegaConf.merge(spec, ARGUMENTS.get(name, {}), arguments))
 
 
 # A deadline is kept as what is left of it at the last commit: a death shifts it.
@@ -67,6 +67,7 @@ LATE: dict[str, Callable[[], Strategy]] = {
     "merge": lambda: OurFedAvg(deadline_s=60.0, late="merge"),
     "drop": lambda: OurFedAvg(deadline_s=60.0, late="drop"),
     "grace": lambda: FedBackfillRounds(round_s=20.0, min_steps=5),
+    "meeting": configured("fedcompass"),
 }
 VARIANTS: dict[str, Callable[[], Strategy]] = {
     "mixing": Mixing,
@@ -80,7 +81,11 @@ VARIANTS: dict[str, Callable[[], Strategy]] = {
     "flower fedyogi": lambda: FedYogi(**ANY_NUMBER),
 }
 STRATEGIES = {p.stem: configured(p.stem) for p in sorted(CONF.glob("*.yaml"))} | VARIANTS
+# FedCompass's sites do as much as fits until they meet: those of equal orders do the same after a
+# death.
+EXACT = STRATEGIES | {"fedcompass": configured("fedcompass", min_steps=10, max_steps=10)}
 
+each_exact = pytest.mark.parametrize("make", EXACT.values(), ids=EXACT.keys())
 each = pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
 each_late = pytest.mark.parametrize("make", LATE.values(), ids=LATE.keys())
 

@@ -8,6 +8,7 @@ the authors' scheduler decides on the same uploads.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -429,6 +430,20 @@ def test_staleness_is_an_option(arguments: dict[str, Any], weight: float) -> Non
     before = run.now
     run.arrive("c", delta(2.0))
     close(run.now, minus(before, (0.3 * weight, delta(2.0))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"staleness": "cubic"}, "staleness='cubic' is not known. Valid: constant, polynomial"),
+        ({"b": 4.0}, "b=4.0 does not go with staleness='polynomial', it has: a"),
+        ({"staleness": "constant", "a": 1.0}, "staleness='constant', it has: no parameter"),
+    ],
+)
+def test_a_staleness_that_makes_no_sense_is_refused(arguments: dict[str, Any], words: str) -> None:
+    """Before anything starts, with the valid choices."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        FedCompass(**arguments)
 
 
 def test_an_update_of_no_steps_never_weighs() -> None:
