@@ -1,4 +1,4 @@
-"""``python -m flwr_hpc.schedulers.mpi_rank FOLDER``: what mpiexec starts in every PBS rank.
+"""``python -m flwr_hpc.schedulers.mpi_rank FOLDER``: a rank that mpiexec starts.
 
 submitit learns its rank from the environment, and every launcher names it in its own way. Here
 they become the variables of submitit's local jobs: a plug-in of ours would have to be installed,
@@ -27,6 +27,8 @@ LOCAL_RANK = (
     "PALS_LOCAL_RANKID",
     "OMPI_COMM_WORLD_LOCAL_RANK",
 )
+# The job's id; the template of a batch system that is not here exports the first.
+JOB_ID = ("FLWR_HPC_JOB_ID", "PBS_JOBID")
 NTASKS, NODES = "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_JOB_NUM_NODES"
 ASK_S = 10.0
 
@@ -53,7 +55,7 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
     local = _first(env, LOCAL_RANK)
     return {
         "SUBMITIT_EXECUTOR": "local",
-        "SUBMITIT_LOCAL_JOB_ID": env["PBS_JOBID"],
+        "SUBMITIT_LOCAL_JOB_ID": next(env[key] for key in JOB_ID if env.get(key)),
         "SUBMITIT_LOCAL_GLOBALID": str(rank),
         "SUBMITIT_LOCAL_LOCALID": str(rank % per_node if local is None else local),
         "SUBMITIT_LOCAL_NODEID": str(rank // per_node),
@@ -74,7 +76,7 @@ def main(folder: str) -> None:
     os.environ.update(place(os.environ))
     rank, job_id = os.environ["SUBMITIT_LOCAL_GLOBALID"], os.environ["SUBMITIT_LOCAL_JOB_ID"]
     _print_to(Path(folder) / f"{job_id}_{rank}_log")
-    if rank == "0":  # the one that watches the clock
+    if rank == "0" and "PBS_JOBID" in os.environ:  # rank 0 watches the clock, PBS tells no end
         _shorten(job_id)
     process_job(folder)
 

@@ -1,10 +1,9 @@
-"""What every scheduler adapter must do; local, fake Slurm executables, and a real cluster."""
+"""What every batch system must do: this host, fakes, a real cluster, one from outside."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -16,11 +15,17 @@ from worlds import worker as fake_worker
 from worlds.jobs import facility, processes_of, until
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import JobInfo, JobSpec, Scheduler, stderr_tail
+from flwr_hpc.schedulers.base import (
+    JobInfo,
+    JobSpec,
+    Scheduler,
+    SchedulerUnavailableError,
+    stderr_tail,
+)
+from flwr_hpc.schedulers.command import CommandScheduler
 from flwr_hpc.schedulers.registry import make_scheduler, rules_of
-from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 
-KINDS = ["local", "fake_slurm", "fake_pbs", pytest.param("slurm", marks=pytest.mark.slurm)]
+KINDS = ["local", "fake_slurm", "fake_pbs", "dummy", pytest.param("slurm", marks=pytest.mark.slurm)]
 
 
 @pytest.fixture(params=KINDS)
@@ -166,19 +171,30 @@ def test_estimate_submits_nothing(spec: JobSpec, scheduler: Scheduler) -> None:
     assert not spec.folder.exists()
 
 
-def test_no_answer_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects a running job while slurmctld is away."""
-    where = facility("fake_slurm", tmp_path, monkeypatch)
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [("fake_slurm", "fake/down"), ("fake_pbs", "fake/down"), ("dummy", "dummy/away")],
+)
+def test_no_answer_is_unknown(
+    kind: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects a running job while its server is away: not ended, not found, not cancelled."""
+    where = facility(kind, tmp_path, monkeypatch)
     scheduler = make_scheduler(where)
-    assert isinstance(scheduler, SlurmScheduler)
+    assert isinstance(scheduler, CommandScheduler)
     scheduler.pauses_s = ()
     name = f"contract-{uuid.uuid4().hex[:8]}"
     spec = JobSpec(name, tmp_path / "job", where, fake_worker.sleep, (str(tmp_path / "out"),))
     job = scheduler.submit(spec)
     started(spec)
-    (Path(os.environ["FAKE_SLURM"]) / "down").touch()
+    (tmp_path / flag).touch()
     assert info(scheduler, job).state == "unknown"
-    (Path(os.environ["FAKE_SLURM"]) / "down").unlink()
+    for request in (scheduler.find, scheduler.submit):
+        with pytest.raises(SchedulerUnavailableError):
+            request(spec)
+    with pytest.raises(SchedulerUnavailableError):
+        scheduler.cancel(job)
+    (tmp_path / flag).unlink()
     assert info(scheduler, job).state == "running"
     scheduler.cancel(job)
     until(lambda: not processes_of(name))

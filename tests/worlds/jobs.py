@@ -50,10 +50,17 @@ def command_line(process: psutil.Process) -> str:
 
 
 def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FacilityConfig:
-    """Return a facility of two ranks: ``local``, ``fake_slurm``, ``fake_pbs`` or ``slurm``."""
+    """Return a facility of two ranks.
+
+    ``local``, ``fake_slurm``, ``fake_pbs``, ``slurm``, or ``dummy`` from outside of the package.
+    """
     env = {"PYTHONPATH": str(TESTS)}
     if kind == "local":
         return FacilityConfig(scheduler="local", ranks_per_node=2, env=env)
+    if kind == "dummy":
+        register_dummy(tmp_path / "installed", monkeypatch)
+        env["DUMMY_HOME"] = str(tmp_path / "dummy")
+        return FacilityConfig("dummy", None, ranks_per_node=2, walltime="00:10:00", env=env)
     if kind == "fake_pbs":
         install_fake_pbs(tmp_path / "fake", monkeypatch)
         return FacilityConfig("pbs", None, ranks_per_node=2, walltime="00:10:00", env=env)
@@ -62,6 +69,15 @@ def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faci
     else:
         env["SLURM_CONF"] = os.environ["SLURM_CONF"]  # see the fixture slurm_conf
     return FacilityConfig(account=None, ranks_per_node=2, walltime="00:10:00", env=env)
+
+
+def register_dummy(site_packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `worlds.dummy_scheduler` known, as installing a package with it would."""
+    info = site_packages / "dummy_scheduler-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dummy-scheduler\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[flwr_hpc.schedulers]\ndummy=worlds.dummy_scheduler\n")
+    monkeypatch.syspath_prepend(str(site_packages))
 
 
 def _install_fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

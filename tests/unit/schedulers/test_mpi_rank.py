@@ -1,4 +1,4 @@
-"""How a rank of a PBS job learns its place and its walltime."""
+"""How a rank started by mpiexec learns its place and its walltime."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""A batch system that lives outside of the package: what a newcomer would write."""
