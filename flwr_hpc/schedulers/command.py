@@ -10,18 +10,16 @@ import os
 import re
 import subprocess
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.core.core import InfoWatcher, Job, PicklingExecutor
-
-from flwr_hpc.config.facility import FacilityConfig, walltime_s
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError, heal_pickle
+from flwr_hpc.schedulers.executor import ScriptExecutor
 from flwr_hpc.schedulers.rules import Rules
 
 NOT_FOUND = 127
@@ -44,38 +42,6 @@ class Answer:
     def words(self) -> str:
         """The command's own words about its failure."""
         return self.err.strip() or f"exit code {self.code}"
-
-
-class SubmittedJob(Job):  # type: ignore[misc]
-    """What submitit returns; the scheduler asks after it, not submitit's own watcher."""
-
-    watcher = InfoWatcher()
-
-
-class ScriptExecutor(PicklingExecutor):  # type: ignore[misc]
-    """submitit's pickles and folders, with our job script and our way to submit it."""
-
-    job_class = SubmittedJob
-
-    def __init__(self, spec: JobSpec, script: str, submit: Callable[[Path], str]) -> None:
-        super().__init__(spec.folder, max_num_timeout=0)
-        self.spec, self.script, self.submit_file = spec, script, submit
-        self.update_parameters(timeout_min=walltime_s(spec.facility.walltime) / 60)
-
-    def _num_tasks(self) -> int:
-        return self.spec.facility.nodes * self.spec.facility.ranks_per_node
-
-    def _submit_command(self, command: str) -> SubmittedJob:
-        draft = self.folder / f".submission_file_{uuid.uuid4().hex}.sh"
-        draft.write_text(self.script)
-        tasks = list(range(self._num_tasks()))
-        job = SubmittedJob(self.folder, self.submit_file(draft), tasks=tasks)
-        job.paths.move_temporary_file(draft, "submission_file", keep_as_symlink=True)
-        return job
-
-    # What submitit's own `_submit_command` would call.
-    _make_submission_file_text = _make_submission_command = None
-    _get_job_id_from_submission_command = None
 
 
 class CommandScheduler(ABC):

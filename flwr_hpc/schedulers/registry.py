@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.facility_rules import check_facility as check_shape
-from flwr_hpc.errors import UserError, closest
+from flwr_hpc.errors import one_of
 from flwr_hpc.schedulers.base import Scheduler
 from flwr_hpc.schedulers.rules import Rules, check_fields
 
@@ -24,12 +24,12 @@ GROUP = "flwr_hpc.schedulers"
 
 def names() -> list[str]:
     """Return what ``scheduler`` of a facility may be."""
-    return sorted(_packages())
+    return sorted({**_own(), **_others()})
 
 
-def rules_of(facility: FacilityConfig) -> Rules:
+def rules_of(facility: FacilityConfig, key: str = "scheduler") -> Rules:
     """Return the rules of a facility's batch system; imports nothing heavy."""
-    rules = import_module(f"{_package(facility.scheduler)}.rules").RULES
+    rules = import_module(f"{_package(facility.scheduler, key)}.rules").RULES
     assert isinstance(rules, Rules)
     return rules
 
@@ -44,14 +44,10 @@ def make_scheduler(facility: FacilityConfig) -> Scheduler:
 def check_facility(name: str, f: FacilityConfig) -> None:
     """Check a facility's fields, also against the rules of its batch system."""
     key = f"facilities.{name}"
-    if f.scheduler not in (known := names()):
-        raise UserError(
-            f"{key}.scheduler={f.scheduler} is not known.{closest(f.scheduler, known)} "
-            f"Valid: {', '.join(known)}."
-        )
+    rules = rules_of(f, f"{key}.scheduler")
     check_shape(name, f)
-    check_fields(key, f, rules_of(f))
-    rules_of(f).check(key, f)
+    check_fields(key, f, rules)
+    rules.check(key, f)
 
 
 def check_facilities(facilities: Mapping[str, FacilityConfig]) -> None:
@@ -60,14 +56,17 @@ def check_facilities(facilities: Mapping[str, FacilityConfig]) -> None:
         check_facility(name, facility)
 
 
-def _package(name: str) -> str:
-    packages = _packages()
-    if name not in packages:
-        raise UserError(f"there is no batch system '{name}'. Valid: {', '.join(sorted(packages))}.")
-    return packages[name]
+def _package(name: str, key: str = "scheduler") -> str:
+    if package := _own().get(name):
+        return package
+    one_of(key, name, tuple(names()))
+    return _others()[name]
 
 
-def _packages() -> dict[str, str]:
+def _own() -> dict[str, str]:
     folder = str(Path(__file__).parent)
-    own = {m.name: f"{__package__}.{m.name}" for m in pkgutil.iter_modules([folder]) if m.ispkg}
-    return {point.name: point.value for point in entry_points(group=GROUP)} | own
+    return {m.name: f"{__package__}.{m.name}" for m in pkgutil.iter_modules([folder]) if m.ispkg}
+
+
+def _others() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=GROUP)}
