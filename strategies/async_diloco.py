@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from flwr.app import ArrayRecord
-
 from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.pace import SpeedEstimate
@@ -35,6 +31,8 @@ class AsyncDiLoCo(AsyncStrategy):
         0 is the paper's; above, stale updates count less.
     """
 
+    persistent = ("_arrived", "_sum", "_m")
+
     def __init__(
         self,
         *,
@@ -60,8 +58,8 @@ class AsyncDiLoCo(AsyncStrategy):
         self.staleness_exponent = staleness_exponent
         self.pace = SpeedEstimate(0.5)
         self._arrived = 0  # since the last delayed step
-        self._sum: tuple[str, ArrayRecord] | None = None
-        self._m: tuple[str, ArrayRecord] | None = None
+        self._sum: StoredTensors | None = None
+        self._m: StoredTensors | None = None
 
     def plan(self, site: SiteState) -> Plan:
         """Return fewer steps for a slower site."""
@@ -87,49 +85,28 @@ class AsyncDiLoCo(AsyncStrategy):
         assert arrival.arrays is not None
         self.pace.observe(arrival)
         self._arrived += 1
-        version, store = self.version + 1, self.runtime.checkpoints
         weight = self.staleness_weight(staleness)
-        name = f"sum-{version}"
-        total = store.put(name, self._summed(arrival.base, arrival.arrays, weight))
+        total = self.keep_tensors("sum", self._summed(arrival.base, arrival.arrays, weight))
         period = self.delay or max(1, len(self.sites))
         scale = self.outer_lr * weight / period
         if self._arrived < period:
-            self._sum = name, total
+            self._sum = total
             return _stepped(self.arrays, arrival.base, arrival.arrays, scale, None, 0.0)
-        name = f"momentum-{version}"
-        self._m = name, store.put(name, self._momenta(total, period))
+        self._m = self.keep_tensors("momentum", self._momenta(total, period))
         self._sum, self._arrived = None, 0
         pull = self.outer_lr * self.momentum
-        return _stepped(self.arrays, arrival.base, arrival.arrays, scale, self._m[1], pull)
+        return _stepped(self.arrays, arrival.base, arrival.arrays, scale, self._m, pull)
 
     def _summed(self, base: Record, trained: Record, weight: float) -> Tensors:
         for name, delta in rules.record_delta(base, trained):
             delta = delta.dtype.type(weight) * delta
-            yield name, delta if self._sum is None else self._sum[1][name].numpy() + delta
+            yield name, delta if self._sum is None else self._sum[name].numpy() + delta
 
     def _momenta(self, total: Record, period: int) -> Tensors:
         for name, array in total.items():
             mean = array.numpy() / array.numpy().dtype.type(period)
-            before = None if self._m is None else self._m[1][name].numpy()
+            before = None if self._m is None else self._m[name].numpy()
             yield name, rules.momentum_step(before, mean, self.momentum)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of S and m, and how many arrivals S holds."""
-        names = {"sum": self._sum, "momentum": self._m}
-        return {
-            "tensors": [held[0] for held in names.values() if held],
-            **{key: held[0] if held else "" for key, held in names.items()},
-            "arrived": self._arrived,
-            "pace": self.pace.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        get = self.runtime.checkpoints.get
-        self._sum = (state["sum"], get(state["sum"])) if state["sum"] else None
-        self._m = (state["momentum"], get(state["momentum"])) if state["momentum"] else None
-        self._arrived = int(state["arrived"])
-        self.pace.load_state_dict(state["pace"])
 
 
 def _stepped(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from strategies.base.window import WindowStrategy
 from strategies.parts import rules
@@ -49,19 +49,9 @@ class DecoupledDiLoCo(WindowStrategy):
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Take the outer step along the radial-directional mean."""
-        found = deltas(self.runtime.checkpoints, updates)
+        found = deltas(updates)
 
         def merged(name: str) -> rules.Tensor:
             return rules.radial_directional([d[name].numpy() for d in found], weights)
 
-        return self.outer.step(self.runtime.checkpoints, self.arrays, merged, self.version + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window and the outer momentum."""
-        own, outer = super().state_dict(), self.outer.state_dict()
-        return {**own, "outer": outer, "tensors": [*own["tensors"], *outer["tensors"]]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        super().load_state_dict(state)
-        self.outer.load_state_dict(state["outer"], self.runtime.checkpoints)
+        return self.outer.step(self.keep_tensors, self.arrays, merged)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from strategies.base.synchronous import HpcStrategy
 from strategies.parts import rules
@@ -49,12 +49,4 @@ class DiLoCo(HpcStrategy):
         def delta_of(name: str) -> Tensor:
             return rules.combined_delta(name, self.arrays, trained, weights)
 
-        return self.outer.step(self.runtime.checkpoints, self.arrays, delta_of, server_round)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the outer optimizer's state."""
-        return self.outer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        self.outer.load_state_dict(state, self.runtime.checkpoints)
+        return self.outer.step(self.keep_tensors, self.arrays, delta_of)

@@ -85,5 +85,5 @@ class FedAvg(WindowStrategy):
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean pseudo-gradient."""
-        found = deltas(self.runtime.checkpoints, updates)
+        found = deltas(updates)
         return rules.weighted_step(self.arrays, found, weights, self.outer_lr)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from flwr.app import ArrayRecord
 
 from strategies.base.asynchronous import AsyncStrategy
-from strategies.engine.engine import global_name
+from strategies.base.fields import StoredTensors
 from strategies.engine.state import Bind, Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance
@@ -63,6 +60,8 @@ class FedBackfill(AsyncStrategy):
         for bit.
     """
 
+    persistent = ("_own", "_bound")
+
     def __init__(
         self,
         *,
@@ -91,8 +90,10 @@ class FedBackfill(AsyncStrategy):
         self.overlap = overlap
         self.pace = SpeedEstimate(0.7)
         self.rates = ContributionBalance()
-        self._own: dict[str, str] = {}  # facility -> its last pseudo-gradient in the store
-        self._bound: dict[str, int] = {}  # facility -> the version it is to train on
+        # Facility -> the number of its last order, and its pseudo-gradient.
+        self._own: dict[str, tuple[int, StoredTensors]] = {}
+        # Facility -> the version that it is to train on.
+        self._bound: dict[str, tuple[int, StoredTensors]] = {}
 
     # ---- how much work ----------------------------------------------------------------------
 
@@ -119,10 +120,8 @@ class FedBackfill(AsyncStrategy):
         return Plan(now.steps, {"own-share": share}, now.ahead_after_s)
 
     def _bind_now(self, facility: str) -> Bind:
-        version = self._bound.setdefault(facility, self.version)
-        newest = version == self.version
-        arrays = self.arrays if newest else self.runtime.checkpoints.get(global_name(version))
-        return lambda running: Binding(version, arrays)
+        version, weights = self._bound.setdefault(facility, (self.version, self.newest()))
+        return lambda running: Binding(version, weights.arrays)
 
     # ---- how much it counts -----------------------------------------------------------------
 
@@ -146,8 +145,8 @@ class FedBackfill(AsyncStrategy):
         """Return whether something was trained, and it is known from which weights."""
         if arrival.empty or not arrival.metrics.get("own_share"):
             return not arrival.empty
-        last = self._own.get(arrival.facility, "")  # lost with a server that died, maybe
-        return last.endswith(f"-{int(arrival.metrics.get('own_seq', -1)):06d}")
+        last = self._own.get(arrival.facility)  # lost with a server that died, maybe
+        return last is not None and last[0] == int(arrival.metrics.get("own_seq", -1))
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Step along the site's pseudo-gradient."""
@@ -157,11 +156,11 @@ class FedBackfill(AsyncStrategy):
             return None
         self.pace.observe(arrival, ahead=bool(arrival.order.options.get("own-share")))
         self.rates.observe(facility, arrival.steps, self._sites())
-        name, store = f"own-{arrival.order.id}", self.runtime.checkpoints
-        delta = store.put(name, self._delta(arrival))
-        self._own[facility] = name
+        delta = self.keep_tensors("delta", self._delta(arrival))
+        if self.overlap:
+            self._own[facility] = arrival.order.seq, delta
         rho = self.share(facility) * self.staleness_weight(staleness)
-        return self.outer.step(store, self.arrays, [delta], [rho], self.version + 1)
+        return self.outer.step(self.keep_tensors, self.arrays, [delta], [rho])
 
     def on_failure(self, failure: Failure) -> None:
         """Forget what a site that gave up was to train on."""
@@ -169,7 +168,7 @@ class FedBackfill(AsyncStrategy):
 
     def published(self) -> ArrayRecord:
         """Return the average of the versions."""
-        return self.outer.mean or self.arrays
+        return self.arrays if self.outer.mean is None else self.outer.mean.arrays
 
     def _delta(self, arrival: SiteResult) -> Tensors:
         """Yield the pseudo-gradient against the weights the site really started from."""
@@ -177,31 +176,8 @@ class FedBackfill(AsyncStrategy):
         assert arrival.arrays is not None
         share = arrival.metrics.get("own_share", 0.0)
         last = self._own.get(arrival.facility)
-        before = self.runtime.checkpoints.get(last) if share and last else None
+        before = last[1] if share and last else None
         for name, delta in rules.record_delta(arrival.base, arrival.arrays):
             if before is not None:
                 delta = rules.descend(delta, before[name].numpy(), share)
             yield name, delta
-
-    # ---- state ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is known of the sites."""
-        own = self._own if self.overlap else {}
-        outer = self.outer.state_dict()
-        bound = [global_name(version) for version in self._bound.values()]
-        return {
-            "tensors": [*own.values(), *outer["tensors"], *bound],
-            "own": own,
-            "bound": self._bound,
-            "outer": outer,
-            "pace": self.pace.state_dict(),
-            "rates": self.rates.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        self.pace.load_state_dict(state["pace"])
-        self.rates.load_state_dict(state["rates"])
-        self._own, self._bound = dict(state["own"]), dict(state["bound"])
-        self.outer.load_state_dict(state["outer"], self.runtime.checkpoints)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from flwr.app import ArrayRecord
 
@@ -63,6 +62,8 @@ class FedBackfillRounds(WindowStrategy):
     ValueError
         If `quorum` is less than 1 or `grace` less than 0.
     """
+
+    persistent_times = ("_reports",)
 
     def __init__(
         self,
@@ -183,33 +184,9 @@ class FedBackfillRounds(WindowStrategy):
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Take one step along the sum of the pseudo-gradients."""
-        store = self.runtime.checkpoints
         self._reports = []
-        found = deltas(store, updates)
-        return self.outer.step(store, self.arrays, found, weights, self.version + 1)
+        return self.outer.step(self.keep_tensors, self.arrays, deltas(updates), weights)
 
     def published(self) -> ArrayRecord:
         """Return the average of the versions."""
-        return self.outer.mean or self.arrays
-
-    # ---- state --------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window and what is known of the sites; times as what has passed since."""
-        own, outer, now = super().state_dict(), self.outer.state_dict(), self.now()
-        return {
-            **own,
-            "tensors": [*own["tensors"], *outer["tensors"]],
-            "outer": outer,
-            "pace": self.pace.state_dict(),
-            "rates": self.rates.state_dict(),
-            "reported_ago": [now - t for t in self._reports],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        super().load_state_dict(state)
-        self.outer.load_state_dict(state["outer"], self.runtime.checkpoints)
-        self.pace.load_state_dict(state["pace"])
-        self.rates.load_state_dict(state["rates"])
-        self._reports = [self.now() - ago for ago in state["reported_ago"]]
+        return self.arrays if self.outer.mean is None else self.outer.mean.arrays

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from flwr.app import ArrayRecord
-
 from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.fields import StoredTensors
 from strategies.engine.state import SiteResult
 from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance
@@ -37,6 +33,8 @@ class FedBuff(AsyncStrategy):
         fill the buffer with their data's updates. Not in the paper.
     """
 
+    persistent = ("_buffer",)
+
     def __init__(
         self,
         *,
@@ -59,7 +57,7 @@ class FedBuff(AsyncStrategy):
         self.exponent = exponent
         self.debias = debias
         self.rates = ContributionBalance()
-        self._buffer: list[tuple[str, float, ArrayRecord]] = []  # name, weight, delta
+        self._buffer: list[tuple[StoredTensors, float]] = []  # pseudo-gradients, their weights
 
     def staleness_weight(self, staleness: int) -> float:
         """Return s(tau)."""
@@ -76,33 +74,16 @@ class FedBuff(AsyncStrategy):
             return None
         assert arrival.base is not None
         assert arrival.arrays is not None
-        name = f"delta-{arrival.order.id}"
-        delta = self.runtime.checkpoints.put(name, rules.record_delta(arrival.base, arrival.arrays))
+        delta = self.keep_tensors("delta", rules.record_delta(arrival.base, arrival.arrays))
         weight = self.staleness_weight(staleness) * self._frequency_weight(arrival)
-        self._buffer.append((name, weight, delta))
+        self._buffer.append((delta, weight))
         if len(self._buffer) < self.buffer_size:
             return None
         full, self._buffer = self._buffer, []
-        return rules.buffered_step(
-            self.arrays, [d for _, _, d in full], [s for _, s, _ in full], self.outer_lr
-        )
+        deltas, weights = zip(*full, strict=True)
+        return rules.buffered_step(self.arrays, deltas, weights, self.outer_lr)
 
     def _frequency_weight(self, arrival: SiteResult) -> float:
         sites = max(1, len(self.sites))
         self.rates.observe(arrival.facility, arrival.steps, sites)
         return self.rates.by_arrivals(arrival.facility, sites) if self.debias else 1.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the buffer: names of the pseudo-gradients and their weights."""
-        return {
-            "rates": self.rates.state_dict(),
-            "tensors": [name for name, _, _ in self._buffer],
-            "weights": [weight for _, weight, _ in self._buffer],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the buffer."""
-        self.rates.load_state_dict(state["rates"])
-        get = self.runtime.checkpoints.get
-        pairs = zip(state["tensors"], state["weights"], strict=True)
-        self._buffer = [(name, weight, get(name)) for name, weight in pairs]

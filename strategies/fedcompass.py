@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
@@ -17,6 +17,8 @@ from strategies.parts.rules import Tensors
 @dataclass
 class _Group:
     """Sites that are expected to arrive together."""
+
+    persistent_times: ClassVar = ("expected", "latest")
 
     expected: float  # T_exp and T_late, on the run's clock
     latest: float
@@ -59,6 +61,8 @@ class FedCompass(AsyncStrategy):
     normalise : bool
         False: every update weighs alpha / N. True: the weights of a version sum to alpha.
     """
+
+    persistent = ("_groups", "_idle", "_orders")
 
     def __init__(
         self,
@@ -166,7 +170,7 @@ class FedCompass(AsyncStrategy):
             group.members.remove(name)
         if self.counts(arrival, staleness):
             buffer = Buffer() if first else self._late if group is None else group.buffer
-            buffer.add(self.runtime.checkpoints, arrival)
+            buffer.add(self.keep_tensors, arrival)
             if first:
                 return self._merge(buffer.take())
         return self._fire(group) if group is not None and not group.members else None
@@ -204,39 +208,4 @@ class FedCompass(AsyncStrategy):
     def _merge(self, updates: Sequence[Update]) -> Tensors:
         share = self.alpha / (len(updates) if self.normalise else max(1, len(self.sites)))
         weights = [share * self.staleness_weight(self.version - u.version) for u in updates]
-        return rules.weighted_step(self.arrays, deltas(self.runtime.checkpoints, updates), weights)
-
-    # ---- state ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return groups, buffers and speeds; times as what is left of them."""
-        now = self.now()
-        return {
-            "tensors": [u.name for b in self._buffers() for u in b],
-            "late": [asdict(u) for u in self._late],
-            "idle": self._idle,
-            "orders": self._orders,
-            "pace": self.pace.state_dict(),
-            "groups": [
-                {
-                    "expected": g.expected - now,
-                    "latest": g.latest - now,
-                    "members": g.members,
-                    "updates": [asdict(u) for u in g.buffer],
-                }
-                for g in self._groups
-            ],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        now = self.now()
-        self.pace.load_state_dict(state["pace"])
-        self._late.load_state_dict({"updates": state["late"]})
-        self._idle, self._orders = list(state["idle"]), dict(state["orders"])
-        self._groups = []
-        for saved in state["groups"]:
-            times = now + saved["expected"], now + saved["latest"]
-            group = _Group(*times, list(saved["members"]))
-            group.buffer.load_state_dict(saved)
-            self._groups.append(group)
+        return rules.weighted_step(self.arrays, deltas(updates), weights)

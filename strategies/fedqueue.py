@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from strategies.base.window import WindowStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
@@ -51,6 +50,8 @@ class FedQueue(WindowStrategy):
         False: an update weighs ``n_k / n s(u)``, so that stale ones shorten the step. True: these
         weights are divided by their sum.
     """
+
+    persistent = ("_held",)
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class FedQueue(WindowStrategy):
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean of what is admitted."""
-        found = deltas(self.runtime.checkpoints, updates)
+        found = deltas(updates)
         weights = rules.normalised(weights) if self.renormalise else weights
         return rules.weighted_step(self.arrays, found, weights)
 
@@ -122,12 +123,12 @@ class FedQueue(WindowStrategy):
         return [u for u in self.buffer if u.facility not in self._held or u.version < self.version]
 
     def _close(self) -> Tensors:
-        admitted = {u.name for u in self.admitted()}
-        held = [u for u in self.buffer if u.name not in admitted] if admitted else []
-        self.buffer.keep([u for u in self.buffer if u not in held])
+        admitted = {u.order_id for u in self.admitted()}
+        held = [u for u in self.buffer if u.order_id not in admitted] if admitted else []
+        self.buffer.replace([u for u in self.buffer if u not in held])
         stragglers = dict(self.working)  # the next round waits for them, too
         new = super()._close()
-        self.buffer.keep(held)
+        self.buffer.replace(held)
         self.working = stragglers
         self._held = []
         return new
@@ -149,13 +150,3 @@ class FedQueue(WindowStrategy):
         """
         here = [name for name, site in self.sites.items() if site.online or self.busy(name)]
         return min([own, *(self._steps(name) for name in here if self.pace.step_s.get(name))])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window and the forecasts."""
-        return {**super().state_dict(), "pace": self.pace.state_dict(), "held": self._held}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        super().load_state_dict(state)
-        self.pace.load_state_dict(state["pace"])
-        self._held = list(state["held"])

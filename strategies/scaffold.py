@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from flwr_hpc.protocol import CORRECTION, MEAN_GRADIENT
+from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.fedavg import FedAvg
 from strategies.parts import rules
@@ -17,11 +18,11 @@ from strategies.parts.rules import Tensors
 
 @dataclass(frozen=True)
 class ControlVariate:
-    """A site's control variate: its name in the checkpoint store, its weight and its age."""
+    """A site's control variate."""
 
-    name: str
+    arrays: StoredTensors
     weight: float
-    version: int
+    version: int  # In which it was reported
 
 
 class Scaffold(FedAvg):
@@ -54,6 +55,8 @@ class Scaffold(FedAvg):
         ``over_selection``, see `strategies.fedavg.FedAvg`. A variate that comes late counts.
     """
 
+    persistent = ("variates", "control")
+
     def __init__(
         self,
         *,
@@ -67,7 +70,7 @@ class Scaffold(FedAvg):
             raise ValueError(f"forget_after={forget_after} must be at least 1")
         self.forget_after = forget_after
         self.variates: dict[str, ControlVariate] = {}  # c_i, by facility
-        self.control = ""  # name of c of the present version
+        self.control: StoredTensors | None = None  # c of the present version
 
     def order(self, site: SiteState) -> Plan:
         """Correct the site's gradients and ask for their mean; a plain ClientApp knows neither."""
@@ -82,45 +85,28 @@ class Scaffold(FedAvg):
 
     def correction(self, facility: str) -> Tensors | None:
         """Return ``c - c_i``; None while one of them is not known."""
-        own, store = self.variates.get(facility), self.runtime.checkpoints
-        if own is None or not self.control:
+        own = self.variates.get(facility)
+        if own is None or self.control is None:
             return None
-        return rules.record_delta(store.get(self.control), store.get(own.name))
+        return rules.record_delta(self.control, own.arrays)
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Take the site's new variate in, ahead of its update."""
         gradient = arrival.gradient
         if gradient is not None and not arrival.empty:
-            name = f"variate-{arrival.order.id}"
-            self.runtime.checkpoints.put(name, rules.tensors(gradient))
+            kept = self.keep_tensors("variate", rules.tensors(gradient))
             weight = float(arrival.examples) if self.weighted_by == "num-examples" else 1.0
-            self.variates[arrival.facility] = ControlVariate(name, weight, self.version)
+            self.variates[arrival.facility] = ControlVariate(kept, weight, self.version)
         return super().on_result(arrival, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Make the next version's c, and step along the weighted mean pseudo-gradient."""
         gone = self.version - self.forget_after
         self.variates = {f: v for f, v in self.variates.items() if v.version > gone}
-        known, store = list(self.variates.values()), self.runtime.checkpoints
-        self.control = f"control-{self.version + 1}" if known else ""
-        if known:
-            shares = rules.normalised([v.weight or 1e-12 for v in known])
-            store.put(self.control, rules.record_mean([store.get(v.name) for v in known], shares))
+        latest = list(self.variates.values())
+        self.control = None
+        if latest:
+            shares = rules.normalised([v.weight or 1e-12 for v in latest])
+            mean = rules.record_mean([v.arrays for v in latest], shares)
+            self.control = self.keep_tensors("control", mean)
         return super().merge(updates, weights)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window's state and the names of the variates."""
-        state = super().state_dict()
-        names = [v.name for v in self.variates.values()] + ([self.control] if self.control else [])
-        return {
-            **state,
-            "tensors": [*state["tensors"], *names],
-            "variates": {f: asdict(v) for f, v in self.variates.items()},
-            "control": self.control,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        super().load_state_dict(state)
-        self.variates = {f: ControlVariate(**v) for f, v in state["variates"].items()}
-        self.control = str(state["control"])

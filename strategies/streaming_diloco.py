@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord
@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import Result
 
 from flwr_hpc.protocol import Order
 from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.fields import StoredTensors
 from strategies.base.window import check_window
-from strategies.engine.engine import global_name
 from strategies.engine.messages import part_of
 from strategies.engine.rounds import EvaluateFn
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
@@ -69,6 +69,9 @@ class StreamingDiLoCo(AsyncStrategy):
         A window with fewer reports at its deadline stays open for another one.
     """
 
+    persistent = ("working", "_held", "_former", "_opened")
+    persistent_times = ("_closes_at",)
+
     def __init__(
         self,
         *,
@@ -97,7 +100,7 @@ class StreamingDiLoCo(AsyncStrategy):
         self.working: dict[str, list[int]] = {}  # facility -> windows it works on, ascending
         self._held: dict[str, tuple[int, int]] = {}  # -> order whose weights it has, its version
         self._buffers = [Buffer(), Buffer()]  # of the present window and of the next one
-        self._former: ArrayRecord | None = None  # the version before the newest
+        self._former: StoredTensors | None = None  # the version before the newest
         self._windows: float = math.inf  # of the whole run
         self._opened = False  # somebody has been asked since the last window closed
         self._closes_at: float | None = None
@@ -205,7 +208,8 @@ class StreamingDiLoCo(AsyncStrategy):
             return Binding(self.version, self.arrays, options, returns=self.names(window))
         after, had = held
         version = max(had, window - self.lag)
-        arrays = self.arrays if version == self.version else self._former
+        former = self._former.arrays if self._former else None
+        arrays = self.arrays if version == self.version else former
         new = range(max(had, version - len(self.parts)), version)
         merges = sorted({name for passed in new for name in self.names(passed)})
         options |= {"after": after, "alpha": self.alpha}
@@ -254,7 +258,7 @@ class StreamingDiLoCo(AsyncStrategy):
             assert arrival.base is not None
             base = part_of(arrival.base, self.names(window))
             buffer = self._buffers[window - self.version]
-            buffer.add(self.runtime.checkpoints, dataclasses.replace(arrival, base=base))
+            buffer.add(self.keep_tensors, dataclasses.replace(arrival, base=base))
         return self._close() if self.complete() else None
 
     def on_failure(self, failure: Failure) -> None:
@@ -275,54 +279,19 @@ class StreamingDiLoCo(AsyncStrategy):
 
     def _close(self) -> Tensors:
         """Step along the window's fragment."""
-        window, store = self.version, self.runtime.checkpoints
+        window = self.version
         updates = sorted(self._buffers[0].take(), key=lambda update: update.facility)
         self._buffers.reverse()
         self._opened, self._closes_at = False, None
-        self._former = self.arrays
-        moved = deltas(store, updates)
+        self._former = self.newest() if self.lag else None
+        moved = deltas(updates)
         weights = [self._weight(update) for update in updates]
 
         def delta_of(name: str) -> Tensor:
             return rules.weighted_mean([delta[name].numpy() for delta in moved], weights)
 
         index = window % len(self.parts)
-        return self.outer.step(store, self.arrays, index, delta_of, window + 1)
+        return self.outer.step(self.keep_tensors, self.arrays, index, delta_of)
 
     def _weight(self, update: Update) -> float:
         return 1.0 if self.weighted_by == "uniform" else float(update.examples) or 1e-12
-
-    # ---- state ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return windows and what the sites hold; times as what is left of them."""
-        buffers = [buffer.state_dict() for buffer in self._buffers]
-        outer = self.outer.state_dict()
-        former = [global_name(self.version - 1)] if self._former is not None and self.lag else []
-        return {
-            "tensors": [*former, *(n for part in [*buffers, outer] for n in part["tensors"])],
-            "former": former,
-            "buffers": buffers,
-            "outer": outer,
-            "working": self.working,
-            "held": self._held,
-            "opened": self._opened,
-            "closes_in": None if self._closes_at is None else self._closes_at - self.now(),
-            "pace": self.pace.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        store = self.runtime.checkpoints
-        for buffer, saved in zip(self._buffers, state["buffers"], strict=True):
-            buffer.load_state_dict(saved)
-        self.outer.load_state_dict(state["outer"], store)
-        self._former = store.get(state["former"][0]) if state["former"] else None
-        self.working = {facility: list(windows) for facility, windows in state["working"].items()}
-        self._held = {
-            facility: (seq, version) for facility, (seq, version) in state["held"].items()
-        }
-        self._opened = bool(state["opened"])
-        left = state["closes_in"]
-        self._closes_at = None if left is None else self.now() + left
-        self.pace.load_state_dict(state["pace"])

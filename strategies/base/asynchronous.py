@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from flwr_hpc.protocol import Order
+from strategies.base.fields import StoredTensors
 from strategies.base.persistence import (
     forget_metrics,
     load_result,
@@ -96,6 +97,10 @@ class AsyncStrategy(HpcStrategy):
         The last version is made of them, in the dtypes of the others.
         """
         return self.arrays
+
+    def newest(self) -> StoredTensors:
+        """Return the newest weights as something that a `persistent` field may hold."""
+        return StoredTensors(global_name(self.version), self.arrays)
 
     def staleness_weight(self, staleness: int) -> float:
         """Return how much an update of that staleness counts."""

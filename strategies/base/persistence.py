@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord
+from flwr.app import MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
-from strategies.engine.runtime import CheckpointStore
-from strategies.parts.rules import Tensor, Tensors, tensors
+from strategies.base.fields import (
+    StoredTensors,
+    form_of,
+    load_fields,
+    pairs_of,
+    save_fields,
+    shaped,
+)
+from strategies.engine.runtime import CheckpointStore, Runtime
+from strategies.parts.rules import Tensor
 
 HISTORIES = (
     "train_metrics_clientapp",
@@ -20,16 +28,27 @@ HISTORIES = (
 )
 
 
+@runtime_checkable
+class NamesFields(Protocol):
+    """A strategy of ours: see `strategies.base.fields`."""
+
+    runtime: Runtime
+    kept: int  # How often `keep_tensors` was called: no name is used twice
+
+    def keep_tensors(self, label: str, tensors: Iterable[tuple[str, Tensor]]) -> StoredTensors:
+        """Put tensors into the checkpoint store."""
+
+
 def save_strategy(strategy: Strategy, store: CheckpointStore, tag: str) -> dict[str, Any]:
     """Return a strategy's state as JSON; ``["tensors"]`` names what it put into the store.
 
-    A strategy with ``state_dict`` says itself what matters. Of any other, the attributes that
-    are numbers, arrays, lists or dicts of arrays, or ArrayRecords are taken: the moments of
-    Flower's FedAdam, for example.
+    One of ours names its fields. Of any other, the attributes that are numbers, arrays, lists or
+    dicts of arrays, or ArrayRecords are taken: the moments of Flower's FedAdam, for example.
     """
-    own = getattr(strategy, "state_dict", None)
-    if callable(own):
-        return {"tensors": [], **own()}
+    if isinstance(strategy, NamesFields):
+        now = strategy.runtime.clock.now()
+        fields, names = save_fields(strategy, strategy.keep_tensors, now)
+        return {"tensors": names, "fields": fields, "kept": strategy.kept}
     state: dict[str, Any] = {"tensors": [], "numbers": {}, "arrays": {}}
     for attribute, value in vars(strategy).items():
         value = value.item() if isinstance(value, np.generic) else value
@@ -37,10 +56,10 @@ def save_strategy(strategy: Strategy, store: CheckpointStore, tag: str) -> dict[
             if math.isfinite(value):  # JSON knows no others; these are settings, not state
                 state["numbers"][attribute] = value
             continue
-        form = _form(value)
+        form = form_of(value)
         if form:
             name = f"strategy-{attribute}-{tag}"
-            store.put(name, _named(value))
+            store.put(name, pairs_of(value))
             state["arrays"][attribute] = {"form": form, "name": name}
             state["tensors"].append(name)
     return state
@@ -48,53 +67,14 @@ def save_strategy(strategy: Strategy, store: CheckpointStore, tag: str) -> dict[
 
 def load_strategy(strategy: Strategy, store: CheckpointStore, state: Mapping[str, Any]) -> None:
     """Undo `save_strategy` on a newly made strategy."""
-    own = getattr(strategy, "load_state_dict", None)
-    if callable(own):
-        own(dict(state))
+    if isinstance(strategy, NamesFields):
+        strategy.kept = state["kept"]
+        load_fields(strategy, state["fields"], store, strategy.runtime.clock.now())
         return
     for attribute, value in state["numbers"].items():
         setattr(strategy, attribute, value)
     for attribute, entry in state["arrays"].items():
-        setattr(strategy, attribute, _shaped(store.get(entry["name"]), entry["form"]))
-
-
-def _form(value: Any) -> str:
-    """Return how an attribute holds arrays, or an empty string if it does not."""
-    if isinstance(value, ArrayRecord):
-        return "record"
-    if isinstance(value, np.ndarray):
-        return "array"
-    if isinstance(value, list) and value and all(isinstance(v, np.ndarray) for v in value):
-        return "list"
-    if isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
-        return "dict"
-    return ""
-
-
-def _named(value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, ArrayRecord):
-        yield from tensors(value)
-    elif isinstance(value, np.ndarray):
-        yield "0", value
-    else:
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        yield from ((str(key), array) for key, array in pairs)
-
-
-def _shaped(record: ArrayRecord, form: str) -> Any:
-    if form == "record":
-        return record
-    arrays = dict(_copies(tensors(record)))
-    if form == "dict":
-        return arrays
-    in_order = [arrays[str(i)] for i in range(len(arrays))]
-    return in_order[0] if form == "array" else in_order
-
-
-def _copies(pairs: Tensors) -> Tensors:
-    """A strategy may change its own state in place; a mapped file it may not."""
-    for name, tensor in pairs:
-        yield name, np.array(tensor)
+        setattr(strategy, attribute, shaped(store.get(entry["name"]), entry["form"]))
 
 
 def result_state(result: Result, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_hpc.protocol import ARRAYS, WEIGHT_KEY
+from strategies.base.fields import StoredTensors
 from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.rounds import EvaluateFn, run_rounds
 from strategies.engine.runtime import Runtime
 from strategies.parts import rules
-from strategies.parts.rules import Record
+from strategies.parts.rules import Record, Tensor
 
 log = logging.getLogger("strategies")
 
@@ -40,6 +41,11 @@ class HpcStrategy(Strategy):
         The global weights the current round started from.
     """
 
+    persistent: ClassVar[tuple[str, ...]] = ()  # Names of the attributes that survive a restart
+    # Names of those that are times on the run's clock, which starts anew with a resumed run.
+    persistent_times: ClassVar[tuple[str, ...]] = ()
+    kept = 0  # How often `keep_tensors` was called
+
     stores_arrays = True  # aggregate_train puts the new weights into the checkpoint store itself
 
     _runtime: Runtime | None = None
@@ -57,7 +63,7 @@ class HpcStrategy(Strategy):
 
     def aggregate(
         self, server_round: int, trained: Sequence[Record], weights: Sequence[float]
-    ) -> Iterable[tuple[str, rules.Tensor]]:
+    ) -> Iterable[tuple[str, Tensor]]:
         """Yield the new global weights, tensor by tensor, from the sites' trained ones."""
         return rules.record_mean(trained, weights)
 
@@ -67,16 +73,15 @@ class HpcStrategy(Strategy):
             return 1.0
         return messages.flat_metrics(reply).get(WEIGHT_KEY, 1.0)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what must survive a restart, as JSON.
+    def keep_tensors(self, label: str, tensors: Iterable[tuple[str, Tensor]]) -> StoredTensors:
+        """Put tensors into the checkpoint store, one at a time, to be read from there.
 
-        ``"tensors"`` lists the names of what the strategy put into ``runtime.checkpoints``
-        and still needs.
+        They survive a restart, and are deleted, with the `persistent` field that holds them. No
+        name is used twice: what the last checkpoint needs is never overwritten.
         """
-        return {"tensors": []}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        self.kept += 1
+        name = f"{label}-{self.kept}"
+        return StoredTensors(name, self.runtime.checkpoints.put(name, tensors))
 
     # ---- Flower's hooks ---------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ not waited for go on or wait for the next one.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
@@ -60,6 +60,9 @@ class WindowStrategy(AsyncStrategy):
     exponent : float
         a of the staleness weight ``(1 + tau)^-a``.
     """
+
+    persistent: ClassVar[tuple[str, ...]] = ("working", "_opened")
+    persistent_times: ClassVar[tuple[str, ...]] = ("_closes_at",)
 
     def __init__(
         self,
@@ -152,7 +155,7 @@ class WindowStrategy(AsyncStrategy):
         """Gather an update; the last one closes the window."""
         self.working.pop(arrival.facility, None)
         if self.counts(arrival, staleness):
-            self.buffer.add(self.runtime.checkpoints, arrival)
+            self.buffer.add(self.keep_tensors, arrival)
         if len(self.buffer) >= self.quorum and self.grace_s is not None:
             closes = self.now() + self.grace_s
             self._closes_at = closes if self._closes_at is None else min(closes, self._closes_at)
@@ -183,23 +186,3 @@ class WindowStrategy(AsyncStrategy):
         decay = [self.staleness_weight(self.version - u.version) for u in updates]
         both = zip(self.shares(updates), decay, strict=True)
         return self.merge(updates, [w * d for w, d in both])
-
-    # ---- state ------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the window; times as what is left of them."""
-        left = None if self._closes_at is None else self._closes_at - self.now()
-        return {
-            **self.buffer.state_dict(),
-            "working": self.working,
-            "opened": self._opened,
-            "closes_in": left,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        self.buffer.load_state_dict(state)
-        self.working = dict(state["working"])
-        self._opened = bool(state["opened"])
-        left = state["closes_in"]
-        self._closes_at = None if left is None else self.now() + left

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 CLIP = 3.0
 
 
@@ -18,6 +15,8 @@ class ContributionBalance:
     frequency : dict of str to float
         Share of the arrivals, by facility.
     """
+
+    persistent = ("steps", "frequency")
 
     def __init__(self) -> None:
         self.steps: dict[str, float] = {}
@@ -38,14 +37,6 @@ class ContributionBalance:
     def by_arrivals(self, facility: str, sites: int) -> float:
         """Return ``clip(1/N / f_k, 1/3, 3)``, f_k the site's share of the arrivals."""
         return _clip(1.0 / (sites * self.frequency[facility]))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averages as JSON."""
-        return {"steps": self.steps, "frequency": self.frequency}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        self.steps, self.frequency = dict(state["steps"]), dict(state["frequency"])
 
 
 def _clip(factor: float) -> float:

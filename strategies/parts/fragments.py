@@ -6,13 +6,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
+from strategies.base.fields import Keep
 from strategies.engine.messages import part_of
-from strategies.engine.runtime import CheckpointStore
 from strategies.parts.outer import Nesterov
 from strategies.parts.rules import Tensor, Tensors
 
@@ -74,6 +73,8 @@ class Fragments:
         See `strategies.parts.outer.Nesterov`; every fragment has a momentum of its own.
     """
 
+    persistent = ()
+
     def __init__(self, count: int, lr: float, momentum: float) -> None:
         self._outers = [Nesterov(lr, momentum) for _ in range(count)]
         self._parts: list[list[str]] = []
@@ -86,27 +87,16 @@ class Fragments:
 
     def step(
         self,
-        store: CheckpointStore,
+        keep: Keep,
         theta: ArrayRecord,
         index: int,
         delta_of: Callable[[str], Tensor],
-        version: int,
     ) -> Tensors:
         """Return the next version's tensors, of which those of one fragment are new."""
         chosen = set(self.parts(theta)[index])
         part = part_of(theta, [name for name in theta if name in chosen])
-        stepped = self._outers[index].step(store, part, delta_of, version)
+        stepped = self._outers[index].step(keep, part, delta_of)
         return (
             next(stepped) if name in chosen else (name, array.numpy())
             for name, array in theta.items()
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of the momenta."""
-        outers = [outer.state_dict() for outer in self._outers]
-        return {"tensors": [n for outer in outers for n in outer["tensors"]], "outers": outers}
-
-    def load_state_dict(self, state: Mapping[str, Any], store: CheckpointStore) -> None:
-        """Load the momenta."""
-        for outer, saved in zip(self._outers, state["outers"], strict=True):
-            outer.load_state_dict(saved, store)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from flwr.app import ArrayRecord
-
-from strategies.engine.runtime import CheckpointStore
+from strategies.base.fields import Keep, StoredTensors
 from strategies.parts import limits, rules
 from strategies.parts.rules import Record, Tensor, Tensors
 
@@ -31,36 +28,33 @@ class Nesterov:
         Outside these ranges.
     """
 
+    persistent = ("_m",)
+
     def __init__(self, lr: float, momentum: float) -> None:
         _check(lr, momentum)
         self.lr, self.momentum = lr, momentum
-        self._name = ""
-        self._m: ArrayRecord | None = None
+        self._m: StoredTensors | None = None
 
     def step(
         self,
-        store: CheckpointStore,
+        keep: Keep,
         theta: Record,
         delta_of: Callable[[str], Tensor],
-        version: int,
     ) -> Tensors:
         """Return the tensors of the next version; the new momentum is stored on the way.
 
         Parameters
         ----------
-        store : CheckpointStore
+        keep : callable
+            The strategy's `keep_tensors`.
         theta : Record
             The global weights.
         delta_of : callable
             The merged pseudo-gradient of a tensor, by its name; called twice if there is
             momentum, so that no more than a tensor is in memory.
-        version : int
-            Of the weights that come out.
         """
         if self.momentum:
-            name = f"momentum-{version}"
-            self._m = store.put(name, self._momenta(theta, delta_of))
-            self._name = name
+            self._m = keep("momentum", self._momenta(theta, delta_of))
         return self._step(theta, delta_of)
 
     def _momenta(self, theta: Record, delta_of: Callable[[str], Tensor]) -> Tensors:
@@ -74,15 +68,6 @@ class Nesterov:
             delta = delta_of(name)
             m = delta if self._m is None else self._m[name].numpy()
             yield name, rules.nesterov_step(array.numpy(), delta, m, self.lr, self.momentum)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the name of the momentum."""
-        return {"tensors": [self._name] if self._name else [], "momentum": self._name}
-
-    def load_state_dict(self, state: Mapping[str, Any], store: CheckpointStore) -> None:
-        """Load the momentum."""
-        self._name = str(state["momentum"])
-        self._m = store.get(self._name) if self._name else None
 
 
 class PartialNesterov:
@@ -112,78 +97,59 @@ class PartialNesterov:
         Outside these ranges.
     """
 
+    persistent = ("mean", "_m", "_rounds")
+
     def __init__(self, lr: float, momentum: float, gamma: float | None) -> None:
         _check(lr, momentum)
         limits.not_negative("average", gamma)
         self.lr, self.momentum, self.gamma = lr, momentum, gamma
-        self._held: dict[str, tuple[str, ArrayRecord]] = {}  # momentum and mean
+        self.mean: StoredTensors | None = None  # The average; None if there is none yet
+        self._m: StoredTensors | None = None
         self._rounds = 0.0  # t
-
-    @property
-    def mean(self) -> ArrayRecord | None:
-        """The average; None if there is none yet."""
-        return self._held["mean"][1] if "mean" in self._held else None
 
     def step(
         self,
-        store: CheckpointStore,
+        keep: Keep,
         theta: Record,
         deltas: Sequence[Record],
         rhos: Sequence[float],
-        version: int,
     ) -> Tensors:
         """Yield the tensors of the next version; momentum and mean are stored on the way.
 
         Parameters
         ----------
-        store : CheckpointStore
+        keep : callable
+            The strategy's `keep_tensors`.
         theta : Record
             The global weights.
         deltas, rhos : sequence
             Pseudo-gradients and their weights, which are not normalised.
-        version : int
-            Of the weights that come out.
         """
         rho = sum(rhos)
         if self.momentum:
-            self._put(store, "momentum", version, self._momenta(theta, deltas, rhos))
+            self._m = keep("momentum", self._momenta(theta, deltas, rhos))
         self._rounds += rho
         if self.gamma is not None:
             c = min(1.0, (1.0 + self.gamma) * rho / (self._rounds + self.gamma))
-            self._put(
-                store, "mean", version, self._means(theta, self._step(theta, deltas, rhos), c)
-            )
+            new = self._step(theta, deltas, rhos)
+            self.mean = keep("mean", self._means(theta, new, c))
         return self._step(theta, deltas, rhos)
 
-    def _put(self, store: CheckpointStore, kind: str, version: int, made: Tensors) -> None:
-        name = f"{kind}-{version}"
-        self._held[kind] = name, store.put(name, made)
-
     def _momenta(self, theta: Record, deltas: Sequence[Record], rhos: Sequence[float]) -> Tensors:
-        old, beta = self._held.get("momentum"), self.momentum ** sum(rhos)
+        old, beta = self._m, self.momentum ** sum(rhos)
         for name in theta:
-            before = None if old is None else old[1][name].numpy()
+            before = None if old is None else old[name].numpy()
             yield name, rules.momentum_step(before, rules.weighted_sum(name, deltas, rhos), beta)
 
     def _step(self, theta: Record, deltas: Sequence[Record], rhos: Sequence[float]) -> Tensors:
         pull = self.momentum * sum(rhos)
         for name, array in theta.items():
             move = rules.weighted_sum(name, deltas, rhos)
-            if self.momentum:
-                move = move + move.dtype.type(pull) * self._held["momentum"][1][name].numpy()
+            if self._m is not None:
+                move = move + move.dtype.type(pull) * self._m[name].numpy()
             yield name, rules.descend(array.numpy(), move, self.lr)
 
     def _means(self, theta: Record, new: Tensors, c: float) -> Tensors:
-        old = self.mean if self.mean is not None else theta
+        old: Record = theta if self.mean is None else self.mean
         for name, tensor in new:
             yield name, rules.interpolated(old[name].numpy(), tensor, c)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the names of momentum and mean, and t."""
-        names = {kind: name for kind, (name, _) in self._held.items()}
-        return {"tensors": list(names.values()), "held": names, "rounds": self._rounds}
-
-    def load_state_dict(self, state: Mapping[str, Any], store: CheckpointStore) -> None:
-        """Load momentum and mean."""
-        self._held = {kind: (name, store.get(name)) for kind, name in state["held"].items()}
-        self._rounds = float(state["rounds"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from strategies.engine.state import SiteResult
 
 
@@ -29,7 +26,7 @@ class SpeedEstimate:
         In the queue with no allocation running, by the last arrival, in all.
     """
 
-    KINDS = ("step_s", "queue_s", "overhead_s", "queued_s")
+    persistent = ("step_s", "queue_s", "overhead_s", "queued_s")
 
     def __init__(self, momentum: float = 0.5, queue_s: float | None = None) -> None:
         self.momentum = momentum
@@ -78,12 +75,3 @@ class SpeedEstimate:
         old = table.get(facility, first)
         keep = self.momentum
         table[facility] = value if old is None else keep * old + (1.0 - keep) * value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averages as JSON."""
-        return {kind: dict(getattr(self, kind)) for kind in self.KINDS}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Undo `state_dict`."""
-        for kind in self.KINDS:
-            getattr(self, kind).update(state[kind])

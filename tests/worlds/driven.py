@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from worlds.grid import VirtualClock, name_this_process
 
 from flwr_hpc.protocol import GRADIENT, TRAIN, Order, Result, Status
 from strategies import AsyncStrategy, Failure, Plan, Runtime, SiteResult
+from strategies.base.persistence import load_strategy, save_strategy
 from strategies.engine.state import SiteState
 
 THETA = {"w": [[10.0, -20.0], [30.0, 4.0]], "b": [5.0]}
@@ -106,6 +108,16 @@ class Driven:
         made = self._take(new)
         del self.orders[name]
         return made
+
+    def save(self) -> dict[str, Any]:
+        """Return what of the strategy would be committed now."""
+        return save_strategy(self.strategy, self.strategy.runtime.checkpoints, "")
+
+    def restore(self, other: Driven) -> None:
+        """Go on, on another clock, from what another one has saved."""
+        store = self.strategy.runtime.checkpoints = other.strategy.runtime.checkpoints
+        load_strategy(self.strategy, store, json.loads(json.dumps(other.save())))
+        self.orders = other.orders  # the engine has taken them up again
 
     def fail(self, name: str) -> None:
         del self.orders[name]

@@ -79,7 +79,7 @@ def test_async_diloco_with_a_delay_of_one_is_nesterov():
         trained = {n: base[n].numpy() - np.float32(d) for n, d in delta(1.0 + k, turn=k).items()}
         trained = record(trained)
         deltas = dict(rules.record_delta(base, trained))
-        here = store.put(f"g{k}", outer.step(store, here, deltas.__getitem__, k + 1))
+        here = store.put(f"g{k}", outer.step(run.strategy.keep_tensors, here, deltas.__getitem__))
         assert run.arrive("a", delta(1.0 + k, turn=k))
     close(run.now, {n: a.numpy() for n, a in here.items()})
 
@@ -107,7 +107,8 @@ def test_async_diloco_by_hand(exponent):
             here = minus(here, (0.7 * 0.9, m))
             total = {k: np.zeros_like(v) for k, v in total.items()}
     close(run.now, here)
-    assert run.strategy.state_dict()["tensors"] == ["momentum-9"]
+    (momentum,) = run.save()["tensors"]  # the sum is empty again
+    assert momentum.startswith("momentum-")
 
 
 def test_dynamic_steps():
@@ -249,7 +250,7 @@ def test_fedbackfill_bound_early_trains_old_weights():
     assert run.strategy.version == 1
     assert plan.bind is not None
     assert plan.bind(None).version == 0
-    assert "global-0" in run.strategy.state_dict()["tensors"]
+    assert "global-0" in run.save()["tensors"]
 
 
 def test_fedbackfill_without_balance_weighs_one_over_n():

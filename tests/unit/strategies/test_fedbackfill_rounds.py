@@ -270,14 +270,12 @@ def test_state_keeps_an_open_window():
     run.arrive("a", delta(1.0)), run.arrive("b", delta(2.0))
     run.at(22.0)
     left = run.strategy.wake_at() - 22.0
-    state = run.strategy.state_dict()
+    state = run.save()
     other = Rounds(FedBackfillRounds(round_s=100.0, grace=0.5), "abcd")
-    other.strategy.runtime.checkpoints = run.strategy.runtime.checkpoints
-    other.strategy.load_state_dict(state)
-    other.orders, other.clock.t = run.orders, 0.0
+    other.restore(run)
     assert other.strategy.wake_at() == pytest.approx(left)
     assert other.strategy.reported() == {"a", "b"}
-    assert other.strategy.state_dict() == state
+    assert other.save() == state
     run.at(22.0 + left), other.at(left)
     assert run.strategy.version == other.strategy.version == 1
     close(other.now, run.now)

@@ -381,8 +381,7 @@ def test_first_updates_and_groups_survive_an_interruption() -> None:
     for name, step_s in (("a", 5.0), ("b", 2.0), ("c", 1.0)):
         run.arrive(name, delta(1.0), step_s=step_s)
     again = Driven(FedCompass())
-    again.strategy.runtime = run.strategy.runtime
-    again.strategy.load_state_dict(run.strategy.state_dict())
+    again.restore(run)
     assert [again.ask(name).steps for name in "abc"] == [20, 50, 100]
     assert not again.arrive("a", delta(1.0), step_s=5.0)
 

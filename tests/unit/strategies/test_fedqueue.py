@@ -295,9 +295,9 @@ def test_a_round_survives_an_interruption() -> None:
     run.arrive("a", D["a"]), run.arrive("b", D["b"], queued=900.0)
     asked(run, "a")
     again = Driven(FedQueue(round_s=1000.0, q_init=None), sites="ab")
-    again.strategy.runtime, again.strategy.version = run.strategy.runtime, run.strategy.version
-    again.strategy.load_state_dict(run.strategy.state_dict())
-    again.orders, before = dict(run.orders), again.now
+    again.strategy.version = run.strategy.version
+    again.restore(run)
+    before = again.now
     assert again.ask("b") is None
     assert again.arrive("a", D["a"], queued=0.0)
     close(again.now, minus(before, (0.5, D["a"]), (0.5 * 2**-0.5, D["b"])))

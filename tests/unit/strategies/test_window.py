@@ -143,13 +143,12 @@ def test_state_keeps_what_is_left_of_a_window():
     run = asked(Driven(FedAvg(deadline_s=100.0, quorum=2)))
     run.at(30.0)
     run.arrive("a", delta(1.0))
-    state = run.strategy.state_dict()
+    state = run.save()
     other = Driven(FedAvg(deadline_s=100.0, quorum=2))
-    other.strategy.load_state_dict(state)
-    other.orders = run.orders  # the engine has taken them up again
+    other.restore(run)
     assert other.strategy.wake_at() == 70.0
     assert other.strategy.reported() == {"a"}
-    assert other.strategy.state_dict() == state
+    assert other.save() == state
 
 
 @pytest.mark.parametrize(
