@@ -23,6 +23,9 @@ class AsyncDiLoCo(AsyncStrategy):
         N (None: the number of sites).
     outer_lr, momentum : float
         eta and beta.
+    nesterov : bool
+        Else momentum is plain: every N-th result steps ``theta <- theta - eta beta m`` ahead of
+        ``m <- beta m + S / N``, so that N of them make ``theta - eta m``. Not in the paper.
     dynamic_steps : bool
         Size the orders by speed; else every order has H steps.
     steps : int
@@ -39,6 +42,7 @@ class AsyncDiLoCo(AsyncStrategy):
         delay: int | None = None,
         outer_lr: float = 0.7,
         momentum: float = 0.9,
+        nesterov: bool = True,
         dynamic_steps: bool = True,
         steps: int = 0,
         staleness_exponent: float = 0.0,
@@ -53,6 +57,7 @@ class AsyncDiLoCo(AsyncStrategy):
         self.delay = delay
         self.outer_lr = outer_lr
         self.momentum = momentum
+        self.nesterov = nesterov
         self.dynamic_steps = dynamic_steps
         self.steps = steps
         self.staleness_exponent = staleness_exponent
@@ -92,10 +97,10 @@ class AsyncDiLoCo(AsyncStrategy):
         if self._arrived < period:
             self._sum = total
             return _stepped(self.arrays, arrival.base, arrival.arrays, scale, None, 0.0)
-        self._m = self.keep_tensors("momentum", self._momenta(total, period))
+        before, self._m = self._m, self.keep_tensors("momentum", self._momenta(total, period))
         self._sum, self._arrived = None, 0
-        pull = self.outer_lr * self.momentum
-        return _stepped(self.arrays, arrival.base, arrival.arrays, scale, self._m, pull)
+        pull, m = self.outer_lr * self.momentum, self._m if self.nesterov else before
+        return _stepped(self.arrays, arrival.base, arrival.arrays, scale, m, pull)
 
     def _summed(self, base: Record, trained: Record, weight: float) -> Tensors:
         for name, delta in rules.record_delta(base, trained):

@@ -8,7 +8,7 @@ from typing import Literal
 from strategies.base.window import WindowStrategy
 from strategies.parts import rules
 from strategies.parts.buffer import Update, deltas
-from strategies.parts.outer import Nesterov
+from strategies.parts.outer import OuterSGD
 from strategies.parts.rules import Tensors
 
 
@@ -24,8 +24,8 @@ class DecoupledDiLoCo(WindowStrategy):
     quorum : int
     grace_s : float
         Further updates are waited for so long once the quorum is there.
-    outer_lr, momentum : float
-        Of the outer Nesterov step.
+    outer_lr, momentum, nesterov :
+        Of the outer step, see `strategies.diloco.DiLoCo`.
     late, exponent :
         See `strategies.base.window.WindowStrategy`.
     """
@@ -37,11 +37,12 @@ class DecoupledDiLoCo(WindowStrategy):
         grace_s: float = 60.0,
         outer_lr: float = 0.7,
         momentum: float = 0.9,
+        nesterov: bool = True,
         late: Literal["merge", "drop"] = "merge",
         exponent: float = 0.0,
     ) -> None:
         super().__init__(quorum=quorum, grace_s=grace_s, late=late, exponent=exponent)
-        self.outer = Nesterov(outer_lr, momentum)
+        self.outer = OuterSGD(outer_lr, momentum, nesterov)
 
     def weight(self, update: Update) -> float:
         """Return tokens^2 / steps."""

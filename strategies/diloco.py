@@ -7,7 +7,7 @@ from typing import Literal
 
 from strategies.base.synchronous import HpcStrategy
 from strategies.parts import rules
-from strategies.parts.outer import Nesterov
+from strategies.parts.outer import OuterSGD
 from strategies.parts.rules import Record, Tensor, Tensors
 
 
@@ -19,7 +19,7 @@ class DiLoCo(HpcStrategy):
         m     <- beta m + delta
         theta <- theta - eta (delta + beta m)
 
-    eta = 1 and beta = 0 is FedAvg.
+    eta = 1 and beta = 0 is FedAvg; plain momentum with eta = 1 is FedAvgM (arXiv 1909.06335).
 
     Parameters
     ----------
@@ -27,6 +27,8 @@ class DiLoCo(HpcStrategy):
         eta.
     momentum : float
         beta.
+    nesterov : bool
+        Else momentum is plain: ``theta <- theta - eta m``.
     weighted_by : str
         ``uniform`` (the paper's) or ``num-examples``.
     """
@@ -36,10 +38,11 @@ class DiLoCo(HpcStrategy):
         *,
         outer_lr: float = 0.7,
         momentum: float = 0.9,
+        nesterov: bool = True,
         weighted_by: Literal["num-examples", "uniform"] = "uniform",
     ) -> None:
         super().__init__(weighted_by=weighted_by)
-        self.outer = Nesterov(outer_lr, momentum)
+        self.outer = OuterSGD(outer_lr, momentum, nesterov)
 
     def aggregate(
         self, server_round: int, trained: Sequence[Record], weights: Sequence[float]

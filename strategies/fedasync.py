@@ -1,15 +1,18 @@
-"""FedAsync: every arrival is mixed into the global model."""
+"""FedAsync: every result is mixed into the global model."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
-from strategies.parts.rules import STALENESS, Tensors
+from strategies.parts.balance import ExampleShares
+from strategies.parts.rules import Tensors
 
 
 class FedAsync(AsyncStrategy):
-    """FedAsync (arXiv 1903.03934): ``theta <- (1 - a) theta + a theta_k``, ``a = alpha s(tau)``.
+    """FedAsync (arXiv 1903.03934): ``theta <- (1 - c) theta + c theta_k``, ``c = alpha s(tau) p``.
 
     Sites train with a proximal term there: set ``proximal-mu`` by `proximal_mu`.
 
@@ -18,12 +21,18 @@ class FedAsync(AsyncStrategy):
     alpha : float
         Mixing weight of a fresh update.
     staleness : str
-        s(tau): ``polynomial`` (1 + tau)^-a, ``hinge`` 1 up to b and then 1 / (a (tau - b) + 1),
-        or ``constant``.
+        s(tau), see `strategies.parts.rules.staleness_weight`.
     a, b : float or None
         Its parameters; None: the paper's (polynomial a = 0.5; hinge a = 10, b = 4).
     proximal_mu : float
         Weight of the proximal term ``mu / 2 ||w - theta||^2`` at the sites.
+    share : str
+        p: ``one`` (the paper's), ``uniform`` 1/N, or ``num-examples``, the site's share of all
+        examples. The last two are APPFL's.
+    moves : str
+        ``model`` mixes the site's weights in (the paper's); ``difference`` steps by what they
+        moved, ``theta <- theta - c (theta_base - theta_k)``, as APPFL does with
+        ``send_gradient``. They differ for stale updates, which the first pulls back.
     """
 
     def __init__(
@@ -34,23 +43,24 @@ class FedAsync(AsyncStrategy):
         a: float | None = None,
         b: float | None = None,
         proximal_mu: float = 0.0,
+        share: Literal["one", "uniform", "num-examples"] = "one",
+        moves: Literal["model", "difference"] = "model",
     ) -> None:
         super().__init__()
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha={alpha} must lie in (0, 1]")
-        for name, value in (("a", a), ("b", b), ("proximal_mu", proximal_mu)):
-            limits.not_negative(name, value)
-        if staleness not in STALENESS:
-            raise ValueError(f"staleness='{staleness}' is not known. Valid: {', '.join(STALENESS)}")
+        limits.positive_share("alpha", alpha)
+        limits.not_negative("proximal_mu", proximal_mu)
+        limits.one_of("share", share, ("one", "uniform", "num-examples"))
+        limits.one_of("moves", moves, ("model", "difference"))
         self.alpha = alpha
-        self.staleness = staleness
-        self.parameters = {k: v for k, v in {"a": a, "b": b}.items() if v is not None}
         self.proximal_mu = proximal_mu
-        rules.staleness_weight(staleness, 0, **self.parameters)  # they go together, or say so now
+        self.share = share
+        self.moves = moves
+        self._decay = rules.staleness_rule(staleness, a=a, b=b)
+        self._examples = ExampleShares()
 
     def staleness_weight(self, staleness: int) -> float:
         """Return s(tau)."""
-        return rules.staleness_weight(self.staleness, staleness, **self.parameters)
+        return self._decay(staleness)
 
     def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether the site has trained at all."""
@@ -64,6 +74,17 @@ class FedAsync(AsyncStrategy):
         """Mix the site's weights in, unless they are only the old ones."""
         if not self.counts(arrival, staleness):
             return None
+        assert arrival.base is not None
         assert arrival.arrays is not None
-        alpha = self.alpha * self.staleness_weight(staleness)
-        return rules.mixed(self.arrays, arrival.arrays, alpha)
+        c = self.alpha * self.staleness_weight(staleness) * self._share(arrival)
+        if self.moves == "model":
+            return rules.mixed(self.arrays, arrival.arrays, c)
+        return rules.stepped(self.arrays, arrival.base, arrival.arrays, c)
+
+    def _share(self, result: SiteResult) -> float:
+        """Return p."""
+        self._examples.observe(result.facility, result.examples)
+        sites = max(1, len(self.sites))
+        if self.share == "num-examples":
+            return self._examples.of(result.facility, sites)
+        return 1.0 if self.share == "one" else 1.0 / sites

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import SiteResult
 from strategies.parts import limits, rules
-from strategies.parts.balance import ContributionBalance
-from strategies.parts.rules import STALENESS, Tensors
+from strategies.parts.balance import ContributionBalance, ExampleShares
+from strategies.parts.rules import Tensors
 
 
 class FedBuff(AsyncStrategy):
-    """FedBuff (arXiv 2106.06639): every K arrivals one step along their mean pseudo-gradient.
+    """FedBuff (arXiv 2106.06639): every K results one step along their mean pseudo-gradient.
 
     ``theta <- theta - eta / K  sum_k s(tau_k) delta_k`` with ``delta_k = theta_base - theta_k``
-    against the version site k started from and tau_k the versions made since then. Arrivals
+    against the version site k started from and tau_k the versions made since then. Results
     of one site fill the buffer like those of many.
 
     Parameters
@@ -24,13 +26,18 @@ class FedBuff(AsyncStrategy):
     outer_lr : float
         eta.
     staleness : str
-        s(tau): ``polynomial`` (1 + tau)^-a, ``constant`` or ``hinge``; see
-        `strategies.parts.rules.staleness_weight`.
-    exponent : float
-        a of the polynomial; 0.5 is the paper's 1 / sqrt(1 + tau).
+        s(tau), see `strategies.parts.rules.staleness_weight`.
+    a, b : float or None
+        Its parameters; None: the paper's ``1 / sqrt(1 + tau)``, and those of the others.
     debias : bool
         Divide a site's weight by how often it arrives (`strategies.parts.balance`): fast sites
         fill the buffer with their data's updates. Not in the paper.
+    divide_by : str
+        In place of 1/K (``buffer``, the paper's): ``sites`` 1/N, or ``num-examples``, the site's
+        share of all examples. The last two are APPFL's, with ``outer_lr`` its alpha, 0.9.
+    moves : str
+        ``difference`` (the paper's), or ``model``: ``theta - theta_k``, against the weights at the
+        step and not those the site started from, is APPFL's without ``send_gradient``.
     """
 
     persistent = ("_buffer",)
@@ -41,47 +48,64 @@ class FedBuff(AsyncStrategy):
         buffer_size: int = 10,
         outer_lr: float = 1.0,
         staleness: str = "polynomial",
-        exponent: float = 0.5,
+        a: float | None = None,
+        b: float | None = None,
         debias: bool = False,
+        divide_by: Literal["buffer", "sites", "num-examples"] = "buffer",
+        moves: Literal["model", "difference"] = "difference",
     ) -> None:
         super().__init__()
         if buffer_size < 1:
             raise ValueError(f"buffer_size={buffer_size} must be at least 1")
         limits.positive("outer_lr", outer_lr)
-        limits.not_negative("exponent", exponent)
-        if staleness not in STALENESS:
-            raise ValueError(f"staleness='{staleness}' is not known. Valid: {', '.join(STALENESS)}")
+        limits.one_of("divide_by", divide_by, ("buffer", "sites", "num-examples"))
+        limits.one_of("moves", moves, ("model", "difference"))
         self.buffer_size = buffer_size
         self.outer_lr = outer_lr
-        self.staleness = staleness
-        self.exponent = exponent
         self.debias = debias
+        self.divide_by = divide_by
+        self.moves = moves
         self.rates = ContributionBalance()
-        self._buffer: list[tuple[StoredTensors, float]] = []  # pseudo-gradients, their weights
+        self._decay = rules.staleness_rule(staleness, a=a, b=b)
+        self._examples = ExampleShares()
+        # Facility, weight, and what moves: a pseudo-gradient or a model.
+        self._buffer: list[tuple[str, float, StoredTensors]] = []
 
     def staleness_weight(self, staleness: int) -> float:
         """Return s(tau)."""
-        parameters = {"a": self.exponent} if self.staleness == "polynomial" else {}
-        return rules.staleness_weight(self.staleness, staleness, **parameters)
+        return self._decay(staleness)
 
     def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether something was trained."""
         return not arrival.empty
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
-        """Buffer the pseudo-gradient; the K-th makes a new version."""
+        """Buffer the update; the K-th makes a new version."""
         if arrival.empty:
             return None
-        assert arrival.base is not None
-        assert arrival.arrays is not None
-        delta = self.keep_tensors("delta", rules.record_delta(arrival.base, arrival.arrays))
         weight = self.staleness_weight(staleness) * self._frequency_weight(arrival)
-        self._buffer.append((delta, weight))
+        self._examples.observe(arrival.facility, arrival.examples)
+        self._buffer.append((arrival.facility, weight, self._update(arrival)))
         if len(self._buffer) < self.buffer_size:
             return None
         full, self._buffer = self._buffer, []
-        deltas, weights = zip(*full, strict=True)
-        return rules.buffered_step(self.arrays, deltas, weights, self.outer_lr)
+        weights = [weight * self._share(facility) for facility, weight, _ in full]
+        updates = [update for _, _, update in full]
+        step = rules.weighted_step if self.moves == "difference" else rules.weighted_pull
+        return step(self.arrays, updates, weights, self.outer_lr)
+
+    def _update(self, result: SiteResult) -> StoredTensors:
+        assert result.base is not None
+        assert result.arrays is not None
+        if self.moves == "model":
+            return self.keep_tensors("model", rules.tensors(result.arrays))
+        return self.keep_tensors("delta", rules.record_delta(result.base, result.arrays))
+
+    def _share(self, facility: str) -> float:
+        sites = max(1, len(self.sites))
+        if self.divide_by == "num-examples":
+            return self._examples.of(facility, sites)
+        return 1.0 / (self.buffer_size if self.divide_by == "buffer" else sites)
 
     def _frequency_weight(self, arrival: SiteResult) -> float:
         sites = max(1, len(self.sites))

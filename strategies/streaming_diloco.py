@@ -60,6 +60,8 @@ class StreamingDiLoCo(AsyncStrategy):
         more than one order ahead, and needs two fragments at least.
     outer_lr, momentum : float
         eta and beta.
+    nesterov : bool
+        Else momentum is plain: ``theta_p <- theta_p - eta m_p``.
     weighted_by : str
         ``uniform`` (the paper's) or ``num-examples``.
     deadline_s : float or None
@@ -80,6 +82,7 @@ class StreamingDiLoCo(AsyncStrategy):
         overlap: bool = True,
         outer_lr: float = 0.7,
         momentum: float = 0.9,
+        nesterov: bool = True,
         weighted_by: Literal["num-examples", "uniform"] = "uniform",
         deadline_s: float | None = None,
         quorum: int = 1,
@@ -96,7 +99,7 @@ class StreamingDiLoCo(AsyncStrategy):
         self.deadline_s = deadline_s
         self.quorum = quorum
         self.pace = SpeedEstimate(0.7)
-        self.outer = Fragments(fragments, outer_lr, momentum)
+        self.outer = Fragments(fragments, outer_lr, momentum, nesterov)
         self.working: dict[str, list[int]] = {}  # facility -> windows it works on, ascending
         self._held: dict[str, tuple[int, int]] = {}  # -> order whose weights it has, its version
         self._buffers = [Buffer(), Buffer()]  # of the present window and of the next one

@@ -39,6 +39,30 @@ class ContributionBalance:
         return _clip(1.0 / (sites * self.frequency[facility]))
 
 
+class ExampleShares:
+    """Which share of all examples is a site's, by its last result.
+
+    Attributes
+    ----------
+    examples : dict of str to float
+        By facility.
+    """
+
+    persistent = ("examples",)
+
+    def __init__(self) -> None:
+        self.examples: dict[str, float] = {}
+
+    def observe(self, facility: str, examples: int) -> None:
+        """Take a result in."""
+        self.examples[facility] = float(max(1, examples))
+
+    def of(self, facility: str, sites: int) -> float:
+        """Return ``n_k / sum n``; a site that has not reported is taken for an average one."""
+        mean = sum(self.examples.values()) / len(self.examples)
+        return self.examples[facility] / (sites * mean)
+
+
 def _clip(factor: float) -> float:
     return min(CLIP, max(1.0 / CLIP, factor))
 

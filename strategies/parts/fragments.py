@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord
 
 from strategies.base.fields import Keep
 from strategies.engine.messages import part_of
-from strategies.parts.outer import Nesterov
+from strategies.parts.outer import OuterSGD
 from strategies.parts.rules import Tensor, Tensors
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a name counts the layers
@@ -63,20 +63,20 @@ def _bytes(array: Array) -> int:
 
 
 class Fragments:
-    """The outer optimizer of a model in fragments: a Nesterov step along one at a time.
+    """The outer optimizer of a model in fragments: a step along one at a time.
 
     Parameters
     ----------
     count : int
         At most as many as the model has tensors.
-    lr, momentum : float
-        See `strategies.parts.outer.Nesterov`; every fragment has a momentum of its own.
+    lr, momentum, nesterov :
+        See `strategies.parts.outer.OuterSGD`; every fragment has a momentum of its own.
     """
 
     persistent = ()
 
-    def __init__(self, count: int, lr: float, momentum: float) -> None:
-        self._outers = [Nesterov(lr, momentum) for _ in range(count)]
+    def __init__(self, count: int, lr: float, momentum: float, nesterov: bool = True) -> None:
+        self._outers = [OuterSGD(lr, momentum, nesterov) for _ in range(count)]
         self._parts: list[list[str]] = []
 
     def parts(self, arrays: Mapping[str, Array]) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def positive(name: str, value: float | None) -> None:
@@ -15,6 +16,12 @@ def not_negative(name: str, value: float | None) -> None:
     """Refuse what is not zero or a finite number above it; None passes."""
     if value is not None and not 0 <= value < math.inf:
         raise ValueError(f"{name}={value} must be zero or greater")
+
+
+def one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse what is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}='{value}' is not known. Valid: {', '.join(choices)}")
 
 
 def share(name: str, value: float) -> None:

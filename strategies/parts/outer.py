@@ -1,4 +1,4 @@
-"""Outer optimizers: Nesterov steps on the server, their tensors in the checkpoint store."""
+"""Outer optimizers: steps with momentum on the server, their tensors in the checkpoint store."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ def _check(lr: float, momentum: float) -> None:
     limits.share("momentum", momentum)
 
 
-class Nesterov:
-    """``m <- beta m + delta``, ``theta <- theta - eta (delta + beta m)``.
+class OuterSGD:
+    """``m <- beta m + delta``, then a step along ``delta + beta m``, or along m.
+
+    ``theta <- theta - eta (delta + beta m)`` is Nesterov's, ``theta <- theta - eta m`` plain
+    momentum. Without momentum both are ``theta - eta delta``.
 
     Parameters
     ----------
     lr, momentum : float
         eta > 0 and beta in [0, 1), a strategy's `outer_lr` and `momentum`.
+    nesterov : bool
+        Else momentum is plain.
 
     Raises
     ------
@@ -30,9 +35,9 @@ class Nesterov:
 
     persistent = ("_m",)
 
-    def __init__(self, lr: float, momentum: float) -> None:
+    def __init__(self, lr: float, momentum: float, nesterov: bool = True) -> None:
         _check(lr, momentum)
-        self.lr, self.momentum = lr, momentum
+        self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self._m: StoredTensors | None = None
 
     def step(
@@ -65,8 +70,12 @@ class Nesterov:
 
     def _step(self, theta: Record, delta_of: Callable[[str], Tensor]) -> Tensors:
         for name, array in theta.items():
+            m = None if self._m is None else self._m[name].numpy()
+            if m is not None and not self.nesterov:
+                yield name, rules.descend(array.numpy(), m, self.lr)
+                continue
             delta = delta_of(name)
-            m = delta if self._m is None else self._m[name].numpy()
+            m = delta if m is None else m
             yield name, rules.nesterov_step(array.numpy(), delta, m, self.lr, self.momentum)
 
 

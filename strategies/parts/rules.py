@@ -209,16 +209,6 @@ def combined_delta(
     return weighted_mean([pseudo_gradient(theta, r[name].numpy()) for r in trained], weights)
 
 
-def buffered_step(
-    theta: Record, deltas: Sequence[Record], weights: Sequence[float], lr: float
-) -> Tensors:
-    """Return ``theta - lr / K sum_k s(tau_k) delta_k`` over a buffer of K (FedBuff, 2106.06639).
-
-    The sum is divided by K and by nothing else: weights below 1 shorten the step.
-    """
-    return weighted_step(theta, deltas, weights, lr / len(deltas))
-
-
 def weighted_sum(name: str, deltas: Sequence[Record], weights: Sequence[float]) -> Tensor:
     """Return ``sum_k w_k delta_k`` of one tensor; the weights are taken as they are."""
     first = deltas[0][name].numpy()
@@ -231,10 +221,32 @@ def weighted_sum(name: str, deltas: Sequence[Record], weights: Sequence[float]) 
 def weighted_step(
     theta: Record, deltas: Sequence[Record], weights: Sequence[float], lr: float = 1.0
 ) -> Tensors:
-    """Yield ``theta - lr sum_k w_k delta_k``; the weights are taken as they are."""
+    """Yield ``theta - lr sum_k w_k delta_k``; the weights are taken as they are.
+
+    Weights s(tau_k) / K are FedBuff's (arXiv 2106.06639): those below 1 / K shorten the step.
+    """
     for name, array in theta.items():
         here = array.numpy()
         yield name, descend(here, weighted_sum(name, deltas, weights), lr)
+
+
+def weighted_pull(
+    theta: Record, trained: Sequence[Record], weights: Sequence[float], lr: float = 1.0
+) -> Tensors:
+    """Yield ``theta - lr sum_k w_k (theta - theta_k)``; the weights are taken as they are."""
+    for name, array in theta.items():
+        here = array.numpy()
+        total = np.zeros(here.shape, dtype=_math(here).dtype)
+        for record, weight in zip(trained, weights, strict=True):
+            total += total.dtype.type(weight) * pseudo_gradient(here, record[name].numpy())
+        yield name, descend(here, total, lr)
+
+
+def stepped(theta: Record, base: Record, trained: Record, scale: float) -> Tensors:
+    """Yield ``theta - scale (base - trained)``."""
+    for name, array in theta.items():
+        delta = pseudo_gradient(base[name].numpy(), trained[name].numpy())
+        yield name, descend(array.numpy(), delta, scale)
 
 
 def mixed(theta: Record, trained: Record, alpha: float) -> Tensors:

@@ -18,7 +18,7 @@ from strategies.fedasync import FedAsync
 from strategies.fedbackfill import FedBackfill
 from strategies.fedbuff import FedBuff
 from strategies.parts import rules
-from strategies.parts.outer import Nesterov
+from strategies.parts.outer import OuterSGD
 
 
 def mixed(theta, trained, alpha):
@@ -71,7 +71,7 @@ def test_fedasync_refuses_nonsense(arguments):
 
 def test_async_diloco_with_a_delay_of_one_is_nesterov():
     """N = 1: bit for bit the outer step of DiLoCo, over several arrivals."""
-    run, outer, store = Driven(AsyncDiLoCo(delay=1)), Nesterov(0.7, 0.9), MemoryCheckpoints()
+    run, outer, store = Driven(AsyncDiLoCo(delay=1)), OuterSGD(0.7, 0.9), MemoryCheckpoints()
     here = record(theta())
     for k in range(4):
         run.ask("a")

@@ -81,13 +81,13 @@ def record_like(base: ArrayRecord, arrays: dict[str, np.ndarray]) -> ArrayRecord
     return ArrayRecord(dict(zip(base, values, strict=True)))
 
 
-def test_buffered_step_by_hand():
+def test_a_step_by_hand():
     """FedBuff divides by K once, and not by the sum of the weights or the number of sites."""
     theta = record(f32(10))
     deltas = [record(f32(2)), record(f32(4))]
     # 10 - 1/2 (1*2 + 0.5*4) = 8
-    assert only(rules.buffered_step(theta, deltas, [1.0, 0.5], 1.0)) == pytest.approx(8.0)
-    assert only(rules.buffered_step(theta, deltas, [1.0, 0.5], 0.5)) == pytest.approx(9.0)
+    assert only(rules.weighted_step(theta, deltas, [0.5, 0.25], 1.0)) == pytest.approx(8.0)
+    assert only(rules.weighted_step(theta, deltas, [0.5, 0.25], 0.5)) == pytest.approx(9.0)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,8 @@ def test_rules_load_one_tensor_at_a_time():
     for pairs in (
         rules.record_mean([lazy, lazy], [1, 1]),
         rules.record_delta(lazy, lazy),
-        rules.buffered_step(lazy, [lazy], [1], 1.0),
+        rules.weighted_pull(lazy, [lazy], [1]),
+        rules.stepped(lazy, lazy, lazy, 0.5),
         rules.weighted_step(lazy, [lazy], [1]),
         rules.mixed(lazy, lazy, 0.5),
     ):
@@ -181,6 +182,7 @@ def test_every_rule_keeps_the_dtype_of_the_global_tensor():
     for pairs in (
         rules.mixed(half, half, 0.5),
         rules.weighted_step(half, [step], [0.5]),
-        rules.buffered_step(half, [step], [1.0], 1.0),
+        rules.weighted_pull(half, [step], [1.0]),
+        rules.stepped(half, step, half, 1.0),
     ):
         assert only(pairs).dtype == np.float16
