@@ -33,6 +33,7 @@ from _measured import Figures, Speeds, figures, learner, speeds
 from flwr_hpc.config.schema import FederationConfig
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
 from flwr_hpc.simulate.federation import simulate
+from flwr_hpc.simulate.pool import RENEWAL
 
 Row = dict[str, float | None]
 DRAWS = 15
@@ -50,7 +51,7 @@ def simulated(case: Case, strategy: dict[str, Any], fed: Mapping[str, Speeds]) -
         case.strategy,
         strategy,
         policy=case.policy,
-        renew=case.policy == "warm",
+        max_successors=RENEWAL.max_successors,
         seed=SEED,
         steps=STEPS,
         evaluate_every_s=0.0,

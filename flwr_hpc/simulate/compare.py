@@ -22,8 +22,9 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.files import publish
 from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, check_site
 from flwr_hpc.simulate.federation import Outcome, simulate
+from flwr_hpc.simulate.pool import RENEWAL
 
-RENEWS = "renew"  # in a strategy's file: its warm allocations have successors submitted ahead
+SUCCESSORS = "max_successors"  # in a strategy's file: of its warm allocations, else the launcher's
 POLICY = "policy"
 REFERENCE_TFLOPS = 4 * 312.0  # of the node whose step takes `step_s` of the scenario
 
@@ -35,7 +36,7 @@ class Job:
     name: str
     strategy: dict[str, Any]
     policy: str
-    renew: bool
+    max_successors: int
     seed: int
 
 
@@ -215,8 +216,8 @@ def _jobs(config: SimulateConfig) -> Iterator[Job]:
             strategy = dict(spec)
             own = str(strategy.pop(POLICY, "warm"))
             policy = own if config.policy == "own" else config.policy
-            renew = bool(strategy.pop(RENEWS, True)) and policy == "warm"
-            yield Job(name, strategy, policy, renew, seed)
+            successors = int(strategy.pop(SUCCESSORS, RENEWAL.max_successors))
+            yield Job(name, strategy, policy, successors, seed)
 
 
 def _run(config: SimulateConfig, scenario: ScenarioConfig, job: Job) -> Outcome:
@@ -226,7 +227,7 @@ def _run(config: SimulateConfig, scenario: ScenarioConfig, job: Job) -> Outcome:
         job.name,
         job.strategy,
         policy=job.policy,
-        renew=job.renew,
+        max_successors=job.max_successors,
         seed=job.seed,
         steps=config.steps,
         learning=config.learning,

@@ -22,15 +22,18 @@ class QueueModel:
     """How long a site's jobs wait."""
 
     # ``none``; ``lognormal`` (`median_s`, `sigma`, `memory_s`, `regimes`); ``history`` (the
-    # waits that runs at the facility of the site's name have kept); ``trace`` (a Standard
-    # Workload Format file); ``replay`` (`waits_s`, one after the other); ``cluster`` (other
-    # users' jobs on `cluster_nodes` nodes with backfill).
+    # waits that runs at the facility of the site's name have kept); ``trace`` (of `trace`, a
+    # Standard Workload Format file, from a random time on); ``replay`` (`waits_s`, one after the
+    # other); ``cluster`` (other users' jobs on `cluster_nodes` nodes with backfill).
     kind: str = "lognormal"
+    # A site waits for its first job and never again: what a perfect forecast could come to.
+    first_wait_only: bool = False
     median_s: float = 1800.0  # Of lognormal waits
     sigma: float = 1.0
     memory_s: float = 21600.0  # How long waits stay alike: the decay time of their autocorrelation
     regimes: list[list[Any]] = field(default_factory=list)  # Other medians from given times on
     trace: str | None = None
+    time_scale: float = 1.0  # Simulated seconds of a second of the trace
     waits_s: list[float] = field(default_factory=list)
     # Of the small cluster: its size, the other users' offered load as a share of it, and
     # their jobs.
@@ -152,7 +155,7 @@ def _check_queue(key: str, queue: QueueModel, nodes: int) -> None:
     one_of(f"{key}.kind", queue.kind, QUEUES)
     for f in fields(QueueModel):
         value = getattr(queue, f.name)
-        if isinstance(value, float | int):
+        if isinstance(value, float | int) and not isinstance(value, bool):
             check = not_negative if f.name in ("memory_s", "sigma") else positive
             check(f"{key}.{f.name}", value)
     for pair in queue.regimes:

@@ -29,7 +29,9 @@ class Facility:
     outages: tuple[tuple[float, float], ...] = ()  # The whole site is down
     idle_timeout_s: float = 600.0
     per_round: bool = False  # A job for every order
-    renew: bool = False  # The successor is submitted ahead
+    max_successors: int = 0  # That may wait in the queue while an allocation lasts
+    # An order that the walltime ends returns what it has; else it goes on in the next allocation.
+    partial_work: bool = True
 
     def kept_s(self, allocation: int) -> float:
         """Return what is kept back at the end of the walltime of the n-th allocation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from flwr_hpc.simulate.facility import Facility, Segment
 from flwr_hpc.simulate.grid import SimulatedGrid
 from flwr_hpc.simulate.learning.base import Learner
 from flwr_hpc.simulate.learning.tasks import TASKS
-from flwr_hpc.simulate.queues import (
-    BackfillCluster,
+from flwr_hpc.simulate.queues.cluster import BackfillCluster
+from flwr_hpc.simulate.queues.models import (
     EmpiricalQueue,
+    FirstWaitQueue,
     LognormalQueue,
     NoQueue,
     Queue,
     ReplayQueue,
-    waits_of_trace,
 )
+from flwr_hpc.simulate.queues.trace import TraceQueue, similar_jobs
 from flwr_hpc.simulate.site import SimulatedSite
 from flwr_hpc.site.forecast.history import History
 from strategies.base.synchronous import HpcStrategy
@@ -130,7 +131,9 @@ def simulate(
     strategy: dict[str, Any],
     *,
     policy: str = "warm",
-    renew: bool = False,
+    max_successors: int = 0,
+    partial_work: bool = True,
+    back_off: bool = True,
     seed: int = 0,
     steps: int = 100,
     learning: str = "network",
@@ -151,8 +154,13 @@ def simulate(
         ``_target_`` and arguments.
     policy : str
         ``warm`` or ``per_round``.
-    renew : bool
-        Warm allocations have their successor submitted ahead.
+    max_successors : int
+        Of a warm allocation that may wait in the queue at a time; 0: none is submitted ahead.
+    partial_work : bool
+        An order that the walltime ends returns what it has; else it goes on in the next
+        allocation.
+    back_off : bool
+        A site that fails is left alone for a while, by asynchronous strategies.
     seed : int
         Of queues, faults, data and initial weights; the same run comes out of the same seed.
     steps : int
@@ -173,13 +181,17 @@ def simulate(
     """
     clock = VirtualClock(scenario.horizon_h * 3600.0)
     learner = TASKS[learning](len(scenario.sites), scenario.own_share, seed)
-    grid, sites = _sites(scenario, clock, learner, policy, renew, seed)
+    facilities = {
+        name: _facility(model, policy, max_successors, partial_work)
+        for name, model in scenario.sites.items()
+    }
+    grid, sites = _sites(scenario, facilities, clock, learner, seed)
     target = learner.target if scenario.target is None else scenario.target
     watch = _Watch(clock, learner, sites, evaluate_every_s, target)
     runtime = Runtime(
         clock=clock,
         checkpoints=_Memory(),
-        settings=Settings(wait_s=wait_s, evaluate_every=0, final_evaluation_s=0.0, poll_s=poll_s),
+        settings=_settings(wait_s, poll_s, back_off),
         check=None,
     )
     outcome = Outcome(name, seed, policy, target=target)
@@ -198,6 +210,11 @@ def simulate(
     outcome.orders = sum(site.pool.orders for site in sites)
     outcome.segments = {site.name: site.pool.segments for site in sites}
     return outcome
+
+
+def _settings(wait_s: float, poll_s: float, back_off: bool) -> Settings:
+    settings = Settings(wait_s=wait_s, evaluate_every=0, final_evaluation_s=0.0, poll_s=poll_s)
+    return settings if back_off else replace(settings, backoff_s=0.0)
 
 
 def _start(
@@ -235,10 +252,9 @@ def _start(
 
 def _sites(
     scenario: ScenarioConfig,
+    facilities: dict[str, Facility],
     clock: VirtualClock,
     learner: Learner,
-    policy: str,
-    renew: bool,
     seed: int,
 ) -> tuple[SimulatedGrid, list[SimulatedSite]]:
     grid = SimulatedGrid(clock)
@@ -246,14 +262,13 @@ def _sites(
     for index, (name, model) in enumerate(scenario.sites.items()):
         queues, faults = (np.random.default_rng([seed, kind, index]) for kind in (4, 5))
         queue = _queue(model.queue, name, model, clock, queues)
-        facility = _facility(model, policy, renew)
-        site = SimulatedSite(name, index, facility, queue, learner, clock, faults)
+        site = SimulatedSite(name, index, facilities[name], queue, learner, clock, faults)
         grid.join(site, model.joins_s, model.leaves_s or float("inf"))
         sites.append(site)
     return grid, sites
 
 
-def _facility(model: SiteModel, policy: str, renew: bool) -> Facility:
+def _facility(model: SiteModel, policy: str, max_successors: int, partial_work: bool) -> Facility:
     shared = {
         k: getattr(model, k)
         for k in (
@@ -275,11 +290,19 @@ def _facility(model: SiteModel, policy: str, renew: bool) -> Facility:
         per_round=policy == "per_round",
         reserves_s=tuple(model.reserves_s),
         forecasts_s=tuple(model.forecasts_s),
-        renew=renew and policy == "warm",
+        max_successors=max_successors if policy == "warm" else 0,
+        partial_work=partial_work,
     )
 
 
 def _queue(
+    model: QueueModel, site: str, at: SiteModel, clock: VirtualClock, rng: np.random.Generator
+) -> Queue:
+    queue = _whole_queue(model, site, at, clock, rng)
+    return FirstWaitQueue(queue) if model.first_wait_only else queue
+
+
+def _whole_queue(
     model: QueueModel, site: str, at: SiteModel, clock: VirtualClock, rng: np.random.Generator
 ) -> Queue:
     if model.kind == "none":
@@ -298,9 +321,11 @@ def _queue(
             rng,
             warmup_s=WARMUP * model.mean_runtime_s,
         )
-    wall = float(walltime_s(at.walltime))
     if model.kind == "trace":
-        return EmpiricalQueue(clock, waits_of_trace(Path(str(model.trace)), at.nodes, wall), rng)
+        wall_s = walltime_s(at.walltime) / model.time_scale
+        jobs = similar_jobs(Path(str(model.trace)), at.nodes, wall_s)
+        begin_s = float(rng.uniform(0.0, jobs[-1].submit_s - jobs[0].submit_s))
+        return TraceQueue(clock, jobs, begin_s, model.time_scale)
     return EmpiricalQueue(clock, _history(site), rng)
 
 

@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from flwr_hpc.config.schema import AllocationConfig
-from flwr_hpc.protocol import Order
+from flwr_hpc.simulate.allocation import Allocation, Task, merge, prepare
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.facility import Facility, Segment
 from flwr_hpc.simulate.learning.base import Weights
-from flwr_hpc.simulate.queues import Queue, Ticket
+from flwr_hpc.simulate.queues.models import Queue, Ticket
 from flwr_hpc.site.renewal import lead_s, next_successor_in_s
 
 RENEWAL = AllocationConfig()  # the launcher's rule for successors, as it comes
-
-
-@dataclass
-class Task:
-    """An order and how far it got."""
-
-    order: Order
-    weights: Weights
-    start: Weights = field(default_factory=dict)
-    correction: Weights = field(default_factory=dict)
-    gradients: Weights = field(default_factory=dict)  # summed up, if they are asked for
-    share: float = 0.0
-    own_seq: int = -1
-    done: int = 0
-    loss_sum: float = 0.0
-    tries: int = 0
-    finished: bool = False
-    failed: str = ""
-    refused: bool = False
-
-
-@dataclass
-class Allocation:
-    """A job: in the queue, loading, ready or ended."""
-
-    name: str
-    submitted: float
-    kept_s: float = 0.0  # of its walltime, to write
-    state: Literal["queued", "loading", "ready", "ended"] = "queued"
-    started: float = 0.0
-    ends: float = 0.0
-    since: float = 0.0  # in this state, or idle
-    released: bool = False
-    stay: int = 0  # grows whenever what was planned for it is void
-    ticket: Ticket | None = None
-    own: Weights = field(default_factory=dict)  # how the last order here moved the weights
-    own_seq: int = -1
-    task: Task | None = None
-    task_began: float = 0.0
-    inbox: list[Task] = field(default_factory=list)
+LOOK_S = 1.0  # between two looks whether a successor is due
 
 
 class Pool:
@@ -108,7 +68,7 @@ class Pool:
         self._local: tuple[str, Weights] = "", {}  # what the last order left, in its checkpoint
         self._waits: list[float] = []
         self._attended = False
-        self._due: Allocation | None = None  # whose successor is to be submitted
+        self._looks = 0  # planned at which a successor may be due; the last one counts
         for begin, _ in facility.outages:
             clock.at(begin, self._outage)
 
@@ -133,11 +93,9 @@ class Pool:
             self._submit()
 
     def current(self) -> Allocation | None:
-        """Return the allocation that takes new orders: a ready one before one that queues."""
+        """Return the allocation that takes new orders, see `Allocation.fitness`."""
         able = [a for a in self._allocations if not a.released]
-        ready = [a for a in able if a.state == "ready"]
-        found = ready or able
-        return found[-1] if found else None
+        return max(able, key=Allocation.fitness, default=None)
 
     def at_work_on(self, task: Task) -> Allocation | None:
         """Return the allocation that works on an order now."""
@@ -158,9 +116,7 @@ class Pool:
     def attend(self, here: bool) -> None:
         """Learn whether a message is at the site: the launcher sees to successors only then."""
         self._attended = here
-        if here and self._due is not None:
-            due, self._due = self._due, None
-            self._renew(due)
+        self._renew()
 
     def running_node_s(self) -> float:
         """Return the node seconds so far of the allocations that run."""
@@ -202,13 +158,13 @@ class Pool:
         else:
             steps = 0
         a.inbox.pop(0)
-        if not task.start and not _merge(task, *self._local):
+        if not task.start and not merge(task, *self._local):
             task.failed, task.refused = "the weights it goes on from are not here", True
             self._changed()
             self._work(a)
             return
         a.task, a.task_began = task, now
-        _prepare(task, a.own, a.own_seq)
+        prepare(task, a.own, a.own_seq)
         stay = a.stay
         done_at = now + steps * self.facility.step_s + self.facility.write_s
         self.clock.at(done_at, lambda: self._finish(a, task, steps, stay))
@@ -222,16 +178,20 @@ class Pool:
         if a.stay != stay:
             return
         self._train(task, steps)
-        self.orders += 1
         if task.order.kind == "train":
             a.own = {k: task.weights[k] - w for k, w in task.start.items()}
             a.own_seq = task.order.seq
             self._local = task.order.id, task.weights
         a.task = None
         self._segment(a, "train")
+        if not self.facility.partial_work and task.done < task.order.steps:
+            self._stop(a)
+            self._end(a, [task])
+            return
         if self._room(a) < 1 or (a.released and not a.inbox):
             self._close(a)
         task.finished = True
+        self.orders += 1
         if a.state == "ready":
             self._work(a)
             self._idle(a)
@@ -242,7 +202,8 @@ class Pool:
     def _submit(self) -> Allocation:
         now = self.clock.now()
         kept_s = self.facility.kept_s(self._made)
-        a = Allocation(f"a{self._made:04d}", submitted=now, kept_s=kept_s, since=now)
+        expected_s = self._expected_wait()
+        a = Allocation(f"a{self._made:04d}", now, expected_s, kept_s=kept_s, since=now)
         self._made += 1
         self.queued_s()  # up to here; the same before every change of an allocation's state
         self._allocations.append(a)
@@ -265,6 +226,7 @@ class Pool:
         self._waits.append(now - a.submitted)
         self.queued_s()
         a.state, a.started, a.ends, a.since = "loading", now, now + f.walltime_s, now
+        a.has_begun = True
         a.stay += 1
         stay = a.stay
         self.clock.at(now + f.startup_s, lambda: self._ready(a, stay))
@@ -288,34 +250,57 @@ class Pool:
         self._segment(a, "load")
         a.state = "ready"
         self._plan(a.ends - a.kept_s, self._expire, a, stay)
-        if self.facility.renew and not a.released:
-            f = self.facility
-            lead = lead_s(RENEWAL, f.walltime_s, self._expected_wait(), f.startup_s)
-            now = self.clock.now()
-            due_in_s = next_successor_in_s(RENEWAL, f.walltime_s, lead, a.ends - now, []) or 0.0
-            self._plan(now + due_in_s, self._renew, a, stay)
-        for older in [] if a.released else list(self._allocations):
-            if older is not a and older.state == "ready" and not older.released:
-                older.released = True
-                if older.task is None and not older.inbox:
-                    self._close(older)
+        if not a.released:
+            self._hand_over()
+        self._renew()
+        if a.state != "ready":
+            return
         self._work(a)
         self._idle(a)
         self._changed()
 
-    def _renew(self, a: Allocation) -> None:
-        if a.released or a.state != "ready" or self._allocations[-1] is not a:
+    def _hand_over(self) -> None:
+        """Let the others go once the allocation that takes new orders is ready.
+
+        What waits for its first start stays: it is a successor. Orders that nobody works on go
+        where new ones would.
+        """
+        to = self.current()
+        for a in [a for a in self._allocations if a is not to and not a.released]:
+            if to is None or to.state != "ready":
+                return
+            if a.state != "ready":
+                to.inbox += a.inbox
+                a.inbox.clear()
+            if a.state == "ready" or (a.has_begun and a.name < to.name):
+                a.released = True
+                if a.task is None and not a.inbox:
+                    self._close(a)
+
+    def _renew(self) -> None:
+        """Submit the successors that are due, by the launcher's rule; plan the next look."""
+        f, now, a = self.facility, self.clock.now(), self.current()
+        if not self._attended or a is None or a.state == "loading":
             return
-        if self._attended:
+        config = replace(RENEWAL, max_successors=f.max_successors)
+        left_s = a.ends - now if a.state == "ready" else None
+        queued = [b for b in self._allocations if b.state == "queued" and not b.released]
+        starts_in_s = [max(0.0, b.submitted + b.expected_s - now) for b in queued]
+        lead = lead_s(config, f.walltime_s, self._expected_wait(), f.startup_s)
+        due_in_s = next_successor_in_s(config, f.walltime_s, lead, left_s, starts_in_s)
+        if due_in_s is None:
+            return
+        if due_in_s < LOOK_S:
             self._submit()
-        else:
-            self._due = a
+        self._looks += 1
+        look, then = self._looks, now + max(due_in_s, LOOK_S)
+        self.clock.at(then, lambda: self._renew() if look == self._looks else None)
 
     def _expected_wait(self) -> float:
         """Return what is expected of the next allocation."""
-        told = self.facility.forecasts_s[self._made : self._made + 1]
-        if told:
-            return told[0]
+        forecast = self.facility.forecasts_s[self._made : self._made + 1]
+        if forecast:
+            return forecast[0]
         return float(np.median(self._waits[-9:])) if self._waits else 0.0
 
     def _idle(self, a: Allocation) -> None:
@@ -391,27 +376,3 @@ class Pool:
         if now > a.since:
             self.segments.append(Segment(a.name, what, a.since, now))
         a.since = now
-
-
-def _merge(task: Task, held: str, local: Weights) -> bool:
-    """Merge what came with an order into the site's weights; False if these are not here."""
-    order, given = task.order, task.weights
-    if order.merges is None:
-        return True
-    if held != dataclasses.replace(order, seq=int(order.options["after"])).id:
-        return False
-    alpha = np.float32(order.options.get("alpha", 0.0))
-    merged = {k: (1 - alpha) * given[k] + alpha * local[k] for k in order.merges}
-    task.weights = {**local, **merged}
-    return True
-
-
-def _prepare(task: Task, own: Weights, seq: int) -> None:
-    """Begin an order: from its weights, moved by a share of the site's last update if asked to."""
-    if task.start:
-        return  # it goes on from where it was
-    share = float(task.order.options.get("own-share", 0.0))
-    if share and own and task.weights:
-        task.share, task.own_seq = share, seq
-        task.weights = {k: w + w.dtype.type(share) * own[k] for k, w in task.weights.items()}
-    task.start = dict(task.weights)

@@ -17,11 +17,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Result, Status
+from flwr_hpc.simulate.allocation import Allocation, Task
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.facility import Facility
 from flwr_hpc.simulate.learning.base import Learner, Weights
-from flwr_hpc.simulate.pool import Allocation, Pool, Task
-from flwr_hpc.simulate.queues import Queue
+from flwr_hpc.simulate.pool import Pool
+from flwr_hpc.simulate.queues.models import Queue
 
 KEPT = 2  # finished orders that can be collected again
 
@@ -93,6 +94,9 @@ class SimulatedSite:
         if kind == protocol.RELEASE:
             self.pool.release()
             self._resume(self._waiting.order_id if self._waiting is not None else "")
+        if kind == protocol.DESCRIBE:
+            self.pool.attend(True)
+            self.pool.attend(False)
         if kind in (protocol.DESCRIBE, protocol.RELEASE):
             answer(self._status("idle"))
             return

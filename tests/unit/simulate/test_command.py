@@ -142,14 +142,14 @@ def test_policy_and_renewal_of_one_strategy():
             "strategy=[fedavg,fedbuff]",
             "seeds=1",
             "+strategies.fedavg.policy=per_round",
-            "+strategies.fedbuff.renew=false",
+            "+strategies.fedbuff.max_successors=0",
         ]
     )
     jobs = {job.name: job for job in compare._jobs(config)}
-    assert (jobs["fedavg"].policy, jobs["fedavg"].renew) == ("per_round", False)
-    assert (jobs["fedbuff"].policy, jobs["fedbuff"].renew) == ("warm", False)
+    assert (jobs["fedavg"].policy, jobs["fedavg"].max_successors) == ("per_round", 3)
+    assert (jobs["fedbuff"].policy, jobs["fedbuff"].max_successors) == ("warm", 0)
     assert "policy" not in jobs["fedavg"].strategy
-    assert "renew" not in jobs["fedbuff"].strategy
+    assert "max_successors" not in jobs["fedbuff"].strategy
 
 
 def test_the_configuration_can_be_shown(capsys):

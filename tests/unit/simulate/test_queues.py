@@ -9,15 +9,16 @@ import pytest
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.simulate.clock import HorizonReached, VirtualClock
-from flwr_hpc.simulate.queues import (
-    BackfillCluster,
+from flwr_hpc.simulate.queues.cluster import BackfillCluster
+from flwr_hpc.simulate.queues.models import (
     EmpiricalQueue,
+    FirstWaitQueue,
     LognormalQueue,
     NoQueue,
     ReplayQueue,
     Ticket,
-    waits_of_trace,
 )
+from flwr_hpc.simulate.queues.trace import TraceJob, TraceQueue, read_trace, similar_jobs
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -92,9 +93,9 @@ def test_lognormal_waits_are_alike_for_a_while():
         for seed in range(600):
             clock = VirtualClock()
             queue = LognormalQueue(clock, 1.0, 1.0, 3600.0, rng(seed))
-            first = np.log(queue._wait_s())
+            first = np.log(queue.wait_s())
             clock.sleep(later)
-            pairs.append((first, np.log(queue._wait_s())))
+            pairs.append((first, np.log(queue.wait_s())))
     for later, pairs in levels.items():
         found = np.corrcoef(np.array(pairs).T)[0, 1]
         assert found == pytest.approx(np.exp(-later / 3600.0), abs=0.1)
@@ -162,8 +163,47 @@ def swf(folder: Path, text: str) -> Path:
 
 def test_waits_of_a_trace(tmp_path):
     """Of jobs of about this size and length; what is not known (-1) does not speak against one."""
-    assert waits_of_trace(swf(tmp_path, TRACE), 8, 7200.0) == [120.0, 340.0]
-    assert waits_of_trace(swf(tmp_path, TRACE), 24, 7200.0) == [120.0, 777.0, 340.0]
+    path = swf(tmp_path, TRACE)
+    assert [job.wait_s for job in similar_jobs(path, 8, 7200.0)] == [120.0, 340.0]
+    assert [job.wait_s for job in similar_jobs(path, 24, 7200.0)] == [120.0, 777.0, 340.0]
+
+
+def test_a_trace_is_replayed_at_its_times():
+    """A job waits as the next one of the trace; after the last comes the first, times scaled."""
+    jobs = [TraceJob(at, wait, 1, 60) for at, wait in ((100, 7), (110, 9), (130, 5))]
+    clock, waits = VirtualClock(), []
+    queue = TraceQueue(clock, jobs, begin_s=5.0, time_scale=10.0)
+
+    def submit() -> None:
+        now = clock.now()
+        queue.submit(Ticket(1, 600.0, start=lambda: waits.append(clock.now() - now)))
+
+    for at in (
+        0.0,
+        0.0,
+        51.0,
+        251.0,
+    ):  # in the trace: 105, 105, 110.1, 100.1
+        clock.at(at, submit)
+    clock.sleep(1000.0)
+    assert waits == [90.0, 90.0, 50.0, 90.0]
+
+
+def test_the_first_job_alone_waits():
+    """The oracle that no launcher can beat."""
+    clock, started = VirtualClock(), []
+    queue = FirstWaitQueue(ReplayQueue(clock, [70.0]))
+    for _ in range(3):
+        queue.submit(Ticket(1, 600.0, start=lambda: started.append(clock.now())))
+    clock.sleep(100.0)
+    assert started == [0.0, 0.0, 70.0]
+
+
+def test_the_shipped_trace():
+    """Jobs of a real Slurm, by time; enough of them like those of the scenario."""
+    jobs = read_trace(Path("lab.swf"))
+    assert [job.submit_s for job in jobs] == sorted(job.submit_s for job in jobs)
+    assert len(similar_jobs(Path("lab.swf"), 1, 60.0)) > 100
 
 
 @pytest.mark.parametrize(
@@ -177,13 +217,13 @@ def test_waits_of_a_trace(tmp_path):
 def test_a_bad_trace(tmp_path, text, message):
     """The file, the line, and what was expected."""
     with pytest.raises(UserError, match=message):
-        waits_of_trace(swf(tmp_path, text), 8, 7200.0)
+        similar_jobs(swf(tmp_path, text), 8, 7200.0)
 
 
 def test_a_missing_trace(tmp_path):
     """Named."""
     with pytest.raises(UserError, match=r"cannot read the trace .*no\.swf"):
-        waits_of_trace(tmp_path / "no.swf", 8, 7200.0)
+        similar_jobs(tmp_path / "no.swf", 8, 7200.0)
 
 
 # ---- the small cluster --------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from flwr_hpc.simulate.federation import Outcome, simulate
 from flwr_hpc.simulate.grid import SimulatedGrid
 from flwr_hpc.simulate.identity import take_identity
 from flwr_hpc.simulate.learning.surrogate import SurrogateLearner
-from flwr_hpc.simulate.queues import NoQueue
+from flwr_hpc.simulate.queues.models import NoQueue
 from flwr_hpc.simulate.site import SimulatedSite
 
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -128,7 +128,13 @@ def test_an_offline_node_takes_no_messages():
 def test_every_strategy_learns_where_everything_goes_wrong(spec, policy):
     """Preemption, failures, an outage, sites that join and leave: the loss falls all the same."""
     outcome = simulate(
-        hostile(target=1.7), "x", spec, policy=policy, renew=True, steps=50, learning="surrogate"
+        hostile(target=1.7),
+        "x",
+        spec,
+        policy=policy,
+        max_successors=1,
+        steps=50,
+        learning="surrogate",
     )
     assert not outcome.error
     assert outcome.reached

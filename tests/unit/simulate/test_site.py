@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.facility import Facility
-from flwr_hpc.simulate.queues import NoQueue, Ticket
+from flwr_hpc.simulate.queues.models import NoQueue, Ticket
 from flwr_hpc.simulate.site import SimulatedSite
 
 FOREVER = 1e9
@@ -128,6 +128,13 @@ class Reply:
 
 def order(steps: int, seq: int = 0, version: int = 0) -> Order:
     return Order("k", "x", seq, "train", version, steps)
+
+
+def max_queued(segments: list) -> int:
+    """Return how many jobs waited at the same time, at most."""
+    queued = [s for s in segments if s.what == "queue"]
+    changes = sorted([(s.begin, 1) for s in queued] + [(s.end, -1) for s in queued])
+    return max(accumulate(step for _, step in changes))
 
 
 def states(site: Site) -> list[tuple[str, float, float]]:
@@ -296,7 +303,7 @@ def test_an_acquired_job_takes_the_order_that_follows():
 
 def test_renewal():
     """The successor is submitted ahead by the waits seen and takes over when it is up."""
-    site = Site(600.0, renew=True, walltime_s=2000.0)
+    site = Site(600.0, max_successors=1, walltime_s=2000.0)
     replies = []
     for seq in range(40):
         replies.append(site.train(90, seq))
@@ -311,7 +318,7 @@ def test_renewal():
 
 def test_a_successor_that_queues_in_time_keeps_nobody_waiting():
     """As the launcher counts it: only time in the queue in which no job ran."""
-    site = Site(600.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 600.0))
+    site = Site(600.0, max_successors=1, walltime_s=2000.0, forecasts_s=(0.0, 600.0))
     first = site.train(90)
     site.clock.advance(300.0)
     assert site.pool.queued_s() == 300.0  # the one that waits still, too
@@ -325,7 +332,7 @@ def test_a_successor_that_queues_in_time_keeps_nobody_waiting():
 
 def test_a_successor_is_not_submitted_too_early():
     """As the launcher does: a quarter of the walltime is used whatever the waits were."""
-    site = Site(10.0, 5000.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 5000.0))
+    site = Site(10.0, 5000.0, max_successors=1, walltime_s=2000.0, forecasts_s=(5000.0, 5000.0))
     site.train(1500)
     site.clock.advance(10 + 0.25 * 2000.0 - 1)
     assert site.pool.queue.submitted == 1
@@ -333,9 +340,53 @@ def test_a_successor_is_not_submitted_too_early():
     assert site.pool.queue.submitted == 2
 
 
+def test_several_successors_wait_where_waits_are_longer_than_walltimes():
+    """By the launcher's rule; each takes over as the one before it ends, and works alone."""
+    waits = 5000.0
+    site = Site(*[waits] * 9, max_successors=3, walltime_s=2000.0, forecasts_s=(waits,) * 9)
+    replies = []
+    for seq in range(90):
+        replies.append(site.train(90, seq))
+        site.until(lambda: replies[-1].content is not None)
+    gaps = [b.at - a.at for a, b in pairwise(replies)]
+    assert max(gaps) < 600  # of 5000 + 60 without them
+    assert max_queued(site.pool.segments) == 3
+    runs = sorted((s.begin, s.end) for s in site.pool.segments if s.what == "train")
+    assert all(b[0] >= a[1] for a, b in pairwise(runs))
+
+
+def test_an_idle_sites_successor_is_submitted_too():
+    """When the server asks how it is, as at a real site."""
+    site = Site(10.0, 50.0, max_successors=1, walltime_s=1000.0, idle_timeout_s=5000.0)
+    site.train(50)
+    site.clock.advance(980.0)
+    assert site.pool.queue.submitted == 1
+    site.ask(protocol.DESCRIBE)
+    assert site.pool.queue.submitted == 2
+
+
+def test_the_order_of_a_job_that_waits_goes_to_the_one_that_starts_first():
+    """The second of two jobs starts first: nobody waits for the other."""
+    site = Site(3000.0, 100.0, walltime_s=1000.0)
+    reply = site.train(50)
+    site.pool._submit()
+    site.clock.advance(500.0)
+    assert reply.trained == (50, 50.0)
+    assert reply.status.allocation == "a0001"
+
+
+def test_without_partial_work_an_order_goes_on_in_the_next_allocation():
+    """It is whole when it comes back."""
+    site = Site(0.0, 1000.0, walltime_s=370.0, partial_work=False)
+    reply = site.train(400)
+    site.clock.advance(2000.0)
+    assert reply.trained[0] == 400
+    assert reply.at == 370 + 1000 + 60 + 100 + 10
+
+
 def test_a_successor_waits_for_a_message():
     """As at a real site: nobody looks after its jobs between two messages."""
-    site = Site(10.0, renew=True, walltime_s=2000.0, forecasts_s=(0.0, 100.0))
+    site = Site(10.0, max_successors=1, walltime_s=2000.0, forecasts_s=(0.0, 100.0))
     site.train(50)
     site.clock.advance(10 + 2000.0 - 100 - 60 + 1)
     assert site.pool.queue.submitted == 1
@@ -486,7 +537,7 @@ def test_node_hours_are_those_of_the_timeline():
         20.0,
         700.0,
         nodes=3,
-        renew=True,
+        max_successors=1,
         walltime_s=1500.0,
         preemptions_per_hour=1.0,
         failures_per_hour=1.0,

@@ -1,0 +1,1 @@
+"""How long a simulated job waits: batch queues as models."""
