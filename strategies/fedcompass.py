@@ -194,16 +194,21 @@ class FedCompass(AsyncStrategy):
         return min(times, default=None)
 
     def on_wake(self) -> Tensors | None:
-        """Merge a group that is due; one without an arrival is forgotten."""
+        """Merge a group that is due.
+
+        Without an arrival it makes a version of what is late: where queues outlast every group
+        there would be none at all. Without that it is forgotten.
+        """
         return self._fire(min(self._groups, key=lambda g: (bool(g.members), g.latest)))
 
     def _fire(self, group: _Group) -> Tensors | None:
         self._groups.remove(group)
         for name in group.members:  # assigned, and not asked for an order since
             self._orders.pop(name, None)
-        updates = group.buffer.take()
-        self._idle += [u.facility for u in updates]
-        return self._merge([*self._late.take(), *updates]) if updates else None
+        arrived = group.buffer.take()
+        self._idle += [u.facility for u in arrived]
+        updates = [*self._late.take(), *arrived]
+        return self._merge(updates) if updates else None
 
     def _merge(self, updates: Sequence[Update]) -> Tensors:
         share = self.alpha / (len(updates) if self.normalise else max(1, len(self.sites)))

@@ -73,9 +73,7 @@ def test_every_command_names_the_choices(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_unknown_batch_system_is_no_traceback() -> None:
     """Protects a site whose server knows a batch system that is not installed here."""
-    with pytest.raises(
-        UserError, match=r"=lsf is not known\..*Valid: local, pbs, slurm\."
-    ):
+    with pytest.raises(UserError, match=r"=lsf is not known\..*Valid: local, pbs, slurm\."):
         make_scheduler(FacilityConfig("lsf", None))
 
 

@@ -363,6 +363,21 @@ def test_a_late_update_makes_no_version_of_its_own() -> None:
     assert run.arrive("b", delta(1.0), step_s=2.0)
 
 
+def test_updates_that_are_always_late_are_merged_all_the_same() -> None:
+    """Where every job waits for longer than any group: at the latest time of the next group."""
+    run = compass()
+    before = run.now
+    run.ask("b")  # founds: arrives at 200, latest 300
+    run.at(1000.0)
+    assert not run.arrive("b", delta(2.0), step_s=2.0, queued=800.0)
+    run.ask("b")
+    run.at(1299.0)
+    assert run.strategy.version == 3
+    run.at(1300.0)
+    assert run.strategy.version == 4
+    close(run.now, minus(before, (0.3, delta(2.0))))
+
+
 def test_an_arrival_at_the_latest_time_is_in_time() -> None:
     """Late is what comes after it."""
     run = compass()
