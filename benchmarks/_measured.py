@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from flwr_hpc.simulate.learning.base import Learner
 from flwr_hpc.simulate.learning.network import NetworkConfig, NetworkLearner
-from flwr_hpc.site.job_times import times
 from flwr_hpc.spool import AllocationDir, Spool
 
 __all__ = ["Figures", "Speeds", "figures", "speeds"]
@@ -182,8 +181,8 @@ def _jobs(site: Path) -> list[dict[str, Any]]:
 
 
 def _ended(alloc: AllocationDir) -> float | None:
-    stays = times(alloc).get("stays", [])
-    return stays[-1]["ended_s"] if stays else None
+    times = alloc.times.read()
+    return times.cycles[-1].ended_s if times and times.cycles else None
 
 
 def _sites(run: Path) -> list[Path]:

@@ -33,7 +33,10 @@ __all__ = ["run"]
 def run(allocation_dir: Path) -> None:
     """Serve an allocation of one rank."""
     allocation = AllocationDir(Path(allocation_dir))
-    ledger, ending = PhaseTimer(process_start()), Deadline.detect(allocation.spec()["walltime_s"])
+    ledger, ending = (
+        PhaseTimer(process_start()),
+        Deadline.detect(allocation.settings()["walltime_s"]),
+    )
     with Reporter(allocation, ledger, ending.walltime_left) as reporter:
         reporter.say("starting")
         _Worker(allocation, ledger, ending, reporter).serve()
@@ -47,7 +50,7 @@ class _Worker:
         self.ledger, self.ending, self.reporter = ledger, ending, reporter
         self.allocation, self.spool = allocation, Spool(allocation.path.parents[1])
         self.step_s = float(os.environ["PACED_STEP_S"])
-        spec = allocation.spec()
+        spec = allocation.settings()
         self.site = spec["facilities"].index(spec["facility"])
         self.new = NetworkLearner(len(spec["facilities"]), NetworkConfig(), spec["seed"])
         self.inbox = Inbox(allocation, self.spool, spec["idle_timeout_s"], self._over)

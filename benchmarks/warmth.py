@@ -20,14 +20,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import quote
 
 from _machine import record
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.protocol import Order, OrderKind, Result
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.settings import Launcher, load_launcher, write_site
+from flwr_hpc.server.sites import site_settings
+from flwr_hpc.site.launcher import Launcher, make_launcher
 
 STEPS = 20
 
@@ -36,14 +36,14 @@ def launcher(folder: Path) -> Launcher:
     """Return a site of the demo in a folder of its own."""
     config = compose_config([f"run_dir={folder}", "+facility=local_a", f"train.steps={STEPS}"])
     run = RunDir.create(config)
-    return load_launcher(quote(str(write_site(run, config, "local_a"))))
+    return make_launcher(site_settings(run, config, "local_a", run.key))
 
 
 def order(site: Launcher, seq: int, kind: OrderKind, weights: Path | None) -> tuple[Result, float]:
-    """Hand in an order; return its result and the seconds until it was there."""
+    """Submit an order; return its result and the seconds until it was there."""
     began = time.monotonic()
-    job = Order("bench", site.facility, seq, kind, steps=STEPS)
-    site.site.hand_in(job, weights)
+    job = Order("bench", site.settings.name, seq, kind, steps=STEPS)
+    site.site.submit(job, weights)
     status = site.site.wait(lambda: site.site.collect(job.id), None, {"done", "failed"})
     assert status.result is not None, status.error
     assert status.state == "done", status.error

@@ -78,7 +78,7 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
     if folder.result() is None and not (folder.path / REQUEST).exists():
         save(folder.path / REQUEST, (message, context))
     with _raising_on_sigterm():
-        status = site.hand_in(order, None)
+        status = site.submit(order, None)
         if status.result is None:
             log = _Log(settings.name)
             status = site.wait(lambda: log(site.collect(order.id)), None, {"done", "failed"})
@@ -103,7 +103,7 @@ def _site(context: Context, settings: Settings, caller: str) -> AllocationManage
         facility=settings.facility,
         allocation=settings.allocation,
         scheduler=make_scheduler(settings.facility),
-        spec={
+        settings={
             "app_folder": app.folder,
             "app": app.ref,
             "versions": versions(),

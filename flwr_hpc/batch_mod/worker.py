@@ -35,7 +35,7 @@ def run(allocation_dir: str) -> None:
         If the app cannot be imported.
     """
     allocation, ranks = AllocationDir(Path(allocation_dir)), Ranks.detect()
-    spec = allocation.spec()
+    spec = allocation.settings()
     app = AppRef(spec["app_folder"], spec["app"])
     ending = Deadline(float(os.environ["FLWR_HPC_WALLTIME_S"]))
     if ranks.rank > 0:

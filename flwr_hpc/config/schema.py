@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from flwr_hpc.config.facility import LOCAL, FacilityConfig
 from flwr_hpc.config.validate import check_values
 from flwr_hpc.errors import UserError, closest
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -178,6 +181,25 @@ def parse(raw: DictConfig | dict[str, Any]) -> Config:
         raise UserError(explain(exc)) from None
     assert isinstance(config, Config)
     check_values(config)
+    return config
+
+
+def decode(kind: type[T], raw: Mapping[str, Any], source: str) -> T:
+    """Build a dataclass from JSON; every field must be there, of its type, and no other.
+
+    Parameters
+    ----------
+    kind : type
+        A dataclass, nested ones included.
+    raw : mapping
+    source : str
+        Where it comes from, for the message.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), raw))
+    except OmegaConfBaseException as exc:
+        raise UserError(f"{source}: {explain(exc)}") from None
+    assert isinstance(config, kind)
     return config
 
 

@@ -24,7 +24,8 @@ from flwr_hpc.doctor.outside import Outside, hub_url, versions
 from flwr_hpc.doctor.probe import PACKAGES
 from flwr_hpc.schedulers.registry import make_scheduler, rules_of
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.settings import job_spec
+from flwr_hpc.server.sites import site_settings
+from flwr_hpc.site.launcher import job_spec
 
 GATE = ("scheduler commands", "scheduler answers", ACCEPTED, WORKDIR, "Python for jobs")
 PAUSE_S = 0.25
@@ -73,7 +74,7 @@ def patient(
     scheduler = make_scheduler(facility)
     run = RunDir(Path(config.run_dir or f"runs/doctor-{token}").expanduser().absolute())
     root = run.site_root(config, name, f"doctor-{token}").absolute()
-    spec = job_spec(run, config, name, f"doctor-{token}")
+    spec = job_spec(site_settings(run, config, name, f"doctor-{token}"))
     env = rules_of(facility).environment(facility, os.environ)
     here = Login(name, config, root, scheduler, spec, Outside(env))
     urls = (hub_url({**os.environ, **facility.env}),) if facility.internet else ()

@@ -44,7 +44,7 @@ class JobInfo:
     id: str
     name: str
     state: JobState
-    # Of the job's latest stay in the queue, if it was put back there.
+    # Of the job's latest wait in the queue, if it was put back there.
     submitted_s: float | None = None
     eligible_s: float | None = None
     started_s: float | None = None

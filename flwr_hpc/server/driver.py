@@ -25,8 +25,8 @@ from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
 from flwr_hpc.server.progress import SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.manager import AllocationManager
-from flwr_hpc.site.settings import load_launcher, site_file, write_site
+from flwr_hpc.server.sites import open_sites, write_site
+from flwr_hpc.site.settings import to_node_config
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
 
@@ -114,7 +114,7 @@ def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: Outcome) -> 
 def cancel_jobs(run: RunDir, config: Config) -> str:
     """Cancel every job of this run; return what could not be, for the user."""
     left = []
-    for facility, site in _sites(run, config).items():
+    for facility, site in open_sites(run, config).items():
         try:
             site.cancel_all()
         except (SchedulerUnavailableError, OSError) as exc:
@@ -125,7 +125,7 @@ def cancel_jobs(run: RunDir, config: Config) -> str:
 def _let_jobs_end(run: RunDir, config: Config) -> None:
     """Give released jobs a moment to end by themselves; every look is a query."""
     deadline = time.monotonic() + RELEASE_S
-    waiting = [site for site in _sites(run, config).values() if site.live_jobs()]
+    waiting = [site for site in open_sites(run, config).values() if site.live_jobs()]
     while waiting and time.monotonic() < deadline:
         time.sleep(max(1.0, min(5.0, *(site.scheduler.poll_s for site in waiting))))
         waiting = [site for site in waiting if site.live_jobs()]
@@ -134,15 +134,9 @@ def _let_jobs_end(run: RunDir, config: Config) -> None:
 def _tell_costs(run: RunDir, config: Config) -> None:
     """Write down when the last jobs ended, which nobody has asked about yet."""
     with EventLog(run.events, join=True) as events:
-        for facility, site in _sites(run, config).items():
-            status = site.account()
+        for facility, site in open_sites(run, config).items():
+            status = site.costs()
             events.emit("jobs_ended", facility=facility, jobs=status.jobs, ledger=status.ledger)
-
-
-def _sites(run: RunDir, config: Config) -> dict[str, AllocationManager]:
-    """Return the sites that were set up."""
-    files = {facility: site_file(run, facility) for facility in config.facilities}
-    return {f: load_launcher(quote(str(p))).site for f, p in files.items() if p.exists()}
 
 
 def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) -> Outcome:
@@ -235,7 +229,7 @@ def _supernode(facility: str, port: int, site: Path) -> Child:
             "--insecure",
             f"--superlink=127.0.0.1:{port}",
             f"--port={free_port()}",
-            f'--node-config=site="{quote(str(site))}"',
+            f"--node-config={to_node_config(site)}",
         ]
 
     return Child(f"supernode-{facility}", command, restartable=True)

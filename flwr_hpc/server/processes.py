@@ -18,6 +18,7 @@ from types import TracebackType
 import psutil
 
 from flwr_hpc.server import reaper
+from flwr_hpc.site.launcher import SESSION_MARK
 
 RESTART_S = 3.0  # least time between two starts
 STABLE_S = 30.0  # a process that lived so long did not fail to start
@@ -94,11 +95,11 @@ class Processes:
         self._logs = logs
         self._say = say
         token = secrets.token_hex(8)
-        self._env = {**os.environ, **env, reaper.MARK: token}
+        self._env = {**os.environ, **env, SESSION_MARK: token}
         self._children: list[Child] = []
-        clean = {k: v for k, v in os.environ.items() if k != reaper.MARK}
+        clean = {k: v for k, v in os.environ.items() if k != SESSION_MARK}
         self._reaper = subprocess.Popen(
-            [sys.executable, "-S", str(Path(reaper.__file__)), token],
+            [sys.executable, "-S", str(Path(reaper.__file__)), f"{SESSION_MARK}={token}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=clean,

@@ -1,9 +1,9 @@
 """End every process of a session once its driver is gone, however it went.
 
-Run as ``python -S reaper.py TOKEN`` with a pipe from the driver as standard input. When the
+Run as ``python -S reaper.py NAME=TOKEN`` with a pipe from the driver as standard input. When the
 pipe closes (the driver closed it, or died), every process of this user whose environment
-holds ``FLWR_HPC_SESSION=TOKEN`` gets SIGTERM and, if it lingers, SIGKILL. Batch jobs do not
-carry the token and live on. Standard library only: it costs a few megabytes.
+holds this variable gets SIGTERM and, if it lingers, SIGKILL. Batch jobs do not
+carry the mark and live on. Standard library only: it costs a few megabytes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import signal
 import sys
 import time
 
-MARK = "FLWR_HPC_SESSION"
 GRACE_S = 4.0
 GIVE_UP_S = 20.0
 
 
-def marked(token: str) -> list[int]:
-    """Return the live processes that carry the token, this one excepted."""
-    needle = f"{MARK}={token}".encode()
+def marked(mark: str) -> list[int]:
+    """Return the live processes that carry the mark, this one excepted."""
+    needle = mark.encode()
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         if int(name) == os.getpid():
@@ -34,10 +33,10 @@ def marked(token: str) -> list[int]:
     return found
 
 
-def end(token: str) -> bool:
-    """Terminate, then kill, what carries the token; return whether nothing is left."""
+def end(mark: str) -> bool:
+    """Terminate, then kill, what carries the mark; return whether nothing is left."""
     start = time.monotonic()
-    while pids := marked(token):
+    while pids := marked(mark):
         waited = time.monotonic() - start
         if waited > GIVE_UP_S:
             return False

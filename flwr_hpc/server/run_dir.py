@@ -86,10 +86,14 @@ class RunDir:
     def write_config(self, config: Config) -> None:
         publish(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
-    def store_url(self, config: Config) -> str:
+    def site_file(self, facility: str) -> Path:
+        """Where the settings of a facility's site lie."""
+        return self.flower / f"site-{facility}.json"
+
+    def store_url(self, config: Config, run_key: str | None = None) -> str:
         """Where weights lie on their way; this run's alone."""
         if config.exchange.store:
-            return f"{config.exchange.store.rstrip('/')}/{self.key}"
+            return f"{config.exchange.store.rstrip('/')}/{run_key or self.key}"
         return f"file://{self.path / 'exchange'}"
 
     def site_root(self, config: Config, facility: str, run_key: str | None = None) -> Path:

@@ -19,7 +19,8 @@ from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import preflight
 from flwr_hpc.server.driver import Outcome, drive
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.settings import job_spec
+from flwr_hpc.server.sites import site_settings
+from flwr_hpc.site.launcher import job_spec
 from flwr_hpc.tracking.live import LiveView
 from flwr_hpc.tracking.report.page import rebuild
 from flwr_hpc.tracking.text import node_hours_line
@@ -111,7 +112,7 @@ def _short(path: Path) -> Path:
 
 
 def _script(run_dir: RunDir, config: Config, facility: str, run_key: str) -> str:
-    spec = job_spec(run_dir, config, facility, run_key)
+    spec = job_spec(site_settings(run_dir, config, facility, run_key))
     return make_scheduler(config.facilities[facility]).script(spec)
 
 

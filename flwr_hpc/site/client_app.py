@@ -1,7 +1,7 @@
 """The thin ClientApp at a facility's login node: a message becomes an order to an allocation.
 
-It never imports torch. Which facility it serves is told by the SuperNode's node config
-(``site="<path of site.json>"``), see `flwr_hpc.site.settings`.
+It never imports torch. Which facility it serves the SuperNode's node config says
+(``site="<path of the site file>"``), see `flwr_hpc.site.settings`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from flwr.clientapp import ClientApp
 from flwr_hpc import protocol
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.protocol import Order, Result, Status
-from flwr_hpc.server import reaper
-from flwr_hpc.site.settings import Launcher, load_launcher
+from flwr_hpc.site.launcher import SESSION_MARK, Launcher, make_launcher
+from flwr_hpc.site.settings import NODE_CONFIG, from_node_config
 
 app = ClientApp()
 
 # Jobs outlive this session; only its own processes carry the mark.
-os.environ.pop(reaper.MARK, None)
+os.environ.pop(SESSION_MARK, None)
 
 
 class Terminated(Exception):
@@ -57,12 +57,12 @@ def acquire(message: Message, context: Context) -> Message:
 @app.query("forecast")
 def forecast(message: Message, context: Context) -> Message:
     """Tell how long a job submitted now would wait."""
-    return _answer(message, context, lambda launcher: launcher.site.outlook())
+    return _answer(message, context, lambda launcher: launcher.site.status_with_forecast())
 
 
 @app.query("collect")
 def collect(message: Message, context: Context) -> Message:
-    """Wait for an order that was handed in before."""
+    """Wait for an order that was submitted before."""
     order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
     return _answer(message, context, lambda launcher: _collect(launcher, order.id, message))
 
@@ -83,26 +83,26 @@ def release(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Hand in a training order and wait for it."""
+    """Submit a training order and wait for it."""
     return _order(message, context, "train")
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Hand in an evaluation order and wait for it."""
+    """Submit an evaluation order and wait for it."""
     return _order(message, context, "evaluate")
 
 
 def _order(message: Message, context: Context, kind: protocol.OrderKind) -> Message:
     def work(launcher: Launcher) -> Status:
         order = _read_order(message, context, launcher, kind)
-        folder = launcher.site.spool.root / "weights"
+        folder = launcher.site.spool.weights_folder
         folder.mkdir(parents=True, exist_ok=True)
         weights = launcher.exchange.receive(message.content, protocol.ARRAYS, folder)
         if weights is None and order.merges:
             raise BadPayload(f"the message lacks the weights of order {order.id}")
-        further = _further(message, order, launcher, folder)
-        status = launcher.site.hand_in(order, weights, further)
+        extra_arrays = _receive_extra_arrays(message, order, launcher, folder)
+        status = launcher.site.submit(order, weights, extra_arrays)
         return status if status.result else _collect(launcher, order.id, message)
 
     return _answer(message, context, work)
@@ -118,24 +118,26 @@ def _read_order(
     server_round = int(str(config.get("server-round", 0)))
     return Order(
         run_key=f"flower-{context.run_id}",
-        facility=launcher.facility,
+        facility=launcher.settings.name,
         seq=2 * server_round + (kind == "evaluate"),
         kind=kind,
         version=server_round,
-        steps=int(str(config.get("steps", launcher.steps))),
+        steps=int(str(config.get("steps", 0))) or launcher.settings.worker.train.steps,
         options={k: v for k, v in config.items() if isinstance(v, int | float | str | bool)},
     )
 
 
-def _further(message: Message, order: Order, launcher: Launcher, folder: Path) -> dict[str, Path]:
-    """Receive what the order carries beside the weights: without it, it would be another order."""
-    found: dict[str, Path] = {}
+def _receive_extra_arrays(
+    message: Message, order: Order, launcher: Launcher, folder: Path
+) -> dict[str, Path]:
+    """Receive what comes beside the weights: without it, it would be another order."""
+    received: dict[str, Path] = {}
     for key in order.carries:
         path = launcher.exchange.receive(message.content, key, folder)
         if path is None:
             raise BadPayload(f"the message lacks the arrays '{key}' of order {order.id}")
-        found[key] = path
-    return found
+        received[key] = path
+    return received
 
 
 def _collect(launcher: Launcher, order_id: str, message: Message) -> Status:
@@ -148,7 +150,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     """Run `work` on this site and wrap the status it returns into a reply."""
     signal.signal(signal.SIGTERM, _terminate)
     began = time.monotonic()
-    launcher = load_launcher(str(context.node_config.get("site", "")))
+    launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
     status = work(launcher)
     content = RecordDict()
     result = status.result
@@ -160,8 +162,8 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
         if result.weights:
             files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
         for key, (path, sha256) in files.items():
-            launcher.exchange.send(content, key, path, sha256, launcher.facility, base)
-    answer = dict(vars(status), seconds=time.monotonic() - began, facility=launcher.facility)
+            launcher.exchange.send(content, key, path, sha256, launcher.settings.name, base)
+    answer = dict(vars(status), seconds=time.monotonic() - began, facility=launcher.settings.name)
     content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(Status(**answer))})
     print(f"{message.metadata.message_type} -> {status.state} {status.order_id}", file=sys.stderr)
     return Message(content, reply_to=message)

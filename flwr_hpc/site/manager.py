@@ -1,14 +1,13 @@
 """A site's allocations and orders, all of it kept in the spool.
 
-Nothing lives in this process that the files do not tell: every call may be the first one of a
-new process, and the one before may have been killed anywhere.
+Nothing lives in this process alone: every call may be the first one of a new process, and the
+one before may have been killed anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,27 @@ from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.files import lock, publish
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError
 from flwr_hpc.site import long_poll
+from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
 from flwr_hpc.site.monitor import Monitor, View
 from flwr_hpc.site.prune import prune
-from flwr_hpc.site.renewal import NoForecast, QueueForecast, Renewal
-from flwr_hpc.site.startup_failures import forget, give_up, startup_failures_in_a_row
-from flwr_hpc.site.status import Answers
+from flwr_hpc.site.renewal import Renewal
+from flwr_hpc.site.startup_failures import (
+    fail_if_retries_are_spent,
+    repeated_startup_failure,
+    reset_order,
+)
+from flwr_hpc.site.status import StatusBuilder
 from flwr_hpc.site.submission import Submission, job_spec
 from flwr_hpc.spool import AllocationDir, Spool
 from flwr_hpc.worker.entry import work
 
 HANDOVER_S = 120.0  # for a released allocation to write down what the next one goes on from
 RANKED = ("queued", "starting", "ready")
+
+Living = tuple[AllocationDir, View]
 
 
 class AllocationManager:
@@ -48,7 +53,7 @@ class AllocationManager:
     facility : FacilityConfig
     allocation : AllocationConfig
     scheduler : Scheduler
-    spec : dict
+    settings : mapping
         What the worker loads; JSON.
     clock : Clock
     entry : callable
@@ -65,23 +70,22 @@ class AllocationManager:
         facility: FacilityConfig,
         allocation: AllocationConfig,
         scheduler: Scheduler,
-        spec: dict[str, Any],
+        settings: Mapping[str, Any],
         clock: Clock,
         entry: Callable[[str], Any] = work,
         forecast: QueueForecast | None = None,
     ) -> None:
-        self.spool, self.spec, self.clock = spool, spec, clock
+        self.spool, self.clock = spool, clock
         self.facility_name, self.scheduler = facility_name, scheduler
-        self.retries = allocation.retries
-        self._config = allocation
+        self._config, self._settings = allocation, settings
         self._forecast = forecast or NoForecast()
         self._submission = Submission(
             lambda name: job_spec(spool, run_key, facility_name, facility, name, entry),
             scheduler, clock, self._forecast,
         )  # fmt: skip
         deadline_s = allocation.queue_deadline_s
-        self._watch = Monitor(spool, scheduler, clock, deadline_s, self._forecast)
-        self._answers = Answers(spool, facility_name, self._watch, self._forecast, clock)
+        self._monitor = Monitor(spool, scheduler, clock, deadline_s, self._forecast)
+        self._status = StatusBuilder(spool, facility_name, self._monitor, self._forecast, clock)
         walltime = walltime_s(facility.walltime)
         self._renewal = Renewal(allocation, walltime, self._forecast, clock)
 
@@ -89,50 +93,52 @@ class AllocationManager:
 
     def acquire(self) -> Status:
         """Return the live allocation's state, asking for a new one if there is none."""
-        with lock(self.spool.root):
+        with self.spool.lock():
             while True:
                 current = self._current()
                 if current is not None:
                     self._renew()
-                    return self._answers.of(*current)
-                hopeless = startup_failures_in_a_row(self.spool, self.retries)
-                if hopeless is not None:
-                    error, fatal = hopeless.reason, hopeless.then == "fatal"
-                    return self._answers.say("failed", error=error, fatal=fatal)
+                    return self._status.of_allocation(*current)
+                failure = repeated_startup_failure(self.spool, self._config.retries)
+                if failure is not None:
+                    error, fatal = failure.reason, failure.consequence == "fatal"
+                    return self._status.of_state("failed", error=error, fatal=fatal)
                 self._create()
 
-    def hand_in(
-        self, order: Order, weights: Path | None, further: Mapping[str, Path] | None = None
+    def submit(
+        self, order: Order, weights: Path | None, extra_arrays: Mapping[str, Path] | None = None
     ) -> Status:
-        """Publish an order and assign it; handed in again, it changes nothing.
+        """Publish an order and assign it; submitted again, it changes nothing.
 
         An order that failed before is tried once more.
         """
-        with lock(self.spool.root):
+        with self.spool.lock():
             folder = self.spool.order(order.id)
             result = folder.result()
             if result is not None and result.state == "failed":
-                forget(self.spool, order.id)
-            folder.write_order(order, weights, further)
+                reset_order(self.spool, order.id)
+            folder.write_order(order, weights, extra_arrays)
             prune(self.spool)
             return self._advance(order.id)
 
     def collect(self, order_id: str) -> Status:
         """Return the order's result or progress; a dead allocation is replaced."""
-        with lock(self.spool.root):
-            if not (self.spool.order(order_id).path / "order.json").exists():
-                error = f"order '{order_id}' is not known here: hand it in first"
-                return self._answers.say("failed", order_id=order_id, error=error)
+        with self.spool.lock():
+            if not self.spool.order(order_id).exists:
+                error = f"order '{order_id}' is not known here: submit it first"
+                return self._status.of_state("failed", order_id=order_id, error=error)
             return self._advance(order_id)
 
     def status(self) -> Status:
-        """Return the state of the site; asks for nothing but an allocation's successors."""
-        with lock(self.spool.root):
+        """Return the state of the site; asks for nothing but a live allocation's successors."""
+        with self.spool.lock():
             self._renew()
             current = self._current()
-            return self._answers.of(*current) if current else self._answers.say("idle")
+            if current is None:
+                return self._status.of_state("idle")
+            return self._status.of_allocation(*current)
 
-    def outlook(self) -> Status:
+    def status_with_forecast(self) -> Status:
         """Return the state of the site with a forecast of the queue."""
         forecast = self._forecast.forecast()  # may ask the scheduler, so without the lock
         return dataclasses.replace(self.status(), forecast=forecast)
@@ -145,23 +151,23 @@ class AllocationManager:
 
     def release(self) -> Status:
         """Let allocations end once idle; those still queued are cancelled."""
-        with lock(self.spool.root):
+        with self.spool.lock():
             for alloc in self._open():
-                self._let_go(alloc)
-            return self._answers.say("idle")
+                self._release(alloc)
+            return self._status.of_state("idle")
 
     def live_jobs(self) -> list[dict[str, Any]]:
         """Return the jobs of this site that the scheduler has not called ended."""
-        with lock(self.spool.root):
+        with self.spool.lock():
             for alloc in self.spool.allocations():
-                self._submission.known(alloc)
-            return [job for _, job in self._watch.living()]
+                self._submission.find_job(alloc)
+            return [job for _, job in self._monitor.live_jobs()]
 
-    def account(self) -> Status:
+    def costs(self) -> Status:
         """Return what the jobs have cost, by the scheduler's present word."""
-        with lock(self.spool.root):
-            self._watch.living()
-            return self._answers.say("idle")
+        with self.spool.lock():
+            self._monitor.live_jobs()
+            return self._status.of_state("idle")
 
     def cancel_all(self) -> None:
         """Cancel every job of this site.
@@ -172,21 +178,21 @@ class AllocationManager:
             Naming the jobs that could not be cancelled.
         """
         left = []
-        with lock(self.spool.root):
+        with self.spool.lock():
             for alloc in self.spool.allocations():
                 with contextlib.suppress(SchedulerUnavailableError, OSError):  # asked again below
-                    self._submission.known(alloc)
-            living = {alloc.name for alloc, _ in self._watch.living()}
+                    self._submission.find_job(alloc)
+            living = {alloc.name for alloc, _ in self._monitor.live_jobs()}
             for alloc in self.spool.allocations():
                 try:
-                    job = self._submission.known(alloc)
+                    job = self._submission.find_job(alloc)
                     if job is not None and alloc.name in living:
-                        self._watch.cancel(alloc, job)
+                        self._monitor.cancel(alloc, job)
                 except (SchedulerUnavailableError, OSError) as exc:
-                    left.append(f"{self._submission.spec(alloc.name).name}: {exc}")
-                if not self._watch.is_closed(alloc):
+                    left.append(f"{self._submission.make_spec(alloc.name).name}: {exc}")
+                if not self._monitor.is_closed(alloc):
                     with contextlib.suppress(OSError):  # a full disk must not spare the others
-                        self._watch.end(alloc, "cancelled")
+                        self._monitor.close(alloc, "cancelled")
         if left:
             raise SchedulerUnavailableError("jobs that may be left: " + "; ".join(left))
 
@@ -195,36 +201,36 @@ class AllocationManager:
     def _advance(self, order_id: str) -> Status:
         """Bring an order one step on and say where it is."""
         while True:
-            at = self._assigned(order_id)
+            assigned = self._assigned(order_id)
             result = self.spool.order(order_id).result()  # after the look at its allocation
-            if result is None and at is None:
-                result = give_up(self.spool, order_id, self.retries)
+            if result is None and assigned is None:
+                result = fail_if_retries_are_spent(self.spool, order_id, self._config.retries)
             if result is not None:
                 current = self._current()
                 ready = current if current and current[1].state == "ready" else None
-                return self._answers.finished(result, ready)
-            if at is not None:
+                return self._status.of_result(result, ready)
+            if assigned is not None:
                 self._renew()
-                return self._answers.of(*at, order_id=order_id)
+                return self._status.of_allocation(*assigned, order_id=order_id)
             current = self._current()
-            if current is not None and self._hands_over(*current):
-                return self._answers.of(*current, order_id=order_id)
+            if current is not None and self._must_wait_for_handover(*current):
+                return self._status.of_allocation(*current, order_id=order_id)
             self._assign(current[0] if current else self._create(), order_id)
 
-    def _assigned(self, order_id: str) -> tuple[AllocationDir, View] | None:
+    def _assigned(self, order_id: str) -> Living | None:
         """Return the allocation that has the order, if that will do."""
         for alloc in self._open():
             if order_id not in alloc.inbox() or (view := self._look(alloc)).state == "ended":
                 continue
-            if view.state == "queued" and self._another_ready(alloc):
-                (alloc.path / "inbox" / order_id).unlink(missing_ok=True)
+            if view.state == "queued" and self._is_another_ready(alloc):
+                alloc.unassign(order_id)
                 continue
             if self._config.policy == "per_round":
                 alloc.release()  # whoever assigned it may have been killed before that
             return alloc, view
         return None
 
-    def _another_ready(self, alloc: AllocationDir) -> bool:
+    def _is_another_ready(self, alloc: AllocationDir) -> bool:
         """Tell whether this one, put back in the queue or overtaken there, holds up an order."""
         current = self._current()
         return current is not None and current[0] != alloc and current[1].state == "ready"
@@ -234,23 +240,22 @@ class AllocationManager:
         if self._config.policy == "per_round":
             alloc.release()  # after the assignment: the worker still does this one
 
-    def _hands_over(self, to: AllocationDir, view: View) -> bool:
-        """Tell whether an older allocation may still write the state that this one goes on from.
+    def _must_wait_for_handover(self, to: AllocationDir, view: View) -> bool:
+        """Tell whether another allocation may still write the state that this one goes on from.
 
         The worker itself looks for it, once, as it begins with the order.
         """
         if view.state != "ready":
             return False
         for alloc in self._open():
-            if alloc.released and alloc != to and self._look(alloc).state == "ready":
-                since = (alloc.path / "release").stat().st_mtime
-                if self.clock.wall() - since < HANDOVER_S:
-                    return True
+            may_write = alloc != to and alloc.released and self._look(alloc).state == "ready"
+            if may_write and self.clock.wall() - alloc.released_s < HANDOVER_S:
+                return True
         return False
 
     # ---- allocations ------------------------------------------------------------------------
 
-    def _current(self) -> tuple[AllocationDir, View] | None:
+    def _current(self) -> Living | None:
         """Return the allocation that takes new orders; once it is ready, others are let go.
 
         The ready one that lasts longest, else one that starts, else the one that waits longest.
@@ -261,9 +266,9 @@ class AllocationManager:
         best = max(living, key=lambda candidate: _fitness(*candidate), default=None)
         if best is not None and best[1].state == "ready":
             for alloc, view in living:
-                older = alloc.name < best[0].name and view.has_begun
+                older = alloc.number < best[0].number and view.has_begun
                 if alloc != best[0] and (older or view.state == "ready"):
-                    self._let_go(alloc)
+                    self._release(alloc)
         return best
 
     def _renew(self) -> None:
@@ -272,67 +277,67 @@ class AllocationManager:
         if current is None:
             return
         alloc, view = current
+        newer = [a for a in self.spool.allocations() if a.number > alloc.number]
         # A successor that has failed is not replaced before it is needed.
-        if any(self._is_out(a) for a in self.spool.allocations() if a.name > alloc.name):
+        if any(a.released or self._monitor.is_closed(a) for a in newer):
             return
         if (runs := view.state != "queued") and view.walltime_left_s is None:
             return
         queued = [a for a in self._open() if not a.released and not (runs and a == alloc)]
-        ledgers = [self._answers.known(a).ledger for a in self.spool.allocations()]
+        ledgers = [self._status.account(a).ledger for a in self.spool.allocations()]
         waits = [self._queue_wait(a) for a in queued]
         if self._renewal.is_due(view.walltime_left_s, waits, ledgers):
             self._look(self._create())
 
-    def _is_out(self, alloc: AllocationDir) -> bool:
-        return alloc.released or self._watch.is_closed(alloc)
-
     def _queue_wait(self, alloc: AllocationDir) -> tuple[JobInfo | None, float]:
         """Return what the scheduler says of a job in the queue, and how long it has waited."""
         info, job = self._look(alloc).info, alloc.job()
-        return info, self._watch.waited_s(job, info) if info and job else 0.0
+        return info, self._monitor.waited_s(job, info) if info and job else 0.0
 
     def _open(self) -> list[AllocationDir]:
         """Return the allocations without a verdict, newest first."""
-        return [a for a in reversed(self.spool.allocations()) if not self._watch.is_closed(a)]
+        return [a for a in reversed(self.spool.allocations()) if not self._monitor.is_closed(a)]
 
     def _create(self) -> AllocationDir:
         """Declare a new allocation; `_look` submits it."""
-        numbers = [int(a.name[1:]) for a in self.spool.allocations()]
-        alloc = self.spool.allocation(f"a{max(numbers, default=-1) + 1:04d}")
-        publish(alloc.path / "spec.json", json.dumps(self.spec))
+        alloc = self.spool.new_allocation()
+        alloc.write_settings(self._settings)
         return alloc
 
     def _look(self, alloc: AllocationDir) -> View:
+        """Return an allocation's state; it is submitted if it is not."""
         try:
-            if alloc.released and not alloc.inbox() and self._submission.known(alloc) is None:
-                return self._watch.end(alloc, "cancelled")  # nobody needs it any more
-            job = self._submission.job(alloc)
+            unneeded = alloc.released and not alloc.inbox()
+            if unneeded and self._submission.find_job(alloc) is None:
+                return self._monitor.close(alloc, "cancelled")
+            job = self._submission.ensure_job(alloc)
         except SchedulerUnavailableError as exc:
             if self._submission.trying_s(alloc) > self._config.queue_deadline_s:
-                return self._watch.end(alloc, "overdue", f"it could not be submitted: {exc}")
+                return self._monitor.close(alloc, "overdue", f"it could not be submitted: {exc}")
             return View("queued", reason=f"not submitted yet: {exc}")
         except UserError as exc:
-            return self._watch.end(alloc, "rejected", str(exc))
-        return self._watch.look(alloc, job)
+            return self._monitor.close(alloc, "rejected", str(exc))
+        return self._monitor.look(alloc, job)
 
-    def _let_go(self, alloc: AllocationDir) -> None:
+    def _release(self, alloc: AllocationDir) -> None:
         """Let an allocation end once idle; one that waits in the queue is cancelled."""
         alloc.release()
         # If that fails the worker will start, see the release and leave.
         with contextlib.suppress(SchedulerUnavailableError):
-            job = self._submission.known(alloc)
+            job = self._submission.find_job(alloc)
             if job is None:
-                self._watch.end(alloc, "cancelled")
-            elif (view := self._watch.look(alloc, job)).state == "queued":
-                self._watch.cancel(alloc, job)
+                self._monitor.close(alloc, "cancelled")
+            elif (view := self._monitor.look(alloc, job)).state == "queued":
+                self._monitor.cancel(alloc, job)
                 if view.info is not None:
-                    self._forecast.gave_up(job["name"], self._watch.waited_s(job, view.info))
-                self._watch.end(alloc, "cancelled")
+                    waited_s = self._monitor.waited_s(job, view.info)
+                    self._forecast.record_cancellation(job["name"], waited_s)
+                self._monitor.close(alloc, "cancelled")
 
 
-def _fitness(alloc: AllocationDir, view: View) -> tuple[int, float, str]:
+def _fitness(alloc: AllocationDir, view: View) -> tuple[int, float, int]:
     """Return what to choose among allocations by: the greatest takes new orders."""
     rank = RANKED.index(view.state)
     if view.state == "queued":
-        return rank, -int(alloc.name[1:]), ""
-    return rank, view.walltime_left_s or 0.0, alloc.name
+        return rank, 0.0, -alloc.number
+    return rank, view.walltime_left_s or 0.0, alloc.number

@@ -4,62 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Protocol
 
 from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.schema import AllocationConfig
-from flwr_hpc.protocol import Forecast
 from flwr_hpc.schedulers.base import JobInfo
+from flwr_hpc.site.forecast.base import QueueForecast
 
 LEAST_S = 60.0  # for a start-up nobody has measured yet
 LEAD_SHARE = 0.75  # of the walltime: a job uses the rest before its successor is submitted
 PREPARING_SHARE = 0.25
 FRESH_S = 60.0  # a forecast is asked for anew after so long
-
-
-class QueueForecast(Protocol):
-    """Knows of waits in one facility's queue, see `flwr_hpc.site.forecast.forecaster`."""
-
-    def wait(self, quantile: float = 0.5) -> float | None:
-        """Return how long a job submitted now would wait, in seconds; None: unknown."""
-
-    def remaining(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
-        """Return how long a job that has waited for `age_s` has still to wait."""
-
-    def forecast(self, quantile: float = 0.9) -> Forecast:
-        """Return what a job submitted now would wait."""
-
-    def submitting(self, job: str) -> None:
-        """Hear that a job is submitted next."""
-
-    def observe(self, info: JobInfo) -> None:
-        """Hear what the scheduler says of a job."""
-
-    def gave_up(self, job: str, waited_s: float) -> None:
-        """Hear that a job was cancelled that had waited so long."""
-
-
-class NoForecast:
-    """Knows nothing."""
-
-    def wait(self, quantile: float = 0.5) -> float | None:
-        return None
-
-    def remaining(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
-        return None
-
-    def forecast(self, quantile: float = 0.9) -> Forecast:
-        return Forecast(quantile=quantile)
-
-    def submitting(self, job: str) -> None:
-        """Forget it."""
-
-    def observe(self, info: JobInfo) -> None:
-        """Forget it."""
-
-    def gave_up(self, job: str, waited_s: float) -> None:
-        """Forget it."""
 
 
 class Renewal:
@@ -113,7 +68,7 @@ class Renewal:
         """Return when a job in the queue is expected to start; without a forecast, after `lead`."""
         left = None
         if info is not None:
-            left = self._forecast.remaining(info, waited_s, self._config.renew_quantile)
+            left = self._forecast.remaining_s(info, waited_s, self._config.renew_quantile)
         return max(0.0, lead - waited_s) if left is None else left
 
     def _wait_s(self) -> float | None:
@@ -121,7 +76,7 @@ class Renewal:
             return None
         at, wait_s = self._wait
         if self._clock.now() - at >= FRESH_S:
-            wait_s = self._forecast.wait(self._config.renew_quantile)
+            wait_s = self._forecast.wait_s(self._config.renew_quantile)
             self._wait = self._clock.now(), wait_s
         return wait_s
 

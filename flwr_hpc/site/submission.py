@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError, checkout
-from flwr_hpc.site.renewal import QueueForecast
-from flwr_hpc.spool import AllocationDir, Spool
+from flwr_hpc.site.forecast.base import QueueForecast
+from flwr_hpc.spool import AllocationDir, Spool, SubmissionMark
 from flwr_hpc.worker.entry import work
 
 BUSY_POLLS = 2  # polling intervals that a submission may take; sbatch and qsub are given 120 s
@@ -28,13 +26,13 @@ def job_spec(
     entry: Callable[[str], Any] = work,
 ) -> JobSpec:
     """Return the job of an allocation."""
-    path = spool.allocation(allocation).path.absolute()
+    alloc = spool.allocation(allocation)
     return JobSpec(
         name=f"{run_key}-{facility_name}-{allocation}",
-        folder=path / "job",
+        folder=alloc.job_folder,
         facility=facility,
         function=entry,
-        args=(str(path),),
+        args=(str(alloc.path.absolute()),),
         binds=tuple(filter(None, (str(spool.root.absolute()), checkout()))),
     )
 
@@ -44,26 +42,26 @@ class Submission:
 
     Parameters
     ----------
-    spec : callable
+    make_spec : callable
         Returns the job of an allocation of this name.
     scheduler : Scheduler
     clock : Clock
     forecast : QueueForecast
-        Told of each submission.
+        Learns of each submission.
     """
 
     def __init__(
         self,
-        spec: Callable[[str], JobSpec],
+        make_spec: Callable[[str], JobSpec],
         scheduler: Scheduler,
         clock: Clock,
         forecast: QueueForecast,
     ) -> None:
-        self.spec = spec
+        self.make_spec = make_spec
         self._scheduler, self._clock, self._forecast = scheduler, clock, forecast
-        self._asked: dict[str, tuple[float, str]] = {}  # without an answer, by allocation
+        self._unanswered: dict[str, tuple[float, str]] = {}  # when and why, by allocation
 
-    def job(self, alloc: AllocationDir) -> dict[str, Any]:
+    def ensure_job(self, alloc: AllocationDir) -> dict[str, Any]:
         """Return the allocation's job; it is submitted unless a process that died here did.
 
         Raises
@@ -74,16 +72,16 @@ class Submission:
         job = alloc.job()
         if job is not None:
             return job
-        asked, words = self._asked.get(alloc.name, (float("-inf"), ""))
+        asked, words = self._unanswered.get(alloc.name, (float("-inf"), ""))
         if self._clock.now() - asked < self._scheduler.poll_s:
             raise SchedulerUnavailableError(words)
         try:
-            return self.known(alloc) or self._submit(alloc)
+            return self.find_job(alloc) or self._submit(alloc)
         except SchedulerUnavailableError as exc:
-            self._asked[alloc.name] = self._clock.now(), str(exc)
+            self._unanswered[alloc.name] = self._clock.now(), str(exc)
             raise
 
-    def known(self, alloc: AllocationDir) -> dict[str, Any] | None:
+    def find_job(self, alloc: AllocationDir) -> dict[str, Any] | None:
         """Return the job, also one that was submitted but not written down; submit none.
 
         Raises
@@ -92,13 +90,13 @@ class Submission:
             If that cannot be said now.
         """
         job = alloc.job()
-        mark = read_json(_mark(alloc)) if job is None else None
+        mark = alloc.submission.read() if job is None else None
         if mark is None:
             return job
-        job = self._scheduler.find(self.spec(alloc.name))
+        job = self._scheduler.find(self.make_spec(alloc.name))
         if job is not None:
-            publish(alloc.path / "job.json", json.dumps(job))
-        elif 0 < mark.get("until_s", 0.0) - self._clock.wall() <= self._busy_s:
+            alloc.write_job(job)
+        elif 0 < mark.until_s - self._clock.wall() <= self._busy_s:
             raise SchedulerUnavailableError(
                 "whoever submitted it was killed, and the request may still be on its way"
             )
@@ -106,31 +104,27 @@ class Submission:
 
     def trying_s(self, alloc: AllocationDir) -> float:
         """Return for how long we have been trying to submit it."""
-        began = read_json(_mark(alloc))
-        return 0.0 if began is None else max(0.0, self._clock.wall() - began["since_s"])
+        mark = alloc.submission.read()
+        return 0.0 if mark is None else max(0.0, self._clock.wall() - mark.since_s)
 
     def _submit(self, alloc: AllocationDir) -> dict[str, Any]:
-        spec = self.spec(alloc.name)
-        self._forecast.submitting(spec.name)
-        now = self._clock.wall()
-        mark = {"since_s": (read_json(_mark(alloc)) or {}).get("since_s", now)}
+        spec = self.make_spec(alloc.name)
+        self._forecast.record_submission(spec.name)
+        now, mark = self._clock.wall(), alloc.submission
+        idle = replace(mark.read() or SubmissionMark(now), until_s=0.0)
         # From here on there may be a job; sbatch goes on if this process is killed meanwhile.
-        publish(_mark(alloc), json.dumps(mark | {"until_s": now + self._busy_s}))
+        mark.write(replace(idle, until_s=now + self._busy_s))
         try:
             job = self._scheduler.submit(spec)
         except UserError:  # refused: there is none to look for
-            _mark(alloc).unlink()
+            mark.remove()
             raise
         except BaseException:
-            publish(_mark(alloc), json.dumps(mark))
+            mark.write(idle)
             raise
-        publish(alloc.path / "job.json", json.dumps(job))
+        alloc.write_job(job)
         return job
 
     @property
     def _busy_s(self) -> float:
         return BUSY_POLLS * self._scheduler.poll_s
-
-
-def _mark(alloc: AllocationDir) -> Path:
-    return alloc.path / "submitting"

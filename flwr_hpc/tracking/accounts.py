@@ -129,9 +129,9 @@ class Accounts:
     def _is_ahead(self, job: Job) -> bool:
         """Whether it was submitted while its predecessor lived, so that nobody waited for it."""
         old = self.jobs.get(job.before)
-        if old is None or not (old.stays and job.stays):
+        if old is None or not (old.cycles and job.cycles):
             return False
-        submitted, ended = job.stays[0].submitted_s, old.stays[-1].ended_s
+        submitted, ended = job.cycles[0].submitted_s, old.cycles[-1].ended_s
         return submitted is not None and (ended is None or submitted < ended)
 
     def seconds(self) -> dict[str, float]:
@@ -169,7 +169,7 @@ class Accounts:
     def successor(self, present: str) -> str:
         """Return ``queued`` or ``starting`` of a job that comes after `present`, or ``""``."""
         later = [j for n, j in self.jobs.items() if order_of(n) > order_of(present)]
-        living = [j for j in later if j.stays and not j.ended]
+        living = [j for j in later if j.cycles and not j.ended]
         if not present or not living:
             return ""
         return "queued" if all(j.pending for j in living) else "starting"

@@ -2,7 +2,7 @@
 
 Times are the scheduler's own, in Unix seconds, and durations differences of two of them; what
 a job did while it ran comes from its worker's ledger. A job that was put back in the queue has
-a *stay* for every start.
+a *queue cycle* for every start.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WORK = ("train", "evaluate")
 
 
 @dataclass
-class Stay:
+class QueueCycle:
     """Once through the queue and what came of it; what is not known is None."""
 
     submitted_s: float | None = None
@@ -50,9 +50,9 @@ class Job:
     # if nobody knows.
     outcome: str = ""
     restarts: int = 0
-    stays: list[Stay] = field(default_factory=list)
-    queue_s: float = 0.0  # Seconds in the queue by the facility's account, over all stays
-    # Seconds by phase of each worker, on its own clock: one for every stay that got so far.
+    cycles: list[QueueCycle] = field(default_factory=list)
+    queue_s: float = 0.0  # Seconds in the queue by the facility's account, over all cycles
+    # Seconds by phase of each worker, on its own clock: one for every cycle that got so far.
     workers: list[dict[str, float]] = field(default_factory=list)
     # Work (training and evaluation) up to the last order that was finished, in seconds.
     saved_s: float = 0.0
@@ -63,24 +63,24 @@ class Job:
     @property
     def requeued(self) -> bool:
         """Whether it waits for another start."""
-        return 0 < len(self.stays) <= self.restarts and not self.outcome
+        return 0 < len(self.cycles) <= self.restarts and not self.outcome
 
     @property
     def ended(self) -> bool:
         """Whether it is over for good."""
-        over = bool(self.stays) and self.stays[-1].ended_s is not None
+        over = bool(self.cycles) and self.cycles[-1].ended_s is not None
         return bool(self.outcome) or (over and not self.requeued)
 
     @property
     def pending(self) -> bool:
         """Whether it waits in the queue, as far as the scheduler told."""
-        waits = bool(self.stays) and self.stays[-1].started_s is None
+        waits = bool(self.cycles) and self.cycles[-1].started_s is None
         return self.requeued or (waits and not self.ended)
 
     @property
     def bad_ends(self) -> int:
         """How often it was put back in the queue, or ended otherwise than completed."""
-        requeued = max(0, len(self.stays) - 1, self.restarts)
+        requeued = max(0, len(self.cycles) - 1, self.restarts)
         return requeued + (self.ended and self.outcome != "completed")
 
     @property
@@ -96,22 +96,22 @@ class Job:
     @property
     def waits(self) -> list[float]:
         """Return the seconds in the queue before every start."""
-        return [s.queue_s for s in self.stays if s.queue_s is not None]
+        return [s.queue_s for s in self.cycles if s.queue_s is not None]
 
     def seconds(self) -> dict[str, float]:
-        """Return seconds by phase over all its stays."""
+        """Return seconds by phase over all its cycles."""
         phases = {p for w in self.workers for p in w}
         return {"queue": self.queue_s} | {
             p: sum(w.get(p, 0.0) for w in self.workers) for p in sorted(phases)
         }
 
-    def worker(self, stay: int) -> dict[str, float]:
-        """Return the ledger of the worker of a stay.
+    def worker(self, cycle: int) -> dict[str, float]:
+        """Return the ledger of the worker of a cycle.
 
         They match from the last start on: an earlier one may have ended before it said anything.
         """
-        starts = sum(s.started_s is not None for s in self.stays)
-        i = stay - starts + len(self.workers)
+        starts = sum(s.started_s is not None for s in self.cycles)
+        i = cycle - starts + len(self.workers)
         return self.workers[i] if 0 <= i < len(self.workers) else {}
 
     def account(self, ledger: Mapping[str, float]) -> None:
@@ -125,41 +125,41 @@ class Job:
             self.workers[-1] = worker
 
     def update(self, said: Mapping[str, Any]) -> None:
-        """Take in what the scheduler said; an entry may hold one stay, or a list of them."""
+        """Take in what the scheduler said; an entry may hold one cycle, or a list of them."""
         self.id = str(said.get("id") or self.id)
         nodes = _number(said.get("nodes"))
         self.nodes = max(1, int(nodes)) if nodes is not None else self.nodes
         self.outcome = str(said.get("outcome") or "")
         self.restarts = int(_number(said.get("restarts")) or 0)
-        stays = said.get("stays")
-        told = [s for s in stays if isinstance(s, dict)] if isinstance(stays, list) else []
+        cycles = said.get("cycles")
+        told = [s for s in cycles if isinstance(s, dict)] if isinstance(cycles, list) else []
         for one in [*told, said]:
-            stay = Stay(*(_number(one.get(key)) for key in TIMES))
-            if stay.submitted_s is not None or stay.started_s is not None:
-                self._keep(stay)
+            cycle = QueueCycle(*(_number(one.get(key)) for key in TIMES))
+            if cycle.submitted_s is not None or cycle.started_s is not None:
+                self._keep(cycle)
 
-    def _keep(self, new: Stay) -> None:
-        for i, old in enumerate(self.stays):
+    def _keep(self, new: QueueCycle) -> None:
+        for i, old in enumerate(self.cycles):
             same_start = new.started_s is not None and old.started_s == new.started_s
-            if same_start or (i == len(self.stays) - 1 and old.started_s is None):
+            if same_start or (i == len(self.cycles) - 1 and old.started_s is None):
                 new.ended_s = old.ended_s if new.ended_s is None else new.ended_s
-                self.stays[i] = new
+                self.cycles[i] = new
                 return
-        if self.stays and self.stays[-1].ended_s is None and new.submitted_s is not None:
-            # Put back in the queue: the new stay begins where the one before ended.
-            started = self.stays[-1].started_s
+        if self.cycles and self.cycles[-1].ended_s is None and new.submitted_s is not None:
+            # Put back in the queue: the new cycle begins where the one before ended.
+            started = self.cycles[-1].started_s
             if started is not None and new.submitted_s >= started:
-                self.stays[-1].ended_s = new.submitted_s
-        self.stays.append(new)
+                self.cycles[-1].ended_s = new.submitted_s
+        self.cycles.append(new)
 
     def used(self) -> tuple[float, float]:
         """Return node-seconds used, and how much of them only the ledger tells.
 
-        The nodes of the job times how long the scheduler says it ran; a stay whose start or
+        The nodes of the job times how long the scheduler says it ran; a cycle whose start or
         end it does not tell counts as long as its worker's ledger.
         """
-        told = sum(stay.run_s or 0.0 for stay in self.stays)
-        matched = [self.worker(i) for i, stay in enumerate(self.stays) if stay.run_s is not None]
+        told = sum(cycle.run_s or 0.0 for cycle in self.cycles)
+        matched = [self.worker(i) for i, cycle in enumerate(self.cycles) if cycle.run_s is not None]
         ledger = sum(sum(w.values()) for w in self.workers if all(w is not m for m in matched))
         return (told + ledger) * self.nodes, ledger * self.nodes
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr_hpc.config.schema import DataConfig, LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
@@ -21,6 +19,7 @@ from flwr_hpc.worker.ledger import PhaseTimer, process_start
 from flwr_hpc.worker.lifeline import LoneFailureError, end_process
 from flwr_hpc.worker.ranks import Ranks
 from flwr_hpc.worker.reporter import Reporter
+from flwr_hpc.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from flwr_hpc.train.order import OrderRunner
@@ -33,14 +32,14 @@ def run(allocation_dir: Path) -> None:
     Parameters
     ----------
     allocation_dir : Path
-        The allocation's folder with ``spec.json``; see `flwr_hpc.spool`.
+        The allocation's folder with ``settings.json``; see `flwr_hpc.spool`.
     """
     allocation = AllocationDir(Path(allocation_dir))
     ranks = Ranks.detect()
     mine = allocation if ranks.rank == 0 else None
     former = mine.state() if mine else None  # of this job before it was requeued
     ledger = PhaseTimer(process_start(), former.seconds if former else {})
-    spec = WorkerSettings.of(allocation)
+    spec = WorkerSettings.read(allocation)
     # Other nodes have other clocks; rank 0 decides for all when time is up.
     ending = Deadline.detect(spec.walltime_s) if mine else Deadline()
     beat = former.beat if former else 0
@@ -57,37 +56,6 @@ def run(allocation_dir: Path) -> None:
                 end_process(traceback.format_exc())
             raise
         reporter.say(*last_word)
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """What the launcher wrote in ``spec.json``."""
-
-    facility: str
-    facilities: list[str]
-    seed: int
-    spool: Spool
-    model: ModelConfig
-    data: DataConfig
-    train: TrainConfig
-    rounds: int
-    idle_timeout_s: float
-    walltime_s: float | None
-    peak_tflops: float | None
-    gpus_per_node: int
-    internet: bool
-
-    @classmethod
-    def of(cls, allocation: AllocationDir) -> WorkerSettings:
-        raw: dict[str, Any] = allocation.spec()
-        model = dict(raw["model"])
-        model["lora"] = LoraConfig(**(model.get("lora") or {}))
-        given: dict[str, Any] = {
-            "spool": Spool(Path(raw["spool"])), "model": ModelConfig(**model),
-            "data": DataConfig(**raw["data"]), "train": TrainConfig(**raw["train"]),
-        }  # fmt: skip
-        known: dict[str, Any] = {name: raw.get(name) for name in cls.__dataclass_fields__}
-        return cls(**known | given)
 
 
 class Worker:
@@ -107,7 +75,7 @@ class Worker:
         from flwr_hpc.train.rendezvous import join
 
         torch.set_num_threads(ranks.cpu_threads())
-        self._spec = spec
+        self._spec, self._spool = spec, allocation.spool
         self._ledger = ledger
         self._reporter = reporter
         self._ending = ending
@@ -116,7 +84,7 @@ class Worker:
         reporter.say("loading")
         self._runner = self._load()
         self._inbox = Inbox(
-            allocation, spec.spool, spec.idle_timeout_s,
+            allocation, self._spool, spec.idle_timeout_s,
             should_stop=lambda: ending.interrupted or ending.is_due(self._runner.step_s),
         )  # fmt: skip
 
@@ -158,8 +126,8 @@ class Worker:
         """
         task = None
         if self._group.ranks.rank == 0 and (order_id := self._inbox.next()):
-            folder = self._spec.spool.order(order_id)
-            task = *folder.order(), folder.further()
+            folder = self._spool.order(order_id)
+            task = *folder.order(), folder.extra_arrays()
         agreed: tuple[Order, Path | None, dict[str, Path]] | None = self._group.broadcast(task)
         return agreed
 
@@ -167,7 +135,7 @@ class Worker:
         """Publish the order's result; return False if it is left to another allocation."""
         from flwr_hpc.train.rendezvous import Failure
 
-        folder = self._spec.spool.order(order.id)
+        folder = self._spool.order(order.id)
         step = self._runner.trainer.step
         result, mine = None, None
         try:
@@ -210,7 +178,7 @@ class Worker:
 
         runner, mine = None, None
         try:
-            runner = _runner(self._spec, self._group, self._ledger, self._reporter)
+            runner = _runner(self._spec, self._spool, self._group, self._ledger, self._reporter)
         except Exception as exc:
             mine = Failure.of(exc)
             cause = exc
@@ -233,7 +201,7 @@ class Worker:
 
 
 def _runner(
-    spec: WorkerSettings, group: Group, ledger: PhaseTimer, reporter: Reporter
+    spec: WorkerSettings, spool: Spool, group: Group, ledger: PhaseTimer, reporter: Reporter
 ) -> OrderRunner:
     import torch
 
@@ -252,15 +220,13 @@ def _runner(
             f"facilities.{spec.facility}.python or .container. To train on CPUs: "
             f"facilities.{spec.facility}.gpus_per_node=0"
         )
-    corpus = load_corpus(
-        spec.data, spec.facility, spec.facilities, spec.seed, spec.spool.root / "cache"
-    )
+    corpus = load_corpus(spec.data, spec.facility, spec.facilities, spec.seed, spool.cache)
     checkpointing = spec.train.activation_checkpointing
     built = build(spec.model, corpus.tokenizer, spec.seed, spec.data.seq_len, checkpointing)
     total = schedule_steps(spec.train, spec.rounds)
     return OrderRunner(
         trainer=Trainer(built, corpus, spec.train, total, group),
-        checkpoints=Checkpoints(spec.spool.checkpoints, group),
+        checkpoints=Checkpoints(spool.checkpoints, group),
         group=group, built=built, train=spec.train, data=spec.data,
         ledger=ledger, reporter=reporter, may_go=lambda: GO, peak_tflops=spec.peak_tflops,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def finish(site: AllocationManager, order: Order) -> Status:
 
 
 def begun(home: Home, site: AllocationManager, order: Order) -> None:
-    site.hand_in(order, None)
+    site.submit(order, None)
     until(lambda: site.collect(order.id).step > 0)
 
 
@@ -100,7 +100,7 @@ def test_one_allocation_for_many_orders(home: Home) -> None:
     assert len(pids) == 2
     for seq in range(3):
         site = home.site()
-        site.hand_in(home.order(seq), None)
+        site.submit(home.order(seq), None)
         assert finish(site, home.order(seq)).state == "done"
     assert {p.pid for p in home.ranks()} == pids
     assert len(home.trained()) == 3
@@ -123,7 +123,7 @@ def test_job_survives_the_process_that_submitted_it(home: Home) -> None:
         "def main(root, key):\n"
         "    home = jobs_test.Home(root)\n"
         "    home.run_key = key\n"
-        "    home.site().hand_in(home.order(seconds=3), None)\n"
+        "    home.site().submit(home.order(seconds=3), None)\n"
         "    print('handed in', flush=True)\n"
         "    time.sleep(300)\n"
     )
@@ -140,7 +140,7 @@ def test_job_survives_the_process_that_submitted_it(home: Home) -> None:
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.communicate()
     site = home.site()
-    assert site.hand_in(home.order(seconds=3), None).state in ("starting", "running")
+    assert site.submit(home.order(seconds=3), None).state in ("starting", "running")
     assert finish(site, home.order()).state == "done"
     assert home.trained() == [f"{home.order().id} a0000"]
 
@@ -174,7 +174,7 @@ def test_limit_and_reason(home: Home) -> None:
     """Protects the user: a worker that cannot start fails with its own words, once."""
     home.spec = {"fail": "no data in /nowhere", "fatal": True}
     site = home.site()
-    site.hand_in(home.order(), None)
+    site.submit(home.order(), None)
     status = finish(site, home.order())
     assert (status.state, status.fatal, status.error) == ("failed", True, "no data in /nowhere")
     assert not (home.root / "allocations" / "a0001").exists()
@@ -225,7 +225,7 @@ def test_a_successor_takes_over(home: Home) -> None:
     """Protects a run that is longer than its jobs: no gap, no order lost, none trained twice."""
     site = home.site(walltime="00:08")  # the second is due when 2 s are left
     for seq in range(8):
-        site.hand_in(home.order(seq, seconds=1), None)
+        site.submit(home.order(seq, seconds=1), None)
         assert finish(site, home.order(seq)).state == "done"
     lines = [line.split() for line in home.trained()]
     assert [order_id for order_id, _ in lines] == [home.order(seq).id for seq in range(8)]
@@ -241,7 +241,7 @@ def test_a_job_for_each_order(home: Home) -> None:
     for seq in range(2):
         site = home.site(policy="per_round")
         assert acquire(site).allocation == f"a{seq:04d}"
-        site.hand_in(home.order(seq), None)
+        site.submit(home.order(seq), None)
         assert finish(site, home.order(seq)).state == "done"
     until(lambda: site.live_jobs() == [])
     assert home.trained() == [f"{home.order(seq).id} a{seq:04d}" for seq in range(2)]

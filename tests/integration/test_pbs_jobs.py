@@ -68,7 +68,7 @@ def finish(site: AllocationManager, order: Order) -> Status:
 def test_order_goes_on_in_a_job_that_was_put_back(centre: Centre) -> None:
     """Protects an order from preemption: the same job, from where it was."""
     site, order = centre.site(), centre.order(seconds=3)
-    site.hand_in(order, None)
+    site.submit(order, None)
     until(lambda: site.collect(order.id).step > 5)
     (centre.server / "1.do").write_text("rerun")
     until(lambda: centre.jobs()[0]["runs"] == 2)
@@ -81,7 +81,7 @@ def test_order_goes_on_in_a_job_that_was_put_back(centre: Centre) -> None:
 def test_worker_keeps_its_own_clock(centre: Centre) -> None:
     """Protects the work before the walltime's end, of which PBS gives no warning."""
     site, order = centre.site(walltime="00:00:08"), centre.order(seconds=60)
-    site.hand_in(order, None)
+    site.submit(order, None)
     status = finish(site, order)
     assert status.state == "done"
     assert 0 < status.steps < 8 / fake_worker.BEAT_S
@@ -92,7 +92,7 @@ def test_worker_keeps_its_own_clock(centre: Centre) -> None:
 def test_requests_to_the_server_are_few(centre: Centre) -> None:
     """Protects the centre's server: one request per poll, however often the site is asked."""
     site, order = centre.site(poll_s=3600), centre.order(seconds=2)
-    site.hand_in(order, None)
+    site.submit(order, None)
     assert finish(site, order).state == "done"
     asked = (centre.server / "asked.log").read_text().splitlines()
     inside = [line for line in asked if "-x" not in line]  # by the job, after its walltime

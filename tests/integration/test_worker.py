@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 from worlds.torch_ranks import LLAMA
 
 from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
-from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
 
@@ -56,12 +55,12 @@ class Site:
         train: TrainConfig = FAST,
         program: str = RUN,
         requeued: AllocationDir | None = None,
-        **spec: Any,
+        **settings: Any,
     ) -> AllocationDir:
         """Start the ranks of a new allocation, or of one once more."""
         number = str(len(self.processes))
         allocation = requeued or self.spool.allocation(f"job-{number}")
-        publish(allocation.path / "spec.json", json.dumps(self._spec(train) | spec))
+        allocation.write_settings(self._settings(train) | settings)
         env = os.environ | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         env["FLWR_HPC_ATTEMPT"] = number
         log = open(allocation.path / "log", "wb")  # noqa: SIM115
@@ -77,14 +76,14 @@ class Site:
         log.close()
         return allocation
 
-    def _spec(self, train: TrainConfig) -> dict[str, Any]:
+    def _settings(self, train: TrainConfig) -> dict[str, Any]:
         data = DataConfig(kind="text", paths={"a": [str(self.text)]}, seq_len=32)
         return {
-            "facility": "a", "facilities": ["a"], "seed": 0, "spool": str(self.spool.root),
+            "facility": "a", "facilities": ["a"], "seed": 0,
             "model": dataclasses.asdict(ModelConfig(config=LLAMA)),
             "data": dataclasses.asdict(data), "train": dataclasses.asdict(train),
             "rounds": 3, "idle_timeout_s": 120.0, "walltime_s": 3600.0,
-            "peak_tflops": 1.0, "internet": False,
+            "peak_tflops": 1.0, "gpus_per_node": 0, "internet": False,
         }  # fmt: skip
 
     def order(self, allocation: AllocationDir, seq: int, **fields: Any) -> OrderDir:

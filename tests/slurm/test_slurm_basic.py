@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 def test_an_allocation_on_a_real_cluster(slurm: Cluster, tmp_path: Path) -> None:
     """Protects the whole path: sbatch, 2 nodes x 2 ranks by srun, an order, accounting, release."""
     ours = SlurmSite(slurm, tmp_path, nodes=2, ranks_per_node=2)
-    order = ours.hand_in()
+    order = ours.submit()
     status = ours.result(order)
     assert status.state == "done", status.error
     assert status.allocation == "a0000"

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm
 def test_preemption_with_requeue(slurm: Cluster, tmp_path: Path) -> None:
     """Protects an order whose job makes room for a more urgent one: it goes on where it was."""
     ours = SlurmSite(slurm, tmp_path, partition="scavenge", sbatch={"requeue": ""})
-    order = ours.hand_in(seconds=4)
+    order = ours.submit(seconds=4)
     ours.until_step(order, 30)
     other = slurm.occupy(1, partition="urgent")
     until(lambda: slurm.slurm("squeue", "-h", "-j", other, "-o", "%T").strip() == "RUNNING", 15)
@@ -39,12 +39,12 @@ def test_walltime_ends_with_a_successor(slurm: Cluster, tmp_path: Path) -> None:
     """Protects a long order: its part comes back in time, and the next job is there already."""
     limits = AllocationConfig(renew_ahead="00:00:40")
     ours = SlurmSite(slurm, tmp_path, limits, walltime="00:01:00")
-    order = ours.hand_in(seconds=300)
+    order = ours.submit(seconds=300)
     status = ours.result(order, 90)
     assert status.state == "done", status.error
     assert status.result is not None
     assert 100 < status.result.steps < 6000
-    then = ours.result(ours.hand_in(sequence=1))
+    then = ours.result(ours.submit(sequence=1))
     assert then.state == "done"
     assert then.allocation > "a0000"
     assert len(ours.trained()) == 2
@@ -57,14 +57,14 @@ def test_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
     """Protects the same where Slurm warns first: a job that then leaves is not requeued."""
     slurm.slurm("scontrol", "update", "PartitionName=scavenge", "GraceTime=10")
     ours = SlurmSite(slurm, tmp_path, partition="scavenge", sbatch={"requeue": ""})
-    order = ours.hand_in(seconds=60)
+    order = ours.submit(seconds=60)
     ours.until_step(order, 30)
     slurm.occupy(1, partition="urgent")
     status = ours.result(order, 30)
     assert status.state == "done", status.error
     assert status.result is not None
     assert 30 <= status.result.steps < 1200
-    assert ours.result(ours.hand_in(sequence=1)).allocation == "a0001"
+    assert ours.result(ours.submit(sequence=1)).allocation == "a0001"
     assert len(ours.trained()) == 2
     ours.end()
 
@@ -72,7 +72,7 @@ def test_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
 def test_a_node_crashes(slurm: Cluster, tmp_path: Path) -> None:
     """Protects an order on a node that loses power: Slurm requeues it, another node does it."""
     ours = SlurmSite(slurm, tmp_path)
-    order = ours.hand_in(seconds=2)
+    order = ours.submit(seconds=2)
     ours.until_step(order)
     node = ours.node()
     slurm.kill(node)
@@ -86,7 +86,7 @@ def test_a_node_crashes(slurm: Cluster, tmp_path: Path) -> None:
 def test_one_node_of_two_crashes(slurm: Cluster, tmp_path: Path) -> None:
     """Protects against half a job, where Slurm does not requeue: another waits for the node."""
     ours = SlurmSite(slurm, tmp_path, nodes=2, sbatch={"no-requeue": ""})
-    order = ours.hand_in(seconds=2)
+    order = ours.submit(seconds=2)
     ours.until_step(order)
     node = slurm.nodes[0]  # rank 0's
     slurm.kill(node)
@@ -101,7 +101,7 @@ def test_one_node_of_two_crashes(slurm: Cluster, tmp_path: Path) -> None:
 def test_slurmd_restarts(slurm: Cluster, tmp_path: Path) -> None:
     """Protects a running job while its node's daemon is updated."""
     ours = SlurmSite(slurm, tmp_path)
-    order = ours.hand_in(seconds=4)
+    order = ours.submit(seconds=4)
     ours.until_step(order)
     node = ours.node()
     slurm.kill("slurmd", node)
@@ -117,10 +117,10 @@ def test_slurmctld_restarts(slurm: Cluster, tmp_path: Path) -> None:
     """Protects a running order, and one handed in meanwhile, while nobody answers."""
     ours = SlurmSite(slurm, tmp_path / "a")
     waiting = SlurmSite(slurm, tmp_path / "b")
-    order = ours.hand_in(seconds=3)
+    order = ours.submit(seconds=3)
     ours.until_step(order)
     slurm.kill("slurmctld", number=15)
-    late = waiting.hand_in()
+    late = waiting.submit()
     assert waiting.collect(late).state == "queued"
     assert ours.result(order, 30).state == "done"  # seen in the files, without Slurm
     slurm.start("slurmctld")
@@ -135,7 +135,7 @@ def test_slurmctld_loses_a_job_and_gives_its_id_away(slurm: Cluster, tmp_path: P
     filler = slurm.occupy(600, name="before")
     _saved(slurm, "before")
     ours = SlurmSite(slurm, tmp_path, lost_after_s=4)
-    order = ours.hand_in()
+    order = ours.submit()
     lost = ours.job()
     slurm.kill("slurmctld")
     slurm.start("slurmctld")
@@ -153,7 +153,7 @@ def test_slurmctld_loses_a_job_and_gives_its_id_away(slurm: Cluster, tmp_path: P
 def test_slurmctld_loses_a_job_that_runs(slurm: Cluster, tmp_path: Path) -> None:
     """Protects an order whose job Slurm kills as a stranger's, or goes on with: done once."""
     ours = SlurmSite(slurm, tmp_path, lost_after_s=4)
-    order = ours.hand_in(seconds=3)
+    order = ours.submit(seconds=3)
     slurm.kill("slurmctld")
     slurm.start("slurmctld")
     status = ours.result(order)
@@ -165,7 +165,7 @@ def test_slurmctld_loses_a_job_that_runs(slurm: Cluster, tmp_path: Path) -> None
 def test_an_operator_cancels(slurm: Cluster, tmp_path: Path) -> None:
     """Protects an order whose job somebody else ends: another job goes on with it."""
     ours = SlurmSite(slurm, tmp_path)
-    order = ours.hand_in(seconds=4)
+    order = ours.submit(seconds=4)
     ours.until_step(order, 30)
     slurm.slurm("scancel", ours.job())
     status = ours.result(order)
@@ -179,7 +179,7 @@ def test_a_partition_is_down(slurm: Cluster, tmp_path: Path) -> None:
     """Protects what waits for maintenance to end, and says so."""
     slurm.slurm("scontrol", "update", "PartitionName=main", "State=DOWN")
     ours = SlurmSite(slurm, tmp_path)
-    order = ours.hand_in()
+    order = ours.submit()
     until(lambda: "PartitionDown" in ours.collect(order).reason, 15)
     slurm.slurm("scontrol", "update", "PartitionName=main", "State=UP")
     assert ours.result(order).state == "done"
@@ -191,7 +191,7 @@ def test_a_partition_is_down(slurm: Cluster, tmp_path: Path) -> None:
 def test_an_account_is_rejected(slurm: Cluster, tmp_path: Path) -> None:
     """Protects a user with a wrong account from a retry loop: Slurm's own words, at once."""
     ours = SlurmSite(slurm, tmp_path, account="nowhere")
-    status = ours.collect(ours.hand_in())
+    status = ours.collect(ours.submit())
     assert (status.state, status.fatal) == ("failed", True)
     assert "Invalid account" in status.error
     assert "account" in status.error.splitlines()[-1]
@@ -203,7 +203,7 @@ def test_no_accounting(slurm: Cluster, tmp_path: Path) -> None:
     """Protects against ends that only sacct would tell: slurmctld is asked as well."""
     ours = SlurmSite(slurm, tmp_path)
     slurm.kill("slurmdbd")
-    order = ours.hand_in(seconds=3)
+    order = ours.submit(seconds=3)
     ours.until_step(order)
     slurm.slurm("scancel", ours.job())
     status = ours.result(order)
@@ -216,7 +216,7 @@ def test_a_job_waits_too_long(slurm: Cluster, tmp_path: Path) -> None:
     """Protects a run from waiting for ever: the job is cancelled, Slurm's reason is told."""
     slurm.occupy(600)
     ours = SlurmSite(slurm, tmp_path, AllocationConfig(queue_deadline_s=3))
-    status = ours.result(ours.hand_in(), 30)
+    status = ours.result(ours.submit(), 30)
     assert (status.state, status.fatal) == ("failed", False)
     assert "queue_deadline_s" in status.error
     assert "PENDING" in status.error
@@ -228,7 +228,7 @@ def test_an_operator_holds_a_job(slurm: Cluster, tmp_path: Path) -> None:
     """Protects against a hold that nobody lifts: said, cancelled, tried again within limits."""
     slurm.occupy(600)
     ours = SlurmSite(slurm, tmp_path, AllocationConfig(retries=0))
-    order = ours.hand_in()
+    order = ours.submit()
     slurm.slurm("scontrol", "hold", ours.job())
     status = ours.result(order, 30)
     assert status.state == "failed"

@@ -36,7 +36,6 @@ LAYERS = {
     "run": 8,
 }
 REACH_STRATEGIES = ("server", "simulate")
-NOT_YET = {("site", "server")}
 FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 LIGHT = [
     "flwr_hpc.run",
@@ -87,8 +86,7 @@ def test_imports_point_one_way(path: Path) -> None:
         here, there = _part(".".join(parts)), _part(module)
         if there == here or module in ("flwr_hpc.__version__", "flwr_hpc.batch"):
             continue
-        if (here, there) not in NOT_YET:
-            assert LAYERS[there] < LAYERS[here], f"{path}: {module}"
+        assert LAYERS[there] < LAYERS[here], f"{path}: {module}"
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))

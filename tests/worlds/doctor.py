@@ -12,7 +12,8 @@ from flwr_hpc.doctor.login import Login
 from flwr_hpc.doctor.outside import Answer, Outside
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.site.settings import job_spec
+from flwr_hpc.server.sites import site_settings
+from flwr_hpc.site.launcher import job_spec
 
 GOOD = ("sbatch", "squeue", "scancel", "srun", "sacct", "apptainer")
 
@@ -121,5 +122,5 @@ def a_login(tmp_path: Path, *overrides: str, name: str = "slurm") -> Login:
     given = ["facilities.slurm.account=p"] if name == "slurm" else []
     config = compose_config([f"+facility={name}", *given, *overrides])
     run = RunDir(tmp_path / "run")
-    spec = job_spec(run, config, name, "key")
+    spec = job_spec(site_settings(run, config, name, "key"))
     return Login(name, config, tmp_path / "run" / "site", FakeScheduler(), spec, FakeOutside())

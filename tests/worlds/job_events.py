@@ -44,7 +44,7 @@ class Log:
                   seconds=seconds, **self._account())  # fmt: skip
 
     def worker(self, name: str, queue: float, train: float = 0.0, idle: float = 0.0) -> None:
-        """A worker starts in an allocation; `queue` is that of all its stays."""
+        """A worker starts in an allocation; `queue` is that of all its cycles."""
         self.ledger[name] = {
             "queue": queue, "startup": 20.0, "load": 100.0, "train": train, "idle": idle
         }  # fmt: skip
@@ -85,7 +85,7 @@ def leonardo() -> list[Event]:
     log.worker("a0001", queue=1500)
     log.jobs["a0001"].pop("ended_s")
     log.job("a0001", nodes=4, submitted_s=3800.0, started_s=4400.0)
-    log.jobs["a0001"]["stays"] = [first, {k: log.jobs["a0001"].get(k) for k in first}]
+    log.jobs["a0001"]["cycles"] = [first, {k: log.jobs["a0001"].get(k) for k in first}]
     log.allocation(4530, "a0001", "ready", walltime_left_s=3000.0)
     log.done(5000, order, "a0001", train=420.0, resumed=300.0)
     return log.events

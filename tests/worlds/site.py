@@ -10,9 +10,9 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
+from flwr_hpc.site.forecast.base import NoForecast
 from flwr_hpc.site.manager import AllocationManager
-from flwr_hpc.site.renewal import NoForecast
-from flwr_hpc.spool import AllocationDir, Spool, WorkerState
+from flwr_hpc.spool import CHECKPOINT_META, AllocationDir, Spool, WorkerState, checkpoint_name
 
 
 class Clock:
@@ -93,23 +93,23 @@ class Foretold(NoForecast):
     """A forecast made for the test, which keeps what it hears."""
 
     def __init__(self) -> None:
-        self.wait_s: float | None = None
+        self.expected_s: float | None = None
         self.heard: list[tuple[str, ...]] = []
 
-    def wait(self, quantile: float = 0.5) -> float | None:
-        return self.wait_s
+    def wait_s(self, quantile: float = 0.5) -> float | None:
+        return self.expected_s
 
-    def remaining(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
-        return None if self.wait_s is None else quantile * self.wait_s
+    def remaining_s(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
+        return None if self.expected_s is None else quantile * self.expected_s
 
-    def submitting(self, job: str) -> None:
-        self.heard.append(("submitting", job))
+    def record_submission(self, job: str) -> None:
+        self.heard.append(("submission", job))
 
-    def observe(self, info: JobInfo) -> None:
-        self.heard.append(("observe", info.name, info.state))
+    def record_info(self, info: JobInfo) -> None:
+        self.heard.append(("info", info.name, info.state))
 
-    def gave_up(self, job: str, waited_s: float) -> None:
-        self.heard.append(("gave_up", job))
+    def record_cancellation(self, job: str, waited_s: float) -> None:
+        self.heard.append(("cancellation", job))
 
 
 class World:
@@ -158,9 +158,9 @@ class World:
 
     def saved(self, order: Order, step: int) -> None:
         """Let the worker have written a checkpoint in the middle of an order."""
-        folder = self.spool.checkpoints / f"{order.id}@{step:010d}"
+        folder = self.spool.checkpoints / checkpoint_name(order.id, step)
         folder.mkdir(parents=True)
-        (folder / "meta.json").write_text("{}")
+        (folder / CHECKPOINT_META).write_text("{}")
 
     def alloc(self, number: int) -> AllocationDir:
         return self.spool.allocation(f"a{number:04d}")

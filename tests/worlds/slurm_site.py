@@ -63,11 +63,11 @@ class SlurmSite:
             entry=fake_worker.run,
         )  # fmt: skip
 
-    def hand_in(self, seconds: float = 1.0, sequence: int = 0) -> str:
-        """Hand in an order that takes so long; returns its id."""
+    def submit(self, seconds: float = 1.0, sequence: int = 0) -> str:
+        """Submit an order that takes so long; returns its id."""
         options = {"seconds": seconds}
         order = Order(self.key, "real", sequence, "train", steps=5, options=options)
-        self.site().hand_in(order, None)
+        self.site().submit(order, None)
         return order.id
 
     def collect(self, order: str) -> Status:

@@ -1,6 +1,6 @@
 """A worker without torch that speaks the spool protocol: what a job runs in tests.
 
-``spec.json`` may hold ``idle_timeout_s``, ``fail`` (error while loading) and ``fatal``; an
+``settings.json`` may hold ``idle_timeout_s``, ``fail`` (error while loading) and ``fatal``; an
 order's options may hold ``seconds`` (how long it takes, in steps of `BEAT_S`) and ``fail``.
 """
 
@@ -15,7 +15,7 @@ import submitit
 
 from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
-from flwr_hpc.spool import AllocationDir, Spool, WorkerState
+from flwr_hpc.spool import CHECKPOINT_META, AllocationDir, WorkerState, checkpoint_name
 from flwr_hpc.worker.deadline import Deadline
 
 BEAT_S = 0.05
@@ -59,8 +59,8 @@ def fail_on_rank_1(folder: str) -> None:
 
 class _Worker:
     def __init__(self, alloc: AllocationDir) -> None:
-        self.alloc, self.spec = alloc, alloc.spec()
-        self.spool = Spool(alloc.path.parents[1])
+        self.alloc, self.settings = alloc, alloc.settings()
+        self.spool = alloc.spool
         self.ending = Deadline.detect(None)
         former = alloc.state()
         self.beat = former.beat if former else 0
@@ -75,8 +75,8 @@ class _Worker:
 
     def run(self) -> None:
         self.say("starting")
-        if "fail" in self.spec:
-            error, fatal = str(self.spec["fail"]), bool(self.spec.get("fatal"))
+        if "fail" in self.settings:
+            error, fatal = str(self.settings["fail"]), bool(self.settings.get("fatal"))
             self.alloc.write_state(WorkerState("failed", error=error, fatal=fatal))
             raise RuntimeError(error)
         self.serve()
@@ -84,7 +84,7 @@ class _Worker:
 
     def serve(self) -> None:
         idle_since = time.monotonic()
-        while time.monotonic() - idle_since < self.spec.get("idle_timeout_s", 60):
+        while time.monotonic() - idle_since < self.settings.get("idle_timeout_s", 60):
             released = self.alloc.released
             todo = [i for i in self.alloc.inbox() if self.spool.order(i).result() is None]
             if self.ending.interrupted or self.ending.is_due():
@@ -111,8 +111,8 @@ class _Worker:
             self.say("running", order_id)
             time.sleep(BEAT_S)
         if step < steps and self.ending.interrupted:
-            checkpoint = self.spool.checkpoints / f"{order_id}@{step:010d}"
-            publish(checkpoint / "meta.json", json.dumps({"steps": step}))
+            checkpoint = self.spool.checkpoints / checkpoint_name(order_id, step)
+            publish(checkpoint / CHECKPOINT_META, json.dumps({"steps": step}))
             return False
         if step == 0 < steps:
             return False

@@ -11,7 +11,7 @@ from flwr_hpc.schedulers.base import JobInfo, JobState, Outcome
 # A column without a width is not cut; the reason may hold anything and comes last.
 _COLUMNS = "JobID,Name,State,SubmitTime,EligibleTime,StartTime,EndTime,NumNodes,RestartCnt,Reason"
 SQUEUE = ["--noheader", "--states=all", "--Format=" + _COLUMNS.replace(",", ":|,") + ":|"]
-# One row for every stay in the queue. sacct has no restarts before Slurm 23.
+# One row for every wait in the queue. sacct has no restarts before Slurm 23.
 _FIELDS = "JobID,JobName,State,Submit,Eligible,Start,End,NNodes,ExitCode"
 SACCT = ["-X", "-D", "--noheader", "--parsable2", "-o", _FIELDS]
 
@@ -80,7 +80,7 @@ def read_squeue(text: str) -> list[JobInfo]:
 
 
 def read_sacct(text: str) -> list[JobInfo]:
-    """Read what sacct printed with `SACCT`: the latest stay of every job."""
+    """Read what sacct printed with `SACCT`: the latest wait of every job."""
     latest: dict[tuple[str, str], JobInfo] = {}
     for line in text.splitlines():
         row = line.strip().split("|")

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Forecaster:
     """One facility's forecasts, and the record of them; several processes may hold one.
 
-    A job's steps are told to it by name: `submitting`, then `observe` whenever the scheduler
-    was heard, and `gave_up`. Each may be said again, or never.
+    A job is told of by name: `record_submission`, then `record_info` whenever the scheduler
+    answered, and `record_cancellation`. Each may be called again, or never.
 
     Parameters
     ----------
@@ -60,11 +60,11 @@ class Forecaster:
         self._floor_s = max(1.0, spec.facility.poll_s)  # schedulers' times are whole seconds
         self._ask_every_s = PLAN_POLLS * spec.facility.poll_s
 
-    def wait(self, quantile: float = 0.5) -> float | None:
+    def wait_s(self, quantile: float = 0.5) -> float | None:
         """Return how long a job submitted now would wait, in seconds; None: nothing is known."""
         return self._new().quantile(quantile)
 
-    def remaining(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
+    def remaining_s(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
         """Return how long a job that has waited for `age_s` has still to wait; asks nobody."""
         others = [wait for wait in self.history.waits() if wait.job != info.name]
         left = None
@@ -87,7 +87,7 @@ class Forecaster:
             coverage=coverage,
         )
 
-    def submitting(self, job: str) -> None:
+    def record_submission(self, job: str) -> None:
         """Note what is forecast for a job that is submitted next."""
         known = {wait.job for wait in self.history.waits()}
         if not self._queues or job in known:
@@ -100,7 +100,7 @@ class Forecaster:
             **self._new().record(),
         )
 
-    def observe(self, info: JobInfo) -> None:
+    def record_info(self, info: JobInfo) -> None:
         """Note what the scheduler says of a job's wait, where that is news."""
         known = {wait.job: wait for wait in self.history.waits()} if self._queues else {}
         wait = known.get(info.name)
@@ -115,7 +115,7 @@ class Forecaster:
         else:
             self._pending(info, wait)
 
-    def gave_up(self, job: str, waited_s: float) -> None:
+    def record_cancellation(self, job: str, waited_s: float) -> None:
         """Note that a job was cancelled after it had waited for so long."""
         if any(wait.job == job and not wait.closed for wait in self.history.waits()):
             self.history.note(job, waited_s=max(0.0, waited_s), closed=True)

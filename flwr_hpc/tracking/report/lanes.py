@@ -28,7 +28,7 @@ def lanes(state: RunState, f: FacilityState, until_s: float) -> list[Lane]:
     Without times of the scheduler there is one lane, the facility's timeline.
     """
     place = _clock(state, f)
-    timed = [job for job in f.accounts.jobs.values() if job.stays]
+    timed = [job for job in f.accounts.jobs.values() if job.cycles]
     if place is None or not timed:
         return [[(start, end, phase, "") for start, end, phase in f.intervals(until_s)]]
     holds = _holds(f, until_s)
@@ -81,16 +81,16 @@ def _allocation(
     work: Sequence[Interval],
     until_s: float,
 ) -> Lane:
-    """Return what one allocation did, stay by stay; it worked for its facility in `windows`."""
+    """Return what one allocation did, cycle by cycle; it worked for its facility in `windows`."""
     found: list[Interval] = []
     at = 0.0
-    for i, stay in enumerate(job.stays):
-        over = stay.ended_s
-        if over is None and i + 1 < len(job.stays):
-            over = job.stays[i + 1].submitted_s
+    for i, cycle in enumerate(job.cycles):
+        over = cycle.ended_s
+        if over is None and i + 1 < len(job.cycles):
+            over = job.cycles[i + 1].submitted_s
         end = until_s if over is None else min(until_s, place(over))
-        start = end if stay.started_s is None else min(end, place(stay.started_s))
-        at = max(at, start if stay.submitted_s is None else min(start, place(stay.submitted_s)))
+        start = end if cycle.started_s is None else min(end, place(cycle.started_s))
+        at = max(at, start if cycle.submitted_s is None else min(start, place(cycle.submitted_s)))
         found.append((at, start, "queue"))
         clips = [_clip(work, max(start, since), min(end, to)) for since, to in windows]
         pieces = [part for clip in clips for part in clip if part[2] in WORK]

@@ -14,10 +14,10 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from flwr_hpc.config.compose import compose_config, conf_dir
 from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
+from flwr_hpc.config.schema import decode
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers import script
 from flwr_hpc.schedulers.registry import check_facility, make_scheduler
@@ -236,9 +236,8 @@ def test_containers_reach_the_gpus_of_either_vendor() -> None:
 def test_facility_survives_the_site_file() -> None:
     """Protects the queues on their way to the site's process, through JSON."""
     facility = _facility("frontier")
-    schema = OmegaConf.structured(FacilityConfig)
     body = json.loads(json.dumps(asdict(facility)))
-    assert OmegaConf.to_object(OmegaConf.merge(schema, body)) == facility
+    assert decode(FacilityConfig, body, "site.json") == facility
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -63,10 +63,10 @@ def forecaster(
 
 def wait_out(forecast: Forecaster, clock: Clock, job: str, waited_s: float) -> None:
     """Submit a job that starts after so long."""
-    forecast.submitting(job)
+    forecast.record_submission(job)
     began = clock.wall()
     clock.sleep(waited_s)
-    forecast.observe(JobInfo("1", job, "running", submitted_s=began, started_s=clock.wall()))
+    forecast.record_info(JobInfo("1", job, "running", submitted_s=began, started_s=clock.wall()))
 
 
 def waits(values: list[float], over: bool = True, shape: Shape = SHAPE) -> list[Wait]:
@@ -91,8 +91,8 @@ def trace(seed: int, n: int, center_s: float = HOUR) -> list[float]:
 def test_nothing_is_known_at_first(tmp_path: Path) -> None:
     """Protects the cold start: no number is made up."""
     forecast = forecaster(tmp_path, Clock())
-    assert forecast.wait() is None
-    assert forecast.remaining(JobInfo("1", "j", "pending"), 100.0) is None
+    assert forecast.wait_s() is None
+    assert forecast.remaining_s(JobInfo("1", "j", "pending"), 100.0) is None
     told = forecast.forecast()
     assert (told.median_s, told.high_s, told.source, told.checked) == (None, None, "none", 0)
 
@@ -109,7 +109,7 @@ def test_without_a_record_the_schedulers_plan_is_taken_at_its_word(tmp_path: Pat
 def test_a_local_job_waits_for_nothing(tmp_path: Path) -> None:
     """Protects the demo from a history in the user's home and from a wait that is none."""
     forecast = forecaster(tmp_path / "new", Clock(), Scheduler(0.0), "local")
-    forecast.submitting("j")
+    forecast.record_submission("j")
     assert (forecast.forecast().median_s, forecast.forecast().high_s) == (0.0, 0.0)
     assert not (tmp_path / "new").exists()
 
@@ -220,9 +220,9 @@ def test_a_queued_jobs_plan_is_used(tmp_path: Path) -> None:
     clock, scheduler = Clock(), Scheduler()
     forecast = forecaster(tmp_path, clock, scheduler)
     info = JobInfo("1", "j", "pending", expected_start_s=clock.wall() + 900.0)
-    assert forecast.remaining(info, 50.0) == pytest.approx(900.0)
+    assert forecast.remaining_s(info, 50.0) == pytest.approx(900.0)
     clock.sleep(500.0)
-    assert forecast.remaining(info, 550.0) == pytest.approx(400.0)
+    assert forecast.remaining_s(info, 550.0) == pytest.approx(400.0)
     assert scheduler.asked == 0
 
 
@@ -230,21 +230,21 @@ def test_the_scheduler_is_seldom_asked(tmp_path: Path) -> None:
     """Protects against a ban: one question in ten minutes by all processes, whatever comes back."""
     clock, scheduler = Clock(), Scheduler(SchedulerUnavailableError("busy"))
     for k in range(10):
-        assert forecaster(tmp_path, clock, scheduler).wait() is None
-        forecaster(tmp_path, clock, scheduler).submitting(f"j{k}")
+        assert forecaster(tmp_path, clock, scheduler).wait_s() is None
+        forecaster(tmp_path, clock, scheduler).record_submission(f"j{k}")
         clock.sleep(50.0)
     assert scheduler.asked == 1
     scheduler.plan = UserError("no such account")
     clock.sleep(100.0)
-    assert forecaster(tmp_path, clock, scheduler).wait() is None
+    assert forecaster(tmp_path, clock, scheduler).wait_s() is None
     assert scheduler.asked == 2
 
 
 def test_a_spoilt_file_of_plans_is_written_anew(tmp_path: Path) -> None:
     """Protects the run from a file that somebody else wrote to."""
     (tmp_path / "site.plans.json").write_text("[")
-    assert forecaster(tmp_path, Clock(), Scheduler(60.0)).wait() == pytest.approx(60.0)
-    assert forecaster(tmp_path, Clock(), Scheduler(90.0)).wait() == pytest.approx(60.0)
+    assert forecaster(tmp_path, Clock(), Scheduler(60.0)).wait_s() == pytest.approx(60.0)
+    assert forecaster(tmp_path, Clock(), Scheduler(90.0)).wait_s() == pytest.approx(60.0)
 
 
 def test_a_job_is_told_of_twice_and_by_other_processes(tmp_path: Path) -> None:
@@ -252,12 +252,12 @@ def test_a_job_is_told_of_twice_and_by_other_processes(tmp_path: Path) -> None:
     clock, scheduler = Clock(), Scheduler(600.0)
     info = JobInfo("1", "j", "running", submitted_s=clock.wall(), started_s=clock.wall() + 300.0)
     for _ in range(2):
-        forecaster(tmp_path, clock, scheduler).submitting("j")
+        forecaster(tmp_path, clock, scheduler).record_submission("j")
         scheduler.plan = 0.0
         clock.sleep(700.0)
     for _ in range(2):
-        forecaster(tmp_path, clock, scheduler).observe(info)
-        forecaster(tmp_path, clock, scheduler).gave_up("j", 5.0)
+        forecaster(tmp_path, clock, scheduler).record_info(info)
+        forecaster(tmp_path, clock, scheduler).record_cancellation("j", 5.0)
     (wait,) = forecaster(tmp_path, clock).history.waits()
     assert (wait.waited_s, wait.over, wait.plan_s) == (300.0, True, 600.0)
     assert wait.median_s == pytest.approx(600.0)
@@ -270,16 +270,16 @@ def test_a_wait_that_did_not_end_is_known_as_far_as_it_was_seen(tmp_path: Path) 
     clock = Clock()
     forecast = forecaster(tmp_path, clock)
     for job in ("seen", "cancelled", "held", "requeued", "given up", "never seen"):
-        forecast.submitting(job)
+        forecast.record_submission(job)
     began = clock.wall()
     clock.sleep(500.0)
     pending = JobInfo("1", "seen", "pending", submitted_s=began, expected_start_s=began + 800.0)
-    forecast.observe(pending)
+    forecast.record_info(pending)
     same = {"submitted_s": began, "started_s": began + 400.0, "ended_s": began + 400.0}
-    forecast.observe(JobInfo("2", "cancelled", "ended", outcome="cancelled", **same))
-    forecast.observe(JobInfo("3", "held", "pending", submitted_s=began, stuck="held"))
-    forecast.observe(JobInfo("4", "requeued", "running", restarts=1, **same))
-    forecast.gave_up("given up", 450.0)
+    forecast.record_info(JobInfo("2", "cancelled", "ended", outcome="cancelled", **same))
+    forecast.record_info(JobInfo("3", "held", "pending", submitted_s=began, stuck="held"))
+    forecast.record_info(JobInfo("4", "requeued", "running", restarts=1, **same))
+    forecast.record_cancellation("given up", 450.0)
     found = {wait.job: wait for wait in forecast.history.waits()}
     assert not any(wait.over for wait in found.values())
     assert (found["seen"].waited_s, found["seen"].plan_s) == (500.0, 800.0)
@@ -295,6 +295,6 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     scheduler = Scheduler(600.0)
     forecast = forecaster(tmp_path / "file" / "waits", Clock(), scheduler)
-    forecast.submitting("j")
-    assert forecast.wait() is None
+    forecast.record_submission("j")
+    assert forecast.wait_s() is None
     assert scheduler.asked == 0

@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def test_acquire_goes_from_queued_to_ready(world: World) -> None:
     assert (status.state, status.allocation, status.walltime_left_s) == ("ready", "a0000", 3000.0)
     assert status.ledger == {"a0000": {"queue": 7.0, "load": 2.0, "idle": 1.0}}
     assert len(world.scheduler.jobs) == 1
-    assert world.alloc(0).spec() == {"model": "tiny"}
+    assert world.alloc(0).settings() == {"model": "tiny"}
 
 
 def test_scheduler_is_asked_rarely(world: World) -> None:
@@ -105,9 +106,10 @@ def test_killed_in_the_middle_of_the_submit(world: World) -> None:
     world.scheduler.refusal = Killed()
     with pytest.raises(Killed):
         world.site.acquire()
-    mark = world.alloc(0).path / "submitting"
-    since_s = json.loads(mark.read_text())["since_s"]
-    mark.write_text(json.dumps({"since_s": since_s, "until_s": world.clock.wall() + 60.0}))
+    mark = world.alloc(0).submission
+    before = mark.read()
+    assert before is not None
+    mark.write(replace(before, until_s=world.clock.wall() + 60.0))
     world.scheduler.refusal = None
     assert "killed" in world.restart().acquire().reason
     assert not world.scheduler.jobs
@@ -135,7 +137,7 @@ def test_refused_job_is_fatal(world: World) -> None:
     status = world.site.acquire()
     assert (status.state, status.fatal) == ("failed", True)
     assert "invalid account" in status.error
-    assert world.restart().hand_in(order(), None).fatal
+    assert world.restart().submit(order(), None).fatal
 
 
 def test_allocations_that_never_get_ready_are_given_up(world: World) -> None:
@@ -154,7 +156,7 @@ def test_allocations_that_never_get_ready_are_given_up(world: World) -> None:
 
 def test_fatal_failure_of_the_worker(world: World) -> None:
     """Protects against replacing jobs that all fail for the same reason."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.job(0, "running")
     world.worker(0, "failed", error="data: no such file", fatal=True)
     status = world.site.collect(order().id)
@@ -164,16 +166,16 @@ def test_fatal_failure_of_the_worker(world: World) -> None:
     assert world.restart().collect(order().id).fatal
 
 
-def test_hand_in_is_idempotent(world: World) -> None:
+def test_submit_is_idempotent(world: World) -> None:
     """Protects against training an order twice."""
-    world.site.hand_in(order(), Path("/w/1"))
+    world.site.submit(order(), Path("/w/1"))
     world.up(0)
-    assert world.site.hand_in(order(), Path("/w/2")).state == "running"
-    assert world.restart().hand_in(order(), None).state == "running"
+    assert world.site.submit(order(), Path("/w/2")).state == "running"
+    assert world.restart().submit(order(), None).state == "running"
     assert world.spool.order(order().id).order()[1] == Path("/w/1")
     assert world.alloc(0).inbox() == [order().id]
     world.done(order(), steps=10)
-    status = world.restart().hand_in(order(), None)
+    status = world.restart().submit(order(), None)
     assert status.state == "done"
     assert status.result is not None
     assert status.result.steps == 10
@@ -183,25 +185,25 @@ def test_hand_in_is_idempotent(world: World) -> None:
 
 def test_progress_of_a_running_order(world: World) -> None:
     """Protects what the live view shows."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.spool.order(order().id).write_progress({"step": 3, "steps": 10, "loss": 2.5, "x": 1})
     status = world.site.collect(order().id)
     assert (status.state, status.step, status.steps, status.loss) == ("running", 3, 10, 2.5)
 
 
-def test_collect_of_an_order_nobody_handed_in(world: World) -> None:
+def test_collect_of_an_order_nobody_submitted(world: World) -> None:
     """Protects against waiting for ever for an order that is not there."""
     status = world.site.collect("run-fac-000009")
     assert status.state == "failed"
-    assert "hand it in" in status.error
+    assert "submit it" in status.error
 
 
 def test_dead_allocation_is_replaced_at_most_so_often(world: World) -> None:
     """Protects an order from its allocation's death, and the budget from an order."""
     world.restart(retries=1)
-    world.site.hand_in(order(), None)
-    log = world.alloc(0).path / "job" / "1_0_log.err"
+    world.site.submit(order(), None)
+    log = world.alloc(0).job_folder / "1_0_log.err"
     log.parent.mkdir()
     log.write_text("CUDA Error: out of memory")
     world.job(0, "ended")
@@ -220,8 +222,8 @@ def test_dead_allocation_is_replaced_at_most_so_often(world: World) -> None:
 def test_reason_holds_the_jobs_last_words(world: World) -> None:
     """Protects the user from a bare 'job failed'."""
     world.restart(retries=0)
-    world.site.hand_in(order(), None)
-    log = world.alloc(0).path / "job" / "1_0_log.err"
+    world.site.submit(order(), None)
+    log = world.alloc(0).job_folder / "1_0_log.err"
     log.parent.mkdir()
     log.write_text("first\nCUDA Error: out of memory\n")
     world.job(0, "ended")
@@ -230,23 +232,23 @@ def test_reason_holds_the_jobs_last_words(world: World) -> None:
     assert "out of memory" in error
 
 
-def test_failed_order_is_tried_again_when_handed_in_again(world: World) -> None:
+def test_failed_order_is_tried_again_when_submitted_again(world: World) -> None:
     """Protects the strategy's retries: a failure is not remembered for ever."""
     world.restart(retries=0)
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.job(0, "ended")
     assert world.site.collect(order().id).state == "failed"
-    assert world.restart().hand_in(order(), None).state == "queued"
+    assert world.restart().submit(order(), None).state == "queued"
     assert world.alloc(1).inbox() == [order().id]
 
 
 def test_order_that_failed_in_a_living_allocation_gets_another(world: World) -> None:
     """Protects a second try from a worker that takes no order twice."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.done(order(), "failed", error="bad data", fatal=True)
     assert world.site.collect(order().id).fatal
-    status = world.restart().hand_in(order(), None)
+    status = world.restart().submit(order(), None)
     assert (status.state, status.allocation) == ("queued", "a0001")
     assert world.alloc(0).released
     assert world.alloc(0).inbox() == []
@@ -257,7 +259,7 @@ def test_allocation_that_closed_as_the_order_came(world: World) -> None:
     world.restart(retries=0)
     world.site.acquire()
     world.up(0)
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.worker(0, "closed", seconds={"idle": 600.0})
     assert world.site.collect(order().id).state == "queued"
     assert world.alloc(1).inbox() == [order().id]
@@ -265,7 +267,7 @@ def test_allocation_that_closed_as_the_order_came(world: World) -> None:
 
 def test_result_written_just_before_the_end_counts(world: World) -> None:
     """Protects finished work of a job that died after it."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.done(order())
     world.job(0, "ended")
     assert world.site.collect(order().id).state == "done"
@@ -274,7 +276,7 @@ def test_result_written_just_before_the_end_counts(world: World) -> None:
 
 def test_unknown_is_not_ended(world: World) -> None:
     """Protects a healthy job from a scheduler that is down."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.job(0, "unknown")
     assert world.site.collect(order().id).state == "queued"
     assert world.restart().collect(order().id).state == "queued"
@@ -288,7 +290,7 @@ def test_unknown_is_not_ended(world: World) -> None:
 
 def test_worker_that_stopped_beating_is_replaced(world: World) -> None:
     """Protects against a job that runs and does nothing; polls of one process."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     for _ in range(119):
         assert world.site.collect(order().id).state == "running"
@@ -300,7 +302,7 @@ def test_worker_that_stopped_beating_is_replaced(world: World) -> None:
 
 def test_suspended_job_is_no_hang(world: World) -> None:
     """Protects a job that the scheduler has suspended: its worker cannot beat."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     assert world.site.collect(order().id).state == "running"
     world.scheduler.words["run-fac-a0000"] = {"suspended": True}
@@ -313,7 +315,7 @@ def test_suspended_job_is_no_hang(world: World) -> None:
 
 def test_hang_is_noticed_across_short_lived_processes(world: World) -> None:
     """Protects the same when every process polls for less than the limit."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     for _ in range(3):
         world.restart()
@@ -345,7 +347,7 @@ def test_two_launchers_at_once_submit_one_job(world: World) -> None:
 
 def test_release_lets_a_worker_finish_and_cancels_what_waits(world: World) -> None:
     """Protects running work on release, and the queue from jobs nobody needs."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.site.release()
     assert world.alloc(0).released
@@ -357,7 +359,7 @@ def test_release_lets_a_worker_finish_and_cancels_what_waits(world: World) -> No
 
 def test_cancel_all_leaves_nothing(world: World) -> None:
     """Protects Ctrl-C, also after a crash between submit and job.json; then a fresh start."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.scheduler.trouble = Killed()
     world.alloc(0).release()
     with pytest.raises(Killed):
@@ -458,23 +460,23 @@ def test_old_orders_and_weights_are_pruned(world: World) -> None:
     for k in range(12):
         weights[k].write_bytes(b"w")
         os.utime(weights[k], (k, k))
-        further = {"correction": correction} if k == 1 else {}
-        world.site.hand_in(order(k), weights[k], further)
+        extra_arrays = {"correction": correction} if k == 1 else {}
+        world.site.submit(order(k), weights[k], extra_arrays)
         os.utime(world.spool.order(order(k).id).path / "order.json", (k, k))
         if k != 1:
             world.done(order(k))
-    world.site.hand_in(order(11), None)
+    world.site.submit(order(11), None)
     left = sorted(p.name for p in (world.spool.root / "orders").iterdir())
     assert left == [order(k).id for k in (1, 8, 9, 10, 11)]
     assert world.alloc(0).inbox() == left
     assert [w for w in weights if w.exists()] == [weights[k] for k in (1, 8, 9, 10, 11)]
-    assert world.spool.order(order(1).id).further() == {"correction": correction}
+    assert world.spool.order(order(1).id).extra_arrays() == {"correction": correction}
     assert correction.exists()
 
 
 def test_files_are_json(world: World) -> None:
     """Protects other readers of the spool: what the launcher writes is JSON."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.site.collect(order().id)
     world.job(0, "ended")

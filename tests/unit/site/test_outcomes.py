@@ -10,8 +10,7 @@ from worlds.site import Killed, World, order
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
-from flwr_hpc.site.monitor import verdict
-from flwr_hpc.site.outcomes import ENDS, OUTCOMES
+from flwr_hpc.site.outcomes import RULES, SCHEDULER_OUTCOMES
 
 
 @pytest.fixture
@@ -64,27 +63,27 @@ WORDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("why", [w for w in ENDS if w != "cancelled"])
+@pytest.mark.parametrize("why", [w for w in RULES if w != "cancelled"])
 def test_each_row_of_the_table(world: World, why: str) -> None:
     """Protects a run from each way a job can end: what is kept, replaced and told."""
     world.restart(retries=0)
     if why == "rejected":
         rejected(world)
-        world.site.hand_in(order(), None)
+        world.site.submit(order(), None)
     else:
-        world.site.hand_in(order(), None)
-        outcome = next((o for o, w in OUTCOMES.items() if w == why), "failed")
+        world.site.submit(order(), None)
+        outcome = next((o for o, w in SCHEDULER_OUTCOMES.items() if w == why), "failed")
         CAUSES.get(why, lambda w: w.job(0, "ended", outcome=outcome))(world)
     status = world.site.collect(order().id)
-    how = verdict(world.alloc(0))
-    assert how is not None
-    assert how.why == why
-    rule = ENDS[how.why]
-    if rule.then == "free":
+    verdict = world.alloc(0).verdict.read()
+    assert verdict is not None
+    assert verdict.why == why
+    rule = RULES[verdict.why]
+    if rule.consequence == "replace":
         assert (status.state, status.allocation) == ("queued", "a0001")
         return
-    assert (status.state, status.fatal) == ("failed", rule.then == "fatal")
-    assert rule.says in status.error
+    assert (status.state, status.fatal) == ("failed", rule.consequence == "fatal")
+    assert rule.message in status.error
     assert WORDS.get(why, "") in status.error
     assert world.restart().collect(order().id).error == status.error
     if why in ("held", "impossible", "overdue"):
@@ -95,7 +94,7 @@ def test_each_row_of_the_table(world: World, why: str) -> None:
 @pytest.mark.parametrize("why", ["preempted", "held", "lost", "cancelled"])
 def test_a_replacement_goes_on(world: World, why: str) -> None:
     """Protects a run from what is nobody's fault: another job is submitted."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     if why == "held":
         held(world)
     else:
@@ -118,7 +117,7 @@ def test_user_hold_is_told(world: World) -> None:
 def test_progress_costs_no_retry(world: World) -> None:
     """Protects long orders in preemptable queues: only fruitless jobs are counted."""
     world.restart(retries=1)
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     for number in range(5):
         world.up(number)
         world.saved(order(), 10 * number + 10)
@@ -138,14 +137,14 @@ def test_checkpoints_of_other_orders_are_no_progress(world: World) -> None:
     """Protects the budget from an order that never gets anywhere."""
     world.restart(retries=0)
     world.saved(order(3), 50)
-    world.site.hand_in(order(4), None)
+    world.site.submit(order(4), None)
     world.job(0, "ended", outcome="preempted")
     assert world.site.collect(order(4).id).state == "failed"
 
 
 def test_a_requeued_job_keeps_its_allocation_and_order(world: World) -> None:
     """Protects from a second job beside the one that the scheduler starts again."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     assert world.site.collect(order().id).state == "running"
     world.worker(0, "interrupted")
@@ -166,7 +165,7 @@ def test_a_requeued_job_keeps_its_allocation_and_order(world: World) -> None:
 
 def test_a_requeue_between_two_looks_is_noticed(world: World) -> None:
     """Protects a job that starts anew, while nobody looked, from being called a hang."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.site.collect(order().id)
     world.clock.time += 500
@@ -206,8 +205,8 @@ def test_an_unanswered_submission_ends_at_the_deadline(world: World) -> None:
 
 def test_what_is_told_of_a_job(world: World) -> None:
     """Protects queue times and node-hours: the scheduler's own times, its end included."""
-    world.forecast.wait_s = 100.0
-    world.site.hand_in(order(), None)
+    world.forecast.expected_s = 100.0
+    world.site.submit(order(), None)
     world.job(0, "pending", reason="Priority")
     status = world.site.collect(order().id)
     assert (status.reason, status.queue_wait_s, status.queue_wait_high_s) == (
@@ -244,10 +243,10 @@ def test_the_forecast_hears_of_every_wait(world: World) -> None:
     world.site.acquire()
     world.clock.time += 200
     world.site.acquire()
-    first = [("submitting", "run-fac-a0000"), ("observe", "run-fac-a0000", "pending")]
+    first = [("submission", "run-fac-a0000"), ("info", "run-fac-a0000", "pending")]
     assert world.forecast.heard[:2] == first
-    assert ("gave_up", "run-fac-a0000") in world.forecast.heard
-    assert world.site.outlook().forecast is not None
+    assert ("cancellation", "run-fac-a0000") in world.forecast.heard
+    assert world.site.status_with_forecast().forecast is not None
 
 
 def test_killed_as_it_cancelled(world: World) -> None:
@@ -260,16 +259,16 @@ def test_killed_as_it_cancelled(world: World) -> None:
     world.scheduler.trouble = None
     world.clock.time += 31
     assert world.restart().status().state == "idle"
-    how = verdict(world.alloc(0))
-    assert how is not None
-    assert how.why == "cancelled"
+    verdict = world.alloc(0).verdict.read()
+    assert verdict is not None
+    assert verdict.why == "cancelled"
     assert world.site.acquire().state == "queued"
 
 
 def test_allocations_that_leave_without_a_step(world: World) -> None:
     """Protects from an order that no walltime is long enough for: bounded, and explained."""
     world.restart(retries=1)
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     for number in range(3):
         world.up(number)
         world.worker(number, "closed", seconds={"idle": 1.0})

@@ -12,7 +12,6 @@ from worlds.site import Foretold, Killed, World, order
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo
-from flwr_hpc.site.monitor import verdict
 from flwr_hpc.site.renewal import lead_s, next_successor_in_s, preparing_s
 
 HOUR = 3600.0
@@ -25,7 +24,7 @@ def world(tmp_path: Path) -> World:
 
 def near_its_end(world: World, left_s: float = 50.0) -> None:
     """Let the first allocation run, with an order, shortly before its walltime's end."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.worker(0, "running", order_id=order().id, walltime_left_s=left_s)
     world.site.collect(order().id)
@@ -57,13 +56,13 @@ def test_preparing_is_measured() -> None:
     assert preparing_s([]) is None
 
 
-@pytest.mark.parametrize("call", ["collect", "acquire", "hand_in"])
+@pytest.mark.parametrize("call", ["collect", "acquire", "submit"])
 def test_one_successor_is_submitted_in_time(world: World, call: str) -> None:
     """Protects the site from a gap between two jobs, and from a third one."""
     near_its_end(world, 100.0)
     assert len(world.scheduler.jobs) == 1
     world.worker(0, "running", walltime_left_s=50.0)
-    args = {"collect": [order().id], "acquire": [], "hand_in": [order(), None]}[call]
+    args = {"collect": [order().id], "acquire": [], "submit": [order(), None]}[call]
     for _ in range(3):
         getattr(world.restart(), call)(*args)
         world.clock.time += 31
@@ -73,7 +72,7 @@ def test_one_successor_is_submitted_in_time(world: World, call: str) -> None:
 
 def test_the_forecast_moves_the_submission(world: World) -> None:
     """Protects long queues: the wait is added to the lead."""
-    world.forecast.wait_s = 1000.0
+    world.forecast.expected_s = 1000.0
     near_its_end(world, 1061.0)
     assert len(world.scheduler.jobs) == 1
     world.worker(0, "running", walltime_left_s=1059.0)
@@ -90,7 +89,7 @@ def test_orders_go_to_the_newest_that_is_ready(world: World) -> None:
     world.worker(1, "loading")
     status = world.site.collect(order().id)
     assert (status.state, status.allocation) == ("done", "a0000")
-    assert world.site.hand_in(order(1), None).allocation == "a0000"
+    assert world.site.submit(order(1), None).allocation == "a0000"
     assert not world.alloc(0).released
     world.worker(1, "ready", walltime_left_s=3600.0)
     status = world.site.collect(order(1).id)
@@ -101,7 +100,7 @@ def test_orders_go_to_the_newest_that_is_ready(world: World) -> None:
     status = world.site.collect(order(1).id)
     assert (status.state, status.allocation, status.walltime_left_s) == ("done", "a0001", 3600.0)
     world.worker(0, "closed")
-    status = world.site.hand_in(order(2), None)
+    status = world.site.submit(order(2), None)
     assert (status.state, status.allocation) == ("running", "a0001")
     assert world.alloc(1).inbox() == [order(2).id]
     assert len(world.scheduler.jobs) == 2  # the old one's end needs no third job
@@ -115,7 +114,7 @@ def test_the_successor_waits_for_the_old_ones_state(world: World) -> None:
     assert world.site.acquire().allocation == "a0001"
     released = world.alloc(0).path / "release"
     os.utime(released, (world.clock.wall(), world.clock.wall()))
-    status = world.site.hand_in(order(1), None)
+    status = world.site.submit(order(1), None)
     assert (status.state, status.allocation) == ("running", "a0001")
     assert world.alloc(1).inbox() == []
     world.restart()
@@ -133,7 +132,7 @@ def test_the_successor_does_not_wait_for_ever(world: World) -> None:
     released = world.alloc(0).path / "release"
     os.utime(released, (world.clock.wall(), world.clock.wall()))
     for _ in range(5):
-        world.site.hand_in(order(1), None)
+        world.site.submit(order(1), None)
         world.clock.time += 31
         world.worker(0, "running", walltime_left_s=40.0)
         world.worker(1, "ready", walltime_left_s=3000.0)
@@ -164,7 +163,7 @@ def test_without_a_successor_one_comes_when_needed(world: World, ahead: str) -> 
 def test_a_successor_that_fails_harms_nobody(world: World) -> None:
     """Protects running work, and the scheduler from one submission after the other."""
     world.scheduler.refusal = None
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.scheduler.refusal = UserError("over the limit of 1 job")
     world.worker(0, "running", walltime_left_s=50.0)
@@ -189,7 +188,7 @@ def test_release_cancels_a_queued_successor(world: World) -> None:
 @pytest.mark.parametrize("moment", ["declared", "submitted"])
 def test_killed_while_renewing(world: World, moment: str) -> None:
     """Protects from a second successor after kill -9 in the middle of submitting one."""
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.up(0)
     world.worker(0, "running", walltime_left_s=50.0)
     if moment == "declared":
@@ -215,9 +214,9 @@ def test_a_preempted_one_yields_to_its_successor(world: World) -> None:
     status = world.site.collect(order().id)
     assert (status.state, status.allocation) == ("running", "a0001")
     assert world.scheduler.cancelled == [world.name(0)]
-    how = verdict(world.alloc(0))
-    assert how is not None
-    assert how.why == "cancelled"
+    verdict = world.alloc(0).verdict.read()
+    assert verdict is not None
+    assert verdict.why == "cancelled"
 
 
 def test_an_order_is_not_left_with_a_job_that_was_overtaken(world: World) -> None:
@@ -241,7 +240,7 @@ def test_a_job_for_each_order(world: World) -> None:
         assert world.site.acquire().state == "queued"
         world.up(number)
         assert world.site.acquire().state == "ready"
-        status = world.site.hand_in(order(number), None)
+        status = world.site.submit(order(number), None)
         assert (status.state, status.allocation) == ("running", f"a{number:04d}")
         assert world.alloc(number).released
         assert world.alloc(number).inbox() == [order(number).id]
@@ -255,7 +254,7 @@ def test_a_job_for_each_order(world: World) -> None:
 def test_per_round_after_a_kill(world: World) -> None:
     """Protects from a job that idles as its launcher died between assignment and release."""
     world.restart(policy="per_round")
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     (world.alloc(0).path / "release").unlink()
     world.restart().collect(order().id)
     assert world.alloc(0).released
@@ -293,10 +292,10 @@ def test_next_successor(
 class LongQueue(Foretold):
     """Every job waits three hours, and that is known."""
 
-    def wait(self, quantile: float = 0.5) -> float | None:
+    def wait_s(self, quantile: float = 0.5) -> float | None:
         return 3 * HOUR
 
-    def remaining(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
+    def remaining_s(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
         return max(0.0, 3 * HOUR - age_s)
 
 
@@ -340,7 +339,7 @@ def test_orders_wait_for_the_first_of_a_chain(long: World) -> None:
     long.clock.time += 1.5 * HOUR
     assert long.site.acquire().allocation == "a0000"
     assert len(long.scheduler.jobs) == 2
-    assert long.site.hand_in(order(), None).allocation == "a0000"
+    assert long.site.submit(order(), None).allocation == "a0000"
     assert long.alloc(1).inbox() == []
 
 
@@ -383,7 +382,7 @@ def test_release_cancels_a_whole_chain(long: World) -> None:
     assert len(long.scheduler.jobs) == 3
 
 
-@pytest.mark.parametrize("call", ["status", "outlook"])
+@pytest.mark.parametrize("call", ["status", "status_with_forecast"])
 def test_an_idle_warm_site_gets_its_successor(world: World, call: str) -> None:
     """Protects a site that has nothing to do as its walltime ends: being asked for its state is
     enough, and an idle site without a job is asked for nothing."""
@@ -445,7 +444,7 @@ def live_through_two(world: World) -> None:
     again(world, "acquire")
     world.job(0, "running")
     worker(world, 0, "ready", walltime_left_s=3000.0)
-    again(world, "hand_in", order(), None)
+    again(world, "submit", order(), None)
     worker(world, 0, "running", walltime_left_s=50.0)
     again(world, "collect", order().id)
     again(world, "collect", order().id)
@@ -467,7 +466,7 @@ def live_through_a_chain(world: World) -> None:
         again(world, "acquire")
     world.job(0, "running")
     worker(world, 0, "ready", walltime_left_s=3000.0)
-    again(world, "hand_in", order(), None)
+    again(world, "submit", order(), None)
     world.job(1, "running")
     worker(world, 1, "ready", walltime_left_s=3600.0)
     again(world, "collect", order().id)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from worlds.site import World, order
 
-from flwr_hpc.site.job_times import alone_s, spans
+from flwr_hpc.site.job_times import waiting_s, waits_and_runs
+from flwr_hpc.spool import QueueCycle
 
 
-def stay(submitted: float | None, started: float | None, ended: float | None) -> dict[str, Any]:
-    return {"submitted_s": submitted, "started_s": started, "ended_s": ended}
+def cycle(submitted: float | None, started: float | None, ended: float | None) -> QueueCycle:
+    return QueueCycle(submitted, submitted, started, ended)
 
 
 @pytest.mark.parametrize(
@@ -28,24 +29,24 @@ def stay(submitted: float | None, started: float | None, ended: float | None) ->
 )
 def test_only_time_without_a_running_job_is_waiting(waits: Any, runs: Any, seconds: float) -> None:
     """Protects FedQueue's forecast from a successor that queues while its predecessor works."""
-    assert alone_s(waits, runs) == seconds
+    assert waiting_s(waits, runs) == seconds
 
 
-def test_stays_of_a_requeued_job() -> None:
+def test_cycles_of_a_requeued_job() -> None:
     """Protects the second wait of a preempted job: nothing ran then."""
-    kept = {"stays": [stay(100, 160, 500), stay(500, 530, None)]}
-    waits, runs = spans(kept, until=600.0)
+    cycles = [cycle(100, 160, 500), cycle(500, 530, None)]
+    waits, runs = waits_and_runs(cycles, until=600.0)
     assert (waits, runs) == ([(100, 160), (500, 530)], [(160, 500), (530, 600)])
-    assert alone_s(waits, runs) == 90.0
-    assert spans({"stays": [stay(100, None, 175)]}, until=600.0) == ([(100, 175)], [])
-    assert spans({"stays": [stay(None, 160, 170)]}, until=600.0) == ([], [(160, 170)])
+    assert waiting_s(waits, runs) == 90.0
+    assert waits_and_runs([cycle(100, None, 175)], until=600.0) == ([(100, 175)], [])
+    assert waits_and_runs([cycle(None, 160, 170)], until=600.0) == ([], [(160, 170)])
 
 
 def test_a_site_counts_what_its_jobs_waited_with_none_running(tmp_path: Path) -> None:
     """Protects the site's own number: it grows in the queue, and stands still while a job runs."""
     world = World(tmp_path / "site")
     submitted = world.clock.wall()
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.clock.time += 100.0
     assert world.site.acquire().queued_s == 100.0  # still in the queue
     start = submitted + 120.0
@@ -67,7 +68,7 @@ def test_a_site_counts_what_its_jobs_waited_with_none_running(tmp_path: Path) ->
 def test_a_job_whose_end_nobody_tells_ran_as_long_as_its_worker(tmp_path: Path) -> None:
     """Protects from a wait that appears, or vanishes, once a batch system has forgotten a job."""
     world = World(tmp_path / "site")
-    world.site.hand_in(order(), None)
+    world.site.submit(order(), None)
     world.job(0, "running")  # started 7 s after its submission
     world.worker(0, "running", order_id=order().id, walltime_left_s=3000.0)
     world.site.collect(order().id)

@@ -96,11 +96,11 @@ def test_a_requeued_job_has_a_stay_and_a_worker_for_every_start() -> None:
     assert job.bad_ends == 1
     again = {"submitted_s": 1000.0, "eligible_s": None, "started_s": 1600.0, "ended_s": None}
     first = {k: ENDED[k] for k in again}
-    job.update({"id": "7", "nodes": 2, "restarts": 1, "stays": [first, again], **again})
+    job.update({"id": "7", "nodes": 2, "restarts": 1, "cycles": [first, again], **again})
     job.account({"queue": 900, "load": 21, "train": 1})
     assert not job.pending
     assert not job.ended
-    assert [s.started_s for s in job.stays] == [400.0, 1600.0]
+    assert [s.started_s for s in job.cycles] == [400.0, 1600.0]
     assert job.waits == [300.0, 600.0]
     assert job.seconds() == {"queue": 900, "load": 41, "train": 51}
     assert job.used() == (2 * (600 + 22), 2 * 22)
@@ -111,7 +111,7 @@ def test_a_requeue_ends_the_stay_before_it() -> None:
     job = Job("a0")
     for said in (RUNNING, {**RUNNING, "submitted_s": 700.0, "started_s": 900.0, "restarts": 1}):
         job.update(said)
-    assert [(s.started_s, s.ended_s) for s in job.stays] == [(400.0, 700.0), (900.0, None)]
+    assert [(s.started_s, s.ended_s) for s in job.cycles] == [(400.0, 700.0), (900.0, None)]
 
 
 def test_the_summary_tells_node_hours_and_waits() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, JobState
-from flwr_hpc.site.job_times import keep_times, queue_s, times
-from flwr_hpc.site.queue import Queue
-from flwr_hpc.spool import AllocationDir
+from flwr_hpc.site.job_states import JobStates
+from flwr_hpc.site.job_times import record_times, total_s, waits_and_runs
+from flwr_hpc.spool import AllocationDir, JobTimes, Spool
 
 JOBS: list[dict[str, Any]] = [{"id": "1", "name": "a"}, {"id": "2", "name": "b"}]
 
@@ -72,45 +72,45 @@ def scheduler() -> Scheduler:
 
 
 @pytest.fixture
-def queues(tmp_path: Path, scheduler: Scheduler, clock: Time) -> list[Queue]:
+def queues(tmp_path: Path, scheduler: Scheduler, clock: Time) -> list[JobStates]:
     """Three processes of one site."""
-    return [Queue(tmp_path, scheduler, clock, lambda: JOBS) for _ in range(3)]
+    return [JobStates(Spool(tmp_path), scheduler, clock, lambda: JOBS) for _ in range(3)]
 
 
 def test_all_processes_of_a_site_ask_twice_a_minute(
-    queues: list[Queue], scheduler: Scheduler, clock: Time
+    queues: list[JobStates], scheduler: Scheduler, clock: Time
 ) -> None:
     """Protects the batch system: centres ban users who ask too often, whatever waits."""
     for _ in range(600):  # ten minutes
         for queue in queues:
             for job in JOBS:
-                assert queue.info(job).state == "pending"
+                assert queue.get(job).state == "pending"
         clock.sleep(1.0)
     assert len(scheduler.requests) == 20
     assert set(map(tuple, scheduler.requests)) == {("a", "b")}
 
 
-def test_no_news_keeps_the_old(queues: list[Queue], scheduler: Scheduler, clock: Time) -> None:
+def test_no_news_keeps_the_old(queues: list[JobStates], scheduler: Scheduler, clock: Time) -> None:
     """Protects a running job while the scheduler does not answer."""
     scheduler.state = "running"
-    queues[0].info(JOBS[0])
+    queues[0].get(JOBS[0])
     scheduler.state = "unknown"
     clock.sleep(60.0)
-    assert queues[1].info(JOBS[0]).state == "running"
+    assert queues[1].get(JOBS[0]).state == "running"
     assert len(scheduler.requests) == 2
     scheduler.state = "ended"
-    assert queues[2].info(JOBS[0]).state == "running"  # it was just asked
+    assert queues[2].get(JOBS[0]).state == "running"  # it was just asked
     clock.sleep(30.0)
-    assert queues[2].info(JOBS[0]).state == "ended"
+    assert queues[2].get(JOBS[0]).state == "ended"
 
 
-def test_a_clock_set_back(queues: list[Queue], scheduler: Scheduler, clock: Time) -> None:
+def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: Time) -> None:
     """Protects against silence until the clock has caught up."""
-    queues[0].info(JOBS[0])
+    queues[0].get(JOBS[0])
     clock.t -= 86400.0
     scheduler.state = "running"
-    assert queues[1].info(JOBS[0]).state == "running"
-    assert queues[0].info(JOBS[1]).state == "running"
+    assert queues[1].get(JOBS[0]).state == "running"
+    assert queues[0].get(JOBS[1]).state == "running"
     assert len(scheduler.requests) == 2
 
 
@@ -119,19 +119,31 @@ def test_what_nobody_asks_for_is_forgotten(
 ) -> None:
     """Protects a run of a job per round from a file that grows with every round."""
     wanted = list(JOBS)
-    queue = Queue(tmp_path, scheduler, clock, lambda: wanted)
-    queue.info(JOBS[0])
+    queue = JobStates(Spool(tmp_path), scheduler, clock, lambda: wanted)
+    queue.get(JOBS[0])
     del wanted[0]
     clock.sleep(60.0)
-    queue.info(JOBS[1])
-    assert list(json.loads((tmp_path / "queue.json").read_text())["infos"]) == ["b"]
+    queue.get(JOBS[1])
+    answer = Spool(tmp_path).job_states.read()
+    assert answer is not None
+    assert list(answer.jobs) == ["b"]
 
 
-def test_another_job_of_that_name_is_not_known(queues: list[Queue], clock: Time) -> None:
+def test_another_job_of_that_name_is_not_known(queues: list[JobStates], clock: Time) -> None:
     """Protects a job submitted anew from its predecessor's end."""
-    queues[0].info(JOBS[0])
-    assert queues[0].info({"id": "7", "name": "a"}).state == "unknown"
-    assert queues[0].info({"id": "1", "name": "new"}).state == "unknown"
+    queues[0].get(JOBS[0])
+    assert queues[0].get({"id": "7", "name": "a"}).state == "unknown"
+    assert queues[0].get({"id": "1", "name": "new"}).state == "unknown"
+
+
+def times(alloc: AllocationDir) -> JobTimes:
+    times = alloc.times.read()
+    assert times is not None
+    return times
+
+
+def queue_s(times: JobTimes) -> float:
+    return total_s(waits_and_runs(times.cycles, 0.0)[0])
 
 
 def said(state: JobState, submitted: float, started: float | None, **fields: Any) -> JobInfo:
@@ -141,49 +153,49 @@ def said(state: JobState, submitted: float, started: float | None, **fields: Any
 def test_times_of_a_job_that_was_requeued(tmp_path: Path) -> None:
     """Protects the queue's seconds and the node-hours of a job that started twice."""
     alloc = AllocationDir(tmp_path)
-    keep_times(alloc, said("pending", 100.0, None))
-    assert times(alloc) == {}
-    keep_times(alloc, said("running", 100.0, 160.0))
-    keep_times(alloc, said("running", 100.0, 160.0))
+    record_times(alloc, said("pending", 100.0, None))
+    assert alloc.times.read() is None
+    record_times(alloc, said("running", 100.0, 160.0))
+    record_times(alloc, said("running", 100.0, 160.0))
     assert queue_s(times(alloc)) == 60.0
-    keep_times(alloc, said("running", 100.0, None, restarts=1))  # on its way back to the queue
-    assert [s["ended_s"] for s in times(alloc)["stays"]] == [None]
-    keep_times(alloc, said("pending", 500.0, None, restarts=1))  # preempted at 500
+    record_times(alloc, said("running", 100.0, None, restarts=1))  # on its way back to the queue
+    assert [c.ended_s for c in times(alloc).cycles] == [None]
+    record_times(alloc, said("pending", 500.0, None, restarts=1))  # preempted at 500
     kept = times(alloc)
-    assert (kept["restarts"], [s["ended_s"] for s in kept["stays"]]) == (1, [500.0])
-    keep_times(alloc, said("running", 500.0, 530.0, restarts=1))
+    assert (kept.restarts, [c.ended_s for c in kept.cycles]) == (1, [500.0])
+    record_times(alloc, said("running", 500.0, 530.0, restarts=1))
     end = said("ended", 500.0, 530.0, restarts=1, ended_s=900.0, outcome="completed")
-    keep_times(alloc, end)
+    record_times(alloc, end)
     kept = times(alloc)
-    assert [(s["started_s"], s["ended_s"]) for s in kept["stays"]] == [(160, 500), (530, 900)]
-    assert (kept["id"], kept["nodes"], kept["outcome"]) == ("1", 2, "completed")
+    assert [(c.started_s, c.ended_s) for c in kept.cycles] == [(160, 500), (530, 900)]
+    assert (kept.id, kept.nodes, kept.outcome) == ("1", 2, "completed")
     assert queue_s(kept) == 90.0
 
 
 def test_times_of_a_requeue_that_nobody_saw(tmp_path: Path) -> None:
-    """Protects the first stay's end when the launcher was away during the second wait."""
+    """Protects the first cycle's end when the launcher was away during the second wait."""
     alloc = AllocationDir(tmp_path)
-    keep_times(alloc, said("running", 100.0, 160.0))
-    keep_times(alloc, said("running", 500.0, 530.0, restarts=1))
-    assert [s["ended_s"] for s in times(alloc)["stays"]] == [500.0, None]
+    record_times(alloc, said("running", 100.0, 160.0))
+    record_times(alloc, said("running", 500.0, 530.0, restarts=1))
+    assert [c.ended_s for c in times(alloc).cycles] == [500.0, None]
 
 
 def test_times_of_a_job_that_never_started(tmp_path: Path) -> None:
     """Protects the report: a job that was cancelled in the queue has waited, and has ended."""
     alloc = AllocationDir(tmp_path)
-    keep_times(alloc, said("pending", 100.0, None))
-    keep_times(alloc, said("ended", 100.0, None, ended_s=175.0))
-    keep_times(alloc, said("ended", 100.0, None, ended_s=175.0))
+    record_times(alloc, said("pending", 100.0, None))
+    record_times(alloc, said("ended", 100.0, None, ended_s=175.0))
+    record_times(alloc, said("ended", 100.0, None, ended_s=175.0))
     assert queue_s(times(alloc)) == 75.0
-    assert [(s["started_s"], s["ended_s"]) for s in times(alloc)["stays"]] == [(None, 175.0)]
+    assert [(c.started_s, c.ended_s) for c in times(alloc).cycles] == [(None, 175.0)]
 
 
 def test_no_answer_leaves_the_times(tmp_path: Path) -> None:
     """Protects what was kept from an answer that says nothing."""
     alloc = AllocationDir(tmp_path)
-    keep_times(alloc, said("running", 100.0, 160.0))
+    record_times(alloc, said("running", 100.0, 160.0))
     before = times(alloc)
-    keep_times(alloc, JobInfo("1", "a", "unknown"))
+    record_times(alloc, JobInfo("1", "a", "unknown"))
     assert times(alloc) == before
-    keep_times(alloc, JobInfo("1", "a", "ended", outcome="lost"))
-    assert times(alloc) == before | {"outcome": "lost"}
+    record_times(alloc, JobInfo("1", "a", "ended", outcome="lost"))
+    assert times(alloc) == replace(before, outcome="lost")
