@@ -37,6 +37,9 @@ WEIGHT_KEY = "num-examples"  # Flower's own name for the weight of a reply
 
 # Of an order's options: reply with the mean gradient, too.
 MEAN_GRADIENT = "mean-gradient"
+# Start from the weights plus this share of the site's last update; the metrics of the reply say
+# which share (``local_update_share``) of which order's (``local_update_seq``) it was.
+LOCAL_UPDATE_SHARE = "local-update-share"
 
 OrderKind = Literal["initialize", "train", "evaluate"]
 SiteState = Literal["idle", "queued", "starting", "ready", "running", "done", "failed"]
@@ -58,8 +61,7 @@ class Order:
     # version they belong to, if the site has it.
     evaluate: bool = False
     # What the strategy's train config adds: ``proximal-mu`` (FedProx), ``lr-scale`` (factor
-    # on the learning rate), ``own-share`` (start from the weights plus this share of the
-    # site's last update), ``mean-gradient`` (reply with `GRADIENT`, too).
+    # on the learning rate), `LOCAL_UPDATE_SHARE` and `MEAN_GRADIENT`.
     options: dict[str, Any] = field(default_factory=dict)
     # Keys of the further arrays in the message, beside the weights: `CORRECTION`.
     carries: list[str] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flwr.app import ArrayRecord
 
+from flwr_hpc.protocol import LOCAL_UPDATE_SHARE
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import Bind, Binding, Failure, Plan, SiteResult, SiteState
@@ -60,7 +61,7 @@ class FedBackfill(AsyncStrategy):
         for bit.
     """
 
-    persistent = ("_own", "_bound")
+    persistent = ("_last", "_bound")
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class FedBackfill(AsyncStrategy):
         self.pace = SpeedEstimate(0.7)
         self.rates = ContributionBalance()
         # Facility -> the number of its last order, and its pseudo-gradient.
-        self._own: dict[str, tuple[int, StoredTensors]] = {}
+        self._last: dict[str, tuple[int, StoredTensors]] = {}
         # Facility -> the version that it is to train on.
         self._bound: dict[str, tuple[int, StoredTensors]] = {}
 
@@ -105,7 +106,7 @@ class FedBackfill(AsyncStrategy):
         step_s = self.pace.step_s.get(site.facility)
         if not self.overlap:
             return Plan(steps)
-        options = {"own-share": 0.0}  # the site remembers this update for the order after it
+        options = {LOCAL_UPDATE_SHARE: 0.0}  # the site remembers this update for the order after it
         if not step_s:
             return Plan(steps, options)
         # Handed in as late as possible, so that its weights are as new as possible.
@@ -117,7 +118,7 @@ class FedBackfill(AsyncStrategy):
         """Return the next order, which starts where the site's own update will lead."""
         now = self.plan(site)
         share = self.outer.lr * self.share(site.facility)
-        return Plan(now.steps, {"own-share": share}, now.ahead_after_s)
+        return Plan(now.steps, {LOCAL_UPDATE_SHARE: share}, now.ahead_after_s)
 
     def _bind_now(self, facility: str) -> Bind:
         version, weights = self._bound.setdefault(facility, (self.version, self.newest()))
@@ -143,10 +144,10 @@ class FedBackfill(AsyncStrategy):
 
     def counts(self, arrival: SiteResult, staleness: int) -> bool:
         """Return whether something was trained, and it is known from which weights."""
-        if arrival.empty or not arrival.metrics.get("own_share"):
+        if arrival.empty or not arrival.metrics.get("local_update_share"):
             return not arrival.empty
-        last = self._own.get(arrival.facility)  # lost with a server that died, maybe
-        return last is not None and last[0] == int(arrival.metrics.get("own_seq", -1))
+        last = self._last.get(arrival.facility)  # lost with a server that died, maybe
+        return last is not None and last[0] == int(arrival.metrics.get("local_update_seq", -1))
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Step along the site's pseudo-gradient."""
@@ -154,11 +155,11 @@ class FedBackfill(AsyncStrategy):
         self._bound.pop(facility, None)
         if not self.counts(arrival, staleness):
             return None
-        self.pace.observe(arrival, ahead=bool(arrival.order.options.get("own-share")))
+        self.pace.observe(arrival, ahead=bool(arrival.order.options.get(LOCAL_UPDATE_SHARE)))
         self.rates.observe(facility, arrival.steps, self._sites())
         delta = self.keep_tensors("delta", self._delta(arrival))
         if self.overlap:
-            self._own[facility] = arrival.order.seq, delta
+            self._last[facility] = arrival.order.seq, delta
         rho = self.share(facility) * self.staleness_weight(staleness)
         return self.outer.step(self.keep_tensors, self.arrays, [delta], [rho])
 
@@ -174,8 +175,8 @@ class FedBackfill(AsyncStrategy):
         """Yield the pseudo-gradient against the weights the site really started from."""
         assert arrival.base is not None
         assert arrival.arrays is not None
-        share = arrival.metrics.get("own_share", 0.0)
-        last = self._own.get(arrival.facility)
+        share = arrival.metrics.get("local_update_share", 0.0)
+        last = self._last.get(arrival.facility)
         before = last[1] if share and last else None
         for name, delta in rules.record_delta(arrival.base, arrival.arrays):
             if before is not None:

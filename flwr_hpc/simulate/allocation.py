@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from flwr_hpc.protocol import Order
+from flwr_hpc.protocol import LOCAL_UPDATE_SHARE, Order
 from flwr_hpc.simulate.learning.base import Weights
 from flwr_hpc.simulate.queues.models import Ticket
 
@@ -81,7 +81,7 @@ def prepare(task: Task, own: Weights, seq: int) -> None:
     """Begin an order: from its weights, moved by a share of the site's last update if asked to."""
     if task.start:
         return  # it goes on from where it was
-    share = float(task.order.options.get("own-share", 0.0))
+    share = float(task.order.options.get(LOCAL_UPDATE_SHARE, 0.0))
     if share and own and task.weights:
         task.share, task.own_seq = share, seq
         task.weights = {k: w + w.dtype.type(share) * own[k] for k, w in task.weights.items()}

@@ -228,7 +228,8 @@ class SimulatedSite:
         order, done, here = task.order, task.done, self.pool.current()
         metrics = {"train_loss": task.loss_sum / done} if done else {}
         if task.share:
-            metrics |= {"own_share": task.share, "own_seq": float(task.own_seq)}
+            metrics["local_update_share"] = task.share
+            metrics["local_update_seq"] = float(task.own_seq)
         if order.kind == "evaluate":
             metrics["held_out_loss"] = self.learner.evaluate(task.weights)
         seconds = {"train": done * self.facility.step_s}

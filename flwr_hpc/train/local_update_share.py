@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flwr_hpc.protocol import Order
+from flwr_hpc.protocol import LOCAL_UPDATE_SHARE, Order
 from flwr_hpc.train.trainer import Trainer
-
-SHARE = "own-share"  # of an order's options; present: remember this order's update, too
 
 
 class LocalUpdate:
     """Remembers, shard by shard, how the last order moved the weights.
 
     An order that was handed in while another one was trained holds weights that lack the
-    other's update. With ``own-share`` in its options it starts from its weights plus that
-    share of the update; the reply says so in ``own_share`` and ``own_seq``, so that the server
-    can tell what the site really started from.
+    other's update. With `LOCAL_UPDATE_SHARE` in its options it starts from its weights plus that
+    share of the update, and remembers its own; the reply says so, so that the server can tell
+    what the site really started from.
 
     Parameters
     ----------
@@ -31,7 +29,7 @@ class LocalUpdate:
 
     def begin(self, order: Order) -> dict[str, float]:
         """Move the weights just read; return what the server has to know."""
-        share = order.options.get(SHARE)
+        share = order.options.get(LOCAL_UPDATE_SHARE)
         if share is None:
             self.forget()
             return {}
@@ -40,7 +38,7 @@ class LocalUpdate:
         for shard, moved in zip(shards, self._moved, strict=False):
             shard.add_(moved, alpha=used)
         self._start = [shard.clone() for shard in shards]
-        return {"own_share": used, "own_seq": float(self._seq)} if used else {}
+        return {"local_update_share": used, "local_update_seq": float(self._seq)} if used else {}
 
     def end(self, order: Order) -> None:
         """Remember how the order has moved the weights."""

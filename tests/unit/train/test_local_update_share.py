@@ -35,16 +35,19 @@ def read(trainer: Any, value: float) -> None:
 def test_a_share_of_the_last_update_is_added(trainer: Any) -> None:
     """Protects the overlap: the order starts where the server's merge of the last will lead."""
     own = LocalUpdate(trainer)
-    assert own.begin(order(4, **{"own-share": 0.0})) == {}
+    assert own.begin(order(4, **{"local-update-share": 0.0})) == {}
     train(trainer, 8.0)
     own.end(order(4))
     read(trainer, 10.0)
-    assert own.begin(order(5, **{"own-share": 0.25})) == {"own_share": 0.25, "own_seq": 4.0}
+    assert own.begin(order(5, **{"local-update-share": 0.25})) == {
+        "local_update_share": 0.25,
+        "local_update_seq": 4.0,
+    }
     assert [w.unique().tolist() for w in trainer.weights] == [[12.0], [12.0]]
     train(trainer, 1.0)
     own.end(order(5))
     read(trainer, 0.0)
-    own.begin(order(6, **{"own-share": 1.0}))
+    own.begin(order(6, **{"local-update-share": 1.0}))
     assert trainer.weights[0].tolist() == [1.0, 1.0]  # its own movement, not the share before it
 
 
@@ -55,8 +58,8 @@ def test_nothing_is_remembered_unasked(trainer: Any) -> None:
     train(trainer, 1.0)
     own.end(order(0))
     read(trainer, 5.0)
-    assert own.begin(order(1, **{"own-share": 0.5})) == {}
+    assert own.begin(order(1, **{"local-update-share": 0.5})) == {}
     assert trainer.weights[0].tolist() == [5.0, 5.0]
     own.end(order(1))
     own.forget()
-    assert own.begin(order(2, **{"own-share": 0.5})) == {}
+    assert own.begin(order(2, **{"local-update-share": 0.5})) == {}
