@@ -72,7 +72,7 @@ def facility(cluster: Cluster, place: Place, hook: Path) -> dict[str, Any]:
     return {
         "scheduler": "slurm", "account": None, "partition": "main", "nodes": 1,
         "ranks_per_node": 1, "gpus_per_node": 0, "cpus_per_rank": 1, "walltime": place.walltime,
-        "poll_s": 1, "sbatch": {"exclusive": ""},
+        "poll_s": 1, "options": {"exclusive": ""},
         "env": {
             "SLURM_CONF": str(cluster.conf), "PYTHONPATH": path, "PACED_STEP_S": str(place.step_s),
         },

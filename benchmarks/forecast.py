@@ -77,7 +77,7 @@ class Trace:
         env = {"SLURM_CONF": str(cluster.conf)}
         self.facility = FacilityConfig(
             account=None, partition="main", nodes=OUR_NODES, walltime="00:01:00",
-            poll_s=POLL_S, env=env, sbatch={"exclusive": ""},
+            poll_s=POLL_S, env=env, options={"exclusive": ""},
         )  # fmt: skip
         self.cluster = cluster
         self.scheduler = SlurmScheduler(self.facility)

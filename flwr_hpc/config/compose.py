@@ -178,6 +178,10 @@ def _explain_yaml(exc: YAMLError) -> str:
 
 def _unknown_key(key: str, schema: type) -> str:
     *path, last = key.split(".")
+    for depth, part in enumerate(path):  # a parent may be the one that is not there
+        if (known := _fields(schema, path[:depth])) and part not in known:
+            path, last = path[:depth], part
+            break
     names = _fields(schema, path)
     where = f"'{'.'.join(path)}'" if path else "the configuration"
     if not names:

@@ -59,7 +59,7 @@ class FacilityConfig:
     queues: list[QueueConfig] = field(default_factory=list)
     # Fields that must be given here besides `account`, e.g. ``qos``.
     required: list[str] = field(default_factory=list)
-    # sbatch options (PBS: resources) that jobs here must never set, e.g. ``mem``.
+    # Options (PBS: also resources of a chunk) that jobs here must never set, e.g. ``mem``.
     forbidden: list[str] = field(default_factory=list)
     # Folder on the facility's shared file system; default: in the run directory.
     workdir: str | None = None
@@ -74,18 +74,17 @@ class FacilityConfig:
     # Image the worker runs in, by ``container_runtime`` (apptainer, singularity).
     container: str | None = None
     container_runtime: str = "apptainer"
-    sbatch: dict[str, str] = field(default_factory=dict)  # Further options of sbatch, verbatim
-    srun_args: list[str] = field(default_factory=list)
+    # Further options of the job script, verbatim: of sbatch without their dashes, ``""`` where
+    # there is no value; of PBS resources, ``-l KEY=VALUE`` (``place`` is ``scatter``).
+    options: dict[str, str] = field(default_factory=dict)
+    # Of what starts the ranks: srun, mpiexec.
+    launcher_args: list[str] = field(default_factory=list)
     # PBS: what each node of the job asks for, e.g. ``ncpus=32:ngpus=4:mpiprocs=4``, which is
     # also made from the shape above if this is null; empty: whole nodes.
     chunk: str | None = None
-    # PBS: further resources, ``-l KEY=VALUE``, e.g. ``filesystems``; ``place`` is
-    # ``scatter``.
-    qsub: dict[str, str] = field(default_factory=dict)
     # PBS: whose mpiexec starts the ranks, ``mpich`` (also Intel MPI and HPE Cray) or
     # ``openmpi``.
     mpi: str = "mpich"
-    mpiexec_args: list[str] = field(default_factory=list)
     peak_tflops: float | None = None  # Peak dense bf16 TFLOP/s of one device, for MFU
     gpu_memory_gb: float | None = None  # Memory of one device
     # Injection bandwidth of a node into the interconnect, in GB/s.

@@ -15,7 +15,7 @@ from flwr_hpc.errors import UserError
 # Mappings that take any key; Hydra would ask for a '+' before each.
 OPEN = re.compile(
     r"(data\.(held_out_)?paths|model\.(config|lora)|strategy"
-    r"|facilities\.\w+\.(env|sbatch|qsub))\.\w"
+    r"|facilities\.\w+\.(env|options))\.\w"
 )
 PATH = re.compile(
     r"run_dir|model\.path|data\.tokenizer|exchange\.store"

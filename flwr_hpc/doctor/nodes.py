@@ -216,7 +216,7 @@ def cores(there: Nodes) -> Finding:
     if least < want:
         return complain(
             f"a rank may use {least}, {want} declared",
-            f"{there.set('cpus_per_rank')}={least}, or look at {there.set('srun_args')} "
+            f"{there.set('cpus_per_rank')}={least}, or look at {there.set('launcher_args')} "
             "(--cpu-bind, --hint=nomultithread)",
         )
     for host, reports in there.hosts.items():
@@ -224,7 +224,7 @@ def cores(there: Nodes) -> Finding:
         if together < want * len(reports):
             return complain(
                 f"{host}: {len(reports)} ranks share {together} cores, {want} each declared",
-                f"'{there.set('srun_args')}=[--cpu-bind=cores]'",
+                f"'{there.set('launcher_args')}=[--cpu-bind=cores]'",
             )
     return passed(f"{least}" if least == want else f"{least}, {want} declared")
 

@@ -18,8 +18,8 @@ from submitit.core.submission import process_job
 
 from flwr_hpc.schedulers.pbs.parse import duration_s, qstat
 
-# Hydra (MPICH, Intel MPI), HPE Cray PALS, Open MPI.
-RANK = ("PMI_RANK", "PALS_RANKID", "OMPI_COMM_WORLD_RANK")
+# Hydra (MPICH, Intel MPI), HPE Cray PALS, Open MPI; any other that speaks PMIx.
+RANK = ("PMI_RANK", "PALS_RANKID", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOCAL_RANK = (
     "MPI_LOCALRANKID",

@@ -12,10 +12,7 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 
 # Fields of a facility that say something to one batch system or another, not to all.
-NATIVE = (
-    *("qos", "constraint", "reservation", "gpu_request", "gpu_type", "sbatch", "srun_args"),
-    *("chunk", "qsub", "mpi", "mpiexec_args"),
-)
+NATIVE = (*("qos", "constraint", "reservation", "gpu_request", "gpu_type", "chunk", "mpi"),)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_suspended_and_resumed(server: Server) -> None:
     ("fields", "said"),
     [
         ({"partition": "refused"}, "Unknown queue"),
-        ({"qsub": {"filesystem": "home"}}, "Unknown resource Resource_List.filesystem"),
+        ({"options": {"filesystem": "home"}}, "Unknown resource Resource_List.filesystem"),
         ({"walltime": "1001:00:00"}, "violates queue"),
     ],
 )

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 
 def test_preemption_with_requeue(slurm: Cluster, tmp_path: Path) -> None:
     """Protects an order whose job makes room for a more urgent one: it goes on where it was."""
-    ours = SlurmSite(slurm, tmp_path, partition="scavenge", sbatch={"requeue": ""})
+    ours = SlurmSite(slurm, tmp_path, partition="scavenge", options={"requeue": ""})
     order = ours.submit(seconds=4)
     ours.until_step(order, 30)
     other = slurm.occupy(1, partition="urgent")
@@ -56,7 +56,7 @@ def test_walltime_ends_with_a_successor(slurm: Cluster, tmp_path: Path) -> None:
 def test_preemption_with_grace(slurm: Cluster, tmp_path: Path) -> None:
     """Protects the same where Slurm warns first: a job that then leaves is not requeued."""
     slurm.slurm("scontrol", "update", "PartitionName=scavenge", "GraceTime=10")
-    ours = SlurmSite(slurm, tmp_path, partition="scavenge", sbatch={"requeue": ""})
+    ours = SlurmSite(slurm, tmp_path, partition="scavenge", options={"requeue": ""})
     order = ours.submit(seconds=60)
     ours.until_step(order, 30)
     slurm.occupy(1, partition="urgent")
@@ -85,7 +85,7 @@ def test_a_node_crashes(slurm: Cluster, tmp_path: Path) -> None:
 
 def test_one_node_of_two_crashes(slurm: Cluster, tmp_path: Path) -> None:
     """Protects against half a job, where Slurm does not requeue: another waits for the node."""
-    ours = SlurmSite(slurm, tmp_path, nodes=2, sbatch={"no-requeue": ""})
+    ours = SlurmSite(slurm, tmp_path, nodes=2, options={"no-requeue": ""})
     order = ours.submit(seconds=2)
     ours.until_step(order)
     node = slurm.nodes[0]  # rank 0's

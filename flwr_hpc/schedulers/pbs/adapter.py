@@ -90,11 +90,11 @@ def script(spec: JobSpec) -> str:
         "name_variable": parse.NAME,
         "placement": {k: v for k, v in (("q", f.partition), ("A", f.account)) if v},
         "select": ":".join(filter(None, (str(f.nodes), _chunk(f)))),
-        "resources": {"place": "scatter"} | f.qsub,
+        "resources": {"place": "scatter"} | f.options,
         "walltime": _hms(walltime_s(f.walltime)),
         "folder": spec.folder,
         "env": common["env"] | mpi_env(f),
-        "launch": shlex.join(["mpiexec", "-n", str(ranks), *per_node, *f.mpiexec_args]),
+        "launch": shlex.join(["mpiexec", "-n", str(ranks), *per_node, *f.launcher_args]),
         "command": rank_command(spec, MPI_RANK),
     }
     return render("pbs.sh.j2", common | fields)

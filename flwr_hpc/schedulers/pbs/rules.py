@@ -21,15 +21,15 @@ CHUNK = "with PBS the chunk says what a node must have: {key}.chunk"
 def check(key: str, f: FacilityConfig) -> None:
     """Check launcher, resources and chunk against fields and what is forbidden here."""
     one_of(f"{key}.mpi", f.mpi, MPIS)
-    for name in f.qsub:
+    for name in f.options:
         if name in FIELD_OF:
             raise UserError(
-                f"{key}.qsub.{name} is set by a field. Use {key}.{FIELD_OF[name]} instead."
+                f"{key}.options.{name} is set by a field. Use {key}.{FIELD_OF[name]} instead."
             )
         if not re.fullmatch(r"\w+", name):
             raise UserError(
-                f"{key}.qsub: '{name}' is no resource, what stands after -l and before '='. "
-                f"Example: {key}.qsub.filesystems=home"
+                f"{key}.options: '{name}' is no resource, what stands after -l and before '='. "
+                f"Example: {key}.options.filesystems=home"
             )
     if f.chunk and not re.fullmatch(r"\w+=[^\s:+]+(:\w+=[^\s:+]+)*", f.chunk):
         raise UserError(
@@ -37,11 +37,11 @@ def check(key: str, f: FacilityConfig) -> None:
             f"Example: {key}.chunk='ncpus=32:ngpus=4:mpiprocs=4'"
         )
     asked = [part.partition("=")[0] for part in (f.chunk or "").split(":")]
-    for name in [*f.qsub, *asked]:
+    for name in [*f.options, *asked]:
         if name in f.forbidden:
             raise UserError(
                 f"{key}: a job here must never ask for {name} (its file forbids "
-                f"{', '.join(f.forbidden)}). Leave it out of {key}.qsub and {key}.chunk"
+                f"{', '.join(f.forbidden)}). Leave it out of {key}.options and {key}.chunk"
             )
 
 
@@ -53,23 +53,21 @@ def environment(f: FacilityConfig, inherited: Mapping[str, str]) -> dict[str, st
 
 RULES = Rules(
     title="PBS",
-    fields=("chunk", "qsub", "mpi", "mpiexec_args"),
+    fields=("chunk", "mpi"),
     instead={
         "qos": "PBS knows no QOS; its queue is {key}.partition",
         "constraint": CHUNK,
         "reservation": "a reservation of PBS is a queue: {key}.partition={value}",
         "gpu_request": CHUNK,
         "gpu_type": CHUNK,
-        "sbatch": "resources of PBS go into {key}.qsub, e.g. {key}.qsub.filesystems=home",
-        "srun_args": "with PBS mpiexec starts the ranks: {key}.mpiexec_args",
     },
     check=check,
     environment=environment,
-    advice="account, partition (the queue), walltime, chunk and qsub",
+    advice="account, partition (the queue), walltime, chunk and options",
     programs=("qsub", "qstat", "qdel"),
     trial=False,
     refusals={
-        r"held": "qsub may hold it; if not, somebody at the centre does: ask there",
+        r"held": "options may hold it; if not, somebody at the centre does: ask there",
         r"account": "account=NAME; limits: qstat -Qf",
         r"unknown queue|queue is not enabled|no route": (
             "partition=NAME (the queue); there are: qstat -Q"
@@ -80,7 +78,7 @@ RULES = Rules(
         r"walltime": "walltime=HH:MM:SS; limits: qstat -Qf",
         r"queue\b": "partition=NAME (the queue); there are: qstat -Q",
         r"resource|chunk|select|node|ncpus|ngpus|memory": (
-            "chunk, qsub, nodes, gpus_per_node or cpus_per_rank; what there is: pbsnodes -a"
+            "chunk, options, nodes, gpus_per_node or cpus_per_rank; what there is: pbsnodes -a"
         ),
     },
     other_cluster="env.PBS_SERVER=NAME",

@@ -81,8 +81,8 @@ def script(spec: JobSpec) -> str:
     f = spec.facility
     logs = str(spec.folder).replace("%", "%%")
     queue = queue_of(f)
-    requeue = queue is not None and queue.preemptable and "no-requeue" not in f.sbatch
-    options = ({"requeue": ""} if requeue else {}) | f.sbatch
+    requeue = queue is not None and queue.preemptable and "no-requeue" not in f.options
+    options = ({"requeue": ""} if requeue else {}) | f.options
     fields = {
         "placement": {k: v for k in PLACEMENT if (v := getattr(f, k))} | _gpus(f),
         "nodes": f.nodes,
@@ -91,7 +91,7 @@ def script(spec: JobSpec) -> str:
         "walltime": f.walltime,
         "signal_s": max(1, min(90, walltime_s(f.walltime) // 10)),
         "options": [f"{k}={v}" if v else k for k, v in options.items()],
-        "srun_args": f.srun_args,
+        "launcher_args": f.launcher_args,
         "command": rank_command(spec),
         "output": f"{logs}/%j_%t_log.out",
         "error": f"{logs}/%j_%t_log.err",

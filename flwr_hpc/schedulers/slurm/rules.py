@@ -34,7 +34,7 @@ def check(key: str, f: FacilityConfig) -> None:
     _check_options(key, f)
     used = [option for option in PLACEMENT if getattr(f, option)]
     used += [f.gpu_request] if f.gpus_per_node else []
-    for option in [*used, *f.sbatch]:
+    for option in [*used, *f.options]:
         if option in f.forbidden:
             raise UserError(
                 f"{key}: a job here must never set --{option} (its file forbids "
@@ -44,21 +44,21 @@ def check(key: str, f: FacilityConfig) -> None:
 
 def _check_options(key: str, f: FacilityConfig) -> None:
     own = FIELD_OF | ({f.gpu_request: "gpus_per_node"} if f.gpus_per_node else {})
-    for option in f.sbatch:
+    for option in f.options:
         if option in own:
             raise UserError(
-                f"{key}.sbatch.{option} is set by a field. Use {key}.{own[option]} instead."
+                f"{key}.options.{option} is set by a field. Use {key}.{own[option]} instead."
             )
         if not re.fullmatch(r"[a-z][a-z0-9-]*", option):
             raise UserError(
-                f"{key}.sbatch: '{option}' is no long option of sbatch without its dashes. "
-                f"Example: {key}.sbatch.mem=100G"
+                f"{key}.options: '{option}' is no long option of sbatch without its dashes. "
+                f"Example: {key}.options.mem=100G"
             )
 
 
 def _instead(key: str, f: FacilityConfig, option: str) -> str:
-    if option in f.sbatch:
-        return f"Leave out {key}.sbatch.{option}"
+    if option in f.options:
+        return f"Leave out {key}.options.{option}"
     if option in PLACEMENT:
         return f"Leave it out, or add to the command: {key}.{option}=null"
     allowed = [request for request in GPU_REQUESTS if request not in f.forbidden]
@@ -81,22 +81,17 @@ def environment(f: FacilityConfig, inherited: Mapping[str, str]) -> dict[str, st
 
 RULES = Rules(
     title="Slurm",
-    fields=(
-        *("qos", "constraint", "reservation", "gpu_request", "gpu_type"),
-        *("sbatch", "srun_args"),
-    ),
+    fields=("qos", "constraint", "reservation", "gpu_request", "gpu_type"),
     instead={
         "chunk": "with Slurm {key}.gpu_request, gpu_type and constraint say what a node must have",
-        "qsub": "options of sbatch go into {key}.sbatch",
-        "mpi": "with Slurm srun starts the ranks: {key}.srun_args",
-        "mpiexec_args": "with Slurm srun starts the ranks: {key}.srun_args",
+        "mpi": "with Slurm srun starts the ranks: {key}.launcher_args",
     },
     check=check,
     environment=environment,
     advice="account, partition, qos, walltime and sizes",
     programs=("sbatch", "squeue", "scancel", "srun"),
     refusals={
-        r"held": "sbatch may hold it; if not, somebody at the centre does: ask there",
+        r"held": "options may hold it; if not, somebody at the centre does: ask there",
         r"policy|assoc": f"nodes, walltime, or another account or qos; your limits: {ACCOUNTS}",
         r"account": f"account=NAME; yours: {ACCOUNTS}",
         r"partition|queue": f"partition=NAME; there are: {PARTITIONS}",

@@ -158,25 +158,30 @@ def test_every_queue_can_be_chosen(name: str) -> None:
         ("frontier", ["walltime=06:00:00"], "at most 02:00:00"),
         ("frontier", ["nodes=100", "walltime=07:00:00"], "walltime=06:00:00"),
         ("alps", ["partition=debug", "nodes=2", "walltime=01:30:00"], "walltime=00:45:00"),
-        ("marenostrum5", ["sbatch.mem=100G"], "must never set --mem"),
+        ("marenostrum5", ["options.mem=100G"], "must never set --mem"),
         ("perlmutter", ["partition=gpu"], "facilities.perlmutter.partition=null"),
         ("discoverer", ["gpu_request=gpus"], "facilities.discoverer.gpu_request=gres"),
         ("leonardo", ["ranks_per_node=8"], "facilities.leonardo.ranks_per_node=4"),
         ("leonardo", ["cpus_per_rank=16"], "facilities.leonardo.cpus_per_rank=8"),
         ("frontier", ["ranks_per_node=3"], "facilities.frontier.ranks_per_node=8"),
-        ("leonardo", ["sbatch.time=1"], "Use facilities.leonardo.walltime"),
-        ("leonardo", ["sbatch.gres=gpu:2"], "Use facilities.leonardo.gpus_per_node"),
-        ("leonardo", ["sbatch.mem_per_cpu=1"], "no long option of sbatch"),
+        ("leonardo", ["options.time=1"], "Use facilities.leonardo.walltime"),
+        ("leonardo", ["options.gres=gpu:2"], "Use facilities.leonardo.gpus_per_node"),
+        ("leonardo", ["options.mem_per_cpu=1"], "no long option of sbatch"),
         ("leonardo", ["gpu_request=gpu"], "Did you mean 'gpus'?"),
         ("leonardo", ["gpu_vendor=apple"], "Valid: nvidia, amd, intel."),
-        ("leonardo", ["qsub.filesystems=home"], "options of sbatch go into facilities.leonardo.sb"),
-        ("leonardo", ["mpiexec_args=[-v]"], "facilities.leonardo.srun_args"),
+        (
+            "leonardo",
+            ["sbatch.mem=1G"],
+            "'facilities.leonardo' has no key 'sbatch'. Valid keys: sch",
+        ),
+        ("leonardo", ["chunk='ncpus=1'"], "facilities.leonardo.gpu_request, gpu_type and constr"),
+        ("leonardo", ["mpi=openmpi"], "facilities.leonardo.launcher_args"),
+        ("polaris", ["gpu_request=gpus"], "facilities.polaris.chunk"),
         ("polaris", ["qos=high"], "its queue is facilities.polaris.partition"),
         ("polaris", ["reservation=R12"], "facilities.polaris.partition=R12"),
-        ("polaris", ["sbatch.mem=1G"], "resources of PBS go into facilities.polaris.qsub"),
-        ("polaris", ["qsub.walltime=1"], "Use facilities.polaris.walltime instead"),
-        ("polaris", ["qsub.select=1"], "Use facilities.polaris.nodes and chunk instead"),
-        ("polaris", ["qsub.a-b=1"], "facilities.polaris.qsub.filesystems=home"),
+        ("polaris", ["options.walltime=1"], "Use facilities.polaris.walltime instead"),
+        ("polaris", ["options.select=1"], "Use facilities.polaris.nodes and chunk instead"),
+        ("polaris", ["options.a-b=1"], "facilities.polaris.options.filesystems=home"),
         (
             "polaris",
             ["chunk='4:ncpus=1'"],
@@ -220,7 +225,7 @@ def test_gpu_requests(fields: dict[str, Any], line: str) -> None:
 
 def test_preemptable_queues_may_still_refuse_to_requeue() -> None:
     """Protects users who want a preempted job to end."""
-    own = ["partition=qgpu_preempt", "sbatch.no-requeue=''"]
+    own = ["partition=qgpu_preempt", "options.no-requeue=''"]
     assert re.findall("#SBATCH --.*requeue", _script("karolina", _facility("karolina", *own))) == [
         "#SBATCH --no-requeue"
     ]

@@ -96,7 +96,7 @@ def test_no_accounting_is_no_failure(tmp_path: Path, outside: dict[str, Any]) ->
         ("More processors requested than permitted", "nodes, gpus_per_node"),
         ("Job violates accounting/QOS policy (job submit limit)", "your limits: sacctmgr"),
         ("PENDING (AssocGrpNodeLimit)", "your limits: sacctmgr"),
-        ("PENDING (JobHeldUser)", "facilities.slurm.sbatch may hold it"),
+        ("PENDING (JobHeldUser)", "facilities.slurm.options may hold it"),
         ("something new", "dry_run=true"),
     ],
 )
@@ -117,7 +117,7 @@ def test_refusals(tmp_path: Path, words: str, fix: str) -> None:
         ("qsub: Queue is not enabled", "facilities.aurora.partition=NAME"),
         ("qsub: Job violates queue and/or server resource limits", "nodes, walltime or another"),
         ("qsub: would exceed queue prod's per-user limit", "nodes, walltime or another"),
-        ("qsub: Unknown resource Resource_List.filesystem", "chunk, qsub, nodes"),
+        ("qsub: Unknown resource Resource_List.filesystem", "chunk, options, nodes"),
         ("queued: Can Never Run: Insufficient amount of resource: ngpus", "pbsnodes -a"),
     ],
 )

@@ -16,6 +16,7 @@ RANKS = {
     "pals": {"PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1"},
     "openmpi": {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
     "bare": {"PMI_RANK": "5"},
+    "pmix": {"PMIX_RANK": "5"},
 }
 
 

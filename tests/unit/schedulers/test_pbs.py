@@ -147,7 +147,7 @@ def test_what_qsub_says(
     """Protects the line between 'cannot be fixed' and 'try again'."""
 
     Qstat(monkeypatch, qsub=(code, ""))
-    with pytest.raises(error, match="qsub"):
+    with pytest.raises(error, match=r"qsub|PBS"):
         PbsScheduler(FacilityConfig("pbs")).submit(spec(tmp_path))
 
 
@@ -174,8 +174,8 @@ def test_script_asks_for_the_shape(tmp_path: Path) -> None:
             partition="prod",
             walltime="1-02:30:00",
             mpi="openmpi",
-            qsub={"place": "scatter:excl", "filesystems": "home"},
-            mpiexec_args=["-x", "A"],
+            options={"place": "scatter:excl", "filesystems": "home"},
+            launcher_args=["-x", "A"],
             **shape,
         )
     )

@@ -31,7 +31,7 @@ class DummyScheduler(CommandScheduler):
         fields = {
             "home": f.env["DUMMY_HOME"],
             "env": common["env"] | mpi_env(f),
-            "launch": shlex.join([*PROGRAM, "ranks", ranks, *f.mpiexec_args]),
+            "launch": shlex.join([*PROGRAM, "ranks", ranks, *f.launcher_args]),
             "command": rank_command(spec, MPI_RANK),
         }
         return render("dummy.sh.j2", common | fields, beside=str(HERE))

@@ -6,7 +6,7 @@ from flwr_hpc.schedulers.rules import Rules
 
 RULES = Rules(
     title="Dummy",
-    fields=("mpiexec_args",),
+    fields=(),
     instead={"qos": "the dummy serves first who comes first"},
     trial=False,
     refusals={"tired": "walltime=HH:MM:SS, a shorter one"},
