@@ -1,10 +1,11 @@
-"""The one exception for everything a user can cause and fix."""
+"""The one exception for everything a user can cause and fix, and the commands' exit codes."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -13,6 +14,23 @@ class UserError(Exception):
     The message says what was wrong, what was found, the valid choices and, where there is
     one, the corrected command.
     """
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """Return what `run` returns, 2 for a user's mistake, 1 for a failing disk, 130 for Ctrl-C.
+
+    An error is one message on stderr.
+    """
+    try:
+        return run()
+    except UserError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except OSError as exc:  # a full or vanished file system
+        print(f"error: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def closest(word: str, choices: Iterable[str]) -> str:

@@ -18,9 +18,9 @@ import sys
 from collections.abc import Sequence
 
 from flwr_hpc import __version__
-from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.schema import Config
+from flwr_hpc.errors import exit_code
 from flwr_hpc.schedulers.registry import check_facilities
 
 

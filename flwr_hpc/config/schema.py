@@ -123,17 +123,32 @@ class AllocationConfig:
 
 @dataclass
 class FederationConfig:
-    """How the strategy and the sites keep in touch."""
+    """How the strategy and the sites keep in touch. Times are seconds; None: wait for ever."""
 
     # Longest time a site holds a message before it answers with the state so far.
     wait_s: float = 120.0
-    # Give up on an allocation that has not started by then (None: wait).
+    # Give up on an allocation that has not started by then.
     acquire_deadline_s: float | None = None
-    # Give up on an order so long after it was handed in (None: wait).
+    # Give up on an order so long after it was submitted.
     order_deadline_s: float | None = None
     # How long a site may be unreachable before its order is given up.
     offline_grace_s: float = 600.0
     retries: int = 2  # How often an order that failed is sent again
+    reply_grace_s: float = 900.0  # A reply later than `wait_s` by so much is taken for lost
+    poll_s: float = 0.5  # Pause of the server's loop when nothing happened
+    retry_delay_s: float = 5.0  # Pause before something is tried again
+    ttl_s: float = 604800.0  # Flower's time to live of every message
+    evaluate_every: int = 1  # Evaluate every so many versions together with training (0: never)
+    final_evaluation_s: float = 600.0  # Time for the evaluation of the last version (0: none)
+    # A synchronous round aggregates what has arrived by then.
+    round_deadline_s: float | None = None
+    min_sites: int = 1  # A synchronous round with fewer results has failed
+    # So many failed rounds in a row (asynchronous: failures of every site) end the run.
+    max_failed_rounds: int = 3
+    # First and longest pause of a failing site, where no round waits for it (0: no pause).
+    backoff_s: float = 30.0
+    backoff_max_s: float = 900.0
+    partial_work: bool = True  # A result of fewer steps than were ordered counts
     # How often the driver starts Flower anew, from the last aggregation, when SuperLink or
     # the ServerApp died.
     restarts: int = 2

@@ -21,13 +21,16 @@ POSITIVE = (
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
     *("train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
-    "federation.order_deadline_s",
+    *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
+    *("federation.min_sites", "federation.max_failed_rounds"),
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
     "allocation.max_successors",
     *(f"train.{k}" for k in ("clip", "warmup_steps", "weight_decay", "checkpoint_every_orders")),
-    *(f"federation.{k}" for k in ("retries", "restarts", "offline_grace_s")),
+    *(f"federation.{k}" for k in ("retries", "restarts", "offline_grace_s", "reply_grace_s")),
+    *(f"federation.{k}" for k in ("retry_delay_s", "evaluate_every", "final_evaluation_s")),
+    *("federation.backoff_s", "federation.backoff_max_s"),
 )
 INTERVALS = {
     "seed": "[0, 9e18]",  # what both numpy and torch take

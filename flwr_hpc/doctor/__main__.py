@@ -22,7 +22,6 @@ from rich.console import Console
 
 from flwr_hpc import __version__
 from flwr_hpc.clock import Clock, SystemClock
-from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import compose_config, conf_dir
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.schema import Config
@@ -30,7 +29,7 @@ from flwr_hpc.doctor.examine import FacilityExam, Stopped, patient, probing, set
 from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
-from flwr_hpc.errors import UserError
+from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.registry import check_facilities
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from flwr_hpc.clock import SystemClock
-from flwr_hpc.config.schema import Config
+from flwr_hpc.config.schema import Config, FederationConfig
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.grid import ExchangeGrid
@@ -30,7 +31,6 @@ from strategies.engine.engine import Engine, global_name
 from strategies.engine.rounds import run_rounds
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 
-POLL_S = 0.5  # SuperLink is on this host
 SITES_S = 600.0  # for all sites to come up
 
 app = ServerApp()
@@ -76,7 +76,7 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
         emit=events.emit,
         checkpoints=checkpoints,
         run_key=run.key,
-        settings=_settings(config),
+        settings=engine_settings(config.federation),
         check=None,  # the exchange checks replies
     )
     strategy = build_strategy(config.strategy)
@@ -162,16 +162,9 @@ def write_model(folder: Path, arrays: ArrayRecord) -> None:
     write_stream(folder / name, tensors(arrays))
 
 
-def _settings(config: Config) -> Settings:
-    f = config.federation
-    return Settings(
-        wait_s=f.wait_s,
-        acquire_deadline_s=f.acquire_deadline_s,
-        order_deadline_s=f.order_deadline_s,
-        offline_grace_s=f.offline_grace_s,
-        retries=f.retries,
-        poll_s=POLL_S,
-    )
+def engine_settings(config: FederationConfig) -> Settings:
+    """Return what the engine is to be patient with: each of its settings is a key of ours."""
+    return Settings(**{f.name: getattr(config, f.name) for f in fields(Settings)})
 
 
 def _log_to(path: Path) -> None:

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
-from flwr_hpc.command import exit_code
 from flwr_hpc.config.compose import composed
-from flwr_hpc.errors import UserError
+from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.simulate.config import SimulateConfig, parse
 
 DEFAULT_STRATEGIES = ["fedavg", "diloco", "fedbackfill"]

@@ -21,7 +21,6 @@ from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableErr
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
 from flwr_hpc.site.monitor import Monitor, View
-from flwr_hpc.site.prune import prune
 from flwr_hpc.site.renewal import Renewal
 from flwr_hpc.site.startup_failures import (
     fail_if_retries_are_spent,
@@ -118,7 +117,7 @@ class AllocationManager:
             if result is not None and result.state == "failed":
                 reset_order(self.spool, order.id)
             folder.write_order(order, weights, extra_arrays)
-            prune(self.spool)
+            self.spool.prune()
             return self._advance(order.id)
 
     def collect(self, order_id: str) -> Status:

@@ -19,7 +19,6 @@ LAYERS = {
     "files": 0,
     "clock": 0,
     "spool": 1,
-    "command": 1,
     "config": 2,
     "worker": 3,
     "schedulers": 4,
