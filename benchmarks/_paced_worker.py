@@ -17,14 +17,15 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from flwr_hpc.clock import SystemClock
 from flwr_hpc.exchange.tensorfile import sha256_of, write_stream
 from flwr_hpc.files import publish
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.simulate.learning.network import NetworkConfig, NetworkLearner
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
-from flwr_hpc.worker.deadline import Deadline
+from flwr_hpc.worker.deadline import Deadline, Stop
 from flwr_hpc.worker.inbox import Inbox
-from flwr_hpc.worker.ledger import PhaseTimer, process_start
+from flwr_hpc.worker.phase_timer import PhaseTimer, process_start
 from flwr_hpc.worker.reporter import Reporter
 
 __all__ = ["run"]
@@ -33,21 +34,18 @@ __all__ = ["run"]
 def run(allocation_dir: Path) -> None:
     """Serve an allocation of one rank."""
     allocation = AllocationDir(Path(allocation_dir))
-    ledger, ending = (
-        PhaseTimer(process_start()),
-        Deadline.detect(allocation.settings()["walltime_s"]),
-    )
-    with Reporter(allocation, ledger, ending.walltime_left) as reporter:
-        reporter.say("starting")
-        _Worker(allocation, ledger, ending, reporter).serve()
-        reporter.say("interrupted" if ending.interrupted else "closed")
+    timer, deadline = PhaseTimer(), Deadline.detect(allocation.settings()["walltime_s"])
+    with Reporter(allocation, timer, deadline) as reporter:
+        reporter.set_state("starting")
+        _Worker(allocation, timer, deadline, reporter).serve()
+        reporter.set_state("interrupted" if deadline.interrupted else "closed")
 
 
 class _Worker:
     def __init__(
-        self, allocation: AllocationDir, ledger: PhaseTimer, ending: Deadline, reporter: Reporter
+        self, allocation: AllocationDir, timer: PhaseTimer, deadline: Deadline, reporter: Reporter
     ) -> None:
-        self.ledger, self.ending, self.reporter = ledger, ending, reporter
+        self.timer, self.deadline, self.reporter = timer, deadline, reporter
         self.allocation, self.spool = allocation, Spool(allocation.path.parents[1])
         self.step_s = float(os.environ["PACED_STEP_S"])
         spec = allocation.settings()
@@ -56,19 +54,19 @@ class _Worker:
         self.inbox = Inbox(allocation, self.spool, spec["idle_timeout_s"], self._over)
 
     def serve(self) -> None:
-        self.ledger.switch("idle")
-        self.reporter.say("ready")
-        self._tell("ready", began=time.time() - time.monotonic() + process_start())
+        self.timer.switch_to("idle")
+        self.reporter.set_state("ready")
+        self._tell("ready", began=time.time() - time.monotonic() + process_start(SystemClock()))
         while order_id := self.inbox.next():
-            self.reporter.say("running", order_id)
+            self.reporter.set_state("running", order_id)
             if not self._carry_out(order_id):
                 break
-            self.reporter.say("ready")
-        if self.ending.is_due(self.step_s) and not self.ending.interrupted:
-            self._tell("over", left_s=self.ending.walltime_left())
+            self.reporter.set_state("ready")
+        if self.deadline.should_stop(self.step_s) is Stop.FINISH:
+            self._tell("over", left_s=self.deadline.walltime_left())
 
     def _over(self) -> bool:
-        return self.ending.interrupted or self.ending.is_due(self.step_s)
+        return bool(self.deadline.should_stop(self.step_s))
 
     def _carry_out(self, order_id: str) -> bool:
         """Publish the order's result; False if it is left to another allocation."""
@@ -81,15 +79,15 @@ class _Worker:
             metrics["held_out_loss"] = learner.evaluate(arrays)
         began, steps = time.monotonic(), 0
         if order.kind == "train":
-            with self.ledger.phase("train"):
+            with self.timer.during("train"):
                 arrays, loss, steps = self._train(order, learner, arrays)
-            if steps == 0 or self.ending.interrupted:
+            if steps == 0 or self.deadline.interrupted:
                 return False
             metrics["train_loss"] = loss
         trained = time.monotonic()
-        with self.ledger.phase("transfer"):
+        with self.timer.during("transfer"):
             result = self._write(order, folder, learner, arrays, steps, metrics, trained - began)
-        self.ending.reserve_s = 2.0 * (time.monotonic() - trained + self.step_s) + 1.0
+        self.deadline.reserve_s = 2.0 * (time.monotonic() - trained + self.step_s) + 1.0
         folder.write_result(result)
         self._tell("order", order=order_id, seen=seen, train_s=trained - began)
         return True

@@ -28,8 +28,8 @@ from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import Config
 from flwr_hpc.data.batches import load_corpus
 from flwr_hpc.train.model import build
+from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.rendezvous import Group, join
-from flwr_hpc.train.schedule import schedule_steps
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.ranks import Ranks
 from strategies.parts import rules

@@ -5,12 +5,9 @@ The rank's own process imports neither the app nor torch; see `flwr_hpc.batch_mo
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flwr_hpc.batch_mod.app import AppRef
 from flwr_hpc.batch_mod.carry import REPLY, REQUEST, Failure, Reply, save
@@ -18,12 +15,13 @@ from flwr_hpc.batch_mod.crew import RankGroup, follow
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
+from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
-from flwr_hpc.worker.ledger import PhaseTimer, process_start
+from flwr_hpc.worker.phase_timer import PhaseTimer
 from flwr_hpc.worker.ranks import Ranks
 from flwr_hpc.worker.reporter import Reporter
 
-RESERVED_SHARE, RESERVED_MOST_S = 0.1, 10.0  # of the walltime, to write and to leave in order
+RESERVED_MOST_S = 10.0  # of the walltime, to write and to leave in order
 
 
 def run(allocation_dir: str) -> None:
@@ -37,62 +35,27 @@ def run(allocation_dir: str) -> None:
     allocation, ranks = AllocationDir(Path(allocation_dir)), Ranks.detect()
     spec = allocation.settings()
     app = AppRef(spec["app_folder"], spec["app"])
-    ending = Deadline(float(os.environ["FLWR_HPC_WALLTIME_S"]))
+    deadline = Deadline.detect(reserve_most_s=RESERVED_MOST_S)
     if ranks.rank > 0:
-        follow(allocation, ranks, app, spec["versions"], ending.now)
+        follow(allocation, ranks, app, spec["versions"], deadline.is_over)
         return
-    ledger = PhaseTimer(process_start())
-    with Reporter(allocation, ledger, ending.left) as reporter:
-        reporter.say("starting")
+    timer = PhaseTimer()
+    with Reporter(allocation, timer, deadline) as reporter:
+        reporter.set_state("starting")
         crew = RankGroup(allocation, ranks)
         worker = Worker(
-            allocation, ledger, reporter, ending, crew,
+            allocation, timer, reporter, deadline, crew,
             lambda env: AppProcess(app, spec["versions"], env),
         )  # fmt: skip
         try:
             worker.serve(float(spec["idle_timeout_s"]))
         except Exception as exc:
-            reporter.say("failed", error=str(exc), fatal=True)
+            reporter.set_state("failed", error=str(exc), fatal=True)
             raise
         finally:
             worker.close()
         # After SIGTERM only the scheduler knows whether the job has ended or is back in the queue.
-        reporter.say("interrupted" if ending.told else "closed")
-
-
-class Deadline:
-    """Knows when to take no more messages, and when to leave the one at hand."""
-
-    def __init__(self, walltime_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self.walltime_s = clock, walltime_s
-        self._end = process_start(clock) + walltime_s
-        left = float(os.environ.get("FLWR_HPC_END_S") or 0) - time.time()
-        if left > 0:  # the scheduler may have granted less
-            self._end = min(self._end, clock() + left)
-        self._reserve_s = min(RESERVED_MOST_S, RESERVED_SHARE * walltime_s)
-        self._warned = self.told = False
-        for number in (signal.SIGUSR1, signal.SIGUSR2):  # ahead of the walltime
-            signal.signal(number, self._warn)
-        for number in (signal.SIGTERM, signal.SIGINT):  # cancelled or preempted
-            signal.signal(number, self._tell)
-
-    def left(self) -> float:
-        """Return the seconds of walltime left."""
-        return self._end - self._clock()
-
-    def no_more(self, next_s: float) -> bool:
-        """Whether a message of `next_s` seconds should rather go to the next job."""
-        return self._warned or self.now() or self.left() < self._reserve_s + next_s
-
-    def now(self) -> bool:
-        """Whether even the message at hand must be left: a signal, or the walltime."""
-        return self.told or self.left() < self._reserve_s / 2
-
-    def _warn(self, *_: Any) -> None:
-        self._warned = True
-
-    def _tell(self, *_: Any) -> None:
-        self.told = True
+        reporter.set_state("interrupted" if deadline.interrupted else "closed")
 
 
 class Worker:
@@ -101,9 +64,9 @@ class Worker:
     Parameters
     ----------
     allocation : AllocationDir
-    ledger : PhaseTimer
+    timer : PhaseTimer
     reporter : Reporter
-    ending : Deadline
+    deadline : Deadline
     crew : RankGroup
         The other ranks.
     start : callable
@@ -113,42 +76,42 @@ class Worker:
     def __init__(
         self,
         allocation: AllocationDir,
-        ledger: PhaseTimer,
+        timer: PhaseTimer,
         reporter: Reporter,
-        ending: Deadline,
+        deadline: Deadline,
         crew: RankGroup,
         start: Callable[[dict[str, str]], AppProcess],
     ) -> None:
         self._allocation, self._spool = allocation, Spool(allocation.path.parents[1])
-        self._ledger, self._reporter, self._ending = ledger, reporter, ending
+        self._timer, self._reporter, self._deadline = timer, reporter, deadline
         self._crew, self._start = crew, start
         self._app: AppProcess | None = None
         self._longest_s, self._served = 0.0, 0
 
     def serve(self, idle_timeout_s: float) -> None:
         """Answer messages until released, idle for too long, out of walltime or told to end."""
-        self._ledger.switch("load")
-        self._reporter.say("loading")
+        self._timer.switch_to("load")
+        self._reporter.set_state("loading")
         try:
-            failure = self._process().load(self._ending.now)
+            failure = self._process().load(self._deadline.is_over)
         except Stopped:
             return
         if failure is not None:
             raise RuntimeError(f"the app cannot be imported in the job: {_words(failure)}")
-        self._ledger.switch("idle")
-        self._reporter.say("ready")
+        self._timer.switch_to("idle")
+        self._reporter.set_state("ready")
         inbox = Inbox(
             self._allocation,
             self._spool,
             idle_timeout_s,
-            should_stop=lambda: self._ending.no_more(self._longest_s),
+            should_stop=lambda: bool(self._deadline.should_stop(self._longest_s)),
         )
         while order_id := inbox.next():
-            self._reporter.say("running", order_id)
-            with self._ledger.phase("train"):
+            self._reporter.set_state("running", order_id)
+            with self._timer.during("train"):
                 if not self._answer(order_id, self._spool.order(order_id)):
                     return
-            self._reporter.say("ready")
+            self._reporter.set_state("ready")
 
     def close(self) -> None:
         """End the app's processes, and the other ranks."""
@@ -192,24 +155,24 @@ class Worker:
             failure = process.call(
                 order / REQUEST,
                 reply,
-                stop=lambda: self._ending.now() or self._crew.failure(order) is not None,
+                stop=lambda: self._deadline.is_over() or self._crew.failure(order) is not None,
             )
             if failure is None:
-                failure = self._crew.wait(order, self._ending.now)
+                failure = self._crew.wait(order, self._deadline.is_over)
             elif reply.exists():  # the app's own error, with the context it left
                 return failure
         except Stopped:
             failure = self._crew.failure(order)
-            if failure is None or self._ending.now():
+            if failure is None or self._deadline.is_over():
                 raise
         if failure is not None:
             save(reply, Reply(failure=failure))
         return failure
 
     def _leave(self, order_id: str, order: OrderDir) -> bool:
-        if not self._ending.told and not self._served:  # it had the whole job to itself
+        if not self._deadline.interrupted and not self._served:  # it had the whole job to itself
             error = (
-                f"the message needs more than the walltime of {self._ending.walltime_s:.0f} s. "
+                f"the message needs more than the walltime of {self._deadline.walltime_s:.0f} s. "
                 "Give flwr_hpc.batch a longer walltime"
             )
             order.write_result(Result(order_id, "failed", error=error, fatal=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -39,10 +40,17 @@ INTERVALS = {
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",
 }
-SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
-)
+# What models call their sizes: transformers' usual name, and those of GPT-2 and its like.
+SIZES: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "d_model"),
+    "intermediate_size": ("n_inner", "ffn_dim"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_key_value_heads": (),
+    "head_dim": (),
+    "vocab_size": (),
+    "max_position_embeddings": ("n_positions", "max_seq_len"),
+}
 
 
 def check_values(c: Any) -> None:
@@ -115,32 +123,43 @@ def _check_model(c: Any) -> None:
     _check_sizes(c.model.config, c.data.seq_len)
 
 
+def size_key(sizes: Mapping[str, Any], size: str) -> str:
+    """Return under which of its names a model's configuration gives a size, or its usual one."""
+    return next((key for key in (size, *SIZES[size]) if sizes.get(key) is not None), size)
+
+
 def _check_sizes(sizes: dict[str, Any], seq_len: int) -> None:
     """Find what transformers would refuse inside the job, as far as the numbers alone say it."""
-    for key in SIZES:
+    keys = {size: size_key(sizes, size) for size in SIZES}
+    for key in keys.values():
         value = sizes.get(key)
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"model.config.{key}={value} must be a whole number")
         positive(f"model.config.{key}", value)
-    width, heads, groups, longest = (
-        sizes.get(k) for k in (SIZES[0], SIZES[3], "num_key_value_heads", "max_position_embeddings")
-    )
+    _check_heads(sizes, keys)
+    key = keys["max_position_embeddings"]
+    longest = sizes.get(key)
+    if longest and seq_len > longest:
+        raise UserError(
+            f"data.seq_len={seq_len} is longer than model.config.{key}={longest} allows. "
+            f"Add to the command: model.config.{key}={seq_len}"
+        )
+
+
+def _check_heads(sizes: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    width_key, heads_key = keys["hidden_size"], keys["num_attention_heads"]
+    width, heads, groups = (sizes.get(k) for k in (width_key, heads_key, "num_key_value_heads"))
     if width and heads and width % heads and not sizes.get("head_dim"):
         raise UserError(
-            f"model.config.hidden_size={width} cannot be shared by num_attention_heads={heads}. "
-            f"Add to the command: model.config.hidden_size={-(-width // heads) * heads}, "
-            "or give model.config.head_dim"
+            f"model.config.{width_key}={width} cannot be shared by {heads_key}={heads}. "
+            f"Add to the command: model.config.{width_key}={-(-width // heads) * heads}"
+            + (", or give model.config.head_dim" if width_key == "hidden_size" else "")
         )
     if heads and groups and heads % groups:
         raise UserError(
-            f"model.config.num_attention_heads={heads} must be a multiple of "
+            f"model.config.{heads_key}={heads} must be a multiple of "
             f"num_key_value_heads={groups}. "
             f"Add to the command: model.config.num_key_value_heads={heads}"
-        )
-    if longest and seq_len > longest:
-        raise UserError(
-            f"data.seq_len={seq_len} is longer than model.config.max_position_embeddings={longest}"
-            f" allows. Add to the command: model.config.max_position_embeddings={seq_len}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr_hpc.config.schema import ModelConfig
+from flwr_hpc.config.validate import size_key
 from flwr_hpc.data import sources
 from flwr_hpc.doctor.findings import Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.login import Login, login
@@ -163,8 +164,10 @@ def parameters(model: ModelConfig) -> int | None:
         return sum(f.stat().st_size for f in files) // 2 or None  # as bf16
     sizes = model.config
     try:
-        width, depth = int(sizes["hidden_size"]), int(sizes["num_hidden_layers"])
-        inner = int(sizes.get("intermediate_size", 4 * width))
+        names = "hidden_size", "num_hidden_layers", "intermediate_size"
+        width_key, depth_key, inner_key = (size_key(sizes, name) for name in names)
+        width, depth = int(sizes[width_key]), int(sizes[depth_key])
+        inner = int(sizes.get(inner_key) or 4 * width)
         words = int(sizes.get("vocab_size", 512))
     except (KeyError, TypeError, ValueError):
         return None

@@ -13,21 +13,21 @@ from flwr_hpc.protocol import Order
 from flwr_hpc.train.trainer import Trainer
 
 
-def missing_start(order: Order, held: str) -> str | None:
+def missing_start(order: Order, last: str) -> str | None:
     """Say that an order goes on from weights that are not here, or None.
 
     Parameters
     ----------
     order : Order
-    held : str
+    last : str
         Id of the order that has left the weights that are here.
     """
     if order.merges is None:
         return None
     wanted = dataclasses.replace(order, seq=int(order.options.get("after", -1))).id
-    if held == wanted:
+    if last == wanted:
         return None
-    found = f"those of {held}" if held else "none"
+    found = f"those of {last}" if last else "none"
     return f"it goes on from the weights of order {wanted}, and here are {found}: send all of them"
 
 
@@ -69,7 +69,7 @@ class LocalWeights:
         self._given.clear()
 
     @property
-    def knows_version(self) -> bool:
+    def has_version(self) -> bool:
         """Whether the version that the order starts from is here, whole."""
         return bool(self._given)
 

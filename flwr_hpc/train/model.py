@@ -72,9 +72,21 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers: the modules transformers says must not be split."""
+    """Return the decoder layers, whatever they are called.
+
+    The modules transformers says must not be split; where it says nothing, the largest list of
+    modules that lies in no other (an expert's lies in a layer's).
+    """
     kinds = set(getattr(model, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if type(m).__name__ in kinds]
+    if known := [m for m in model.modules() if type(m).__name__ in kinds]:
+        return known
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [m for name, m in lists.items() if not any(name.startswith(f"{o}.") for o in lists)]
+    return list(max(outer, key=_parameters, default=[]))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _from_checkpoint(path: str) -> Any:

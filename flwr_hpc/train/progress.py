@@ -1,4 +1,4 @@
-"""How far an order got, and what may end it early."""
+"""How far an order got."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-GO, CUT, INTERRUPTED = 0, 1, 2  # what may end an order early: the walltime, a signal
+from flwr_hpc.worker.deadline import Stop
 
 Progress = Callable[[int, Callable[[], float]], None]
 
@@ -23,7 +23,7 @@ class Trained:
     last_loss: float = 0.0  # Of the last step
     last_grad_norm: float = 0.0
     seconds: float = 0.0
-    ended: int = GO  # ``GO`` if all steps were done, else why not
+    stopped: int = Stop.NO  # Why it ended early, if it did
 
 
 @dataclass(frozen=True)

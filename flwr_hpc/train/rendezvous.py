@@ -7,10 +7,12 @@ import os
 import secrets
 import socket
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.worker.lifeline import Lifeline, LoneFailureError
 from flwr_hpc.worker.ranks import Ranks
+
+T = TypeVar("T")
 
 FOREVER = timedelta(days=30)  # an idle rank waits in a broadcast for as long as it takes
 COLLECTIVE = timedelta(minutes=30)
@@ -72,6 +76,19 @@ class Group:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return float(tensor)
 
+    def attempt(
+        self, work: Callable[[], T], patience_s: float | None = None
+    ) -> tuple[T | None, list[Failure]]:
+        """Do a piece of work on every rank; return its result and what went wrong on any rank."""
+        result, mine = None, None
+        try:
+            result = work()
+        except Exception as exc:
+            if not isinstance(exc, UserError):
+                traceback.print_exc()
+            mine = Failure.of(exc)
+        return result, self.failures(mine, patience_s)
+
     def failures(self, mine: Failure | None, patience_s: float | None = None) -> list[Failure]:
         """Tell all ranks how this one fared and return what went wrong on any of them.
 
@@ -89,7 +106,7 @@ class Group:
         except RuntimeError:
             if mine is None:
                 raise
-            raise LoneFailureError(f"rank {self.ranks.rank}: {mine.message}") from None
+            raise LoneFailureError(f"rank {self.ranks.rank}: {mine.message}", mine.fatal) from None
         if not failed:
             return []
         gathered: list[Failure | None] = [None] * self.ranks.world_size

@@ -18,12 +18,12 @@ from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.control_variates import ControlVariates
 from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.model import Built, exchanged
-from flwr_hpc.train.optim import adamw, clip, gradient
+from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
-from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Evaluated, Progress, Proximal, Trained
+from flwr_hpc.train.progress import Evaluated, Progress, Proximal, Trained
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.train.schedule import learning_rate
 from flwr_hpc.train.weights import layout_of, read_weights, write_weights
+from flwr_hpc.worker.deadline import Stop
 
 
 class Trainer:
@@ -134,7 +134,7 @@ class Trainer:
         self,
         steps: int,
         so_far: Trained | None = None,
-        may_go: Callable[[], int] = lambda: GO,
+        should_stop: Callable[[], Stop] = lambda: Stop.NO,
         report: Progress = lambda step, loss: None,
         proximal: Proximal | None = None,
         variates: ControlVariates | None = None,
@@ -146,9 +146,9 @@ class Trainer:
         steps : int
         so_far : Trained or None
             Where an interrupted order goes on.
-        may_go : callable
-            Asked on every rank before each step; any rank's ``CUT`` or ``INTERRUPTED`` ends
-            the order there on all of them.
+        should_stop : callable
+            Asked on every rank before each step; what any of them answers ends the order there
+            on all of them.
         report : callable
             Called after each step with the order's step and a function that returns the loss;
             calling that one waits for the device.
@@ -157,15 +157,15 @@ class Trainer:
         variates : ControlVariates or None
             Correction of the gradients, and their sum.
         """
-        done = dataclasses.replace(so_far or Trained(), ended=GO)
+        done = dataclasses.replace(so_far or Trained(), stopped=Stop.NO)
         stats: list[Tensor] = []
         tokens = 0
         began = time.perf_counter()
         self._model.train()
         while done.steps < steps:
             batch = self._next_batch()
-            counted, done.ended = self._agree(batch, may_go())
-            if done.ended:
+            counted, done.stopped = self._agree(batch, should_stop())
+            if done.stopped:
                 break
             tokens = counted
             stats.append(self._train_step(batch, tokens, proximal, variates))
@@ -196,17 +196,19 @@ class Trainer:
         ranks = self._group.ranks
         return self._corpus.batch(self.step, ranks.world_size, ranks.rank, sequences)
 
-    def _agree(self, batch: Batch, ended: int) -> tuple[int, int]:
-        """Return the tokens of the global batch, and whether any rank wants to end here."""
-        votes = [float(ended == CUT), float(ended == INTERRUPTED)]
-        tokens, cut, interrupted = self._group.total([float(count_tokens(batch.labels)), *votes])
-        return int(tokens), INTERRUPTED if interrupted else CUT if cut else GO
+    def _agree(self, batch: Batch, stop: Stop) -> tuple[int, Stop]:
+        """Return the tokens of the global batch, and the most urgent reason of any rank to stop."""
+        votes = [float(stop == reason) for reason in Stop]
+        tokens, *counts = self._group.total([float(count_tokens(batch.labels)), *votes])
+        return int(tokens), max(reason for reason in Stop if counts[reason])
 
     def _train_step(
         self, batch: Batch, tokens: int, proximal: Proximal | None, variates: ControlVariates | None
     ) -> Tensor:
         """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
         config, device = self._config, self._group.device
+        # Dropout is drawn by the step, so that another job goes on as this one would have.
+        torch.manual_seed(self.step * self._group.ranks.world_size + self._group.ranks.rank)
         # FSDP averages over the ranks; the loss is to be averaged over all tokens.
         scale = self._group.ranks.world_size / max(1, tokens)
         loss_sum = torch.zeros((), device=device)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
+from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.spool import AllocationDir, Spool
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
@@ -20,7 +20,7 @@ class Inbox:
     idle_timeout_s : float
     should_stop : callable
         True once a signal came or the walltime is about over.
-    clock, sleep : callable
+    clock : Clock
     """
 
     def __init__(
@@ -29,29 +29,27 @@ class Inbox:
         spool: Spool,
         idle_timeout_s: float,
         should_stop: Callable[[], bool],
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        clock: Clock | None = None,
     ) -> None:
         self._allocation = allocation
         self._spool = spool
         self._idle_timeout_s = idle_timeout_s
-        self._must_end = should_stop
-        self._clock = clock
-        self._sleep = sleep
+        self._should_stop = should_stop
+        self._clock = clock or SystemClock()
         self._done: set[str] = set()
 
     def next(self) -> str | None:
         """Return the id of the next order without a result, or None when it is time to end."""
-        began = self._clock()
+        began = self._clock.now()
         pause = FIRST_PAUSE_S
-        while not self._must_end():
+        while not self._should_stop():
             # Before the inbox: an order assigned ahead of the release is still done.
             released = self._allocation.released
             if order_id := self._assigned():
                 return order_id
-            if released or self._clock() - began >= self._idle_timeout_s:
+            if released or self._clock.now() - began >= self._idle_timeout_s:
                 return None
-            self._sleep(pause)
+            self._clock.sleep(pause)
             pause = min(1.2 * pause, LONGEST_PAUSE_S)
         return None
 

@@ -20,7 +20,15 @@ FAREWELL_S = 10.0  # for the peers to leave as well
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # lost node: 25 s
 
 
-class LoneFailureError(RuntimeError):
+class RankError(RuntimeError):
+    """What went wrong on a rank, in its own words; `fatal`: trying again will not fix it."""
+
+    def __init__(self, message: str, fatal: bool = False) -> None:
+        super().__init__(message)
+        self.fatal = fatal
+
+
+class LoneFailureError(RankError):
     """One rank failed, and the others wait for it elsewhere."""
 
 

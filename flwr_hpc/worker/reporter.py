@@ -5,47 +5,46 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from flwr_hpc.spool import AllocationDir, OrderDir, WorkerState
-from flwr_hpc.worker.ledger import PhaseTimer
+from flwr_hpc.worker.deadline import Deadline
+from flwr_hpc.worker.phase_timer import PhaseTimer
 
 
 class Reporter:
     """Publishes the worker's state, at once when it changes and else every `every_s`.
 
     A thread does the writing, so that training never waits for the shared file system and the
-    beat goes on during long calls. On ranks other than 0 nothing is written.
+    heartbeat goes on during long calls. On ranks other than 0 nothing is written.
 
     Parameters
     ----------
     allocation : AllocationDir or None
         None: write nothing.
-    ledger : PhaseTimer
-    walltime_left : callable
-        Seconds, or None.
-    beat : int
+    timer : PhaseTimer
+    deadline : Deadline
+    heartbeat : int
         The last one of an earlier start of this job.
     """
 
     def __init__(
         self,
         allocation: AllocationDir | None,
-        ledger: PhaseTimer,
-        walltime_left: Callable[[], float | None],
+        timer: PhaseTimer,
+        deadline: Deadline,
+        heartbeat: int = 0,
         every_s: float = 1.0,
-        beat: int = 0,
     ) -> None:
         self._allocation = allocation
-        self._ledger = ledger
-        self._walltime_left = walltime_left
+        self._timer = timer
+        self._deadline = deadline
         self._every_s = every_s
-        self._state = WorkerState("starting", beat=beat)
+        self._state = WorkerState("starting", beat=heartbeat)
         self._progress: tuple[OrderDir, dict[str, Any]] | None = None
         self._lock = threading.Lock()
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="reporter", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat, name="reporter", daemon=True)
 
     def __enter__(self) -> Reporter:
         if self._allocation:
@@ -57,7 +56,9 @@ class Reporter:
         if self._thread.is_alive():
             self._thread.join()
 
-    def say(self, state: Any, order_id: str = "", error: str = "", fatal: bool = False) -> None:
+    def set_state(
+        self, state: Any, order_id: str = "", error: str = "", fatal: bool = False
+    ) -> None:
         """Publish a new state now."""
         with self._lock:
             self._state = dataclasses.replace(
@@ -65,11 +66,11 @@ class Reporter:
             )
             self._publish()
 
-    def progress(self, folder: OrderDir, progress: dict[str, Any]) -> None:
-        """Note how far the running order is; written with the next beat."""
+    def set_progress(self, folder: OrderDir, progress: dict[str, Any]) -> None:
+        """Note how far the running order is; written with the next heartbeat."""
         self._progress = folder, progress
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         while not self._end.wait(self._every_s):
             try:
                 with self._lock:
@@ -86,7 +87,7 @@ class Reporter:
         self._state = dataclasses.replace(
             self._state,
             beat=self._state.beat + 1,
-            walltime_left_s=self._walltime_left(),
-            seconds=self._ledger.seconds(),
+            walltime_left_s=self._deadline.walltime_left(),
+            seconds=self._timer.seconds(),
         )
         self._allocation.write_state(self._state)

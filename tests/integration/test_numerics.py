@@ -12,6 +12,8 @@ import worlds.numerics_scenarios as scenario
 from safetensors.numpy import load_file, save_file
 from worlds.torch_ranks import Team, start_team
 
+from flwr_hpc.config.compose import compose_config
+
 KINDS = [
     pytest.param({"tied": tied, "lora": lora}, id=f"{'tied' if tied else 'untied'}-{name}")
     for tied in (True, False)
@@ -59,6 +61,35 @@ def test_two_ranks_equal_one_process(
     assert two["held_out_counts"] == one["held_out_counts"]
     assert len(one["losses"]) == 4
     assert_same(two["weights"], one["weights"])
+
+
+def gpt2(**changed: Any) -> dict[str, Any]:
+    """Return the shipped model that shares no name with Llama."""
+    return dict(compose_config(["model=tiny_gpt2"]).model.config) | changed
+
+
+def test_a_model_with_other_names_is_sharded_alike(solo: Team, pair: Team, tmp_path: Path) -> None:
+    """GPT-2: Conv1D, biases, learnt positions and a tied head, a unit per layer on two ranks."""
+    model = gpt2(n_embd=32, n_layer=2, n_positions=32)
+    one = solo.run(scenario.trained, tmp_path / "1", micro_batch=8, model=model)
+    two = pair.run(scenario.trained, tmp_path / "2", micro_batch=4, model=model)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    assert one["losses"][-1] < one["losses"][0]
+    assert "transformer.h.1.attn.c_attn.weight" in one["weights"]
+    assert_same(two["weights"], one["weights"])
+
+
+def test_dropout_is_drawn_by_the_step(pair: Team, tmp_path: Path) -> None:
+    """A job that goes on after a preemption drops what the first one would have dropped."""
+    model = gpt2(n_embd=32, n_layer=2, n_positions=32, resid_pdrop=0.5)
+    options: dict[str, Any] = {"steps": 3, "model": model}
+    again, _ = pair.run(scenario.interrupted, _new(tmp_path / "1"), 1, **options)
+    once, _ = pair.run(scenario.uninterrupted, _new(tmp_path / "2"), **options)
+    assert_same(again, once, rtol=0)
+    without, _ = pair.run(
+        scenario.uninterrupted, _new(tmp_path / "3"), 3, model=model | {"resid_pdrop": 0.0}
+    )
+    assert any((without[name] != value).any() for name, value in once.items())
 
 
 def test_a_small_model_as_one_unit_equals_a_unit_per_layer(pair: Team, tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ LIGHT = [
     "flwr_hpc.doctor.probe",
     "flwr_hpc.site.client_app",
     "flwr_hpc.server.server_app",
-    "flwr_hpc.worker.entry",
+    ", ".join(
+        f"flwr_hpc.worker.{p.stem}" for p in (ROOT / "flwr_hpc" / "worker").glob("[a-z]*.py")
+    ),
+    "flwr_hpc.exchange.client",
     "flwr_hpc.data.sources",
 ]
 

@@ -13,10 +13,10 @@ from worlds.torch_ranks import tiny_model, tiny_trainer, weights_of
 
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.parallel import full
-from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import write_weights
+from flwr_hpc.worker.deadline import Stop
 from strategies.diloco import DiLoCo
 
 
@@ -140,13 +140,13 @@ def interrupted(group: Group, folder: Path, at: int, steps: int, **options: Any)
     """Train up to a signal, save, start afresh, restore, finish."""
     trainer = tiny_trainer(group, **options)
     trainer.train(2)  # an order before
-    done = trainer.train(steps, may_go=_signal_at(trainer, 2 + at, group))
-    assert (done.steps, done.ended) == (at, INTERRUPTED)
+    done = trainer.train(steps, should_stop=_signal_at(trainer, 2 + at, group))
+    assert (done.steps, done.stopped) == (at, Stop.LEAVE)
     save(group, folder / "checkpoints", trainer)
     again = tiny_trainer(group, **options)
     restore(group, folder / "checkpoints", again)
     done = again.train(steps, done)
-    assert (done.steps, done.ended) == (steps, GO)
+    assert (done.steps, done.stopped) == (steps, Stop.NO)
     return weights_of(again, folder / "weights.safetensors", group), done.loss_sum
 
 
@@ -237,7 +237,7 @@ def restore(group: Group, folder: Path, trainer: Trainer) -> None:
 def _signal_at(trainer: Trainer, step: int, group: Group) -> Any:
     """Only the last rank gets the signal; all have to end at the same step."""
     last = group.ranks.rank == group.ranks.world_size - 1
-    return lambda: INTERRUPTED if last and trainer.step == step else GO
+    return lambda: Stop.LEAVE if last and trainer.step == step else Stop.NO
 
 
 def _size(trainer: Trainer) -> float:

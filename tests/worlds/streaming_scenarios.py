@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,12 @@ from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.checkpoint import Checkpoints
+from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
-from flwr_hpc.train.progress import GO, INTERRUPTED
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.weights import write_weights
-from flwr_hpc.worker.ledger import PhaseTimer
+from flwr_hpc.worker.deadline import Deadline, Stop
+from flwr_hpc.worker.phase_timer import PhaseTimer
 
 ALPHA = 0.25
 
@@ -29,13 +31,11 @@ class Site:
     def __init__(self, group: Group, folder: Path, **options: Any) -> None:
         self.group, self.folder = group, folder
         trainer = tiny_trainer(group, **options)
-        parts: dict[str, Any] = {
-            "built": SimpleNamespace(flops_per_token=1.0, files={}),
-            "reporter": SimpleNamespace(progress=lambda *_: None),
-        }
+        reporter: Any = SimpleNamespace(set_progress=lambda *_: None)
         self.runner = OrderRunner(
-            trainer=trainer, checkpoints=Checkpoints(folder / "checkpoints", group), group=group,
-            train=TRAIN, data=DataConfig(), ledger=PhaseTimer(0.0), may_go=lambda: GO, **parts,
+            trainer=trainer, checkpoints=Checkpoints(folder / "checkpoints", group), files={},
+            train=TRAIN, meter=Meter(PhaseTimer(), reporter, group, TRAIN, DataConfig(), 1.0),
+            deadline=Deadline(),
         )  # fmt: skip
         self.runner.restore()
         names = sorted(trainer.layout())
@@ -54,6 +54,10 @@ class Site:
         fields: dict[str, Any] = {"options": {"after": after, "alpha": ALPHA}, "evaluate": True}
         here, there = map(list, self.parts)
         return self.run(seq, given, 2, merges=here, returns=there, **fields)
+
+    def each_step(self, ask: Callable[[], Stop | None]) -> None:
+        """Have a function called before each step; what it returns may end the order."""
+        self.runner.deadline.should_stop = lambda _: ask() or Stop.NO  # type: ignore[assignment, method-assign, misc]
 
     def weights(self) -> dict[str, Any]:
         return weights_of(self.runner.trainer, self.folder / "now.safetensors", self.group)
@@ -81,7 +85,7 @@ def in_fragments(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
     given = site.draw("given", site.parts[0], 3)
     refused = site.merge(2, given, after=7)
     started: list[Any] = []
-    site.runner.may_go = lambda: GO if started else started.append(site.weights()) or GO
+    site.each_step(lambda: None if started else started.append(site.weights()))
     second = site.merge(3, given, after=0)
     assert first is not None
     assert second is not None
@@ -106,8 +110,8 @@ def interrupted(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
     site = Site(group, folder, **options)
     site.run(0, site.draw("whole", None, 1), returns=list(site.parts[0]))
     given = site.draw("given", site.parts[0], 3)
-    answers = [GO, INTERRUPTED]
-    site.runner.may_go = lambda: answers.pop(0)
+    answers = [Stop.NO, Stop.LEAVE]
+    site.each_step(lambda: answers.pop(0))
     assert site.merge(3, given, after=0) is None
     successor = Site(group, folder, **options)
     assert successor.merge(3, given, after=0) is not None

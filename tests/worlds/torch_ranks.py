@@ -83,11 +83,15 @@ class TinyCorpus:
 
 
 def tiny_model(
-    tied: bool = True, lora: bool = False, path: str | None = None, checkpointing: str = "none"
+    tied: bool = True,
+    lora: bool = False,
+    path: str | None = None,
+    checkpointing: str = "none",
+    model: dict[str, Any] | None = None,
 ) -> Built:
     config = ModelConfig(
         path=path,
-        config={} if path else {**LLAMA, "tie_word_embeddings": tied},
+        config={} if path else model or {**LLAMA, "tie_word_embeddings": tied},
         lora=LoraConfig(r=4 if lora else 0, alpha=8),
     )
     return build(config, TinyTokenizer(), 0, SEQ_LEN, checkpointing)
@@ -99,11 +103,12 @@ def tiny_trainer(
     lora: bool = False,
     one_unit_below: int = 0,
     path: str | None = None,
+    model: dict[str, Any] | None = None,
     **train: Any,
 ) -> Trainer:
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
     config = dataclasses.replace(TRAIN, **train)
-    built = tiny_model(tied, lora, path, config.activation_checkpointing)
+    built = tiny_model(tied, lora, path, config.activation_checkpointing, model)
     return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below)
 
 

@@ -61,13 +61,13 @@ class _Worker:
     def __init__(self, alloc: AllocationDir) -> None:
         self.alloc, self.settings = alloc, alloc.settings()
         self.spool = alloc.spool
-        self.ending = Deadline.detect(None)
+        self.deadline = Deadline.detect(None)
         former = alloc.state()
         self.beat = former.beat if former else 0
 
     def say(self, state: str, order_id: str = "", **fields: object) -> None:
         self.beat += 1
-        left = self.ending.walltime_left()
+        left = self.deadline.walltime_left()
         seconds = {"startup": 0.1, "load": 0.1, "idle": 0.1} if state != "starting" else {}
         self.alloc.write_state(
             WorkerState(state, order_id, self.beat, left, seconds, **fields)  # type: ignore[arg-type]
@@ -80,14 +80,14 @@ class _Worker:
             self.alloc.write_state(WorkerState("failed", error=error, fatal=fatal))
             raise RuntimeError(error)
         self.serve()
-        self.say("interrupted" if self.ending.interrupted else "closed")
+        self.say("interrupted" if self.deadline.interrupted else "closed")
 
     def serve(self) -> None:
         idle_since = time.monotonic()
         while time.monotonic() - idle_since < self.settings.get("idle_timeout_s", 60):
             released = self.alloc.released
             todo = [i for i in self.alloc.inbox() if self.spool.order(i).result() is None]
-            if self.ending.interrupted or self.ending.is_due():
+            if self.deadline.should_stop():
                 break
             if todo:
                 if not self.work(todo[0]):
@@ -105,12 +105,12 @@ class _Worker:
         order, _ = folder.order()
         steps = int(float(order.options.get("seconds", 0)) / BEAT_S)
         step = self.saved(order_id)
-        while step < steps and not (self.ending.interrupted or self.ending.is_due()):
+        while step < steps and not self.deadline.should_stop():
             step += 1
             folder.write_progress({"step": step, "steps": steps, "loss": 1.0})
             self.say("running", order_id)
             time.sleep(BEAT_S)
-        if step < steps and self.ending.interrupted:
+        if step < steps and self.deadline.interrupted:
             checkpoint = self.spool.checkpoints / checkpoint_name(order_id, step)
             publish(checkpoint / CHECKPOINT_META, json.dumps({"steps": step}))
             return False

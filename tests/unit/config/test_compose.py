@@ -87,6 +87,8 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["exchange.inline_below_mb=-1"], "exchange.inline_below_mb=-1.0 must be zero or"),
         (["facilities.local_a.gpus_per_node=-1", "+facility=local_a"], "must be zero or greater"),
         (["model.config.hidden_size=65"], "model.config.hidden_size=68"),
+        (["model=tiny_gpt2", "model.config.n_embd=65"], "model.config.n_embd=68"),
+        (["model=tiny_gpt2", "data.seq_len=2048"], "model.config.n_positions=2048"),
         (["model.config.hidden_size=0"], "model.config.hidden_size=0 must be greater"),
         (["model.config.hidden_size=big"], "model.config.hidden_size=big must be a whole number"),
         (["model.config.num_key_value_heads=3"], "must be a multiple of num_key_value_heads=3"),

@@ -14,9 +14,11 @@ from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.checkpoint import Saved
+from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
-from flwr_hpc.train.progress import CUT, GO, INTERRUPTED, Trained
-from flwr_hpc.worker.ledger import PhaseTimer
+from flwr_hpc.train.progress import Trained
+from flwr_hpc.worker.deadline import Deadline, Stop
+from flwr_hpc.worker.phase_timer import PhaseTimer
 
 Array = np.ndarray
 
@@ -28,15 +30,15 @@ class CountingTrainer:
         self.step, self.state = 0, {"moments": np.zeros(())}
         self.lr_scale = 1.0
 
-    def train(self, steps: int, so_far: Trained, may_go: Any, *extras: Any) -> Trained:
-        done = dataclasses.replace(so_far, ended=GO)
-        while done.steps < steps and not (ended := may_go()):
+    def train(self, steps: int, so_far: Trained, should_stop: Any, *extras: Any) -> Trained:
+        done = dataclasses.replace(so_far, stopped=Stop.NO)
+        while done.steps < steps and not (stop := should_stop()):
             done.steps += 1
             self.step += 1
             self.state["moments"] += 1
             if extras[-1] is not None:
                 extras[-1].sums["gradients"] += 1
-        return done if done.steps == steps else dataclasses.replace(done, ended=ended)
+        return done if done.steps == steps else dataclasses.replace(done, stopped=stop)
 
     def tensors(self) -> dict[str, Array]:
         return self.state
@@ -56,6 +58,16 @@ class CountingTrainer:
 
     def save_gradient(self, path: Path, variates: SimpleNamespace, steps: int) -> str:
         return f"{path.name}: {variates.sums['gradients']:g} in {steps}"
+
+
+class Answers(Deadline):
+    """Gives these answers, and then its last one."""
+
+    def __init__(self, *answers: Stop) -> None:
+        self.answers = list(answers or [Stop.NO])
+
+    def should_stop(self, next_s: float = 0.0) -> Stop:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
 class Shelf:
@@ -90,19 +102,12 @@ def runner(shelf: Shelf, **train: Any) -> OrderRunner:
     group = SimpleNamespace(
         ranks=SimpleNamespace(rank=0, world_size=1), largest=lambda x: x, device=None
     )
-    parts: dict[str, Any] = {
-        "trainer": CountingTrainer(), "checkpoints": shelf, "group": group,
-        "built": SimpleNamespace(flops_per_token=1.0), "reporter": None,
-    }  # fmt: skip
-    made = OrderRunner(
-        train=TrainConfig(**train),
-        data=DataConfig(),
-        ledger=PhaseTimer(0.0),
-        may_go=lambda: GO,
-        **parts,
-    )
-    made._memory = dict  # type: ignore[assignment,method-assign]
-    return made
+    config, parts = TrainConfig(**train), {"reporter": None, "group": group}
+    meter = Meter(timer=PhaseTimer(), train=config, data=DataConfig(), flops_per_token=1.0, **parts)
+    meter.memory = dict  # type: ignore[assignment,method-assign]
+    trainer: Any = CountingTrainer()
+    checkpoints: Any = shelf
+    return OrderRunner(trainer, checkpoints, {}, config, meter, Answers())
 
 
 def run(made: OrderRunner, seq: int, steps: int = 4) -> Result | None:
@@ -114,11 +119,11 @@ def moments(made: OrderRunner) -> tuple[int, int]:
     return made.trainer.step, made.trainer.tensors()["moments"]  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("why", [CUT, INTERRUPTED])
+@pytest.mark.parametrize("why", [Stop.FINISH, Stop.LEAVE])
 def test_no_step_no_result(shelf: Shelf, why: int) -> None:
     """Protects the aggregation from results of 0 steps: the order goes to the next job."""
     made = runner(shelf)
-    made.may_go = lambda: why
+    made.deadline = Answers(why)
     assert run(made, 0) is None
     assert shelf.kept == {}
 
@@ -126,8 +131,8 @@ def test_no_step_no_result(shelf: Shelf, why: int) -> None:
 def test_a_cut_order_tells_its_true_steps_and_an_interrupted_one_none(shelf: Shelf) -> None:
     """Protects true numbers on a cut, and the rest of the order on an interruption."""
     made = runner(shelf)
-    answers = [GO, GO, CUT, GO, INTERRUPTED]
-    made.may_go = lambda: answers.pop(0)
+    answers = [Stop.NO, Stop.NO, Stop.FINISH, Stop.NO, Stop.LEAVE]
+    made.deadline = Answers(*answers)
     result = run(made, 0)
     assert result is not None
     assert result.steps == 2
@@ -200,8 +205,8 @@ def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
     made, options = runner(shelf), {"mean-gradient": True}
     order = Order("run", "a", 0, "train", steps=4, options=options)
     folder = OrderDir(Path("/nowhere") / order.id)
-    answers = [GO, INTERRUPTED]
-    made.may_go = lambda: answers.pop(0)
+    answers = [Stop.NO, Stop.LEAVE]
+    made.deadline = Answers(*answers)
     assert made.run(order, None, folder) is None
     after = runner(shelf)
     result = after.run(order, None, folder, {"correction": Path("c")})
@@ -241,7 +246,7 @@ def test_merged_weights_are_not_saved_as_those_of_the_order_before(shelf: Shelf)
     """Protects from merging twice: without a step of its own, an order leaves nothing to go on."""
     made, successor = runner(shelf, checkpoint_every_orders=2), runner(shelf)
     run(made, 0)
-    made.may_go = lambda: CUT
+    made.deadline = Answers(Stop.FINISH)
     assert merging(made, 1, after=0) is None
     made.save()
     assert shelf.kept == {}

@@ -1,4 +1,4 @@
-"""The small pieces inside an allocation: schedule, loss, ledger, lifeline, weight files."""
+"""The small pieces inside an allocation: schedule, loss, lifeline, weight files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds.torch_ranks import SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
 
-from flwr_hpc.config.schema import ModelConfig, TrainConfig
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.metrics import flops_per_token, mfu
 from flwr_hpc.train.model import build, exchanged, layers
-from flwr_hpc.train.schedule import learning_rate, schedule_steps
+from flwr_hpc.train.optim import learning_rate, schedule_steps
 from flwr_hpc.train.weights import layout_of, read_weights, write_weights
-from flwr_hpc.worker.ledger import PhaseTimer, process_start
 from flwr_hpc.worker.lifeline import GOODBYE, Lifeline
 
 TRAIN = TrainConfig(steps=10, lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
@@ -60,30 +60,6 @@ def test_a_sequence_without_labels_costs_nothing() -> None:
     assert float(loss) == 0
     assert logits.grad is not None
     assert not logits.grad.any()
-
-
-def test_ledger_counts_every_second_once() -> None:
-    """The phases add up to the process's age, also while one is running."""
-    now = 10.0
-    ledger = PhaseTimer(start=8.0, clock=lambda: now)
-    ledger.switch("load")
-    now = 15.0
-    ledger.switch("idle")
-    now = 16.0
-    with ledger.phase("train"):
-        now = 19.0
-    now = 20.0
-    assert ledger.seconds() == {
-        "startup": 2.0, "load": 5.0, "train": 3.0, "evaluate": 0.0, "transfer": 0.0, "idle": 2.0,
-    }  # fmt: skip
-
-
-def test_process_start_is_in_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start-up is counted from the interpreter's start, or from when the job says it began."""
-    monkeypatch.delenv("FLWR_HPC_T0", raising=False)
-    assert process_start(clock=lambda: 1000.0) < 1000.0
-    monkeypatch.setenv("FLWR_HPC_T0", "12.5")
-    assert process_start(clock=lambda: 1000.0) == 12.5
 
 
 @pytest.mark.parametrize("orderly", [True, False])
@@ -172,6 +148,24 @@ def test_adapter_names_are_those_of_peft() -> None:
     assert set(built.names.values()) == set(expected)
     assert "adapter_config.json" in built.files
     assert "config.json" not in built.files
+
+
+def test_a_model_with_other_names_is_one_yaml(tmp_path: Path) -> None:
+    """Protects from Llama's names: GPT-2's layers, sizes, Conv1D and tied head are found."""
+    config = ModelConfig(config=dict(compose_config(["model=tiny_gpt2"]).model.config))
+    built = build(config, TinyTokenizer(), 0, SEQ_LEN)
+    assert [type(layer).__name__ for layer in layers(built.model)] == 4 * ["GPT2Block"]
+    built.model._no_split_modules = None  # type: ignore[assignment]
+    assert len(layers(built.model)) == 4  # where transformers says nothing
+    looked_up = 1024 * 64  # the positions; the words' embedding is the head
+    multiplied = sum(p.numel() for p in built.model.parameters()) - looked_up
+    assert built.flops_per_token == 6 * multiplied + 12 * 4 * 64 * SEQ_LEN
+    built.model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(built.names.values())
+    lora = ModelConfig(path=str(tmp_path), lora=LoraConfig(r=2))
+    adapter = build(lora, TinyTokenizer(), 0, SEQ_LEN)
+    assert any("attn.c_attn.lora_A" in name for name in adapter.names.values())
+    assert len(layers(adapter.model)) == 4
 
 
 def test_every_facility_builds_the_same_model() -> None:

@@ -1,22 +1,27 @@
-"""When a worker ends: the walltime, by whichever clock tells it, and the scheduler's signals."""
+"""When a worker stops: the walltime, by whichever clock tells it, and the scheduler's signals."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
+from worlds.site import Clock
 
-from flwr_hpc.worker.deadline import Deadline
+from flwr_hpc.worker.deadline import Deadline, Stop
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FLWR_HPC_T0", str(time.monotonic()))  # the job begins now
+def handlers(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Iterator[None]:
+    monkeypatch.setenv("FLWR_HPC_T0", str(clock.now()))  # the job begins now
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -36,33 +41,47 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_the_earlier_end_holds(
-    asked: float | None, granted: str | None, end_in: float | None, left: float | None
+    clock: Clock,
+    asked: float | None,
+    granted: str | None,
+    end_in: float | None,
+    left: float | None,
 ) -> None:
     """Protects the result from a walltime that ends before the worker thinks it does."""
     env = {"FLWR_HPC_WALLTIME_S": granted or "", "FLWR_HPC_END_S": ""}
     if end_in is not None:
-        env["FLWR_HPC_END_S"] = f"{time.time() + end_in:.0f}"
-    ending = Deadline.detect(asked, env)
-    found = ending.walltime_left()
-    assert found == (None if left is None else pytest.approx(left, abs=2.0))
+        env["FLWR_HPC_END_S"] = f"{clock.wall() + end_in:.0f}"
+    found = Deadline.detect(asked, env, clock=clock).walltime_left()
+    assert found == (None if left is None else pytest.approx(left, abs=1.0))
 
 
-def test_time_to_write_is_kept() -> None:
+def test_time_to_write_is_kept(clock: Clock) -> None:
     """Protects the writing of a result: the last step is the one that leaves time for it."""
-    ending = Deadline.detect(100.0, {})
-    assert ending.reserve_s == pytest.approx(10.0, abs=0.1)
-    assert not ending.is_due(80.0)
-    assert ending.is_due(95.0)
-    ending.reserve_s = 30.0  # measured
-    assert ending.is_due(80.0)
-    assert not Deadline().is_due(1e9)
+    deadline = Deadline.detect(100.0, {}, clock=clock)
+    assert deadline.reserve_s == 10.0
+    assert Deadline.detect(100.0, {}, reserve_most_s=4.0, clock=clock).reserve_s == 4.0
+    assert deadline.should_stop(80.0) is Stop.NO
+    assert deadline.should_stop(95.0) is Stop.FINISH
+    deadline.reserve_s = 30.0  # measured
+    assert deadline.should_stop(80.0) is Stop.FINISH
+    assert not Deadline(clock=clock).should_stop(1e9)
+
+
+def test_what_outlasts_the_walltime_is_left(clock: Clock) -> None:
+    """Protects the orderly end from a message of any length: half of the reserve is for leaving."""
+    deadline = Deadline.detect(100.0, {}, clock=clock)
+    clock.sleep(94.0)
+    assert (deadline.should_stop(), deadline.is_over()) == (Stop.FINISH, False)
+    clock.sleep(2.0)
+    assert (deadline.should_stop(), deadline.is_over()) == (Stop.FINISH, True)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_warning_is_no_interruption(number: signal.Signals) -> None:
+def test_a_warning_is_no_interruption(clock: Clock, number: signal.Signals) -> None:
     """Protects the partial result: only the walltime's warning leaves time for one."""
-    ending = Deadline.detect(1000.0, {})
+    deadline = Deadline.detect(1000.0, {}, clock=clock)
     os.kill(os.getpid(), number)
     warning = number in (signal.SIGUSR1, signal.SIGUSR2)
-    assert (ending.warned, ending.interrupted) == (warning, not warning)
-    assert ending.is_due() == warning
+    assert (deadline.warned, deadline.interrupted) == (warning, not warning)
+    assert deadline.should_stop() is (Stop.FINISH if warning else Stop.LEAVE)
+    assert deadline.is_over() is not warning

@@ -16,17 +16,19 @@ class Clock:
     """Sleeping moves the time; at given moments something happens."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.time = 0.0
         self.pauses: list[float] = []
         self.at: dict[float, Callable[[], None]] = {}
 
-    def __call__(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self.time
+
+    wall = now
 
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
-        self.now += seconds
-        for moment in [m for m in self.at if m <= self.now]:
+        self.time += seconds
+        for moment in [m for m in self.at if m <= self.time]:
             self.at.pop(moment)()
 
 
@@ -41,7 +43,7 @@ def spool(tmp_path: Path) -> Spool:
 
 
 def inbox(spool: Spool, clock: Clock, should_stop: Callable[[], bool] = lambda: False) -> Inbox:
-    return Inbox(allocation(spool), spool, 100.0, should_stop, clock, clock.sleep)
+    return Inbox(allocation(spool), spool, 100.0, should_stop, clock)
 
 
 def allocation(spool: Spool) -> AllocationDir:
@@ -67,7 +69,7 @@ def test_polling_backs_off_and_notices_soon(spool: Spool, clock: Clock) -> None:
     assert inbox(spool, clock).next() == "run-a-000000"
     assert clock.pauses[0] == 0.05
     assert max(clock.pauses) == 0.5
-    assert clock.now < 60.6
+    assert clock.time < 60.6
 
 
 def test_release_ends_after_what_was_assigned(spool: Spool, clock: Clock) -> None:
@@ -84,7 +86,7 @@ def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: Clock) -> 
     """Every wait starts anew."""
     box = inbox(spool, clock)
     assert box.next() is None
-    assert clock.now == pytest.approx(100.0, abs=0.6)
+    assert clock.time == pytest.approx(100.0, abs=0.6)
     clock.at[190.0] = lambda: allocation(spool).assign("run-a-000000")
     assert box.next() == "run-a-000000"
 

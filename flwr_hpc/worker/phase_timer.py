@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+
+from flwr_hpc.clock import Clock, SystemClock
 
 PHASES = ("startup", "load", "train", "evaluate", "transfer", "idle")
 EMPTY: Mapping[str, float] = MappingProxyType({})
@@ -16,64 +17,56 @@ EMPTY: Mapping[str, float] = MappingProxyType({})
 class PhaseTimer:
     """Seconds by phase; at any moment exactly one phase is running.
 
+    The time from the start of the process to the first switch is ``startup``.
+
     Parameters
     ----------
-    start : float
-        When the process began, on `clock`; the time up to the first switch is ``startup``.
     before : mapping of str to float
         Seconds of earlier starts of this job.
-    clock : callable
-        Monotonic seconds.
+    clock : Clock
     """
 
-    def __init__(
-        self,
-        start: float,
-        before: Mapping[str, float] = EMPTY,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._clock = clock
-        self._since = start
+    def __init__(self, before: Mapping[str, float] = EMPTY, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._since = process_start(self._clock)
         self._phase = "startup"
         self._seconds = {phase: before.get(phase, 0.0) for phase in PHASES}
 
-    def switch(self, phase: str) -> float:
-        """End the running phase, begin `phase`; return how long the ended one ran, in s."""
-        now = self._clock()
-        ran = max(0.0, now - self._since)
-        self._seconds[self._phase] += ran
+    def switch_to(self, phase: str) -> None:
+        """End the running phase and begin another."""
+        now = self._clock.now()
+        self._seconds[self._phase] += max(0.0, now - self._since)
         self._phase, self._since = phase, now
-        return ran
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the body as `name`, then go back to the phase before."""
+    def during(self, phase: str) -> Iterator[None]:
+        """Count the body as `phase`, then go back to the phase before."""
         before = self._phase
-        self.switch(name)
+        self.switch_to(phase)
         try:
             yield
         finally:
-            self.switch(before)
+            self.switch_to(before)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds so far, the running phase included."""
         # Read from the reporter's thread: a copy first, so that a switch cannot tear it.
         seconds, phase, since = dict(self._seconds), self._phase, self._since
-        seconds[phase] += max(0.0, self._clock() - since)
+        seconds[phase] += max(0.0, self._clock.now() - since)
         return {name: round(value, 4) for name, value in seconds.items()}
 
 
-def process_start(clock: Callable[[], float] = time.monotonic) -> float:
+def process_start(clock: Clock) -> float:
     """Return when this interpreter was started, on `clock`.
 
     ``FLWR_HPC_T0`` (monotonic seconds of this host) wins, then ``/proc``; elsewhere: now.
     """
     if given := os.environ.get("FLWR_HPC_T0"):
-        return min(float(given), clock())
+        return min(float(given), clock.now())
     try:
         # Field 22 of stat; the process name before it may hold spaces.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        return clock()
-    return clock() - max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+        return clock.now()
+    return clock.now() - max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))

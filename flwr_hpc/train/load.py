@@ -1,0 +1,62 @@
+"""Everything an allocation loads once: data, model, shards, and the newest checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from flwr_hpc.data.batches import load_corpus
+from flwr_hpc.errors import UserError
+from flwr_hpc.spool import Spool
+from flwr_hpc.train.checkpoint import Checkpoints
+from flwr_hpc.train.metrics import Meter
+from flwr_hpc.train.model import build
+from flwr_hpc.train.optim import schedule_steps
+from flwr_hpc.train.order import OrderRunner
+from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.trainer import Trainer
+from flwr_hpc.worker.deadline import Deadline
+from flwr_hpc.worker.phase_timer import PhaseTimer
+from flwr_hpc.worker.reporter import Reporter
+from flwr_hpc.worker.settings import WorkerSettings
+
+
+def load(
+    settings: WorkerSettings,
+    spool: Spool,
+    group: Group,
+    timer: PhaseTimer,
+    reporter: Reporter,
+    deadline: Deadline,
+) -> OrderRunner:
+    """Return what carries out orders, from files to shards."""
+    _check_device(settings, group.device)
+    torch.set_num_threads(group.ranks.cpu_threads())
+    corpus = load_corpus(
+        settings.data, settings.facility, settings.facilities, settings.seed, spool.cache
+    )
+    train = settings.train
+    built = build(
+        settings.model, corpus.tokenizer, settings.seed, settings.data.seq_len,
+        train.activation_checkpointing,
+    )  # fmt: skip
+    return OrderRunner(
+        trainer=Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group),
+        checkpoints=Checkpoints(spool.checkpoints, group),
+        files=built.files,
+        train=train,
+        meter=Meter(
+            timer, reporter, group, train, settings.data, built.flops_per_token,
+            settings.peak_tflops,
+        ),
+        deadline=deadline,
+    )  # fmt: skip
+
+
+def _check_device(settings: WorkerSettings, device: torch.device) -> None:
+    if settings.gpus_per_node and device.type == "cpu":
+        here = f"facilities.{settings.facility}"
+        raise UserError(
+            f"{here} has gpus_per_node={settings.gpus_per_node}, but PyTorch {torch.__version__} "
+            f"sees no GPU in the job. It takes a build for CUDA or ROCm, in {here}.python or "
+            f".container. To train on CPUs: {here}.gpus_per_node=0"
+        )
