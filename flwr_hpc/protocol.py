@@ -56,7 +56,7 @@ class Order:
     # ``evaluate``.
     kind: OrderKind
     version: int = 0  # Version of the global model the order starts from
-    steps: int = 0  # Optimizer steps to train
+    steps: int = 0  # Optimizer steps to train; 0: as many as the site's ``train.steps``
     # Evaluate the received weights on the held-out data before training; with `merges` the
     # version they belong to, if the site has it.
     evaluate: bool = False

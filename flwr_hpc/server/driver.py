@@ -2,59 +2,44 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from urllib.parse import quote
 
 import psutil
 
 from flwr_hpc.config.schema import Config
-from flwr_hpc.errors import UserError
 from flwr_hpc.files import read_json
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
+from flwr_hpc.server import flower
 from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
 from flwr_hpc.server.progress import SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
-from flwr_hpc.site.settings import to_node_config
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
 
 POLL_S = 0.3
 RELEASE_S = 15.0  # for a released job to end
 WANDB_S = 30.0  # to upload what is left
-START_S = 90.0  # for Flower's processes to come up on a slow file system
-FLOWER_ENV = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-    "PYTHONUNBUFFERED": "1",
-}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a session ended: ``finished``, ``failed``, ``interrupted`` or ``lost``.
+    """How a session ended."""
 
-    ``lost`` means that a process of Flower's died; the run can go on from its checkpoint.
-    `logged` tells whether the event log says so already.
-    """
-
+    # ``finished``, ``failed``, ``interrupted``, or ``lost``: a process of Flower's died, and the
+    # run can go on from its checkpoint.
     status: str
     error: str = ""
-    fatal: bool = False
-    signal: int = 0
-    logged: bool = False
+    fatal: bool = False  # Trying again will not fix it
+    signal: int = 0  # What interrupted it
+    logged: bool = False  # Whether the event log says so already
 
 
 class Interrupted(Exception):
@@ -108,7 +93,7 @@ def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: Outcome) -> 
         with suppress(OSError), EventLog(run.events, join=True) as events:
             events.emit("run_finished", status=status, error=outcome.error)
     with suppress(OSError):
-        _tell_costs(run, config)
+        _record_costs(run, config)
 
 
 def cancel_jobs(run: RunDir, config: Config) -> str:
@@ -131,7 +116,7 @@ def _let_jobs_end(run: RunDir, config: Config) -> None:
         waiting = [site for site in waiting if site.live_jobs()]
 
 
-def _tell_costs(run: RunDir, config: Config) -> None:
+def _record_costs(run: RunDir, config: Config) -> None:
     """Write down when the last jobs ended, which nobody has asked about yet."""
     with EventLog(run.events, join=True) as events:
         for facility, site in open_sites(run, config).items():
@@ -141,19 +126,19 @@ def _tell_costs(run: RunDir, config: Config) -> None:
 
 def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) -> Outcome:
     """Start Flower, follow the run, and end every process."""
-    (run.flower / "server.json").unlink(missing_ok=True)
+    run.server_file.unlink(missing_ok=True)
     port = free_port()
     app = write_bundle(run.flower, f"127.0.0.1:{port}")
     sites = {facility: write_site(run, config, facility) for facility in config.facilities}
-    with Processes(run.logs, flower_env(run), run.lock_fd(), view.print_line) as processes:
-        superlink = Child("superlink", lambda: _superlink(port))
+    with Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line) as processes:
+        superlink = Child("superlink", lambda: flower.superlink(port))
         processes.start(superlink)
         if config.tracking.wandb:
-            processes.start(Child("wandb", lambda: _wandb(run), needed=False))
-        _wait_until_up(superlink, port, run.logs / "superlink.log")
+            processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
+        flower.wait_until_up(superlink, port, run.logs / "superlink.log")
         for facility, site in sites.items():
-            processes.start(_supernode(facility, port, site))
-        processes.run(_flwr_run(app, run))
+            processes.start(flower.supernode(facility, port, site))
+        processes.run(flower.flwr_run(app, run))
         progress = SpoolProgress({f: run.site_root(config, f) for f in sites})
         outcome = _follow(run, processes, follower, progress, view)
         processes.wait("wandb", WANDB_S)
@@ -177,8 +162,8 @@ def _follow(
             return _lost(gone[0], run)
         if server == "dead":
             return Outcome("lost", "the ServerApp died")
-        if server == "absent" and time.monotonic() - started > START_S:
-            tail = _tail(run.logs / "superlink.log")
+        if server == "absent" and time.monotonic() - started > flower.START_S:
+            tail = flower.tail(run.logs / "superlink.log")
             return Outcome("failed", f"the ServerApp did not start:\n{tail}")
         time.sleep(POLL_S)
 
@@ -196,13 +181,13 @@ def _finished(event: Event, processes: Processes) -> Outcome:
 def _lost(child: Child, run: RunDir) -> Outcome:
     log = run.logs / f"{child.name}.log"
     if child.restartable:
-        return Outcome("failed", f"{child.name} does not stay up:\n{_tail(log)}")
+        return Outcome("failed", f"{child.name} does not stay up:\n{flower.tail(log)}")
     return Outcome("lost", f"{child.name} ended")
 
 
 def _server_state(run: RunDir) -> str:
     """Return ``absent`` (not started yet), ``alive`` or ``dead``."""
-    server = read_json(run.flower / "server.json")
+    server = read_json(run.server_file)
     if server is None:
         return "absent"
     try:
@@ -210,79 +195,6 @@ def _server_state(run: RunDir) -> str:
     except psutil.NoSuchProcess:
         return "dead"
     return "dead" if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else "alive"
-
-
-def _superlink(port: int) -> list[str]:
-    return [
-        _tool("flower-superlink"),
-        "--insecure",  # loopback only
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--disable-runtime-dependency-installation",
-    ]
-
-
-def _supernode(facility: str, port: int, site: Path) -> Child:
-    def command() -> list[str]:
-        return [
-            _tool("flower-supernode"),
-            "--insecure",
-            f"--superlink=127.0.0.1:{port}",
-            f"--port={free_port()}",
-            f"--node-config={to_node_config(site)}",
-        ]
-
-    return Child(f"supernode-{facility}", command, restartable=True)
-
-
-def _wandb(run: RunDir) -> list[str]:
-    return [sys.executable, "-m", "flwr_hpc.server.wandb_follow", str(run.path)]
-
-
-def _flwr_run(app: Path, run: RunDir) -> list[str]:
-    setting = f'run-dir="{quote(str(run.path))}"'
-    return [_tool("flwr"), "run", str(app), "flwr-hpc", "-c", setting, "--format=json"]
-
-
-def flower_env(run: RunDir) -> dict[str, str]:
-    """Return the environment of Flower's processes.
-
-    They import what this process can (a checkout, a strategy beside it) and find each
-    other's programs although the virtual environment may not be activated.
-    """
-    paths = [Path(p or ".").absolute() for p in sys.path]
-    installed = (Path(sys.prefix), Path(sys.base_prefix))
-    own = [str(p) for p in paths if not any(p.is_relative_to(i) for i in installed)]
-    programs = str(Path(sys.executable).parent)
-    return {
-        **FLOWER_ENV,
-        "FLWR_HOME": str(run.flower),
-        "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(own)),
-    }
-
-
-def _tool(name: str) -> str:
-    """Return a program of this Python environment, activated or not."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
-    if not found:
-        raise UserError(f"the program '{name}' is not installed. Fix it with: pip install flwr")
-    return found
-
-
-def _wait_until_up(superlink: Child, port: int, log: Path) -> None:
-    """Wait until our SuperLink, and no other process, listens on the port."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and not superlink.dead():
-        if port in superlink.listening():
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"SuperLink did not start:\n{_tail(log)}")
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 @contextmanager

@@ -1,14 +1,14 @@
 """Progress of running orders, read from the spools for the live view alone.
 
-Sites tell it too, but only as often as they answer a message.
+Sites report it too, but only as often as they answer a message.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.spool import Spool
 from flwr_hpc.tracking.events import Event
 
@@ -22,23 +22,20 @@ class SpoolProgress:
     ----------
     sites : mapping of str to Path
         Folder of each facility's site.
-    clock : callable
-        Monotonic seconds.
+    clock : Clock or None
     """
 
-    def __init__(
-        self, sites: Mapping[str, Path], clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, sites: Mapping[str, Path], clock: Clock | None = None) -> None:
         self._spools = {facility: Spool(root) for facility, root in sites.items()}
-        self._clock = clock
-        self._next = clock()
-        self._told: dict[str, tuple[str, int]] = {}
+        self._clock = clock or SystemClock()
+        self._next = self._clock.now()
+        self._last: dict[str, tuple[str, int]] = {}
 
     def poll(self) -> list[Event]:
         """Return an ``order_progress`` for every order that has got on."""
-        if self._clock() < self._next:
+        if self._clock.now() < self._next:
             return []
-        self._next = self._clock() + EVERY_S
+        self._next = self._clock.now() + EVERY_S
         found = [self._look(facility, spool) for facility, spool in self._spools.items()]
         return [event for event in found if event is not None]
 
@@ -51,7 +48,7 @@ class SpoolProgress:
         except (OSError, ValueError):
             return None  # the file system is away for a moment
         now = (order_id, int(progress.get("step", 0)))
-        if not progress or self._told.get(facility) == now:
+        if not progress or self._last.get(facility) == now:
             return None
-        self._told[facility] = now
+        self._last[facility] = now
         return {"event": "order_progress", "facility": facility, "order_id": order_id, **progress}

@@ -86,6 +86,11 @@ class RunDir:
     def write_config(self, config: Config) -> None:
         publish(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
+    @property
+    def server_file(self) -> Path:
+        """Where the ServerApp says which process it is."""
+        return self.flower / "server.json"
+
     def site_file(self, facility: str) -> Path:
         """Where the settings of a facility's site lie."""
         return self.flower / f"site-{facility}.json"

@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run directory describes."""
     run = RunDir(Path(unquote(str(context.run_config["run-dir"]))))
     _log_to(run.logs / "server_app.log")
-    publish(run.flower / "server.json", json.dumps({"pid": os.getpid()}))
+    publish(run.server_file, json.dumps({"pid": os.getpid()}))
     with EventLog(run.events) as events:
         try:
             train(run, run.config(), grid, events)

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,27 @@ def _read_order(
 ) -> Order:
     """Return the order in the message, or make one up for a strategy that knows of none."""
     if protocol.ORDER in message.content:
-        return protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+        order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+        return _with_steps(order, launcher)
     config = next(iter(message.content.config_records.values()), ConfigRecord())
     server_round = int(str(config.get("server-round", 0)))
-    return Order(
+    order = Order(
         run_key=f"flower-{context.run_id}",
         facility=launcher.settings.name,
         seq=2 * server_round + (kind == "evaluate"),
         kind=kind,
         version=server_round,
-        steps=int(str(config.get("steps", 0))) or launcher.settings.worker.train.steps,
+        steps=int(str(config.get("steps", 0))),
         options={k: v for k, v in config.items() if isinstance(v, int | float | str | bool)},
     )
+    return _with_steps(order, launcher)
+
+
+def _with_steps(order: Order, launcher: Launcher) -> Order:
+    """Let an order that leaves it open train for ``train.steps`` steps."""
+    if order.kind != "train" or order.steps:
+        return order
+    return replace(order, steps=launcher.settings.worker.train.steps)
 
 
 def _receive_extra_arrays(

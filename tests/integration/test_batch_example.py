@@ -18,7 +18,7 @@ from worlds.jobs import until
 from worlds.runs import ROOT
 
 from flwr_hpc.server.bundle import CONNECTION
-from flwr_hpc.server.driver import FLOWER_ENV
+from flwr_hpc.server.flower import FLOWER_ENV
 from flwr_hpc.server.processes import free_port
 
 NODES = 2

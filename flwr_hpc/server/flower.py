@@ -1,0 +1,102 @@
+"""Flower's processes: their commands, and what they need in their environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.server.processes import Child, free_port
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.site.settings import to_node_config
+
+START_S = 90.0  # for Flower's processes to come up on a slow file system
+FLOWER_ENV = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def superlink(port: int) -> list[str]:
+    """Return the command of the server's SuperLink."""
+    return [
+        _program("flower-superlink"),
+        "--insecure",  # loopback only
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def supernode(facility: str, port: int, site: Path) -> Child:
+    """Return the process of a facility's site, started from its site file."""
+
+    def command() -> list[str]:
+        return [
+            _program("flower-supernode"),
+            "--insecure",
+            f"--superlink=127.0.0.1:{port}",
+            f"--port={free_port()}",
+            f"--node-config={to_node_config(site)}",
+        ]
+
+    return Child(f"supernode-{facility}", command, restartable=True)
+
+
+def wandb_follower(run: RunDir) -> list[str]:
+    """Return the command that sends the event log to Weights & Biases."""
+    return [sys.executable, "-m", "flwr_hpc.server.wandb_follow", str(run.path)]
+
+
+def flwr_run(app: Path, run: RunDir) -> list[str]:
+    """Return the command that submits the app to SuperLink."""
+    setting = f'run-dir="{quote(str(run.path))}"'
+    return [_program("flwr"), "run", str(app), "flwr-hpc", "-c", setting, "--format=json"]
+
+
+def environment(run: RunDir) -> dict[str, str]:
+    """Return the environment of Flower's processes.
+
+    They import what this process can (a checkout, a strategy beside it) and find each
+    other's programs although the virtual environment may not be activated.
+    """
+    paths = [Path(p or ".").absolute() for p in sys.path]
+    installed = (Path(sys.prefix), Path(sys.base_prefix))
+    own = [str(p) for p in paths if not any(p.is_relative_to(i) for i in installed)]
+    programs = str(Path(sys.executable).parent)
+    return {
+        **FLOWER_ENV,
+        "FLWR_HOME": str(run.flower),
+        "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(own)),
+    }
+
+
+def _program(name: str) -> str:
+    """Return a program of this Python environment, activated or not."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise UserError(f"the program '{name}' is not installed. Fix it with: pip install flwr")
+    return found
+
+
+def wait_until_up(superlink: Child, port: int, log: Path) -> None:
+    """Wait until our SuperLink, and no other process, listens on the port."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and not superlink.dead():
+        if port in superlink.listening():
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"SuperLink did not start:\n{tail(log)}")
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """Return the last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
