@@ -1,266 +1,182 @@
-"""All strategies in the four shipped scenarios, with real learning, in virtual time.
+"""Every strategy on two learning tasks in five scenarios of the simulator, tuned alike.
 
-    python benchmarks/strategies/compare.py tune [CONTESTANT ...]   # settings, by search
-    python benchmarks/strategies/compare.py test     # all scenarios, other seeds
-    python benchmarks/strategies/compare.py ablate   # FedBackfill without each of its parts
+    python benchmarks/strategies/compare.py                     # all three parts, then the tables
+    python benchmarks/strategies/compare.py tune --task text    # a part of them
+    python benchmarks/strategies/compare.py test --minutes 10   # as far as it comes
+    python benchmarks/strategies/compare.py tables              # of what there is
 
-``tune`` tries twelve settings of every contestant with the same seeds and keeps the one that is
-soonest at the target; ``test`` and ``ablate`` use what it has kept. Writes
-``benchmarks/results/strategies_{tune,test,ablate}.json``.
+``tune`` tries the same number of settings of every contestant with the same seeds and keeps the
+one that is soonest at the target: all with the first seed, the best third with the second. On
+the second task only the best of the first are tried. ``test`` and ``ablate`` use what it has
+kept. Runs that are over are in ``benchmarks/results/strategies_runs.jsonl`` and are not made
+again; the figures are written to ``benchmarks/results/strategies_{tune,test,ablate}.json``.
 """
 
 from __future__ import annotations
 
-import json
-import logging
+import argparse
 import math
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from contestants import ABLATION, CONTESTANTS, STEPS, grid
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from runs import TARGETS, Case, Runs, Times  # first: it limits numpy's threads
 
-from flwr_hpc.simulate.__main__ import compose
-from flwr_hpc.simulate.compare import quantile, scenario_of
-from flwr_hpc.simulate.federation import Outcome, simulate
+# isort: split
+from contestants import ABLATION, CONTESTANTS, grid
+from tables import line, print_table
 
 sys.path.append(str(Path(__file__).parents[1]))
 from _machine import RESULTS, record
 
-SCENARIOS = ("calm", "congested", "hostile", "drift")
+SCENARIOS = ("calm", "congested", "hostile", "drift", "trace")
+TASKS = ("network", "text")
 TUNED_IN = "congested"
-TUNING_SEEDS = (100, 101)
-SEEDS = (10, 11, 12, 13, 14)
-TARGETS = (2.2, 1.65, 1.45)  # uninterrupted FedAvg's after 8, 20 and 35 rounds of 100 steps, about
-TARGET = 1.45
-GIVEN_UP_H = {"warm": 24.0, "per_round": 240.0}
-TUNING_GIVEN_UP_H = {"warm": 20.0, "per_round": 120.0}
-ORACLE = "oracle"
+TUNING_SEEDS = (200, 201)
+SEEDS = {"network": (20, 21, 22, 23, 24), "text": (20, 21)}
+ABLATION_SEEDS = (20, 21, 22)
+SECOND_ROUND = 4  # settings that are tried with the second seed
+ON_SECOND_TASK = 3  # settings that are tried on the second task
+GIVEN_UP_H = {"warm": 24.0, "per_round": 120.0}
+TUNING_GIVEN_UP_H = {"warm": 12.0, "per_round": 60.0}
+RUNS = RESULTS / "strategies_runs.jsonl"
+ORACLES = {"oracle that never waits": "none", "oracle that waits for first jobs": "first"}
+REFERENCE = "fedavg, job per round"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of a table: a strategy with settings, in a scenario."""
-
-    name: str
-    scenario: str
-    target: str
-    settings: tuple[tuple[str, Any], ...]
-    policy: str = "warm"
-    renew: bool = True
-    waits: bool = True
-    goal: float = min(TARGETS)
-    given_up_h: float = 0.0  # 0: by the policy
+# ---- tune ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Times:
-    """What a run took until each target: hours and node-hours, infinite if not reached."""
-
-    hours: list[float]
-    node_hours: list[float]
-    loss: float
-
-
-def run(task: tuple[Case, int]) -> Times:
-    """Simulate a case with a seed."""
-    case, seed = task
-    for name in ("flwr", "strategies"):  # they tell of every round and every lost job
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    scenario = scenario_of(compose([f"scenario={case.scenario}"]))
-    scenario.target = case.goal
-    scenario.horizon_h = case.given_up_h or GIVEN_UP_H[case.policy]
-    if not case.waits:
-        for site in scenario.sites.values():
-            site.queue.kind = "none"
-    settings = {"_target_": case.target, **dict(case.settings)}
-    steps = int(settings.pop(STEPS, 100))
-    outcome = simulate(
-        scenario, case.name, settings,
-        policy=case.policy, renew=case.renew and case.policy == "warm", seed=seed, steps=steps,
-    )  # fmt: skip
-    return Times(
-        [_first(outcome, target, 0) for target in TARGETS],
-        [_first(outcome, target, 1) for target in TARGETS],
-        outcome.curve[-1][2] if outcome.curve else math.inf,
-    )
+def tune(runs: Runs, task: str, names: list[str], until: float) -> None:
+    """Search the settings of every contestant on a task."""
+    wanted = [n for n in names if task == "network" or CONTESTANTS[n].on_text]
+    cases = {name: list(_candidates(runs, name, task)) for name in wanted}
+    first, second = TUNING_SEEDS
+    if not runs.complete([c for found in cases.values() for c in found], [first], until):
+        return
+    if task == "network":
+        best = {name: _ranked(runs, found, [first])[:SECOND_ROUND] for name, found in cases.items()}
+        runs.complete([c for found in best.values() for c in found], [second], until)
 
 
-def _first(outcome: Outcome, target: float, column: int) -> float:
-    return next((point[column] for point in outcome.curve if point[2] <= target), math.inf)
+def _candidates(runs: Runs, name: str, task: str) -> Iterator[Case]:
+    """Yield the cases of a contestant that are tried on a task."""
+    c = CONTESTANTS[name]
+    found = grid(c)
+    if task != TASKS[0]:
+        ranked = _tuning_order(runs, name, TASKS[0])
+        found = [dict(case.settings) for case in ranked[:ON_SECOND_TASK]]
+    for settings in found:
+        yield _case(name, task, TUNED_IN, settings, TUNING_GIVEN_UP_H)
 
 
-def run_all(cases: Iterable[Case], seeds: Iterable[int]) -> dict[Case, list[Times]]:
-    """Run every case with every seed, on all cores."""
-    tasks = [(case, seed) for case in cases for seed in seeds]
-    found: dict[Case, list[Times]] = defaultdict(list)
-    with ProcessPoolExecutor() as pool:
-        done = zip(tasks, pool.map(run, tasks), strict=True)
-        for (case, _), times in track(done, "simulating", total=len(tasks)):
-            found[case].append(times)
-    return found
+def _case(
+    name: str, task: str, scenario: str, settings: dict[str, Any], given_up_h: dict[str, float]
+) -> Case:
+    c = CONTESTANTS[name]
+    items = tuple(settings.items())
+    return Case(name, task, scenario, c.target, items, given_up_h[c.policy], c.policy)
 
 
-# ---- the three parts ----------------------------------------------------------------------------
+def _tuning_order(runs: Runs, name: str, task: str) -> list[Case]:
+    """Return a contestant's cases, the best first: of those with both seeds, then of the others."""
+    cases = list(_candidates(runs, name, task))
+    twice = [c for c in cases if len(runs.of(c, TUNING_SEEDS)) == len(TUNING_SEEDS)]
+    once = [c for c in cases if c not in twice and runs.of(c, TUNING_SEEDS[:1])]
+    return _ranked(runs, twice, TUNING_SEEDS) + _ranked(runs, once, TUNING_SEEDS[:1])
 
 
-def tune(*names: str) -> None:
-    """Search the settings of every contestant, or of some and keep what is known of the others."""
-    wanted = {name: CONTESTANTS[name] for name in names or CONTESTANTS}
-    cases = [
-        Case(
-            name,
-            TUNED_IN,
-            c.target,
-            tuple(settings.items()),
-            c.policy,
-            goal=TARGET,
-            given_up_h=TUNING_GIVEN_UP_H[c.policy],
-        )
-        for name, c in wanted.items()
-        for settings in grid(c)
-    ]
-    found = run_all(cases, TUNING_SEEDS)
-    best: dict[str, Any] = _best() if names else {}
-    for name in wanted:
-        mine = [case for case in cases if case.name == name]
-        case = min(mine, key=lambda case: _badness(found[case]))
-        hours = statistics.median(t.hours[TARGETS.index(TARGET)] for t in found[case])
-        best[name] = {"settings": dict(case.settings), "hours": _finite(hours)}
-        print(f"{name:26s} {hours:6.2f} h of {len(mine)}: {best[name]['settings']}")
-    record("strategies_tune", {"best": best}, _config(TUNING_SEEDS) | {"searched": _searched()})
+def _ranked(runs: Runs, cases: Iterable[Case], seeds: Iterable[int]) -> list[Case]:
+    return sorted(cases, key=lambda case: _badness(runs.of(case, seeds)))
 
 
-def _badness(runs: list[Times]) -> tuple[float, float]:
+def _badness(found: list[Times]) -> tuple[float, float]:
     """Order settings by the time to the target; those that do not reach it by their loss."""
-    hours = statistics.median(t.hours[TARGETS.index(TARGET)] for t in runs)
-    return hours, statistics.median(t.loss for t in runs)
+    hours = statistics.mean(t.hours[-1] for t in found)
+    return hours, statistics.mean(t.loss for t in found)
 
 
-def test() -> None:
-    """Run what was tuned in all scenarios."""
-    report("strategies_test", list(_contest()), reference="fedavg, job per round")
+def tuned(runs: Runs, task: str) -> dict[str, dict[str, Any]]:
+    """Return the best settings of every contestant that has been tuned on a task."""
+    names = [n for n, c in CONTESTANTS.items() if task == TASKS[0] or c.on_text]
+    order = {name: _tuning_order(runs, name, task) for name in names}
+    return {name: dict(found[0].settings) for name, found in order.items() if found}
 
 
-def _contest() -> Iterator[Case]:
-    tuned = _tuned()
+# ---- test and ablate ----------------------------------------------------------------------------
+
+
+def contest(runs: Runs, task: str) -> Iterator[Case]:
+    """Yield what was tuned, and the oracles, in all scenarios."""
+    best = tuned(runs, task)
     for scenario in SCENARIOS:
-        for name, c in CONTESTANTS.items():
-            yield Case(name, scenario, c.target, tuple(tuned[name].items()), c.policy)
-        ours = CONTESTANTS["fedbackfill"]
-        settings = tuple(tuned["fedbackfill"].items())
-        yield Case(f"{ORACLE} that never waits", scenario, ours.target, settings, waits=False)
+        for name, settings in best.items():
+            yield _case(name, task, scenario, settings, GIVEN_UP_H)
+        for name, waits in ORACLES.items() if "fedbackfill" in best else ():
+            ours = _case("fedbackfill", task, scenario, best["fedbackfill"], GIVEN_UP_H)
+            yield Case(**(vars(ours) | {"name": name, "waits": waits}))
 
 
-def ablate() -> None:
-    """Run FedBackfill without each of its parts."""
-    tuned, target = _tuned()["fedbackfill"], CONTESTANTS["fedbackfill"].target
-    cases = [
-        Case(name, scenario, target, tuple((tuned | without).items()), policy, renew, goal=TARGET)
-        for scenario in SCENARIOS
-        for name, (without, policy, renew) in ABLATION.items()
-    ]
-    report("strategies_ablate", cases, reference="whole")
-
-
-def _tuned() -> dict[str, dict[str, Any]]:
-    return {name: found["settings"] for name, found in _best().items()}
-
-
-def _best() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / "strategies_tune.json").read_text())["best"]
-    return found
-
-
-# ---- what comes of it ---------------------------------------------------------------------------
-
-
-def report(name: str, cases: list[Case], reference: str) -> None:
-    """Run cases, print a table per scenario and write the figures."""
-    found = run_all(cases, SEEDS)
-    lines = [_line(case, runs) for case, runs in found.items()]
+def ablation(runs: Runs) -> Iterator[Case]:
+    """Yield FedBackfill without each of its parts, on the first task."""
+    settings = tuned(runs, TASKS[0])["fedbackfill"]
     for scenario in SCENARIOS:
-        mine = [line for line in lines if line["scenario"] == scenario]
-        Console().print(_table(scenario, mine, reference))
-    record(name, {"lines": lines}, _config(SEEDS))
+        whole = vars(_case("fedbackfill", TASKS[0], scenario, settings, GIVEN_UP_H))
+        for name, (without, facility) in ABLATION.items():
+            changed = tuple((settings | without).items())
+            yield Case(**(whole | {"name": name, "settings": changed} | facility))
 
 
-def _line(case: Case, runs: list[Times]) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "scenario": case.scenario, "strategy": case.name, "policy": case.policy,
-        "settings": dict(case.settings), "to": {},
-    }  # fmt: skip
-    for k, target in enumerate(TARGETS):
-        hours, nodes = sorted(t.hours[k] for t in runs), sorted(t.node_hours[k] for t in runs)
-        line["to"][f"{target:g}"] = {
-            "reached": sum(math.isfinite(h) for h in hours),
-            "hours": [_finite(quantile(hours, q)) for q in (0.5, 0.25, 0.75)],
-            "node_hours": [_finite(quantile(nodes, q)) for q in (0.5, 0.25, 0.75)],
-        }
-    return line
+def tables(runs: Runs) -> None:
+    """Print the tables of what there is, and write the figures."""
+    for task in TASKS:
+        shown = [line(c, runs.of(c, SEEDS[task])) for c in contest(runs, task)]
+        print_table(f"{task}: hours to {TARGETS[task][-1]:g}", shown, SCENARIOS, REFERENCE)
+    parts = [line(c, runs.of(c, ABLATION_SEEDS)) for c in ablation(runs)]
+    print_table("ablation", parts, SCENARIOS, "whole")
+    contests = {t: [line(c, runs.of(c, SEEDS[t])) for c in contest(runs, t)] for t in TASKS}
+    searched = {name: c.search for name, c in CONTESTANTS.items()}
+    best = {task: tuned(runs, task) for task in TASKS}
+    record("strategies_tune", {"best": best}, _config() | {"searched": searched})
+    record("strategies_test", {"lines": contests}, _config())
+    record("strategies_ablate", {"lines": parts}, _config())
 
 
-def _table(scenario: str, lines: list[dict[str, Any]], reference: str) -> Table:
-    shown = Table(title=f"{scenario}: hours to each loss", title_justify="left", box=None)
-    shown.add_column("strategy", no_wrap=True)
-    for target in TARGETS:
-        shown.add_column(f"{target:g}", justify="right")
-    for column in ("quartiles", "node-h", f"x {reference}"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    base = next(line for line in lines if line["strategy"] == reference)
-    for line in sorted(lines, key=_by_time):
-        at = line["to"][f"{TARGET:g}"]
-        ratio = _ratio(base["to"][f"{TARGET:g}"]["hours"][0], at["hours"][0])
-        medians = [_number(line["to"][f"{t:g}"]["hours"][0]) for t in TARGETS]
-        quartiles = "-".join(_number(h) for h in at["hours"][1:])
-        shown.add_row(line["strategy"], *medians, quartiles, _number(at["node_hours"][0]), ratio)
-    return shown
-
-
-def _by_time(line: dict[str, Any]) -> list[float]:
-    return [
-        math.inf if (hours := line["to"][f"{t:g}"]["hours"][0]) is None else hours
-        for t in (TARGET, *reversed(TARGETS[:2]))
-    ]
-
-
-def _ratio(base: float | None, hours: float | None) -> str:
-    return "-" if base is None or hours is None else f"{base / hours:.2f}"
-
-
-def _number(x: float | None) -> str:
-    return "-" if x is None else f"{x:.1f}"
-
-
-def _finite(x: float) -> float | None:
-    return round(x, 3) if math.isfinite(x) else None
-
-
-def _config(seeds: Iterable[int]) -> dict[str, Any]:
+def _config() -> dict[str, Any]:
     return {
-        "seeds": list(seeds), "targets": list(TARGETS), "tuned_to": TARGET,
-        "tuned_in": TUNED_IN, "given_up_h": GIVEN_UP_H,
-        "given_up_in_tuning_h": TUNING_GIVEN_UP_H, "learning": "real",
+        "tuning_seeds": TUNING_SEEDS, "tuned_in": TUNED_IN, "second_round": SECOND_ROUND,
+        "on_second_task": ON_SECOND_TASK, "seeds": SEEDS, "ablation_seeds": ABLATION_SEEDS,
+        "targets": TARGETS, "given_up_h": GIVEN_UP_H,
+        "given_up_in_tuning_h": TUNING_GIVEN_UP_H,
     }  # fmt: skip
 
 
-def _searched() -> dict[str, Any]:
-    return {name: c.search for name, c in CONTESTANTS.items()}
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=["tune", "test", "ablate", "tables"])
+    parser.add_argument("names", nargs="*", metavar="CONTESTANT", help="tune: these alone")
+    parser.add_argument("--task", choices=TASKS, help="this one alone")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(CONTESTANTS):
+        parser.error(f"{', '.join(unknown)}: not known. Valid: {', '.join(CONTESTANTS)}")
+    runs, until = Runs(RUNS), time.monotonic() + 60.0 * args.minutes
+    for task in [args.task] if args.task else TASKS:
+        if args.part in (None, "tune"):
+            tune(runs, task, args.names or list(CONTESTANTS), until)
+        if args.part in (None, "test"):
+            runs.complete(contest(runs, task), SEEDS[task], until)
+    if args.part in (None, "ablate"):
+        runs.complete(ablation(runs), ABLATION_SEEDS, until)
+    if args.part in (None, "tables"):
+        tables(runs)
 
-
-PARTS: dict[str, Callable[..., None]] = {"tune": tune, "test": test, "ablate": ablate}
 
 if __name__ == "__main__":
-    part, names = sys.argv[1] if sys.argv[1:] else "", sys.argv[2:]
-    if part not in ("", *PARTS) or set(names) - set(CONTESTANTS) or (names and part != "tune"):
-        sys.exit(f"found {sys.argv[1:]}. Valid: nothing, {', '.join(PARTS)}, tune CONTESTANT ...")
-    for name in [part] if part else PARTS:
-        PARTS[name](*names)
+    main()

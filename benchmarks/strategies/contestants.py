@@ -6,33 +6,22 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-__all__ = ["ABLATION", "CONTESTANTS", "Contestant", "grid"]
+from runs import STEPS
 
 QUIET = {"fraction_evaluate": 0.0, "min_evaluate_nodes": 0}  # evaluation rounds would cost jobs
-STEPS = "steps"  # per order where the strategy does not decide: no argument of the strategy
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A strategy, how its jobs are had, and the grid of its settings.
+    """A strategy, how its jobs are had, and the grid of its settings."""
 
-    Attributes
-    ----------
-    target : str
-        Its class.
-    search : dict of str to list
-        Settings whose product is searched.
-    fixed : dict
-        Settings that are not.
-    policy : str
-        ``warm``: an allocation is kept between orders, its successor submitted ahead (both are
-        the launcher's, whatever the strategy); ``per_round``: a job per order.
-    """
-
-    target: str
-    search: dict[str, list[Any]]
-    fixed: dict[str, Any] = field(default_factory=dict)
+    target: str  # Its class
+    search: dict[str, list[Any]]  # Settings whose product is searched
+    fixed: dict[str, Any] = field(default_factory=dict)  # Settings that are not
+    # ``warm``: an allocation is kept between orders, its successors submitted ahead (both are
+    # the launcher's, whatever the strategy); ``per_round``: a job per order.
     policy: str = "warm"
+    on_text: bool = False  # Takes part in the second task, which costs more to compute
 
 
 def grid(contestant: Contestant) -> list[dict[str, Any]]:
@@ -46,9 +35,15 @@ _LONG = {STEPS: [100, 200, 400, 800, 1600, 3200], "weighted_by": ["num-examples"
 _OUTER = {"outer_lr": [0.7, 1.0], "momentum": [0.8, 0.9]}
 _BUFFER = {STEPS: [50, 100], "buffer_size": [2, 4], "outer_lr": [1.0, 2.0, 4.0]}
 _QUEUE = {"tolerance": [0.2, 0.5], "scale_lr": [True, False]}
+# What FedBackfill has of its own, switched on for others: larger steps are searched then, as
+# the average takes out their noise, and shorter orders.
+_SIZED = {"average": 8.0, "size_steps": True}
+_LARGER = {"outer_lr": [1.2, 2.0, 4.0], "round_s": [60.0, 100.0]}
 
 CONTESTANTS: dict[str, Contestant] = {
-    "fedavg, job per round": Contestant("strategies.fedavg.FedAvg", _LONG, policy="per_round"),
+    "fedavg, job per round": Contestant(
+        "strategies.fedavg.FedAvg", _LONG, policy="per_round", on_text=True
+    ),
     "fedavg": Contestant("strategies.fedavg.FedAvg", _LONG),
     "fedadam": Contestant(
         "flwr.serverapp.strategy.FedAdam",
@@ -69,7 +64,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "diloco, job per round": Contestant(
         "strategies.diloco.DiLoCo", {STEPS: [200, 400, 800], **_OUTER}, policy="per_round"
     ),
-    "diloco": Contestant("strategies.diloco.DiLoCo", {STEPS: [100, 200, 400], **_OUTER}),
+    "diloco": Contestant(
+        "strategies.diloco.DiLoCo", {STEPS: [100, 200, 400], **_OUTER}, on_text=True
+    ),
     "streaming_diloco": Contestant(
         "strategies.streaming_diloco.StreamingDiLoCo",
         {STEPS: [200, 400, 800], "alpha": [0.0, 0.5], "overlap": [True, False]},
@@ -77,19 +74,42 @@ CONTESTANTS: dict[str, Contestant] = {
     "decoupled_diloco": Contestant(
         "strategies.decoupled_diloco.DecoupledDiLoCo",
         {STEPS: [50, 100, 200], "quorum": [2, 3], "momentum": [0.5, 0.8]},
+        on_text=True,
+    ),
+    "decoupled_diloco, averaged and sized": Contestant(
+        "strategies.decoupled_diloco.DecoupledDiLoCo",
+        {**_LARGER, "momentum": [0.5, 0.8]},
+        _SIZED,
+        on_text=True,
     ),
     "async_diloco": Contestant(
         "strategies.async_diloco.AsyncDiLoCo",
         {STEPS: [25, 50, 100], "outer_lr": [0.7, 1.2], "momentum": [0.8, 0.9]},
+        on_text=True,
+    ),
+    "async_diloco, averaged and sized": Contestant(
+        "strategies.async_diloco.AsyncDiLoCo",
+        {**_LARGER, "momentum": [0.8, 0.9]},
+        _SIZED,
+        on_text=True,
     ),
     "fedasync": Contestant(
-        "strategies.fedasync.FedAsync", {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]}
+        "strategies.fedasync.FedAsync",
+        {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]},
+        on_text=True,
     ),
-    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER),
+    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER, on_text=True),
     "fedbuff, debiased": Contestant("strategies.fedbuff.FedBuff", _BUFFER, {"debias": True}),
+    "fedbuff, averaged and sized": Contestant(
+        "strategies.fedbuff.FedBuff",
+        {"outer_lr": [2.0, 4.0, 8.0], "round_s": [60.0, 100.0], "buffer_size": [2, 4]},
+        _SIZED,
+        on_text=True,
+    ),
     "fedcompass": Contestant(
         "strategies.fedcompass.FedCompass",
         {"min_steps": [10, 20, 40], "max_steps": [50, 100], "slack": [1.2, 1.5]},
+        on_text=True,
     ),
     "fedqueue, job per round": Contestant(
         "strategies.fedqueue.FedQueue",
@@ -97,33 +117,38 @@ CONTESTANTS: dict[str, Contestant] = {
         policy="per_round",
     ),
     "fedqueue": Contestant(
-        "strategies.fedqueue.FedQueue", {"round_s": [300.0, 600.0, 1800.0], **_QUEUE}
+        "strategies.fedqueue.FedQueue",
+        {"round_s": [300.0, 600.0, 1800.0], **_QUEUE},
+        on_text=True,
     ),
     "fedbackfill": Contestant(
         "strategies.fedbackfill.FedBackfill",
-        {"outer_lr": [2.0, 3.0, 4.0], "round_s": [60.0, 100.0, 200.0, 300.0]},
+        {"outer_lr": [2.0, 3.0, 4.0], "round_s": [60.0, 100.0], "overlap": [True, False]},
+        on_text=True,
     ),
     "fedbackfill_rounds": Contestant(
         "strategies.fedbackfill_rounds.FedBackfillRounds",
         {"outer_lr": [2.0, 3.0, 4.0], "round_s": [100.0, 200.0, 300.0, 450.0]},
+        on_text=True,
     ),
 }
 
-# FedBackfill without one of its parts, or with an optional one: settings, policy, successor ahead.
-ABLATION: dict[str, tuple[dict[str, Any], str, bool]] = {
-    "whole": ({}, "warm", True),
-    "a job per order": ({}, "per_round", False),
-    "no successor ahead": ({}, "warm", False),
-    "early binding": ({"late_binding": False}, "warm", True),
-    "fixed steps": ({"size_steps": False}, "warm", True),
-    "balance by steps": ({"balance": True}, "warm", True),
-    "balance by arrivals": ({"balance_arrivals": True}, "warm", True),
-    "balance by both": ({"balance": True, "balance_arrivals": True}, "warm", True),
-    "no staleness weight": ({"exponent": 0.0}, "warm", True),
-    "no average": ({"average": None}, "warm", True),
-    "no average, no momentum, eta 4": (
-        {"average": None, "momentum": 0.0, "outer_lr": 4.0}, "warm", True
-    ),
-    "no momentum, eta 8": ({"momentum": 0.0, "outer_lr": 8.0}, "warm", True),
-    "with overlap": ({"overlap": True}, "warm", True),
-}  # fmt: skip
+# FedBackfill without one of its parts, or with one that is optional: its settings, the
+# facility's.
+ABLATION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "whole": ({}, {}),
+    "a job per order": ({}, {"policy": "per_round"}),
+    "no successor ahead": ({}, {"max_successors": 0}),
+    "one successor ahead": ({}, {"max_successors": 1}),
+    "no partial work": ({}, {"partial_work": False}),
+    "no back-off": ({}, {"back_off": False}),
+    "early binding": ({"late_binding": False}, {}),
+    "fixed steps": ({"size_steps": False}, {}),
+    "balance by steps": ({"balance": True}, {}),
+    "balance by arrivals": ({"balance_arrivals": True}, {}),
+    "no staleness weight": ({"exponent": 0.0}, {}),
+    "no average": ({"average": None}, {}),
+    "no momentum, eta 8": ({"momentum": 0.0, "outer_lr": 8.0}, {}),
+    "with overlap": ({"overlap": True}, {}),
+    "without overlap": ({"overlap": False}, {}),
+}
