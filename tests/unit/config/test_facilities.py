@@ -30,6 +30,12 @@ GOLDEN = ROOT / "tests" / "golden"
 DOCS = (ROOT / "docs" / "facilities.md").read_text()
 EXAMPLES = ("slurm", "pbs")
 QOS = {"marenostrum5": "acc_ehpc", "discoverer": "project1"}  # where the user has to say it
+FACTS = {
+    "gpus_per_node": "of a node",
+    "cpus_per_node": "cores of a node that jobs may use",
+    "gpu_memory_gb": "memory of one device",
+    "peak_tflops": "of one device, dense bf16",
+}
 FILES = {
     path.stem: path
     for path in sorted((conf_dir() / "facility").glob("*.yaml"))
@@ -66,28 +72,30 @@ def test_golden_script(name: str) -> None:
     golden = GOLDEN / f"{name}.sh"
     if os.environ.get("UPDATE_GOLDEN"):
         golden.write_text(text)
-    assert text == golden.read_text()
+    again = f"UPDATE_GOLDEN=1 pytest {Path(__file__).relative_to(ROOT)} -k {name}, and look at it"
+    assert golden.exists(), f"tests/golden/{name}.sh is missing. Write it with: {again}"
+    assert text == golden.read_text(), f"another script than before. If that is meant: {again}"
     assert len(text.splitlines()) <= 60
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_facility_keeps_its_own_rules(name: str) -> None:
     """Protects the files from what the centre would refuse or waste."""
-    facility = _facility(name)
+    facility, file = _facility(name), f"conf/facility/{name}.yaml"
+    missing = [field for field in FACTS if name not in EXAMPLES and not getattr(facility, field)]
+    assert not missing, f"{file} lacks: " + "; ".join(f"{m}: {FACTS[m]}" for m in missing)
     asked = r"^#(?:SBATCH --|PBS -l |PBS -)([a-zA-Z-]+)"
     used = re.findall(asked, _script(name, facility), flags=re.MULTILINE)
-    assert len(used) == len(set(used))
-    assert not set(used) & set(facility.forbidden)
-    assert facility.nodes == 1
-    assert facility.ranks_per_node == facility.gpus_per_node > 0
+    assert len(used) == len(set(used)), f"{file}: something is asked for twice: {used}"
+    assert not set(used) & set(facility.forbidden), f"{file}: see its field forbidden"
+    assert facility.nodes == 1, f"{file}: nodes={facility.nodes}; users choose more themselves"
+    assert facility.ranks_per_node == facility.gpus_per_node, (
+        f"{file}: ranks_per_node is to be ${{.gpus_per_node}}: a rank drives one GPU"
+    )
     queue = queue_of(facility)
-    assert queue is not None or not facility.queues
+    assert queue or not facility.queues, f"{file}: partition and qos are none of its queues"
     if queue is not None and queue.walltime:
-        assert walltime_s(facility.walltime) <= walltime_s(queue.walltime)
-    if name not in EXAMPLES:
-        assert facility.peak_tflops
-        assert facility.gpu_memory_gb
-        assert facility.cpus_per_node
+        assert walltime_s(facility.walltime) <= walltime_s(queue.walltime), f"{file}: walltime"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -107,13 +115,15 @@ def test_qos_must_be_given(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_facts_name_their_source(name: str) -> None:
     """Protects the files from facts of unknown origin and age."""
-    text = FILES[name].read_text()
+    text, file = FILES[name].read_text(), f"conf/facility/{name}.yaml"
     source = re.search(r"^# Source: (.+(?:\n# .+)*)", text, flags=re.MULTILINE)
-    assert source
+    assert source, f"{file} lacks the line: # Source: https://docs.CENTRE, YEAR-MONTH"
     if name not in EXAMPLES:
-        assert re.search(r"20\d\d", source[1])
-        assert re.search(r"\b(docs?|apps)\.[\w.-]+|unverified", source[1])
-    assert "shared_roots:" in text or _facility(name).scheduler != "slurm"
+        assert re.search(r"20\d\d", source[1]), f"{file}: its source has no year"
+        assert re.search(r"\b(docs?|apps)\.[\w.-]+|unverified", source[1]), f"{file}: {source[1]}"
+    assert "shared_roots:" in text or _facility(name).scheduler != "slurm", (
+        f"{file} lacks shared_roots: what compute nodes share with login nodes; []: not known"
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -248,7 +258,8 @@ def test_facility_survives_the_site_file() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_docs_list_every_facility(name: str) -> None:
     """Protects the table in the documentation from going stale."""
-    assert re.search(rf"^\| `{name}` ", DOCS, flags=re.MULTILINE)
+    listed = re.search(rf"^\| `{name}` ", DOCS, flags=re.MULTILINE)
+    assert listed, f"docs/facilities.md lacks a row: | `{name}` | ..."
 
 
 def test_the_documented_example_works(tmp_path: Path) -> None:
