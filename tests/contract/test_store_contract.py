@@ -7,6 +7,7 @@ import threading
 import uuid
 
 import pytest
+from fsspec.core import url_to_fs
 
 from flwr_hpc.exchange.store import Reference, make_store, store_names
 from flwr_hpc.exchange.tensors import BadPayload
@@ -14,15 +15,24 @@ from flwr_hpc.exchange.tensors import BadPayload
 DATA = b"weights" * 400_000
 
 
-# A new store needs a row here: places, as ``exchange.store`` names them.
-PLACES = {"fsspec": ["{folder}", "file://{folder}", "memory://{name}"]}
+# A new store needs a row here: places, as ``exchange.store`` names them and as fsspec does.
+PLACES = {
+    "fsspec": [
+        ("{folder}", "{folder}"),
+        ("file://{folder}", "{folder}"),
+        ("memory://{name}", "memory://{name}"),
+    ]
+}
 
 
 @pytest.fixture(params=[(name, i) for name in store_names() for i in range(len(PLACES[name]))])
 def store(request, tmp_path):
     name, i = request.param
-    place = PLACES[name][i]
-    return make_store(place.format(folder=tmp_path / "store", name=uuid.uuid4().hex))
+    names = {"folder": tmp_path / "store", "name": uuid.uuid4().hex}
+    url, place = (text.format(**names) for text in PLACES[name][i])
+    made = make_store(url)
+    made.place = url_to_fs(place)
+    return made
 
 
 @pytest.fixture
@@ -34,7 +44,7 @@ def payload(tmp_path):
 
 def spoil(store, ref, data):
     """Replace a payload behind the store's back."""
-    fs, root = store._place
+    fs, root = store.place
     fs.rm_file(f"{root}/{ref.key}")
     with fs.open(f"{root}/{ref.key}", "wb") as f:
         f.write(data)
@@ -94,7 +104,7 @@ def test_sweep_removes_payloads_and_nothing_else(store, payload):
     """A new session starts with an empty store, and leaves foreign files alone."""
     store.sweep()
     ref = store.put(payload, "global")
-    fs, root = store._place
+    fs, root = store.place
     with fs.open(f"{root}/README", "wb") as f:
         f.write(b"mine")
     store.sweep()
