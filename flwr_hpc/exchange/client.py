@@ -93,9 +93,7 @@ class SiteExchange:
         Raises
         ------
         BadPayload
-            If a file to be sent inline is malformed, or not what `sha256` says.
-        OSError
-            If the store cannot be written to.
+            If the file is malformed or, sent inline, not what `sha256` says.
         """
         if weights.stat().st_size >= self.inline_below_mb * 1e6:
             folder = f"from-{owner or _facility(content)}"

@@ -147,20 +147,15 @@ class Trainer:
         so_far : Trained or None
             Where an interrupted order goes on.
         should_stop : callable
-            Asked on every rank before each step; what any of them answers ends the order there
-            on all of them.
+            Asked on every rank before each step; any rank's reason ends the order on all.
         report : callable
-            Called after each step with the order's step and a function that returns the loss;
-            calling that one waits for the device.
-        proximal : Proximal or None
-            Pull towards the weights the order started from.
-        variates : ControlVariates or None
-            Correction of the gradients, and their sum.
+            Called after each step with its number and a function that waits for its loss.
+        proximal, variates : Proximal, ControlVariates or None
+            Change the gradients.
         """
         done = dataclasses.replace(so_far or Trained(), stopped=Stop.NO)
         stats: list[Tensor] = []
-        tokens = 0
-        began = time.perf_counter()
+        tokens, began = 0, time.perf_counter()
         self._model.train()
         while done.steps < steps:
             batch = self._next_batch()
