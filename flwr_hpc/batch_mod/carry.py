@@ -20,8 +20,6 @@ from flwr.app import Context, Message
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import draft
 
-REQUEST, REPLY = "request.pkl", "reply.pkl"  # in an order's folder
-
 
 class AppError(RuntimeError):
     """What the app raised in the job, where its own type is not to be had here."""

@@ -1,9 +1,7 @@
 """Several ranks call the app together, as under torchrun; rank 0 leads, through files.
 
-::
-
-    ALLOCATION/turn.json               rank 0: which message it is, and where rank 0 listens
-    ORDER/rank-<k>.<attempt>.pkl       rank k: `Failure` or None, when it is through
+In `AllocationDir.turn` rank 0 says which message it is and where it listens, and in
+`OrderDir.rank_outcome` rank k leaves a `Failure` or None when it is through.
 """
 
 from __future__ import annotations
@@ -14,13 +12,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
-from flwr_hpc.batch_mod.app import AppRef
-from flwr_hpc.batch_mod.carry import REQUEST, Failure, load, save
+from flwr_hpc.batch_mod.carry import Failure, load, save
+from flwr_hpc.batch_mod.job_settings import JobSettings
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.files import publish, read_json
-from flwr_hpc.spool import AllocationDir, Spool
+from flwr_hpc.spool import AllocationDir, OrderDir
 from flwr_hpc.worker.ranks import Ranks
 
 LOOK_S = 0.1
@@ -49,7 +46,7 @@ class RankGroup:
     """
 
     def __init__(self, allocation: AllocationDir, ranks: Ranks) -> None:
-        self._file, self._ranks = allocation.path / "turn.json", ranks
+        self._file, self._ranks = allocation.turn, ranks
         self._turn = Turn(ranks.attempt)
 
     def renew(self) -> dict[str, str]:
@@ -64,13 +61,13 @@ class RankGroup:
         """Let every rank give this message to the app."""
         self._say(number=self._turn.number + 1, order=order_id)
 
-    def failure(self, order: Path) -> Failure | None:
+    def failure(self, order: OrderDir) -> Failure | None:
         """Return what went wrong on another rank, so far."""
-        answers = (_answer(order, k, self._ranks.attempt) for k in self._others())
+        answers = (order.rank_outcome(k, self._ranks.attempt) for k in self._others())
         failures = (load(path) for path in answers if path.exists())
         return next((f for f in failures if f is not None), None)
 
-    def wait(self, order: Path, stop: Callable[[], bool]) -> Failure | None:
+    def wait(self, order: OrderDir, stop: Callable[[], bool]) -> Failure | None:
         """Wait until all ranks are through, or one failed.
 
         Raises
@@ -79,7 +76,7 @@ class RankGroup:
             If `stop` said so.
         """
         while (failure := self.failure(order)) is None:
-            answers = (_answer(order, k, self._ranks.attempt) for k in self._others())
+            answers = (order.rank_outcome(k, self._ranks.attempt) for k in self._others())
             if all(path.exists() for path in answers):
                 return None
             if stop():
@@ -103,12 +100,11 @@ class RankGroup:
 def follow(
     allocation: AllocationDir,
     ranks: Ranks,
-    app: AppRef,
-    versions: dict[str, str],
+    settings: JobSettings,
     stop: Callable[[], bool],
 ) -> None:
     """Be a rank other than 0: give the app every message that rank 0 gives it, until it ends."""
-    spool = Spool(allocation.path.parents[1])
+    spool = allocation.spool
     process: AppProcess | None = None
     done = Turn("")
     try:
@@ -116,10 +112,10 @@ def follow(
             if turn.generation > done.generation:
                 if process is not None:
                     process.end()
-                process = AppProcess(app, versions, _env(ranks, turn))
+                process = AppProcess(settings.app, settings.versions, _env(ranks, turn))
             if turn.number > done.number and turn.order and process is not None:
                 over = partial(_over, allocation, ranks, turn, stop)
-                _take_part(process, spool.order(turn.order).path, ranks, over)
+                _take_part(process, spool.order(turn.order), ranks, over)
             done = turn
             time.sleep(LOOK_S)
     finally:
@@ -127,16 +123,18 @@ def follow(
             process.end()
 
 
-def _take_part(process: AppProcess, order: Path, ranks: Ranks, over: Callable[[], bool]) -> None:
-    while not (order / REQUEST).exists():  # other nodes may see files later
+def _take_part(
+    process: AppProcess, order: OrderDir, ranks: Ranks, over: Callable[[], bool]
+) -> None:
+    while not order.request.exists():  # other nodes may see files later
         if over():
             return
         time.sleep(LOOK_S)
     try:
-        failure = process.call(order / REQUEST, None, over)
+        failure = process.call(order.request, None, over)
     except Stopped:
         return
-    save(_answer(order, ranks.rank, ranks.attempt), failure)
+    save(order.rank_outcome(ranks.rank, ranks.attempt), failure)
 
 
 def _over(allocation: AllocationDir, ranks: Ranks, seen: Turn, stop: Callable[[], bool]) -> bool:
@@ -145,14 +143,10 @@ def _over(allocation: AllocationDir, ranks: Ranks, seen: Turn, stop: Callable[[]
 
 
 def _turn(allocation: AllocationDir, ranks: Ranks) -> Turn:
-    raw = read_json(allocation.path / "turn.json")
+    raw = read_json(allocation.turn)
     if raw is None or raw["attempt"] != ranks.attempt:
         return Turn(ranks.attempt)
     return Turn(**raw)
-
-
-def _answer(order: Path, rank: int, attempt: str) -> Path:
-    return order / f"rank-{rank}.{attempt}.pkl"
 
 
 def _env(ranks: Ranks, turn: Turn) -> dict[str, str]:

@@ -16,7 +16,8 @@ from typing import Any
 from flwr.app import Context, Message
 
 from flwr_hpc.batch_mod.app import Next, copy_app, find_app, rest
-from flwr_hpc.batch_mod.carry import REPLY, REQUEST, load, save, take_over, versions
+from flwr_hpc.batch_mod.carry import load, save, take_over, versions
+from flwr_hpc.batch_mod.job_settings import JobSettings
 from flwr_hpc.batch_mod.settings import HERE, Settings, gather, settle
 from flwr_hpc.batch_mod.worker import run
 from flwr_hpc.clock import SystemClock
@@ -75,8 +76,8 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
     site = _site(context, settings, caller)
     order = _order(message, context, settings)
     folder = site.spool.order(order.id)
-    if folder.result() is None and not (folder.path / REQUEST).exists():
-        save(folder.path / REQUEST, (message, context))
+    if not folder.has_result and not folder.request.exists():
+        save(folder.request, (message, context))
     with _raising_on_sigterm():
         status = site.submit(order, None)
         if status.result is None:
@@ -84,7 +85,7 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
             status = site.wait(lambda: log(site.collect(order.id)), None, {"done", "failed"})
     if status.state == "failed":
         raise BatchError(f"{settings.name}: {status.error}")
-    reply = load(folder.path / REPLY)
+    reply = load(folder.reply)
     take_over(context, reply.context or context)
     if reply.failure is not None:
         raise reply.failure.exception()
@@ -95,20 +96,17 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
 def _site(context: Context, settings: Settings, caller: str) -> AllocationManager:
     root = settings.root(context)
     root.mkdir(parents=True, exist_ok=True)
-    app = copy_app(find_app(caller, settings.app), root / "app")
+    spool = Spool(root)
+    app = copy_app(find_app(caller, settings.app), spool.app)
+    in_job = JobSettings(app.folder, app.ref, versions(), settings.allocation.idle_timeout_s)
     return AllocationManager(
-        spool=Spool(root),
+        spool=spool,
         run_key=settings.run_key(context),
         facility_name=settings.name,
         facility=settings.facility,
         allocation=settings.allocation,
         scheduler=make_scheduler(settings.facility),
-        settings={
-            "app_folder": app.folder,
-            "app": app.ref,
-            "versions": versions(),
-            "idle_timeout_s": settings.allocation.idle_timeout_s,
-        },
+        settings=in_job.to_dict(),
         clock=SystemClock(),
         entry=run,
     )

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flwr_hpc.batch_mod.app import AppRef
-from flwr_hpc.batch_mod.carry import REPLY, REQUEST, Failure, Reply, save
+from flwr_hpc.batch_mod.carry import Failure, Reply, save
 from flwr_hpc.batch_mod.crew import RankGroup, follow
+from flwr_hpc.batch_mod.job_settings import JobSettings
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
 from flwr_hpc.protocol import Result
-from flwr_hpc.spool import AllocationDir, OrderDir, Spool
+from flwr_hpc.spool import AllocationDir, OrderDir
 from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
 from flwr_hpc.worker.phase_timer import PhaseTimer
@@ -33,11 +33,10 @@ def run(allocation_dir: str) -> None:
         If the app cannot be imported.
     """
     allocation, ranks = AllocationDir(Path(allocation_dir)), Ranks.detect()
-    spec = allocation.settings()
-    app = AppRef(spec["app_folder"], spec["app"])
+    settings = JobSettings.read(allocation)
     deadline = Deadline.detect(reserve_most_s=RESERVED_MOST_S)
     if ranks.rank > 0:
-        follow(allocation, ranks, app, spec["versions"], deadline.is_over)
+        follow(allocation, ranks, settings, deadline.is_over)
         return
     timer = PhaseTimer()
     with Reporter(allocation, timer, deadline) as reporter:
@@ -45,10 +44,10 @@ def run(allocation_dir: str) -> None:
         crew = RankGroup(allocation, ranks)
         worker = Worker(
             allocation, timer, reporter, deadline, crew,
-            lambda env: AppProcess(app, spec["versions"], env),
+            lambda env: AppProcess(settings.app, settings.versions, env),
         )  # fmt: skip
         try:
-            worker.serve(float(spec["idle_timeout_s"]))
+            worker.serve(settings.idle_timeout_s)
         except Exception as exc:
             reporter.set_state("failed", error=str(exc), fatal=True)
             raise
@@ -82,7 +81,7 @@ class Worker:
         crew: RankGroup,
         start: Callable[[dict[str, str]], AppProcess],
     ) -> None:
-        self._allocation, self._spool = allocation, Spool(allocation.path.parents[1])
+        self._allocation, self._spool = allocation, allocation.spool
         self._timer, self._reporter, self._deadline = timer, reporter, deadline
         self._crew, self._start = crew, start
         self._app: AppProcess | None = None
@@ -131,9 +130,9 @@ class Worker:
     def _answer(self, order_id: str, order: OrderDir) -> bool:
         """Publish the result of one message; False if it was left for another job."""
         began = time.monotonic()
-        (order.path / REPLY).unlink(missing_ok=True)  # of a try that died before its result
+        order.reply.unlink(missing_ok=True)  # of a try that died before its result
         try:
-            failure = self._call(order_id, order.path)
+            failure = self._call(order_id, order)
         except Stopped:
             self._drop()
             return self._leave(order_id, order)
@@ -142,18 +141,18 @@ class Worker:
         took = time.monotonic() - began
         self._longest_s, self._served = max(self._longest_s, took), self._served + 1
         order.write_result(Result(order_id, "done", seconds={"train": took}))
-        (order.path / REQUEST).unlink(missing_ok=True)
+        order.request.unlink(missing_ok=True)
         self._process()  # imports the app again while nobody waits
         return True
 
-    def _call(self, order_id: str, order: Path) -> Failure | None:
+    def _call(self, order_id: str, order: OrderDir) -> Failure | None:
         """Let the app write the reply; return what went wrong, which is then in the reply."""
         process = self._process()
         self._crew.call(order_id)
-        reply = order / REPLY
+        reply = order.reply
         try:
             failure = process.call(
-                order / REQUEST,
+                order.request,
                 reply,
                 stop=lambda: self._deadline.is_over() or self._crew.failure(order) is not None,
             )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from flwr_hpc.files import publish, read_json, sync_dir
+from flwr_hpc.spool import CHECKPOINT_META, checkpoint_name
 from flwr_hpc.train.rendezvous import Group
 
 
@@ -65,7 +66,7 @@ class Checkpoints:
         if self._group.ranks.rank == 0:
             found = [p for p in self._all() if order_id in (None, _place(p)[1])]
             if found:
-                saved = Saved(found[-1], read_json(found[-1] / "meta.json") or {})
+                saved = Saved(found[-1], read_json(found[-1] / CHECKPOINT_META) or {})
         agreed: Saved | None = self._group.broadcast(saved)
         return agreed
 
@@ -84,7 +85,7 @@ class Checkpoints:
             JSON.
         """
         began = time.perf_counter()
-        target = self._root / f"{order_id}@{step:010d}"
+        target = self._root / checkpoint_name(order_id, step)
         draft = target.with_name(f".{target.name}.tmp")
         first = self._group.ranks.rank == 0
         exists = first and target.exists()
@@ -95,7 +96,7 @@ class Checkpoints:
             return time.perf_counter() - began
         state_dict_saver.save(tensors, checkpoint_id=draft)
         if first:
-            publish(draft / "meta.json", json.dumps(meta, allow_nan=False))
+            publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
             draft.rename(target)
             sync_dir(self._root)
             self._prune()

@@ -173,7 +173,7 @@ class OrderRunner:
     def _steps(
         self, order: Order, folder: OrderDir, trained: Trained, proximal: Proximal | None
     ) -> Trained:
-        steps = order.steps or self.train.steps
+        steps = order.steps
         self.trainer.lr_scale = float(order.options.get("lr-scale", 1.0))
         before = dataclasses.replace(trained)
         report = self.meter.progress(folder, trained.steps, steps)

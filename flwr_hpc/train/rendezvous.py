@@ -20,6 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
+from flwr_hpc.spool import AllocationDir
 from flwr_hpc.worker.lifeline import Lifeline, LoneFailureError
 from flwr_hpc.worker.ranks import Ranks
 
@@ -141,7 +142,7 @@ def join(folder: Path, ranks: Ranks, timeout_s: float = 600.0) -> Group:
     if ranks.nodes == 1:
         # Loopback is always there, even on nodes without a network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    path = folder / f"rendezvous-{ranks.attempt}.json"
+    path = AllocationDir(folder).rendezvous(ranks.attempt)
     meet = _host if ranks.rank == 0 else _visit
     store, peers = meet(path, ranks, timeout_s)
     lifeline = Lifeline(peers)
