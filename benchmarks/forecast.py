@@ -28,9 +28,10 @@ from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobInfo, JobSpec
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
-from flwr_hpc.site.forecast.estimate import Estimate, estimate, verdicts
+from flwr_hpc.site.forecast.estimate import Estimate, estimate
 from flwr_hpc.site.forecast.forecaster import Forecaster
 from flwr_hpc.site.forecast.history import Wait, shape_of
+from flwr_hpc.site.forecast.score import score_forecasts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from lab.cluster import Cluster
@@ -158,7 +159,7 @@ def replay(waits: Sequence[Wait], plan: Callable[[Wait], float | None], past: bo
 
 def figures(waits: Sequence[Wait]) -> dict[str, float | None]:
     """Return what forecasts were worth once warm."""
-    checked, error, coverage = verdicts(waits[WARM_UP:], 0.9)
+    checked, error, coverage = score_forecasts(waits[WARM_UP:], 0.9)
     told = [w for w in waits[WARM_UP:] if w.high_s is not None]
     high = np.array([w.high_s for w in told], dtype=np.float64)
     over = np.array([w.waited_s for w in told], dtype=np.float64) - high

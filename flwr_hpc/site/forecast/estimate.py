@@ -44,8 +44,8 @@ class Estimate:
         """Return what it is made of, in `Forecast`'s words."""
         if self.history is not None and self.planned is not None:
             return "both"
-        known = {"history": self.history, "scheduler": self.planned}
-        return next((name for name, value in known.items() if value is not None), "none")
+        sources = {"history": self.history, "scheduler": self.planned}
+        return next((name for name, value in sources.items() if value is not None), "none")
 
     def quantile(self, q: float) -> float | None:
         """Return the `q` quantile of the seconds still to wait; None if nothing is known."""
@@ -115,12 +115,12 @@ def estimate(
     age_s : float or None
         How long the job has waited; None for one that would be submitted now.
     """
-    known = (shape, now, floor_s)
+    conditions = (shape, now, floor_s)
     return Estimate(
-        history=by_history(waits, *known),
-        planned=None if plan_s is None else by_plan(waits, plan_s, *known),
+        history=by_history(waits, *conditions),
+        planned=None if plan_s is None else by_plan(waits, plan_s, *conditions),
         plan_s=plan_s,
-        trust=trust(waits, *known),
+        trust=trust(waits, *conditions),
         floor_s=floor_s,
         age_s=age_s,
         stretch=stretch(waits, floor_s) if age_s is None else 1.0,
@@ -146,9 +146,9 @@ def _alike(a: Shape, b: Shape) -> float:
 
 def by_history(waits: Sequence[Wait], shape: Shape, now: float, floor_s: float) -> Survival | None:
     """Estimate the distribution of waits + `floor_s`."""
-    told = [wait for wait in waits if wait.waited_s is not None and not wait.void]
-    times = np.array([wait.waited_s for wait in told], dtype=np.float64) + floor_s
-    return survival(times, _over(told), similarity(told, shape, now))
+    usable = [wait for wait in waits if wait.waited_s is not None and not wait.void]
+    times = np.array([wait.waited_s for wait in usable], dtype=np.float64) + floor_s
+    return survival(times, _over(usable), similarity(usable, shape, now))
 
 
 def by_plan(
@@ -160,15 +160,15 @@ def by_plan(
     another length tell less: half when eight times as long. A scheduler without a record is
     taken at its word.
     """
-    told = [wait for wait in waits if wait.waited_s is not None and not wait.void]
-    told = [wait for wait in told if wait.plan_s is not None]
-    times = np.array([wait.waited_s for wait in told], dtype=np.float64) + floor_s
-    plans = np.array([wait.plan_s for wait in told], dtype=np.float64) + floor_s
-    over, like = _over(told), similarity(told, shape, now)
+    usable = [wait for wait in waits if wait.waited_s is not None and not wait.void]
+    usable = [wait for wait in usable if wait.plan_s is not None]
+    times = np.array([wait.waited_s for wait in usable], dtype=np.float64) + floor_s
+    plans = np.array([wait.plan_s for wait in usable], dtype=np.float64) + floor_s
+    over, like = _over(usable), similarity(usable, shape, now)
     off = np.log((plan_s + floor_s) / plans)
     times = times * np.exp(_slope(-off[over], np.log(times[over]), like[over]) * off)
-    found = survival(times, over, like * np.exp(-np.abs(off) / 3.0))
-    return found or Survival(np.array([0.0, plan_s + floor_s]), np.array([1.0, 0.5]))
+    curve = survival(times, over, like * np.exp(-np.abs(off) / 3.0))
+    return curve or Survival(np.array([0.0, plan_s + floor_s]), np.array([1.0, 0.5]))
 
 
 def _slope(x: Floats, y: Floats, weights: Floats) -> float:
@@ -185,12 +185,12 @@ def _over(waits: Sequence[Wait]) -> NDArray[np.bool_]:
 
 def trust(waits: Sequence[Wait], shape: Shape, now: float, floor_s: float) -> float:
     """Return the weight of the plan against the history: by their mean squared log errors."""
-    told = [w for w in waits if w.over and not w.void]
-    told = [w for w in told if w.by_history_s is not None and w.by_plan_s is not None]
-    weights = similarity(told, shape, now)
-    real = np.log([(w.waited_s or 0.0) + floor_s for w in told])
+    usable = [w for w in waits if w.over and not w.void]
+    usable = [w for w in usable if w.by_history_s is not None and w.by_plan_s is not None]
+    weights = similarity(usable, shape, now)
+    real = np.log([(w.waited_s or 0.0) + floor_s for w in usable])
     errors = []
-    for medians in ([w.by_history_s or 0.0 for w in told], [w.by_plan_s or 0.0 for w in told]):
+    for medians in ([w.by_history_s or 0.0 for w in usable], [w.by_plan_s or 0.0 for w in usable]):
         off = (np.log(np.array(medians) + floor_s) - real) ** 2
         errors.append(float(weights @ off) + 1.0)  # as if each had been off once, by a factor e
     return errors[0] / sum(errors)
@@ -202,34 +202,12 @@ def stretch(waits: Sequence[Wait], floor_s: float) -> float:
     That is the same quantile of the ratios of real wait to forecast: conformalized quantile
     regression (Romano et al. 2019) on a log scale, of which the younger waits count more.
     """
-    told = [w for w in waits if w.waited_s is not None and not w.void]
-    told = [w for w in told if w.unstretched_s is not None]
-    if len(told) < STRETCH_AFTER:
+    usable = [w for w in waits if w.waited_s is not None and not w.void]
+    usable = [w for w in usable if w.unstretched_s is not None]
+    if len(usable) < STRETCH_AFTER:
         return 1.0
-    real = np.array([w.waited_s for w in told], dtype=np.float64) + floor_s
-    high = np.array([w.unstretched_s for w in told], dtype=np.float64) + floor_s
-    younger = np.arange(len(told), dtype=np.float64)[::-1]
-    ratios = survival(real / high, _over(told), 0.5 ** (younger / (3 * HALF_JOBS)))
+    real = np.array([w.waited_s for w in usable], dtype=np.float64) + floor_s
+    high = np.array([w.unstretched_s for w in usable], dtype=np.float64) + floor_s
+    younger = np.arange(len(usable), dtype=np.float64)[::-1]
+    ratios = survival(real / high, _over(usable), 0.5 ** (younger / (3 * HALF_JOBS)))
     return 1.0 if ratios is None else ratios.quantile(HIGH)
-
-
-def verdicts(waits: Sequence[Wait], quantile: float) -> tuple[int, float | None, float | None]:
-    """Hold earlier forecasts against the real waits.
-
-    Returns
-    -------
-    tuple
-        How many; the median absolute error of the medians in seconds; the share of waits that
-        were no longer than forecast. A wait that was not over, but longer than forecast, counts
-        for the share alone.
-    """
-    errors, held = [], []
-    for wait in waits:
-        if wait.void or wait.waited_s is None or wait.median_s is None or wait.high_s is None:
-            continue
-        if wait.over:
-            errors.append(abs(wait.waited_s - wait.median_s))
-        if wait.quantile == quantile and (wait.over or wait.waited_s > wait.high_s):
-            held.append(wait.waited_s <= wait.high_s)
-    error = float(np.median(errors)) if errors else None
-    return len(held), error, float(np.mean(held)) if held else None

@@ -1,4 +1,4 @@
-"""How long a job will wait in the queue, and the record of how well that was told before."""
+"""How long a job will wait in the queue: forecast, and recorded to be scored later."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.files import lock, publish, read_json
 from flwr_hpc.protocol import Forecast
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, Scheduler, SchedulerUnavailableError
-from flwr_hpc.site.forecast.estimate import HIGH, Estimate, estimate, verdicts
+from flwr_hpc.site.forecast.estimate import HIGH, Estimate, estimate
 from flwr_hpc.site.forecast.history import History, Wait, shape_of
+from flwr_hpc.site.forecast.score import score_forecasts
 from flwr_hpc.site.forecast.survival import Survival
 
 PLAN_POLLS = 10  # the scheduler is asked for a plan at most every so many polling intervals
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 class Forecaster:
     """One facility's forecasts, and the record of them; several processes may hold one.
 
-    A job is told of by name: `record_submission`, then `record_info` whenever the scheduler
+    A job is recorded by name: `record_submission`, then `record_info` whenever the scheduler
     answered, and `record_cancellation`. Each may be called again, or never.
 
     Parameters
@@ -75,22 +76,22 @@ class Forecaster:
     def forecast(self, quantile: float = HIGH) -> Forecast:
         """Return what a job submitted now would wait, and what such forecasts were worth."""
         waits, now = self.history.waits(), self._new()
-        checked, error, coverage = verdicts(waits, quantile)
+        score = score_forecasts(waits, quantile)
         return Forecast(
             median_s=now.quantile(0.5),
             high_s=now.quantile(quantile),
             quantile=quantile,
             source=now.source,
             waits=sum(wait.over and not wait.void for wait in waits),
-            checked=checked,
-            error_s=error,
-            coverage=coverage,
+            checked=score.checked,
+            error_s=score.error_s,
+            coverage=score.coverage,
         )
 
     def record_submission(self, job: str) -> None:
         """Note what is forecast for a job that is submitted next."""
-        known = {wait.job for wait in self.history.waits()}
-        if not self._queues or job in known:
+        recorded = {wait.job for wait in self.history.waits()}
+        if not self._queues or job in recorded:
             return
         self.history.note(
             job,
@@ -102,8 +103,8 @@ class Forecaster:
 
     def record_info(self, info: JobInfo) -> None:
         """Note what the scheduler says of a job's wait, where that is news."""
-        known = {wait.job: wait for wait in self.history.waits()} if self._queues else {}
-        wait = known.get(info.name)
+        recorded = {w.job: w for w in self.history.waits()} if self._queues else {}
+        wait = recorded.get(info.name)
         if wait is None or wait.closed or info.state == "unknown":
             return
         if info.stuck or info.restarts:  # a job that was put back waits for other reasons too

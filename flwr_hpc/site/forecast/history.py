@@ -114,9 +114,9 @@ class History:
             return []
         return self._read[1]
 
-    def note(self, job: str, **known: Any) -> None:
+    def note(self, job: str, **fields: Any) -> None:
         """Add to what is known of a job; the fields are `Wait`'s."""
-        line = json.dumps({"job": job, **known}, allow_nan=False) + "\n"
+        line = json.dumps({"job": job, **fields}, allow_nan=False) + "\n"
         try:
             with lock(self.folder):
                 self._append(line)
@@ -144,22 +144,22 @@ class History:
 def merge(lines: Iterable[str]) -> list[Wait]:
     """Add the lines up to waits, by time of submission; a line that makes no sense is skipped."""
     jobs: dict[str, dict[str, Any]] = {}
-    for said in _objects(lines):
-        known = jobs.setdefault(said["job"], {})
-        if not known.get("closed"):
-            known.update(said)
-    waits = [Wait(**known) for known in jobs.values() if "submitted_s" in known]
+    for line in _objects(lines):
+        fields = jobs.setdefault(line["job"], {})
+        if not fields.get("closed"):
+            fields.update(line)
+    waits = [Wait(**fields) for fields in jobs.values() if "submitted_s" in fields]
     return sorted(waits, key=lambda wait: wait.submitted_s)
 
 
 def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
-            said = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(said, dict) and isinstance(said.get("job"), str):
-            yield {key: value for key, value in said.items() if _fits(key, value)}
+        if isinstance(value, dict) and isinstance(value.get("job"), str):
+            yield {key: field for key, field in value.items() if _fits(key, field)}
 
 
 def _fits(key: str, value: Any) -> bool:

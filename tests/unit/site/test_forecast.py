@@ -13,9 +13,10 @@ import pytest
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
-from flwr_hpc.site.forecast.estimate import by_history, by_plan, estimate, verdicts
+from flwr_hpc.site.forecast.estimate import by_history, by_plan, estimate
 from flwr_hpc.site.forecast.forecaster import Forecaster
 from flwr_hpc.site.forecast.history import Shape, Wait
+from flwr_hpc.site.forecast.score import score_forecasts
 from flwr_hpc.site.forecast.survival import survival
 
 SHAPE = Shape(2, 3600.0, "gpu")
@@ -131,7 +132,7 @@ def test_the_upper_quantile_holds_as_often_as_meant(kind: str) -> None:
     off = np.exp(np.random.default_rng(7).normal(size=530))
     plans = {"good": real * off**0.3, "biased": 4 * real * off**0.3, "noise": HOUR * off}
     later = live_through([*real], [*plans[kind]] if kind in plans else [None] * 530)[30:]
-    checked, error, coverage = verdicts(later, 0.9)
+    checked, error, coverage = score_forecasts(later, 0.9)
     assert checked == 500
     assert coverage is not None
     assert 0.85 <= coverage <= 0.95
