@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="CONTESTANT", help="tune: these alone")
     parser.add_argument("--task", choices=TASKS, help="this one alone")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if unknown := set(args.names) - set(CONTESTANTS):
         parser.error(f"{', '.join(unknown)}: not known. Valid: {', '.join(CONTESTANTS)}")
     runs, until = Runs(RUNS), time.monotonic() + 60.0 * args.minutes
