@@ -31,7 +31,7 @@ def grid(contestant: Contestant) -> list[dict[str, Any]]:
     return [{**contestant.fixed, **dict(zip(names, v, strict=True))} for v in values]
 
 
-_LONG = {STEPS: [100, 200, 400, 800, 1600, 3200], "weighted_by": ["num-examples", "uniform"]}
+_LONG = {STEPS: [100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800]}
 _OUTER = {"outer_lr": [0.7, 1.0], "momentum": [0.8, 0.9]}
 _BUFFER = {STEPS: [50, 100], "buffer_size": [2, 4], "outer_lr": [1.0, 2.0, 4.0]}
 _QUEUE = {"tolerance": [0.2, 0.5], "scale_lr": [True, False]}
