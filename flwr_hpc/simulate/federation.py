@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 
 from flwr_hpc.config.facility import walltime_s
-from flwr_hpc.errors import UserError
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.simulate.clock import HorizonReached, VirtualClock
-from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
+from flwr_hpc.simulate.config import ScenarioConfig, SiteModel
 from flwr_hpc.simulate.facility import Facility, Segment
 from flwr_hpc.simulate.grid import SimulatedGrid
 from flwr_hpc.simulate.learning.base import Learner
 from flwr_hpc.simulate.learning.tasks import TASKS
-from flwr_hpc.simulate.queues.cluster import BackfillCluster
-from flwr_hpc.simulate.queues.models import (
-    EmpiricalQueue,
-    FirstWaitQueue,
-    LognormalQueue,
-    NoQueue,
-    Queue,
-    ReplayQueue,
-)
-from flwr_hpc.simulate.queues.trace import TraceQueue, similar_jobs
+from flwr_hpc.simulate.queues.build import build_queue
 from flwr_hpc.simulate.site import SimulatedSite
-from flwr_hpc.site.forecast.history import History
 from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine
 from strategies.engine.rounds import run_rounds
@@ -40,7 +28,6 @@ from strategies.engine.runtime import RunFailed, Runtime, Settings
 ENDLESS = 10**9
 WAIT_S = 3600.0  # of a long poll
 POLL_S = 5.0
-WARMUP = 24.0  # mean runtimes of other users' jobs before the simulation begins
 
 
 @dataclass
@@ -261,7 +248,7 @@ def _sites(
     sites = []
     for index, (name, model) in enumerate(scenario.sites.items()):
         queues, faults = (np.random.default_rng([seed, kind, index]) for kind in (4, 5))
-        queue = _queue(model.queue, name, model, clock, queues)
+        queue = build_queue(model.queue, name, model, clock, queues)
         site = SimulatedSite(name, index, facilities[name], queue, learner, clock, faults)
         grid.join(site, model.joins_s, model.leaves_s or float("inf"))
         sites.append(site)
@@ -293,60 +280,3 @@ def _facility(model: SiteModel, policy: str, max_successors: int, partial_work: 
         max_successors=max_successors if policy == "warm" else 0,
         partial_work=partial_work,
     )
-
-
-def _queue(
-    model: QueueModel, site: str, at: SiteModel, clock: VirtualClock, rng: np.random.Generator
-) -> Queue:
-    queue = _whole_queue(model, site, at, clock, rng)
-    return FirstWaitQueue(queue) if model.first_wait_only else queue
-
-
-def _whole_queue(
-    model: QueueModel, site: str, at: SiteModel, clock: VirtualClock, rng: np.random.Generator
-) -> Queue:
-    if model.kind == "none":
-        return NoQueue()
-    if model.kind == "lognormal":
-        return LognormalQueue(clock, _course(model), model.sigma, model.memory_s, rng)
-    if model.kind == "replay":
-        return ReplayQueue(clock, model.waits_s)
-    if model.kind == "cluster":
-        return BackfillCluster(
-            clock,
-            model.cluster_nodes,
-            model.load,
-            model.mean_nodes,
-            model.mean_runtime_s,
-            rng,
-            warmup_s=WARMUP * model.mean_runtime_s,
-        )
-    if model.kind == "trace":
-        wall_s = walltime_s(at.walltime) / model.time_scale
-        jobs = similar_jobs(Path(str(model.trace)), at.nodes, wall_s)
-        begin_s = float(rng.uniform(0.0, jobs[-1].submit_s - jobs[0].submit_s))
-        return TraceQueue(clock, jobs, begin_s, model.time_scale)
-    return EmpiricalQueue(clock, _history(site), rng)
-
-
-def _course(model: QueueModel) -> Callable[[float], float]:
-    """Return the median wait as a function of the time."""
-    regimes = sorted((float(at), float(median)) for at, median in model.regimes)
-
-    def median_s(now: float) -> float:
-        past = [median for at, median in regimes if at <= now]
-        return past[-1] if past else model.median_s
-
-    return median_s
-
-
-def _history(site: str) -> list[float]:
-    """Return the waits that runs at a facility have kept."""
-    waits = History(site).waits()
-    known = [w.waited_s for w in waits if w.over and not w.void and w.waited_s is not None]
-    if not known:
-        raise UserError(
-            f"no run has kept waits of facility '{site}' yet. Choose another queue, e.g. "
-            "queue.kind=lognormal, or name the facility: '+facility=[NAME]'"
-        )
-    return known
