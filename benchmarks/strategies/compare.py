@@ -27,7 +27,7 @@ from runs import TARGETS, Case, Runs, Times  # first: it limits numpy's threads
 
 # isort: split
 from contestants import ABLATION, CONTESTANTS, grid
-from tables import line, print_table
+from tables import Line, best_of, line, print_ratios, print_table
 
 sys.path.append(str(Path(__file__).parents[1]))
 from _machine import RESULTS, record
@@ -45,6 +45,7 @@ TUNING_GIVEN_UP_H = {"warm": 8.0, "per_round": 40.0}
 RUNS = RESULTS / "strategies_runs.jsonl"
 ORACLES = {"oracle that never waits": "none", "oracle that waits for first jobs": "first"}
 REFERENCE = "fedavg, job per round"
+OURS = ("fedbackfill", "fedbackfill_rounds")
 
 
 # ---- tune ---------------------------------------------------------------------------------------
@@ -132,17 +133,31 @@ def ablation(runs: Runs) -> Iterator[Case]:
 
 def tables(runs: Runs) -> None:
     """Print the tables of what there is, and write the figures."""
-    for task in TASKS:
-        shown = [line(c, runs.of(c, SEEDS[task])) for c in contest(runs, task)]
-        print_table(f"{task}: hours to {TARGETS[task][-1]:g}", shown, SCENARIOS, REFERENCE)
-    parts = [line(c, runs.of(c, ABLATION_SEEDS)) for c in ablation(runs)]
-    print_table("ablation", parts, SCENARIOS, "whole")
     contests = {t: [line(c, runs.of(c, SEEDS[t])) for c in contest(runs, t)] for t in TASKS}
+    for task, lines in contests.items():
+        print_table(f"{task}: hours to {TARGETS[task][-1]:g}", lines, SCENARIOS)
+        print_ratios(f"{task}: times as long", lines, SCENARIOS, list(_pairs(lines)))
+    parts = [line(c, runs.of(c, ABLATION_SEEDS)) for c in ablation(runs)]
+    pairs = [(name, "whole") for name in ABLATION if name != "whole"]
+    print_ratios("FedBackfill without a part", parts, SCENARIOS, pairs)
     searched = {name: c.search for name, c in CONTESTANTS.items()}
     best = {task: tuned(runs, task) for task in TASKS}
     record("strategies_tune", {"best": best}, _config() | {"searched": searched})
     record("strategies_test", {"lines": contests}, _config())
     record("strategies_ablate", {"lines": parts}, _config())
+
+
+def _pairs(lines: list[Line]) -> Iterator[tuple[str, str]]:
+    """Yield who is compared with whom."""
+    as_published = [*OURS, *ORACLES, *(name for name in CONTESTANTS if "averaged" in name)]
+    everybody = [*OURS, *ORACLES]
+    best = [best_of(lines, s, out) for out in (as_published, everybody) for s in SCENARIOS]
+    for ours in OURS:
+        yield REFERENCE, ours
+        for other in dict.fromkeys(best):
+            yield other, ours
+        for oracle in ORACLES:
+            yield ours, oracle
 
 
 def _config() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What comes of the runs: medians and quartiles, as lines for JSON and as a table."""
+"""What comes of the runs: medians and quartiles, as lines for JSON and as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from runs import TARGETS, Case, Times
 
 from flwr_hpc.simulate.compare import quantile
@@ -36,21 +34,30 @@ def _finite(x: float) -> float | None:
     return round(x, 3) if math.isfinite(x) else None
 
 
-def print_table(
-    title: str, lines: Sequence[Line], scenarios: Sequence[str], reference: str
-) -> None:
-    """Print hours, quartiles, node-hours, and how much sooner than the reference, by scenario."""
-    shown = Table(title=title, title_justify="left", box=None)
-    shown.add_column("strategy", no_wrap=True)
-    for scenario in scenarios:
-        shown.add_column(scenario, no_wrap=True)
-    names = dict.fromkeys(one["strategy"] for one in lines)
-    at = {(one["strategy"], one["scenario"]): one for one in lines}
+def print_table(title: str, lines: Sequence[Line], scenarios: Sequence[str]) -> None:
+    """Print hours (quartiles) and node-hours to the last target by scenario, in Markdown."""
+    at = {(one["strategy"], one["scenario"]): one for one in lines if one["runs"]}
+    names = dict.fromkeys(name for name, _ in at)
+    print(f"\n{title}\n\n| | {' | '.join(scenarios)} |\n|---{'|---' * len(scenarios)}|")
     for name in sorted(names, key=lambda name: _order(at, name, scenarios)):
-        base = [at.get((reference, s)) for s in scenarios]
-        mine = [at.get((name, s)) for s in scenarios]
-        shown.add_row(name, *(_cell(m, b) for m, b in zip(mine, base, strict=True)))
-    Console(width=220).print(shown)
+        print(f"| {name} | {' | '.join(_cell(at.get((name, s))) for s in scenarios)} |")
+
+
+def print_ratios(
+    title: str, lines: Sequence[Line], scenarios: Sequence[str], pairs: Sequence[tuple[str, str]]
+) -> None:
+    """Print how many times as long the first of each pair takes as the second, by scenario."""
+    at = {(one["strategy"], one["scenario"]): one for one in lines}
+    print(f"\n{title}\n\n| | {' | '.join(scenarios)} |\n|---{'|---' * len(scenarios)}|")
+    for one, other in pairs:
+        ratios = [_ratio(at.get((one, s)), at.get((other, s))) for s in scenarios]
+        print(f"| {one} over {other} | {' | '.join(ratios)} |")
+
+
+def best_of(lines: Sequence[Line], scenario: str, without: Sequence[str]) -> str:
+    """Return who was soonest at the last target in a scenario, of all but those."""
+    mine = [one for one in lines if one["scenario"] == scenario and one["strategy"] not in without]
+    return str(min(mine, key=lambda one: _hours(one) or math.inf)["strategy"]) if mine else ""
 
 
 def _order(at: dict[tuple[str, str], Line], name: str, scenarios: Sequence[str]) -> float:
@@ -67,12 +74,14 @@ def _hours(one: Line | None) -> float | None:
     return found
 
 
-def _cell(one: Line | None, base: Line | None) -> str:
-    last, hours, reference = _last(one), _hours(one), _hours(base)
-    if not last:
-        return ""
+def _cell(one: Line | None) -> str:
+    last, hours = _last(one), _hours(one)
     if one is None or hours is None:
-        return f"- ({last['reached']}/{one['runs'] if one else 0})"
-    low, high = (f"{h:.1f}" if h is not None else "" for h in last["hours"][1:])
-    ratio = f" x{reference / hours:.1f}" if reference else ""
-    return f"{hours:.2f} ({low}-{high}), {last['node_hours']:.1f}{ratio}"
+        return f"- ({last['reached']}/{one['runs']})" if one else ""
+    low, high = ("" if h is None else f"{h:.1f}" for h in last["hours"][1:])
+    return f"{hours:.2f} ({low}-{high}), {last['node_hours']:.1f}"
+
+
+def _ratio(one: Line | None, other: Line | None) -> str:
+    over, under = _hours(one), _hours(other)
+    return f"{over / under:.2f}" if over and under else "-"
