@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds.site import Clock
 
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, JobState
 from flwr_hpc.site.job_states import JobStates
@@ -15,21 +16,6 @@ from flwr_hpc.site.job_times import record_times, total_s, waits_and_runs
 from flwr_hpc.spool import AllocationDir, JobTimes, Spool
 
 JOBS: list[dict[str, Any]] = [{"id": "1", "name": "a"}, {"id": "2", "name": "b"}]
-
-
-class Time:
-    """A clock that the test sets."""
-
-    t = 1000.0
-
-    def now(self) -> float:
-        return self.t
-
-    def wall(self) -> float:
-        return self.t
-
-    def sleep(self, seconds: float) -> None:
-        self.t += seconds
 
 
 class Scheduler:
@@ -62,8 +48,8 @@ class Scheduler:
 
 
 @pytest.fixture
-def clock() -> Time:
-    return Time()
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -72,13 +58,13 @@ def scheduler() -> Scheduler:
 
 
 @pytest.fixture
-def queues(tmp_path: Path, scheduler: Scheduler, clock: Time) -> list[JobStates]:
+def queues(tmp_path: Path, scheduler: Scheduler, clock: Clock) -> list[JobStates]:
     """Three processes of one site."""
     return [JobStates(Spool(tmp_path), scheduler, clock, lambda: JOBS) for _ in range(3)]
 
 
 def test_all_processes_of_a_site_ask_twice_a_minute(
-    queues: list[JobStates], scheduler: Scheduler, clock: Time
+    queues: list[JobStates], scheduler: Scheduler, clock: Clock
 ) -> None:
     """Protects the batch system: centres ban users who ask too often, whatever waits."""
     for _ in range(600):  # ten minutes
@@ -90,7 +76,7 @@ def test_all_processes_of_a_site_ask_twice_a_minute(
     assert set(map(tuple, scheduler.requests)) == {("a", "b")}
 
 
-def test_no_news_keeps_the_old(queues: list[JobStates], scheduler: Scheduler, clock: Time) -> None:
+def test_no_news_keeps_the_old(queues: list[JobStates], scheduler: Scheduler, clock: Clock) -> None:
     """Protects a running job while the scheduler does not answer."""
     scheduler.state = "running"
     queues[0].get(JOBS[0])
@@ -104,10 +90,10 @@ def test_no_news_keeps_the_old(queues: list[JobStates], scheduler: Scheduler, cl
     assert queues[2].get(JOBS[0]).state == "ended"
 
 
-def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: Time) -> None:
+def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: Clock) -> None:
     """Protects against silence until the clock has caught up."""
     queues[0].get(JOBS[0])
-    clock.t -= 86400.0
+    clock.time -= 86400.0
     scheduler.state = "running"
     assert queues[1].get(JOBS[0]).state == "running"
     assert queues[0].get(JOBS[1]).state == "running"
@@ -115,7 +101,7 @@ def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: 
 
 
 def test_what_nobody_asks_for_is_forgotten(
-    tmp_path: Path, scheduler: Scheduler, clock: Time
+    tmp_path: Path, scheduler: Scheduler, clock: Clock
 ) -> None:
     """Protects a run of a job per round from a file that grows with every round."""
     wanted = list(JOBS)
@@ -129,7 +115,7 @@ def test_what_nobody_asks_for_is_forgotten(
     assert list(answer.jobs) == ["b"]
 
 
-def test_another_job_of_that_name_is_not_known(queues: list[JobStates], clock: Time) -> None:
+def test_another_job_of_that_name_is_not_known(queues: list[JobStates], clock: Clock) -> None:
     """Protects a job submitted anew from its predecessor's end."""
     queues[0].get(JOBS[0])
     assert queues[0].get({"id": "7", "name": "a"}).state == "unknown"
