@@ -5,10 +5,10 @@ file, one class in each, and are named by their path: ``strategies.fedbuff.FedBu
 """
 
 from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.start import run_strategy
 from strategies.base.synchronous import HpcStrategy
 from strategies.base.window import WindowStrategy
 from strategies.engine.engine import Engine
-from strategies.engine.rounds import run_rounds
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 
@@ -26,5 +26,5 @@ __all__ = [
     "SiteResult",
     "SiteState",
     "WindowStrategy",
-    "run_rounds",
+    "run_strategy",
 ]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flwr.app import ArrayRecord
 
-from flwr_hpc.protocol import LOCAL_UPDATE_SHARE
+from flwr_hpc.protocol import LOCAL_UPDATE_SHARE, Order
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
-from strategies.engine.state import Bind, Binding, Failure, Plan, SiteResult, SiteState
+from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance
 from strategies.parts.outer import PartialNesterov
@@ -118,9 +120,9 @@ class FedBackfill(AsyncStrategy):
         """Return the next order, which starts where the site's own update will lead."""
         now = self.plan(site)
         share = self.outer.lr * self.share(site.facility)
-        return Plan(now.steps, {LOCAL_UPDATE_SHARE: share}, now.ahead_after_s)
+        return Plan(now.steps, {LOCAL_UPDATE_SHARE: share}, now.prefetch_after_s)
 
-    def _bind_now(self, facility: str) -> Bind:
+    def _bind_now(self, facility: str) -> Callable[[Order | None], Binding]:
         version, weights = self._bound.setdefault(facility, (self.version, self.newest()))
         return lambda running: Binding(version, weights.arrays)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flwr.app import ArrayRecord
 
 from flwr_hpc.protocol import Order
 from strategies.base.window import WindowStrategy
-from strategies.engine.state import Bind, Binding, Plan, SiteResult, SiteState
+from strategies.engine.state import Binding, Plan, SiteResult, SiteState
 from strategies.parts import limits
 from strategies.parts.balance import ContributionBalance
 from strategies.parts.buffer import Update, deltas
@@ -108,7 +108,7 @@ class FedBackfillRounds(WindowStrategy):
         steps = self.sizing.steps(site, self.pace, self.now())
         return Plan(steps, bind=self._joining(site.facility))
 
-    def _joining(self, facility: str) -> Bind:
+    def _joining(self, facility: str) -> Callable[[Order | None], Binding]:
         def bind(running: Order | None) -> Binding:
             self.working[facility] = self.version
             return Binding(self.version, self.arrays)

@@ -80,7 +80,7 @@ class Scaffold(FedAvg):
         return replace(
             plan,
             options={**plan.options, MEAN_GRADIENT: True},
-            further={CORRECTION: partial(self.correction, site.facility)},
+            extra_arrays={CORRECTION: partial(self.correction, site.facility)},
         )
 
     def correction(self, facility: str) -> Tensors | None:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
-
-from flwr.app import ArrayRecord, ConfigRecord
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
 
 from flwr_hpc.protocol import Order
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.base.window import check_window
 from strategies.engine.messages import part_of
-from strategies.engine.rounds import EvaluateFn
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import rules
 from strategies.parts.buffer import Buffer, Update, deltas
@@ -104,24 +98,8 @@ class StreamingDiLoCo(AsyncStrategy):
         self._held: dict[str, tuple[int, int]] = {}  # -> order whose weights it has, its version
         self._buffers = [Buffer(), Buffer()]  # of the present window and of the next one
         self._former: StoredTensors | None = None  # the version before the newest
-        self._windows: float = math.inf  # of the whole run
         self._opened = False  # somebody has been asked since the last window closed
         self._closes_at: float | None = None
-
-    def loop(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int,
-        train_config: ConfigRecord | None,
-        evaluate_config: ConfigRecord | None,
-        evaluate_fn: EvaluateFn | None,
-    ) -> Result:
-        """Run until there are `num_rounds` versions; nobody trains for those after them."""
-        self._windows = num_rounds
-        return super().loop(
-            grid, initial_arrays, num_rounds, train_config, evaluate_config, evaluate_fn
-        )
 
     # ---- fragments --------------------------------------------------------------------------
 
@@ -164,12 +142,12 @@ class StreamingDiLoCo(AsyncStrategy):
             return None
         # What follows the running order is gone: an order ahead that failed is not waited for.
         self.working[facility] = [*self.working.get(facility, [])[:1], window]
-        if window >= self._windows:
+        if window >= self.versions:
             return None
         bind = self._bind if launcher else self._bind_whole
         return Plan(
             steps=self.steps,
-            ahead_after_s=self._ahead_after_s(facility),
+            prefetch_after_s=self._prefetch_after_s(facility),
             bind=lambda running: bind(facility, running),
         )
 
@@ -188,7 +166,7 @@ class StreamingDiLoCo(AsyncStrategy):
             window += 1
         return window
 
-    def _ahead_after_s(self, facility: str) -> float | None:
+    def _prefetch_after_s(self, facility: str) -> float | None:
         """Hand the next order in halfway: what it starts from is there by then, as a rule."""
         step_s = self.pace.step_s.get(facility)
         if not self.lag or not step_s:

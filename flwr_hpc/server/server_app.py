@@ -26,9 +26,9 @@ from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.tracking.events import EventLog
+from strategies.base.start import run_strategy
 from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine, global_name
-from strategies.engine.rounds import run_rounds
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 
 SITES_S = 600.0  # for all sites to come up
@@ -133,7 +133,7 @@ def _start(
     elif type(strategy).start is not Strategy.start:  # a loop of its own
         result = strategy.start(grid, initial, config.rounds, train_config=train_config)
     else:
-        result = run_rounds(
+        result = run_strategy(
             strategy,
             grid,
             initial,

@@ -20,9 +20,9 @@ from flwr_hpc.simulate.learning.base import Learner
 from flwr_hpc.simulate.learning.tasks import TASKS
 from flwr_hpc.simulate.queues.build import build_queue
 from flwr_hpc.simulate.site import SimulatedSite
+from strategies.base.start import run_strategy
 from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine
-from strategies.engine.rounds import run_rounds
 from strategies.engine.runtime import RunFailed, Runtime, Settings
 
 ENDLESS = 10**9
@@ -225,7 +225,7 @@ def _start(
         strategy.runtime, strategy.engine = runtime, engine
         strategy.start(grid, initial, versions, train_config=config, evaluate_fn=watch.look)
     else:
-        run_rounds(
+        run_strategy(
             strategy,
             grid,
             initial,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -13,10 +13,12 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_hpc.protocol import ARRAYS, WEIGHT_KEY
 from strategies.base.fields import StoredTensors
+from strategies.base.start import run_strategy
 from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
-from strategies.engine.rounds import EvaluateFn, run_rounds
+from strategies.engine.loop import EvaluateFn
 from strategies.engine.runtime import Runtime
+from strategies.engine.validate import NewWeights, checked, shapes_of
 from strategies.parts import rules
 from strategies.parts.rules import Record, Tensor
 
@@ -39,14 +41,14 @@ class HpcStrategy(Strategy):
         Set by whoever has begun to talk to the sites already.
     arrays : ArrayRecord
         The global weights the current round started from.
+    stored : ArrayRecord or None
+        The newest ones that `aggregate_train` has put into the checkpoint store.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ()  # Names of the attributes that survive a restart
     # Names of those that are times on the run's clock, which starts anew with a resumed run.
     persistent_times: ClassVar[tuple[str, ...]] = ()
     kept = 0  # How often `keep_tensors` was called
-
-    stores_arrays = True  # aggregate_train puts the new weights into the checkpoint store itself
 
     _runtime: Runtime | None = None
     engine: Engine | None = None
@@ -58,13 +60,17 @@ class HpcStrategy(Strategy):
             )
         self.weighted_by = weighted_by
         self.arrays = ArrayRecord()
+        self.stored: ArrayRecord | None = None
 
     # ---- what a subclass changes ------------------------------------------------------------
 
     def aggregate(
         self, server_round: int, trained: Sequence[Record], weights: Sequence[float]
-    ) -> Iterable[tuple[str, Tensor]]:
-        """Yield the new global weights, tensor by tensor, from the sites' trained ones."""
+    ) -> NewWeights:
+        """Return the new global weights, from the sites' trained ones.
+
+        Yield pairs of name and tensor, one at a time, or return a mapping.
+        """
         return rules.record_mean(trained, weights)
 
     def weight_of(self, reply: Message) -> float:
@@ -103,10 +109,12 @@ class HpcStrategy(Strategy):
         if sum(weights) <= 0:
             return None, None
         trained = [next(iter(r.content.array_records.values())) for r in good]
-        arrays = self.runtime.checkpoints.put(
-            global_name(server_round), self.aggregate(server_round, trained, weights)
+        new = self.aggregate(server_round, trained, weights)
+        model = shapes_of(self.arrays or trained[0])
+        self.stored = self.runtime.checkpoints.put(
+            global_name(server_round), checked(new, model, f"{type(self).__name__}.aggregate")
         )
-        return arrays, mean_metrics([messages.flat_metrics(r) for r in good])
+        return self.stored, messages.mean_metrics([messages.flat_metrics(r) for r in good])
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -118,7 +126,7 @@ class HpcStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the metrics, weighted by examples."""
-        return mean_metrics([messages.flat_metrics(r) for r in replies if r.has_content()])
+        return messages.mean_metrics([messages.flat_metrics(r) for r in replies if r.has_content()])
 
     def final_metrics(self, replies: Iterable[Message]) -> MetricRecord:
         """Return the metrics of the evaluation of the last version."""
@@ -152,7 +160,7 @@ class HpcStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run, from the last checkpoint if there is one; see `strategies.engine.rounds.run_rounds`.
+        """Run, from the last checkpoint if there is one; see `strategies.base.start`.
 
         Parameters are those of Flower's ``Strategy.start``, but a `timeout` of None (the
         default) waits for every site: queues take hours.
@@ -160,21 +168,7 @@ class HpcStrategy(Strategy):
         if timeout is not None:
             settings = dataclasses.replace(self.runtime.settings, round_deadline_s=timeout)
             self.runtime = dataclasses.replace(self.runtime, settings=settings)
-        return self.loop(
-            grid, initial_arrays, num_rounds, train_config, evaluate_config, evaluate_fn
-        )
-
-    def loop(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int,
-        train_config: ConfigRecord | None,
-        evaluate_config: ConfigRecord | None,
-        evaluate_fn: EvaluateFn | None,
-    ) -> Result:
-        """Run the loop of this kind of strategy: synchronous rounds."""
-        return run_rounds(
+        return run_strategy(
             self,
             grid,
             initial_arrays,
@@ -186,14 +180,3 @@ class HpcStrategy(Strategy):
             runtime=self.runtime,
             engine=self.engine,
         )
-
-
-def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord | None:
-    """Average the metrics that all have, weighted by ``num-examples`` (1 where it is missing)."""
-    if not metrics:
-        return None
-    weights = rules.normalised([m.get(WEIGHT_KEY, 1.0) or 1e-12 for m in metrics])
-    common = sorted(set.intersection(*(set(m) for m in metrics)) - {WEIGHT_KEY})
-    return MetricRecord(
-        {k: sum(w * m[k] for w, m in zip(weights, metrics, strict=True)) for k in common}
-    )

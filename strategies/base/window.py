@@ -123,9 +123,9 @@ class WindowStrategy(AsyncStrategy):
         """Return who works on an order of the present window."""
         return {facility for facility in self.working if self.busy(facility)}
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
-        """Return whether an arrival is gathered."""
-        return not arrival.empty and (staleness == 0 or self.late == "merge")
+    def counts(self, result: SiteResult, staleness: int) -> bool:
+        """Return whether a result is gathered."""
+        return staleness == 0 or self.late == "merge"
 
     def pending(self) -> list[str]:
         """Return what the last window has left for the next one."""
@@ -151,11 +151,11 @@ class WindowStrategy(AsyncStrategy):
         """Return what a site that takes part is to do."""
         return Plan()
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one closes the window."""
-        self.working.pop(arrival.facility, None)
-        if self.counts(arrival, staleness):
-            self.buffer.add(self.keep_tensors, arrival)
+        self.working.pop(result.facility, None)
+        if self.counts(result, staleness):
+            self.buffer.add(self.keep_tensors, result)
         if len(self.buffer) >= self.quorum and self.grace_s is not None:
             closes = self.now() + self.grace_s
             self._closes_at = closes if self._closes_at is None else min(closes, self._closes_at)

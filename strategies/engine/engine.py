@@ -2,7 +2,7 @@
 
 Orders are bound to facilities and not to nodes, since a restarted SuperNode is a new node. A
 launcher site is asked for an allocation first (ACQUIRE); the weights are chosen when it is
-ready (late binding), handed in, and the result is collected by long polls. An ordinary Flower
+ready (late binding), submitted, and the result is collected by long polls. An ordinary Flower
 ClientApp gets its message directly and is waited for. A facility has one order at work and, if the
 strategy plans so, a next one that waits there.
 
@@ -13,28 +13,21 @@ nor trains anything twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
-from flwr_hpc.protocol import DESCRIBE, RELEASE, Order, OrderKind
+from flwr_hpc.protocol import RELEASE, Order
 from strategies.engine import messages
-from strategies.engine.binding import further_name
+from strategies.engine.orders import extra_name
 from strategies.engine.registry import SiteRegistry
+from strategies.engine.replies import ReplyReader
 from strategies.engine.requests import RequestTracker
 from strategies.engine.runtime import RunFailed, Runtime, Stopped
-from strategies.engine.state import (
-    Bind,
-    Event,
-    Failure,
-    Further,
-    Memory,
-    Request,
-    SiteState,
-    Weights,
-)
+from strategies.engine.state import Binding, Event, Failure, Memory, Plan, Request, SiteState
 from strategies.engine.transport import MessageTransport
 
 
@@ -61,86 +54,45 @@ class Engine:
         self._memory = Memory()
         self._state: dict[str, Any] = {}
         self._tensors: list[str] = []
-        self._courier = MessageTransport(grid, runtime.clock, runtime.settings)
-        self._desk = RequestTracker(runtime, self._memory)
-        self._register = SiteRegistry(runtime, self._memory, self._moved)
-        self.sites = self._register.sites
-        self.facility_of = self._register.facility_of
+        self._transport = MessageTransport(grid, runtime.clock, runtime.settings)
+        self._tracker = RequestTracker(runtime, self._memory)
+        self._replies = ReplyReader(self._tracker, runtime, self._memory)
+        self._registry = SiteRegistry(runtime, self._memory, self._moved)
+        self.sites = self._registry.sites
+        self.facility_of = self._registry.facility_of
         self._restore()
 
     # ---- what a loop calls ------------------------------------------------------------------
 
-    def request(
-        self,
-        facility: str,
-        kind: OrderKind,
-        *,
-        steps: int = 0,
-        options: Mapping[str, Any] | None = None,
-        weights: Weights,
-        content: RecordDict | None = None,
-        checked: bool = True,
-        ahead_after_s: float | None = None,
-        further: Further | None = None,
-        bind: Bind | None = None,
-    ) -> None:
+    def request(self, facility: str, plan: Plan) -> None:
         """Ask a facility for one piece of work.
 
-        Parameters
-        ----------
-        facility, kind, steps, options :
-            See `flwr_hpc.protocol.Order`.
-        weights : callable
-            ``() -> (version, arrays)``; called when the order is handed in.
-        content : RecordDict or None
-            Send this, arrays included, in place of the arrays and options.
-        checked : bool
-            Hold an ordinary ClientApp's weights to `Runtime.check` too.
-        ahead_after_s, further, bind :
-            See `strategies.engine.state.Plan`.
+        `plan.bind` chooses the weights when the order is submitted; without one it gets none.
 
         Raises
         ------
         ValueError
             If the facility is not known, or still works on another request and is not due
-            for one ahead.
+            for a prefetch.
         """
         if facility not in self.sites:
             raise ValueError(f"facility '{facility}' is not known. Known: {sorted(self.sites)}")
-        if self.busy(facility) and not self.due_ahead(facility):
+        if self.busy(facility) and not self.due_prefetch(facility):
             raise ValueError(f"facility '{facility}' still works on another request")
-        launcher = self.sites[facility].launcher
-        work = Request(
-            facility=facility,
-            kind=kind,
-            steps=steps,
-            options=dict(options or {}),
-            weights=weights,
-            content=content,
-            checked=checked,
-            created=self.now(),
-            ahead_after_s=ahead_after_s if launcher else None,
-            makes=further if launcher and further else {},
-            bind=bind,
-        )
-        self._desk.take(work, self.sites[facility])
+        if not self.sites[facility].launcher:  # it takes one message, and knows no others
+            plan = dataclasses.replace(plan, prefetch_after_s=None, extra_arrays={})
+        self._tracker.take(plan, self.sites[facility])
 
-    def reattach(self, load: Callable[[int], ArrayRecord], checked: bool = True) -> None:
-        """Send the orders that were in flight when the run was interrupted again."""
-        for order in self._desk.unattached():
-            if order.facility not in self.sites or order.facility in self._desk.ahead:
-                continue
-            work = Request(
-                facility=order.facility,
-                kind=order.kind,
-                steps=order.steps,
-                options=order.options,
-                weights=_bound(order.version, load),
-                content=None,
-                checked=checked,
-                created=self.now(),
-            )
-            self._desk.take(work, self.sites[order.facility])
+    def resume(self, plan_of: Callable[[Order], Plan | None]) -> None:
+        """Go on with the orders that were in flight when the run was interrupted.
+
+        ``plan_of(order)`` is the plan it was made from; None leaves the order alone.
+        """
+        for order in self._tracker.unattached():
+            if order.facility in self.sites and order.facility not in self._tracker.prefetched:
+                plan = plan_of(order)
+                if plan is not None:
+                    self._tracker.take(plan, self.sites[order.facility], order)
 
     def events(self, timeout: float = 0.0) -> list[Event]:
         """Advance once and return what came of it.
@@ -158,25 +110,25 @@ class Engine:
         until = self.now() + timeout
         while True:
             self._step()
-            found = self._desk.collect()
+            found = self._tracker.collect()
             if found or self.now() >= until:
                 return found
 
     def busy(self, facility: str) -> bool:
         """Return whether a request of this facility is not settled yet."""
-        return facility in self._desk.works
+        return facility in self._tracker.current
 
-    def due_ahead(self, facility: str) -> bool:
+    def due_prefetch(self, facility: str) -> bool:
         """Return whether a busy facility may be given its next order now."""
-        return self._desk.due_ahead(facility)
+        return self._tracker.due_prefetch(facility)
 
     def settle(self, facility: str | None = None) -> None:
         """Forget finished orders (of one facility, or all): the next `commit` makes it last."""
-        self._desk.settle(facility)
+        self._tracker.settle(facility)
 
     def abandon(self, facility: str) -> None:
         """Forget a request; its result, should there be one, is ignored."""
-        self._desk.abandon(facility)
+        self._tracker.abandon(facility)
 
     def note(self, state: dict[str, Any], tensors: Iterable[str] = ()) -> None:
         """Take the loop's state for the next `commit`; ``tensors`` are those it needs."""
@@ -185,7 +137,7 @@ class Engine:
     def commit(self) -> None:
         """Checkpoint the loop's last noted state together with the engine's."""
         orders = self._memory.orders.values()
-        needed = {further_name(key, order) for order in orders for key in order.carries}
+        needed = {extra_name(key, order) for order in orders for key in order.carries}
         if self._state:
             needed |= {global_name(order.version) for order in orders if order.version >= 0}
         self.runtime.checkpoints.commit(
@@ -213,6 +165,11 @@ class Engine:
         """Return the sites that are online or were so within the grace, by name."""
         grace, now = self.runtime.settings.offline_grace_s, self.now()
         return [s for _, s in sorted(self.sites.items()) if s.reachable(now, grace)]
+
+    @property
+    def num_reachable(self) -> int:
+        """How many sites are online or were so within the grace, by the last look at them."""
+        return self._registry.num_reachable
 
     def wait_for(self, facilities: Iterable[str] | int, timeout: float | None = None) -> list[str]:
         """Wait until facilities (by name, or so many of any) are online.
@@ -254,94 +211,96 @@ class Engine:
             If no launcher site is left that could.
         """
         failed: dict[str, str] = {}
+        plan = Plan(kind="initialize", bind=lambda running: Binding(0, None))
         while True:
+            self.resume(lambda order: plan if order.kind == "initialize" else None)
             able = [n for n, s in sorted(self.sites.items()) if s.launcher and n not in failed]
             if self.sites and not able:
                 raise RunFailed(f"no site could make the initial weights: {failed}")
-            if not self._desk.claimed("initialize"):
+            if not self._tracker.claimed("initialize"):
                 for facility in able:
                     if not self.busy(facility):
-                        self.request(facility, "initialize", weights=lambda: (0, None))
+                        self.request(facility, plan)
             for event in self.events():
                 if isinstance(event, Failure):
                     failed[event.facility] = event.reason
                 elif event.arrays is not None:
-                    self._desk.forget_requests("initialize")
+                    self._tracker.forget_requests("initialize")
                     result = event.status.result if event.status else None
                     return event.arrays, dict(result.files) if result else {}
 
     def release(self, timeout: float = 30.0) -> None:
         """Let all allocations end; waits briefly for the answers."""
-        online = set(self._courier.online())
+        online = set(self._transport.online())
         ttl = self.runtime.settings.ttl_s
         parcels: list[tuple[Message, Request | None]] = [
             (messages.query(RELEASE, site.node_id, ttl), None)
             for _, site in sorted(self.sites.items())
             if site.launcher and site.node_id in online
         ]
-        self._courier.push(parcels)
-        self._desk.works.clear()
-        self._desk.ahead.clear()
+        self._transport.push(parcels)
+        self._tracker.current.clear()
+        self._tracker.prefetched.clear()
         until = self.now() + timeout
-        while self._courier.waiting_for(RELEASE) and self.now() < until:
-            if not self._receive(self._courier.online()):
+        while self._transport.waiting_for(RELEASE) and self.now() < until:
+            if not self._receive(self._transport.online()):
                 self.runtime.clock.sleep(self.runtime.settings.poll_s)
-        self._courier.drop_releases()
+        self._transport.drop_releases()
 
     # ---- one step ---------------------------------------------------------------------------
 
     def _step(self) -> None:
         if self.runtime.stop.is_set():
             raise Stopped("the run was asked to stop")
-        online = self._courier.online()
-        self._register.roll_call(set(online))
+        online = self._transport.online()
+        self._registry.roll_call(set(online))
         received = self._receive(online)
         self._lose(online)
-        self._desk.expire(self.sites)
-        if not self._send(online) and not received and not self._desk.has_news:
+        self._tracker.expire(self.sites)
+        if not self._send(online) and not received and not self._tracker.news:
             self.runtime.clock.sleep(self.runtime.settings.poll_s)
 
     def _moved(self, facility: str, old_node: int) -> None:
         """What was in flight to a node that is gone is sent to its successor."""
-        self._courier.drop(old_node)
-        self._desk.send_again(facility)
+        self._transport.drop(old_node)
+        self._tracker.send_again(facility)
 
     def _receive(self, online: list[int]) -> bool:
-        replies = self._courier.pull(online)
+        replies = self._transport.pull(online)
         for flight, message in replies:
-            if flight.kind == DESCRIBE:
-                self._register.described(flight.node_id, message)
+            if flight.node_id not in self.facility_of:
+                self._registry.described(flight.node_id, message)
             else:
                 site = self.sites[self.facility_of[flight.node_id]]
-                self._desk.receive(site, flight, message)
+                self._replies.read(site, flight, message)
         return bool(replies)
 
     def _lose(self, online: list[int]) -> None:
         launchers = {n for n, f in self.facility_of.items() if self.sites[f].launcher}
         undescribed = set(online) - set(self.facility_of)
-        for flight in self._courier.overdue(online, launchers | undescribed):
-            if flight.work is not None:
-                self._desk.fail(flight.work, "no reply: the message or its answer was lost")
+        for flight in self._transport.overdue(online, launchers | undescribed):
+            if flight.request is not None:
+                self._tracker.fail(flight.request, "no reply: the message or its answer was lost")
 
     def _send(self, online: list[int]) -> bool:
-        busy = self._courier.busy()
+        busy = self._transport.busy()
         free = [n for n in online if n not in busy]
         parcels = [p for p in map(self._next, free) if p is not None]
-        if self._desk.new_orders:
+        if self._tracker.new_orders:
             self.commit()  # ahead of the push: a number once sent is never used again
-            self._desk.new_orders = False
-        taken = self._courier.push(parcels)
-        for (message, work), ok in zip(parcels, taken, strict=True):
-            self._desk.pushed(message, work, ok)
+            self._tracker.new_orders = False
+        taken = self._transport.push(parcels)
+        for (_, request), ok in zip(parcels, taken, strict=True):
+            self._tracker.pushed(request, ok)
         return any(taken)
 
     def _next(self, node_id: int) -> tuple[Message, Request | None] | None:
         facility = self.facility_of.get(node_id)
         if facility is None:
-            message = self._register.question(node_id)
+            message = self._registry.question(node_id)
             return None if message is None else (message, None)
         site = self.sites[facility]
-        return self._desk.next_message(site) if site.node_id == node_id else None
+        return self._tracker.next_message(site) if site.node_id == node_id else None
 
     def _restore(self) -> None:
         state = self.runtime.checkpoints.restore()
@@ -352,14 +311,10 @@ class Engine:
         self._memory.evaluated.update(saved.get("evaluated", {}))
         orders = [Order(**order) for order in saved.get("orders", [])]
         self._memory.orders.update({order.id: order for order in orders})
-        self._desk.loose.update(self._memory.orders)
+        self._tracker.loose.update(self._memory.orders)
         self._tensors = list(state.pop("tensors", []))
         self._state = state
         self.restored = state or None
-
-
-def _bound(version: int, load: Callable[[int], ArrayRecord]) -> Weights:
-    return lambda: (version, load(version))
 
 
 def _missing(wanted: Iterable[str] | int, here: list[str]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Status
+from strategies.parts.rules import normalised
 
 CONFIG = "config"  # Flower's own key of a train config
 
@@ -31,7 +32,7 @@ def query(
     return Message(content, node_id, kind, ttl=ttl)
 
 
-def hand_in(
+def submit(
     order: Order,
     content: RecordDict,
     node_id: int,
@@ -39,7 +40,7 @@ def hand_in(
     *,
     wait_s: float | None,
 ) -> Message:
-    """Return the message that hands an order in; `wait_s` None: to an ordinary ClientApp."""
+    """Return the message that submits an order; `wait_s` None: to an ordinary ClientApp."""
     records: dict[str, Any] = dict(content)
     if wait_s is not None:
         records[protocol.ORDER] = ConfigRecord({"json": protocol.to_json(order)})
@@ -51,13 +52,13 @@ def hand_in(
 def plain_content(
     arrays: ArrayRecord | None,
     options: Mapping[str, Any],
-    further: Mapping[str, ArrayRecord] | None = None,
+    extra_arrays: Mapping[str, ArrayRecord] | None = None,
 ) -> RecordDict:
-    """Return what an ordinary Flower message carries, arrays and config, and `further` arrays."""
+    """Return what an ordinary Flower message carries, arrays and config, and `extra_arrays`."""
     content = RecordDict({CONFIG: ConfigRecord(dict(options))})
     if arrays is not None:
         content[protocol.ARRAYS] = arrays
-    for key, record in (further or {}).items():
+    for key, record in (extra_arrays or {}).items():
         content[key] = record
     return content
 
@@ -108,6 +109,17 @@ def flat_metrics(message: Message) -> dict[str, float]:
         for key, value in record.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord | None:
+    """Average the metrics that all have, weighted by ``num-examples`` (1 where it is missing)."""
+    if not metrics:
+        return None
+    weights = normalised([m.get(protocol.WEIGHT_KEY, 1.0) or 1e-12 for m in metrics])
+    common = sorted(set.intersection(*(set(m) for m in metrics)) - {protocol.WEIGHT_KEY})
+    return MetricRecord(
+        {k: sum(w * m[k] for w, m in zip(weights, metrics, strict=True)) for k in common}
+    )
 
 
 def error_reply(sent: Message, reason: str) -> Message:

@@ -29,11 +29,14 @@ class SiteRegistry:
         By facility.
     facility_of : dict of int to str
         Of every node that was ever described.
+    num_reachable : int
+        Sites that are online or were so within the grace, by the last roll call.
     """
 
     def __init__(self, runtime: Runtime, memory: Memory, moved: Callable[[str, int], None]) -> None:
         self.sites: dict[str, SiteState] = {}
         self.facility_of: dict[int, str] = {}
+        self.num_reachable = 0
         self._runtime = runtime
         self._memory = memory
         self._moved = moved
@@ -42,16 +45,20 @@ class SiteRegistry:
 
     def roll_call(self, online: set[int]) -> None:
         """Note who comes and goes."""
+        now, grace_s = self._runtime.clock.now(), self._runtime.settings.offline_grace_s
+        reachable = 0
         for facility, site in sorted(self.sites.items()):
             if site.node_id not in online:
                 self._rebind(site, online)
             is_online = site.node_id in online
             if site.online and not is_online:
-                site.offline_since = self._runtime.clock.now()
+                site.offline_since = now
                 self._runtime.emit("site_offline", facility=facility)
             elif is_online and not site.online:
                 site.offline_since = None
                 self._runtime.emit("site_online", facility=facility)
+            reachable += is_online or site.reachable(now, grace_s)
+        self.num_reachable = reachable
 
     def question(self, node_id: int) -> Message | None:
         """Return what an unknown node is asked now, if anything."""
@@ -78,6 +85,7 @@ class SiteRegistry:
         if site is None:
             evaluated = self._memory.evaluated.get(facility, -1)
             self.sites[facility] = SiteState(facility, launcher, node_id, evaluated=evaluated)
+            self.num_reachable += 1
             self._runtime.emit("site_online", facility=facility)
         elif site.node_id != node_id:
             log.info("%s: its SuperNode is back as another node", facility)

@@ -107,7 +107,7 @@ class Settings:
     """How patient a run is. Times are seconds of the injected clock; None: wait for ever."""
 
     wait_s: float = 60.0  # Longest time a launcher site holds a message
-    # Give up on an allocation that has not started, or on an order handed in, by then.
+    # Give up on an allocation that has not started, or on an order submitted, by then.
     acquire_deadline_s: float | None = None
     order_deadline_s: float | None = None
     # How long a site may be unreachable before its order is given up.
@@ -124,8 +124,10 @@ class Settings:
     min_sites: int = 1  # A synchronous round with fewer results has failed
     # So many failed rounds in a row (asynchronous: failures of every site) end the run.
     max_failed_rounds: int = 3
-    backoff_s: float = 30.0  # First and longest pause of a failing site in an asynchronous loop
+    # First and longest pause of a failing site, where no round waits for it (0: no pause).
+    backoff_s: float = 30.0
     backoff_max_s: float = 900.0
+    partial_work: bool = True  # A result of fewer steps than were ordered counts
 
 
 def _no_event(event: str, **fields: Any) -> None:

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Order, OrderKind, Status
 
-Weights = Callable[[], tuple[int, ArrayRecord | None]]
-Further = Mapping[str, Callable[[], Iterable[tuple[str, NDArray[Any]]] | None]]
+ExtraArrays = Mapping[str, Callable[[], Iterable[tuple[str, NDArray[Any]]] | None]]
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What an order is bound to as it is handed in."""
+    """What an order starts from, decided as it is submitted."""
 
     version: int
     arrays: ArrayRecord | None  # All weights of that version, whatever of them travels
@@ -25,9 +24,6 @@ class Binding:
     merges: list[str] | None = None  # See `flwr_hpc.protocol.Order`
     returns: list[str] | None = None
     evaluate: bool = True  # The version may be evaluated with it, where it is due
-
-
-Bind = Callable[[Order | None], Binding]
 
 
 @dataclass
@@ -48,6 +44,7 @@ class SiteState:
     # By its last word an allocation runs with everything loaded: the next order needs no
     # question first.
     warm: bool = False
+    heard_at: float = 0.0  # When it last answered, on the server's clock
 
     @property
     def online(self) -> bool:
@@ -65,67 +62,63 @@ class Plan:
 
     steps: int = 0  # To train; 0: as many as the site is configured for
     options: Mapping[str, Any] = field(default_factory=dict)  # Added to the order's
-    # So long after the hand-in the next order may be handed in, to wait at the site until
-    # this one is done (None: only when this one has arrived).
-    ahead_after_s: float | None = None
+    # So long after this order was submitted the next one may be, to wait at the site until
+    # this one is done (None: only when this one's result is here).
+    prefetch_after_s: float | None = None
     # Makes further arrays for the order, by their key in the message (see
-    # `flwr_hpc.protocol`): called, like the weights are chosen, when the order is handed in;
+    # `flwr_hpc.protocol`): called, like the weights are chosen, when the order is submitted;
     # None: without. Ordinary ClientApps are sent none.
-    further: Further = field(default_factory=dict)
-    # ``bind(running)``, called when the order is handed in, with the one that is under way
+    extra_arrays: ExtraArrays = field(default_factory=dict)
+    # ``bind(running)``, called when the order is submitted, with the one that is under way
     # there (None: none): what it starts from and which tensors travel. None: the newest
     # version, whole.
-    bind: Bind | None = None
+    bind: Callable[[Order | None], Binding] | None = None
+    kind: OrderKind = "train"
+    # Sent as it is, in place of weights and options: what a hook of Flower's made.
+    content: RecordDict | None = None
+    checked: bool = True  # Hold an ordinary ClientApp's weights to `Runtime.check`, too
 
 
 @dataclass(eq=False)
 class Request:
-    """One request of a loop on its way: acquire, hand in, collect, arrived.
+    """One plan on its way: acquire, submit, collect, arrived.
 
-    The order is made, and its number taken, at the first hand-in: a request that still waits
-    for an allocation is bound to nothing.
+    The order is made, and its number taken, at the first submission: a request that still
+    waits for an allocation is bound to nothing.
     """
 
     facility: str
-    kind: OrderKind
-    steps: int
-    options: dict[str, Any]
-    weights: Weights
-    content: RecordDict | None
-    checked: bool
+    plan: Plan
     created: float
-    phase: Literal["acquire", "hand_in", "collect", "arrived"] = "acquire"
+    phase: Literal["acquire", "submit", "collect", "arrived"] = "acquire"
     order: Order | None = None
-    base: ArrayRecord | None = None
+    base: ArrayRecord | None = None  # All weights of the version the order starts from
+    part: ArrayRecord | None = None  # Of the base, what travels
+    extra_arrays: dict[str, ArrayRecord] = field(default_factory=dict)
     attempts: int = 0
     refusals: int = 0
     asked: bool = False
-    handed_in: float | None = None
+    submitted_at: float | None = None
     not_before: float = 0.0
     step: int = -1
-    ahead_after_s: float | None = None
-    makes: Further = field(default_factory=dict)
-    further: dict[str, ArrayRecord] = field(default_factory=dict)
-    bind: Bind | None = None
-    part: ArrayRecord | None = None  # of the base, what travels
-    resumed: bool = False  # an order of an interrupted run
+    resumed: bool = False  # An order of an interrupted run
 
     @property
-    def ahead_at(self) -> float | None:
-        """When the next order may be handed in, on the server's clock."""
-        if self.handed_in is None or self.ahead_after_s is None:
+    def kind(self) -> OrderKind:
+        """Of the order."""
+        return self.plan.kind
+
+    @property
+    def prefetch_at(self) -> float | None:
+        """When the next order may be submitted, on the server's clock."""
+        if self.submitted_at is None or self.plan.prefetch_after_s is None:
             return None
-        return self.handed_in + self.ahead_after_s
+        return self.submitted_at + self.plan.prefetch_after_s
 
     @property
     def order_id(self) -> str:
-        """The order's id, empty before the first hand-in."""
+        """The order's id, empty before the first submission."""
         return self.order.id if self.order else ""
-
-    @property
-    def version(self) -> int:
-        """The version the order starts from, -1 before the first hand-in."""
-        return self.order.version if self.order else -1
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,7 @@ class InFlight:
     kind: str
     sent_at: float
     message: Message
-    work: Request | None
+    request: Request | None
 
 
 @dataclass(frozen=True)
@@ -149,8 +142,8 @@ class SiteResult:
     metrics: dict[str, float]
     message: Message  # The reply itself
     status: Status | None = None  # None from an ordinary ClientApp
-    took_s: float = 0.0  # From the hand-in to the arrival, on the server's clock
-    resumed: bool = False  # It was handed in again after an interruption: `took_s` counts from then
+    took_s: float = 0.0  # From its submission to its arrival, on the server's clock
+    resumed: bool = False  # It was submitted again after an interruption: `took_s` is from then
 
     @property
     def facility(self) -> str:

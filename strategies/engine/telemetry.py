@@ -52,7 +52,7 @@ class Telemetry:
         self._told: dict[str, _Told] = {}
 
     def sent(self, order: Order, attempt: int) -> None:
-        """Tell that an order was handed in."""
+        """Tell that an order was submitted."""
         self._emit(
             "order_sent",
             facility=order.facility,
@@ -63,15 +63,15 @@ class Telemetry:
             attempt=attempt,
         )
 
-    def progress(self, work: Request, status: Status) -> None:
+    def progress(self, request: Request, status: Status) -> None:
         """Tell how far a running order is, if it has moved."""
-        if status.state != "running" or status.step <= work.step:
+        if status.state != "running" or status.step <= request.step:
             return
-        work.step = status.step
+        request.step = status.step
         self._emit(
             "order_progress",
-            facility=work.facility,
-            order_id=work.order_id,
+            facility=request.facility,
+            order_id=request.order_id,
             step=status.step,
             steps=status.steps,
             loss=status.loss,
@@ -106,15 +106,15 @@ class Telemetry:
         """Tell of weights that must not touch the model."""
         self._emit("order_rejected", facility=order.facility, order_id=order.id, reason=reason)
 
-    def failed(self, work: Request, reason: str, *, fatal: bool = False) -> None:
+    def failed(self, request: Request, reason: str, *, fatal: bool = False) -> None:
         """Tell of a failed attempt."""
         self._emit(
             "order_failed",
-            facility=work.facility,
-            order_id=work.order_id,
+            facility=request.facility,
+            order_id=request.order_id,
             reason=reason,
             fatal=fatal,
-            attempt=work.attempts,
+            attempt=request.attempts,
         )
 
     def evaluated(self, order: Order, loss: float) -> None:

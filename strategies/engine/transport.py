@@ -62,10 +62,10 @@ class MessageTransport:
         ids = list(self.grid.push_messages([message for message, _ in parcels]))
         if len(ids) != len(parcels):  # Flower answers nothing when the request was too large
             ids = [""] * len(parcels)
-        for (message, work), message_id in zip(parcels, ids, strict=True):
+        for (message, request), message_id in zip(parcels, ids, strict=True):
             if message_id:
                 meta = message.metadata
-                flight = InFlight(meta.dst_node_id, meta.message_type, now, message, work)
+                flight = InFlight(meta.dst_node_id, meta.message_type, now, message, request)
                 self._flights[message_id] = flight
         return [bool(message_id) for message_id in ids]
 

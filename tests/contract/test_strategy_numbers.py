@@ -17,7 +17,7 @@ from worlds.grid import (
 from worlds.strategies import ANY_NUMBER, ROUNDS, World, sites
 
 from flwr_hpc.protocol import WEIGHT_KEY
-from strategies import HpcStrategy, Runtime, run_rounds
+from strategies import HpcStrategy, Runtime, run_strategy
 from strategies.diloco import DiLoCo
 from strategies.fedavg import FedAvg as OurFedAvg
 from strategies.fedbuff import FedBuff
@@ -33,7 +33,7 @@ def plain_grid(dtype: str = "float64") -> tuple[FakeGrid, ArrayRecord]:
 
 @pytest.mark.parametrize("kind", [FedAvg, FedAvgM, FedAdam, FedYogi])
 def test_flowers_strategies_do_as_in_flower(kind, monkeypatch):
-    """run_rounds gives what Flower's own start gives: arrays and all metrics."""
+    """run_strategy gives what Flower's own start gives: arrays and all metrics."""
     config = {"train_config": ConfigRecord({"steps": 3})}
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
@@ -43,7 +43,7 @@ def test_flowers_strategies_do_as_in_flower(kind, monkeypatch):
     theirs = kind(**ANY_NUMBER).start(grid, arrays, 4, evaluate_fn=evaluate, **config)
     grid, arrays = plain_grid()
     runtime = Runtime(clock=grid.clock)
-    ours = run_rounds(
+    ours = run_strategy(
         kind(**ANY_NUMBER), grid, arrays, 4, evaluate_fn=evaluate, runtime=runtime, **config
     )
     for name, tensor in as_numpy(theirs.arrays).items():
@@ -62,7 +62,7 @@ def test_flowers_strategies_do_as_in_flower(kind, monkeypatch):
 def test_the_dtype_of_the_model_is_kept():
     """Flower's FedAdam makes float64 of float32; a model keeps its dtype over the rounds."""
     grid, arrays = plain_grid("float32")
-    result = run_rounds(FedAdam(**ANY_NUMBER), grid, arrays, 2, runtime=Runtime(clock=grid.clock))
+    result = run_strategy(FedAdam(**ANY_NUMBER), grid, arrays, 2, runtime=Runtime(clock=grid.clock))
     assert {x.dtype for x in as_numpy(result.arrays).values()} == {np.dtype("float32")}
 
 

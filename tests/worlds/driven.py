@@ -44,6 +44,7 @@ class Driven:
         self.queued: dict[str, float] = {}
         strategy.runtime = Runtime(clock=self.clock)
         strategy.sites = {name: SiteState(name, True, k) for k, name in enumerate(sites)}
+        strategy.num_sites = len(strategy.sites)
         strategy.default_steps = steps
         strategy.busy = lambda facility: facility in self.orders
         self._put(dict(strategy_arrays(theta())))
@@ -104,8 +105,13 @@ class Driven:
         reply = Message(RecordDict(content), 1, TRAIN)
         took_s = self.clock.t - began
         arrival = SiteResult(order, base, trained, metrics, reply, status, took_s, resumed)
-        new = self.strategy.on_result(arrival, self.strategy.version - order.version)
-        made = self._take(new)
+        if arrival.empty:  # as the loop does
+            self.strategy.on_failure(Failure(name, "train", "it trained no step", order.id))
+            made = self.wake()
+        else:
+            made = self._take(
+                self.strategy.on_result(arrival, self.strategy.version - order.version)
+            )
         del self.orders[name]
         return made
 

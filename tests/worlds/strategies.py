@@ -20,7 +20,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
-from strategies import AsyncStrategy, Engine, HpcStrategy, Runtime, Settings, SiteResult, run_rounds
+from strategies import (
+    AsyncStrategy,
+    Engine,
+    HpcStrategy,
+    Runtime,
+    Settings,
+    SiteResult,
+    run_strategy,
+)
 from strategies.engine.runtime import MemoryCheckpoints
 from strategies.fedavg import FedAvg as OurFedAvg
 from strategies.fedbackfill_rounds import FedBackfillRounds
@@ -103,7 +111,7 @@ def run(
     if isinstance(strategy, HpcStrategy):
         strategy.runtime, strategy.engine = runtime, engine
         return strategy.start(grid, arrays, rounds, train_config=config)
-    return run_rounds(
+    return run_strategy(
         strategy, grid, arrays, rounds, train_config=config, runtime=runtime, engine=engine
     )
 

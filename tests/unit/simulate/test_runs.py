@@ -250,7 +250,13 @@ class Spied:
     def tables(self) -> int:
         """How many things the server and the network remember."""
         e, g = self.engine, self.grid
-        tables = [e._memory.orders, e._memory.seq, e._desk.works, e._courier._flights, g._replies]
+        tables = [
+            e._memory.orders,
+            e._memory.seq,
+            e._tracker.current,
+            e._transport._flights,
+            g._replies,
+        ]
         return sum(len(t) for t in tables)
 
 

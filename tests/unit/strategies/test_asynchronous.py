@@ -12,7 +12,7 @@ from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
 from strategies import Runtime
 from strategies.async_diloco import AsyncDiLoCo
-from strategies.base import asynchronous
+from strategies.engine import loop
 from strategies.engine.runtime import MemoryCheckpoints
 from strategies.fedasync import FedAsync
 from strategies.fedbackfill import FedBackfill
@@ -317,7 +317,7 @@ def test_fedbackfill_fits_an_order_into_the_walltime(left_s, steps):
 
 def test_the_metrics_of_old_versions_are_forgotten(monkeypatch):
     """Else every checkpoint of a long run would be as long as the run."""
-    monkeypatch.setattr(asynchronous, "KEPT_METRICS", 5)
+    monkeypatch.setattr(loop, "KEPT_METRICS", 5)
     grid, strategy = FakeGrid([FakeSite("a"), FakeSite("b")]), FedAsync()
     strategy.runtime = Runtime(clock=grid.clock)
     result = strategy.start(grid, initial_arrays(), 20, train_config=ConfigRecord({"steps": 3}))

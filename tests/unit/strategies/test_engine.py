@@ -10,7 +10,17 @@ from flwr.app import ConfigRecord
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays, with_nan
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Status
-from strategies import Engine, Failure, FatalSiteError, RunFailed, Runtime, Settings, SiteResult
+from strategies import (
+    Binding,
+    Engine,
+    Failure,
+    FatalSiteError,
+    Plan,
+    RunFailed,
+    Runtime,
+    Settings,
+    SiteResult,
+)
 from strategies.diloco import DiLoCo
 from strategies.engine.runtime import Stopped
 
@@ -31,7 +41,8 @@ class Bench:
         self.engine = Engine(self.grid, self.runtime)
 
     def train(self, facility: str = "a", steps: int = 10, version: int = 0) -> None:
-        self.engine.request(facility, "train", steps=steps, weights=lambda: (version, ARRAYS))
+        plan = Plan(steps, bind=lambda running: Binding(version, ARRAYS))
+        self.engine.request(facility, plan)
 
     def run(self, seconds: float = 1e5) -> SiteResult | Failure:
         """Return the first thing the engine reports."""
@@ -57,11 +68,11 @@ def test_late_binding():
     bench = ready_bench(FakeSite("a", queue_s=500))
     asked_at: list[float] = []
 
-    def newest() -> tuple[int, Any]:
+    def newest(running: Any) -> Binding:
         asked_at.append(bench.engine.now())
-        return 7, ARRAYS
+        return Binding(7, ARRAYS)
 
-    bench.engine.request("a", "train", steps=10, weights=newest)
+    bench.engine.request("a", Plan(10, bind=newest))
     arrival = bench.run()
     assert isinstance(arrival, SiteResult)
     assert arrival.order.version == 7
@@ -384,7 +395,7 @@ def test_an_order_in_flight_survives_a_new_engine():
     bench.engine.events(timeout=50)
     again = Engine(bench.grid, bench.runtime)
     again.wait_for(["a"], timeout=1000)
-    again.reattach(lambda version: ARRAYS)
+    again.resume(lambda order: Plan(bind=lambda running: Binding(order.version, ARRAYS)))
     arrival = again.events(timeout=1000)[0]
     assert isinstance(arrival, SiteResult)
     assert arrival.order.version == 3

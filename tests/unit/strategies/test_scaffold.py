@@ -24,7 +24,7 @@ def correction(plan: Plan | None) -> Tensors | None:
     """What an order would carry, made as late as it is handed in."""
     assert plan is not None
     assert plan.options["mean-gradient"]
-    made = plan.further[CORRECTION]()
+    made = plan.extra_arrays[CORRECTION]()
     return None if made is None else dict(made)
 
 
@@ -140,7 +140,7 @@ def after(strategy: FedAvg, rounds: int, steps: int = 40) -> Tensors:
     for _ in range(rounds):
         plans = {name: run.ask(name) for name in CURVED}
         for name, plan in plans.items():
-            make = plan.further.get(CORRECTION)
+            make = plan.extra_arrays.get(CORRECTION)
             shift = dict(make() or {}) if make else {}
             moved, g = descend(run.now, name, shift or None, steps, lr=0.02)
             run.arrive(name, moved, gradient=g)
