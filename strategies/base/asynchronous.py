@@ -143,12 +143,9 @@ class AsyncStrategy(HpcStrategy):
     def fill(self, plan: Plan) -> Plan:
         """Fill a plan's gaps with the defaults."""
         options = {**self.default_options, **plan.options, "server-round": self.version + 1}
-        bind = self._bind_newest if plan.bind is None else plan.bind
         steps = plan.steps or self.default_steps
+        bind = plan.bind or (lambda running: Binding(self.version, self.arrays))
         return dataclasses.replace(plan, steps=steps, options=options, bind=bind)
-
-    def _bind_newest(self, running: Order | None) -> Binding:
-        return Binding(self.version, self.arrays)
 
     def resume(self, order: Order) -> Plan:
         """Return the plan of an order of an interrupted run."""

@@ -7,6 +7,7 @@ cannot go on ends with the reasons.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -190,9 +191,22 @@ class EventLoop:
             if plan is not None:
                 asked = True
                 self._trains |= plan.kind == "train"
-                self.engine.request(facility, driver.fill(plan))
+                self.engine.request(facility, self._noting(driver.fill(plan)))
         if asked:
             self._note()  # the engine commits it ahead of sending the orders
+
+    def _noting(self, plan: Plan) -> Plan:
+        """Commit what a driver notes as an order is submitted together with the order."""
+        bind = plan.bind
+        if bind is None or self.driver.in_rounds:
+            return plan
+
+        def noted(running: Order | None) -> Binding:
+            binding = bind(running)
+            self._note()
+            return binding
+
+        return dataclasses.replace(plan, bind=noted)
 
     def _take(self, events: list[Event]) -> None:
         """Take in what has come, and make it durable: none is lost or counted twice."""
