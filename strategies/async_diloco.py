@@ -78,21 +78,15 @@ class AsyncDiLoCo(AsyncStrategy):
         """Return (1 + tau)^-a."""
         return rules.staleness_weight("polynomial", staleness, a=self.staleness_exponent)
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
-        """Return whether the site has trained at all."""
-        return not arrival.empty
-
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Step at once; the momentum's part every N-th time."""
-        if not self.counts(arrival, staleness):
-            return None
         assert arrival.base is not None
         assert arrival.arrays is not None
         self.pace.observe(arrival)
         self._arrived += 1
         weight = self.staleness_weight(staleness)
         total = self.keep_tensors("sum", self._summed(arrival.base, arrival.arrays, weight))
-        period = self.delay or max(1, len(self.sites))
+        period = self.delay or self.num_sites
         scale = self.outer_lr * weight / period
         if self._arrived < period:
             self._sum = total

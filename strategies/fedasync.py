@@ -62,18 +62,12 @@ class FedAsync(AsyncStrategy):
         """Return s(tau)."""
         return self._decay(staleness)
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
-        """Return whether the site has trained at all."""
-        return not arrival.empty
-
     def plan(self, site: SiteState) -> Plan:
         """Return an order with the proximal term, if any."""
         return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
-        """Mix the site's weights in, unless they are only the old ones."""
-        if not self.counts(arrival, staleness):
-            return None
+        """Mix the site's weights in."""
         assert arrival.base is not None
         assert arrival.arrays is not None
         c = self.alpha * self.staleness_weight(staleness) * self._share(arrival)
@@ -84,7 +78,6 @@ class FedAsync(AsyncStrategy):
     def _share(self, result: SiteResult) -> float:
         """Return p."""
         self._examples.observe(result.facility, result.examples)
-        sites = max(1, len(self.sites))
         if self.share == "num-examples":
-            return self._examples.of(result.facility, sites)
-        return 1.0 if self.share == "one" else 1.0 / sites
+            return self._examples.of(result.facility, self.num_sites)
+        return 1.0 if self.share == "one" else 1.0 / self.num_sites

@@ -16,8 +16,8 @@ from strategies.parts.rules import Tensors
 class FedAvg(WindowStrategy):
     """FedAvg (arXiv 1602.05629) whose rounds wait no longer than they have to (1902.01046).
 
-    A round asks `sites_per_round` x `over_selection` sites and merges what has come when
-    enough of them have reported or at its deadline; below `quorum` it goes on.
+    A round asks `sites_per_round` x `over_selection` sites, drawn at random, and merges what has
+    come when enough of them have reported or at its deadline; below `quorum` it goes on.
 
     Parameters
     ----------
@@ -65,14 +65,10 @@ class FedAvg(WindowStrategy):
         self.outer_lr = outer_lr
         self.proximal_mu = proximal_mu
 
-    def may_join(self, site: SiteState) -> bool:
-        """Let as many sites take part as were to be selected."""
-        if not super().may_join(site):
-            return False
-        if self.sites_per_round is None:
-            return True
-        selected = math.ceil(self.sites_per_round * self.over_selection)
-        return len(self.awaited() | self.reported()) < selected
+    def selected(self) -> int | None:
+        """Return how many sites are to take part."""
+        wanted = self.sites_per_round
+        return None if wanted is None else math.ceil(wanted * self.over_selection)
 
     def complete(self) -> bool:
         """Return whether the reports that were wanted are there."""

@@ -130,24 +130,21 @@ class FedBackfill(AsyncStrategy):
 
     def staleness_weight(self, staleness: int) -> float:
         """Return (1 + tau / N)^-a."""
-        return float((1.0 + staleness / self._sites()) ** -self.exponent)
+        return float((1.0 + staleness / self.num_sites) ** -self.exponent)
 
     def share(self, facility: str) -> float:
         """Return g_k."""
-        share = 1.0 / self._sites()
+        share = 1.0 / self.num_sites
         if self.balance:
             share *= self.rates.by_steps(facility)
         if self.balance_arrivals:
-            share *= self.rates.by_arrivals(facility, self._sites())
+            share *= self.rates.by_arrivals(facility, self.num_sites)
         return share
 
-    def _sites(self) -> int:
-        return max(1, len(self.sites))
-
     def counts(self, arrival: SiteResult, staleness: int) -> bool:
-        """Return whether something was trained, and it is known from which weights."""
-        if arrival.empty or not arrival.metrics.get("local_update_share"):
-            return not arrival.empty
+        """Return whether it is known from which weights the site has trained."""
+        if not arrival.metrics.get("local_update_share"):
+            return True
         last = self._last.get(arrival.facility)  # lost with a server that died, maybe
         return last is not None and last[0] == int(arrival.metrics.get("local_update_seq", -1))
 
@@ -158,7 +155,7 @@ class FedBackfill(AsyncStrategy):
         if not self.counts(arrival, staleness):
             return None
         self.pace.observe(arrival, ahead=bool(arrival.order.options.get(LOCAL_UPDATE_SHARE)))
-        self.rates.observe(facility, arrival.steps, self._sites())
+        self.rates.observe(facility, arrival.steps, self.num_sites)
         delta = self.keep_tensors("delta", self._delta(arrival))
         if self.overlap:
             self._last[facility] = arrival.order.seq, delta

@@ -48,7 +48,7 @@ class FedBackfillRounds(WindowStrategy):
     average : float or None
         gamma of the average that is published; None: the newest version is.
     quorum : int or None
-        Reports of its own that a window needs (None: of half of the known sites, rounded up);
+        Reports of its own that a window needs (None: of half of the reachable sites, rounded up);
         never more than there are sites at work on it.
     grace : float
         As a share of R; 0: the quorum closes the window.
@@ -119,7 +119,7 @@ class FedBackfillRounds(WindowStrategy):
 
     def needed(self) -> int:
         """Return the quorum of the present window, as things are now."""
-        wanted = math.ceil(len(self.sites) / 2) if self.wanted is None else self.wanted
+        wanted = math.ceil(self.num_sites / 2) if self.wanted is None else self.wanted
         at_work = {name for name in self.awaited() if self._at_work(name)}
         return max(1, min(wanted, len(self.reported() | at_work)))
 
@@ -154,11 +154,11 @@ class FedBackfillRounds(WindowStrategy):
 
     def staleness_weight(self, staleness: int) -> float:
         """Return (1 + tau / N)^-a."""
-        return float((1.0 + staleness / self._sites()) ** -self.exponent)
+        return float((1.0 + staleness / self.num_sites) ** -self.exponent)
 
     def weight(self, update: Update) -> float:
         """Return g_k."""
-        name, sites = update.facility, self._sites()
+        name, sites = update.facility, self.num_sites
         share = 1.0 / sites
         if self.balance:
             share *= self.rates.by_steps(name)
@@ -170,14 +170,11 @@ class FedBackfillRounds(WindowStrategy):
         """Return every g_k as it is: a window of a part of the sites is a part of a step."""
         return [self.weight(u) for u in updates]
 
-    def _sites(self) -> int:
-        return max(1, len(self.sites))
-
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one at work closes the window."""
         if self.counts(arrival, staleness):
             self.pace.observe(arrival)
-            self.rates.observe(arrival.facility, arrival.steps, self._sites())
+            self.rates.observe(arrival.facility, arrival.steps, self.num_sites)
             if staleness == 0:
                 self._reports.append(self.now())
         return super().on_result(arrival, staleness)

@@ -75,14 +75,8 @@ class FedBuff(AsyncStrategy):
         """Return s(tau)."""
         return self._decay(staleness)
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
-        """Return whether something was trained."""
-        return not arrival.empty
-
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Buffer the update; the K-th makes a new version."""
-        if arrival.empty:
-            return None
         weight = self.staleness_weight(staleness) * self._frequency_weight(arrival)
         self._examples.observe(arrival.facility, arrival.examples)
         self._buffer.append((arrival.facility, weight, self._update(arrival)))
@@ -102,12 +96,12 @@ class FedBuff(AsyncStrategy):
         return self.keep_tensors("delta", rules.record_delta(result.base, result.arrays))
 
     def _share(self, facility: str) -> float:
-        sites = max(1, len(self.sites))
+        sites = self.num_sites
         if self.divide_by == "num-examples":
             return self._examples.of(facility, sites)
         return 1.0 / (self.buffer_size if self.divide_by == "buffer" else sites)
 
     def _frequency_weight(self, arrival: SiteResult) -> float:
-        sites = max(1, len(self.sites))
+        sites = self.num_sites
         self.rates.observe(arrival.facility, arrival.steps, sites)
         return self.rates.by_arrivals(arrival.facility, sites) if self.debias else 1.0

@@ -98,10 +98,6 @@ class FedCompass(AsyncStrategy):
         """Return s(tau)."""
         return self._decay(staleness)
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
-        """Return whether the site has trained at all."""
-        return not arrival.empty
-
     # ---- grouping ---------------------------------------------------------------------------
 
     def plan(self, site: SiteState) -> Plan | None:
@@ -211,6 +207,6 @@ class FedCompass(AsyncStrategy):
         return self._merge(updates) if updates else None
 
     def _merge(self, updates: Sequence[Update]) -> Tensors:
-        share = self.alpha / (len(updates) if self.normalise else max(1, len(self.sites)))
+        share = self.alpha / (len(updates) if self.normalise else self.num_sites)
         weights = [share * self.staleness_weight(self.version - u.version) for u in updates]
         return rules.weighted_step(self.arrays, deltas(updates), weights)

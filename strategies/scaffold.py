@@ -93,7 +93,7 @@ class Scaffold(FedAvg):
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Take the site's new variate in, ahead of its update."""
         gradient = arrival.gradient
-        if gradient is not None and not arrival.empty:
+        if gradient is not None:
             kept = self.keep_tensors("variate", rules.tensors(gradient))
             weight = float(arrival.examples) if self.weighted_by == "num-examples" else 1.0
             self.variates[arrival.facility] = ControlVariate(kept, weight, self.version)

@@ -42,6 +42,8 @@ class AsyncStrategy(HpcStrategy):
         Of an order, as the run is configured.
     busy : callable
         ``busy(facility)``: whether it has an order.
+    rests : callable
+        ``rests(facility)``: whether it has failed and is left alone for a while.
     """
 
     in_rounds = False
@@ -55,6 +57,7 @@ class AsyncStrategy(HpcStrategy):
         self.default_steps = 0
         self.default_options: Mapping[str, Any] = {}
         self.busy: Callable[[str], bool] = lambda facility: False
+        self.rests: Callable[[str], bool] = lambda facility: False
 
     def now(self) -> float:
         """Return the time on the run's clock."""

@@ -43,8 +43,18 @@ def save_strategy(strategy: Strategy, store: CheckpointStore, tag: str) -> dict[
     """Return a strategy's state as JSON; ``["tensors"]`` names what it put into the store.
 
     One of ours names its fields. Of any other, the attributes that are numbers, arrays, lists or
-    dicts of arrays, or ArrayRecords are taken: the moments of Flower's FedAdam, for example.
+    dicts of arrays, or ArrayRecords are taken: the moments of Flower's FedAdam, for example. A
+    strategy that wraps another one as its ``strategy`` (differential privacy) is saved with it.
     """
+    state = _save_own(strategy, store, tag)
+    wrapped = getattr(strategy, "strategy", None)
+    if isinstance(wrapped, Strategy):
+        state["wrapped"] = save_strategy(wrapped, store, f"{tag}-wrapped")
+        state["tensors"] = [*state["tensors"], *state["wrapped"]["tensors"]]
+    return state
+
+
+def _save_own(strategy: Strategy, store: CheckpointStore, tag: str) -> dict[str, Any]:
     if isinstance(strategy, NamesFields):
         now = strategy.runtime.clock.now()
         fields, names = save_fields(strategy, strategy.keep_tensors, now)
@@ -67,6 +77,9 @@ def save_strategy(strategy: Strategy, store: CheckpointStore, tag: str) -> dict[
 
 def load_strategy(strategy: Strategy, store: CheckpointStore, state: Mapping[str, Any]) -> None:
     """Undo `save_strategy` on a newly made strategy."""
+    wrapped = getattr(strategy, "strategy", None)
+    if isinstance(wrapped, Strategy):
+        load_strategy(wrapped, store, state["wrapped"])
     if isinstance(strategy, NamesFields):
         strategy.kept = state["kept"]
         load_fields(strategy, state["fields"], store, strategy.runtime.clock.now())

@@ -14,6 +14,7 @@ from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
 from strategies.parts import rules
 from strategies.parts.buffer import Buffer, Update
+from strategies.parts.draw import drawn
 from strategies.parts.rules import Tensors
 
 
@@ -61,7 +62,7 @@ class WindowStrategy(AsyncStrategy):
         a of the staleness weight ``(1 + tau)^-a``.
     """
 
-    persistent: ClassVar[tuple[str, ...]] = ("working", "_opened")
+    persistent: ClassVar[tuple[str, ...]] = ("working", "_opened", "_failed")
     persistent_times: ClassVar[tuple[str, ...]] = ("_closes_at",)
 
     def __init__(
@@ -86,6 +87,7 @@ class WindowStrategy(AsyncStrategy):
         self.buffer = Buffer()
         self.working: dict[str, int] = {}  # facility -> version it works on in this window
         self._opened = False  # somebody has been asked since the last window closed
+        self._failed: list[str] = []  # facilities, in this window
         self._closes_at: float | None = None
 
     # ---- what a subclass changes ------------------------------------------------------------
@@ -96,7 +98,12 @@ class WindowStrategy(AsyncStrategy):
 
     def may_join(self, site: SiteState) -> bool:
         """Return whether a free site takes part in the present window."""
-        return site.facility not in self.reported()
+        name, wanted = site.facility, self.selected()
+        return name not in self.reported() and (wanted is None or name in self._drawn(wanted))
+
+    def selected(self) -> int | None:
+        """Return how many sites are asked for a window, drawn at random; None: all."""
+        return None
 
     def complete(self) -> bool:
         """Return whether nothing is left to wait for.
@@ -122,6 +129,17 @@ class WindowStrategy(AsyncStrategy):
     def awaited(self) -> set[str]:
         """Return who works on an order of the present window."""
         return {facility for facility in self.working if self.busy(facility)}
+
+    def _drawn(self, count: int) -> list[str]:
+        """Return the free sites that make up the number; the draw is the same after a resume."""
+        taking_part = self.awaited() | self.reported()
+        free = [
+            name
+            for name, site in self.sites.items()
+            if site.online and name not in taking_part and not (self.busy(name) or self.rests(name))
+        ]
+        seed = f"{self.runtime.run_key}:{self.version}"
+        return drawn(seed, free, count - len(taking_part), last=self._failed)
 
     def counts(self, result: SiteResult, staleness: int) -> bool:
         """Return whether a result is gathered."""
@@ -162,8 +180,9 @@ class WindowStrategy(AsyncStrategy):
         return self._close() if len(self.buffer) and self.complete() else None
 
     def on_failure(self, failure: Failure) -> None:
-        """Wait for a failed site no longer."""
+        """Wait for a failed site no longer, and rather ask another one."""
         self.working.pop(failure.facility, None)
+        self._failed.append(failure.facility)
 
     def wake_at(self) -> float | None:
         """Return when the window closes: now, if the last one it waited for has failed."""
@@ -183,6 +202,7 @@ class WindowStrategy(AsyncStrategy):
         self._closes_at = None
         self._opened = False
         self.working.clear()
+        self._failed.clear()
         decay = [self.staleness_weight(self.version - u.version) for u in updates]
         both = zip(self.shares(updates), decay, strict=True)
         return self.merge(updates, [w * d for w, d in both])

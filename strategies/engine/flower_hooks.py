@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -84,6 +84,7 @@ class FlowerHooks:
         self.strategy = strategy
         self.version, self.arrays, self.num_sites = 0, ArrayRecord(), 1
         self.stored: ArrayRecord | None = None
+        self.rests: Callable[[str], bool] = lambda facility: False
         self.round = 0  # the last one whose training is done
         self.trained = False  # and its evaluation is not
         self.failed = 0  # rounds in a row

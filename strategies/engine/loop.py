@@ -39,6 +39,7 @@ class Driver(Protocol):
     version: int
     arrays: ArrayRecord
     num_sites: int  # reachable ones, kept up to date by the loop
+    rests: Callable[[str], bool]  # whether a site has failed and is left alone for a while
     # Results live in memory until a round ends: their orders stay open until then. A site that
     # failed is asked again when the driver plans for it, without a rest.
     in_rounds: bool
@@ -119,6 +120,7 @@ class EventLoop:
         """Restore, or make the initial weights version 0."""
         store, state, driver = self.runtime.checkpoints, self.engine.restored, self.driver
         driver.begin(self.engine, versions)
+        driver.rests = self.troubles.rests
         driver.num_sites = max(1, self.engine.num_reachable)
         if state is None:
             driver.summary()
@@ -178,9 +180,9 @@ class EventLoop:
 
     def _keep_busy(self, driver: Driver) -> None:
         """Give everybody something to do who has nothing, as far as there is."""
-        now, asked = self.engine.now(), False
+        asked = False
         for facility, site in sorted(self.engine.sites.items()):
-            if not (driver.in_rounds or (site.online and self.troubles.rested(facility, now))):
+            if not (driver.in_rounds or (site.online and not self.troubles.rests(facility))):
                 continue
             if not self.engine.busy(facility):
                 plan = driver.plan(site)
@@ -191,7 +193,8 @@ class EventLoop:
             if plan is not None:
                 asked = True
                 self._trains |= plan.kind == "train"
-                self.engine.request(facility, self._noting(driver.fill(plan)))
+                filled = driver.fill(plan)
+                self.engine.request(facility, self._noting(filled) if plan.bind else filled)
         if asked:
             self._note()  # the engine commits it ahead of sending the orders
 

@@ -124,7 +124,8 @@ class Settings:
     min_sites: int = 1  # A synchronous round with fewer results has failed
     # So many failed rounds in a row (asynchronous: failures of every site) end the run.
     max_failed_rounds: int = 3
-    # First and longest pause of a failing site, where no round waits for it (0: no pause).
+    # First and longest pause of a failing site, where no round waits for it (0: only
+    # `retry_delay_s`, each time).
     backoff_s: float = 30.0
     backoff_max_s: float = 900.0
     partial_work: bool = True  # A result of fewer steps than were ordered counts

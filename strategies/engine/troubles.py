@@ -28,16 +28,17 @@ class Troubles:
         self._of: dict[str, _Trouble] = {}
         self._online_at = engine.now()  # when some site was, for the last time
 
-    def rested(self, facility: str, now: float) -> bool:
-        """Return whether a site may be asked again."""
+    def rests(self, facility: str) -> bool:
+        """Return whether a site has failed and is left alone for a while."""
         trouble = self._of.get(facility)
-        return trouble is None or now >= trouble.rests_until
+        return trouble is not None and self._engine.now() < trouble.rests_until
 
     def failed(self, facility: str, reason: str) -> float:
         """Count a failure; returns how long the site rests, twice as long each time."""
         trouble = self.useless(facility, reason)
         s = self._settings
-        pause = min(s.backoff_s * 2.0 ** (trouble.count - 1), s.backoff_max_s)
+        doubled = 2.0 ** min(trouble.count - 1, 30)
+        pause = max(s.retry_delay_s, min(s.backoff_s * doubled, s.backoff_max_s))
         trouble.rests_until = self._engine.now() + pause
         return pause
 

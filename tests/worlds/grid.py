@@ -113,7 +113,8 @@ class FakeSite:
         if self.plain:
             return self._plain(message, now)
         if kind == protocol.DESCRIBE:
-            return now, self._status(Status("idle"))
+            runs = self.alloc_ready is not None and self.alloc_ready <= now
+            return now, self._status(Status("ready" if runs else "idle"))
         if kind == protocol.RELEASE:
             self.alloc_ready = None
             self.released += 1
