@@ -64,7 +64,7 @@ class Order:
     # on the learning rate), `LOCAL_UPDATE_SHARE` and `MEAN_GRADIENT`.
     options: dict[str, Any] = field(default_factory=dict)
     # Keys of the further arrays in the message, beside the weights: `CORRECTION`.
-    carries: list[str] = field(default_factory=list)
+    extra_arrays: list[str] = field(default_factory=list)
     # The site goes on from the weights that its order with the number ``after`` (an option)
     # left there, and only these tensors, which are all that come, are merged into them: ``(1
     # - alpha) given + alpha local`` with the option ``alpha``, 0 where it is missing. A site

@@ -97,7 +97,11 @@ class SimulatedSite:
         if kind == protocol.DESCRIBE:
             self.pool.attend(True)
             self.pool.attend(False)
-        if kind in (protocol.DESCRIBE, protocol.RELEASE):
+            a = self.pool.current()
+            ready = a is not None and a.state == "ready"
+            answer(self._status("ready", a) if ready else self._status("idle"))
+            return
+        if kind == protocol.RELEASE:
             answer(self._status("idle"))
             return
         wait = message.content.get(protocol.WAIT)

@@ -142,7 +142,7 @@ def _receive_extra_arrays(
 ) -> dict[str, Path]:
     """Receive what comes beside the weights: without it, it would be another order."""
     received: dict[str, Path] = {}
-    for key in order.carries:
+    for key in order.extra_arrays:
         path = launcher.exchange.receive(message.content, key, folder)
         if path is None:
             raise BadPayload(f"the message lacks the arrays '{key}' of order {order.id}")

@@ -137,7 +137,7 @@ class Engine:
     def commit(self) -> None:
         """Checkpoint the loop's last noted state together with the engine's."""
         orders = self._memory.orders.values()
-        needed = {extra_name(key, order) for order in orders for key in order.carries}
+        needed = {extra_name(key, order) for order in orders for key in order.extra_arrays}
         if self._state:
             needed |= {global_name(order.version) for order in orders if order.version >= 0}
         self.runtime.checkpoints.commit(

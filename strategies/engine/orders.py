@@ -55,7 +55,7 @@ class OrderFactory:
         plan, store = request.plan, self._runtime.checkpoints
         request.order, request.resumed = order, True
         request.base = plan.bind(None).arrays if plan.bind else None
-        request.extra_arrays = {k: store.get(extra_name(k, order)) for k in order.carries}
+        request.extra_arrays = {k: store.get(extra_name(k, order)) for k in order.extra_arrays}
 
     def part(self, request: Request, order: Order) -> ArrayRecord | None:
         """Return the weights that travel with an order; one record for all sites."""
@@ -77,7 +77,7 @@ class OrderFactory:
             for key, tensors in made.items()
             if tensors is not None
         }
-        return dataclasses.replace(order, carries=sorted(request.extra_arrays))
+        return dataclasses.replace(order, extra_arrays=sorted(request.extra_arrays))
 
     def _due(self, site: SiteState, version: int) -> bool:
         """Return whether a version is to be evaluated at a site, and nobody has done or will."""

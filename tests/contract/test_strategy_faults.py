@@ -82,6 +82,17 @@ def test_every_site_fails(make):
         World(broken).serve(make)
 
 
+@each
+def test_every_site_is_gone(make):
+    """The run ends after its grace and names them all; nobody waits for ever."""
+    world = World(sites(), Settings(offline_grace_s=60.0), rounds=10**4)
+    for name in "abc":
+        world.grid.away(name, 100.0)
+    with pytest.raises(RunFailed, match=r"a: .*offline.*b: .*offline.*c: .*offline"):
+        world.serve(make)
+    assert world.grid.clock.now() < 300.0
+
+
 # ---- lateness -----------------------------------------------------------------------------------
 
 
@@ -160,6 +171,7 @@ def test_unequal_step_counts(make):
     ends_well(world, make)
     assert {e["steps"] for e in world.arrived("a")} == {3}
     assert {e["steps"] for e in world.arrived("b")} <= {0}
+    assert world.merged("b") == []  # nothing trained, nothing weighed
     assert all(e["steps"] > 3 for e in world.arrived("c"))
 
 

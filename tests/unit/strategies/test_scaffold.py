@@ -190,7 +190,7 @@ def test_an_order_that_is_sent_again_carries_the_same():
         for message in (m for m in world.grid.pushed if m.metadata.message_type == "train"):
             order = from_json(Order, str(message.content[ORDER]["json"]))
             tensors = as_numpy(message.content.get(CORRECTION, {}))
-            assert order.carries == ([CORRECTION] if tensors else [])
+            assert order.extra_arrays == ([CORRECTION] if tensors else [])
             carried[order.id].add(b"".join(t.tobytes() for t in tensors.values()))
     assert {len(found) for found in carried.values()} == {1}
     assert any(b"" not in found for found in carried.values())
