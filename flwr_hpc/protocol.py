@@ -106,7 +106,7 @@ class Result:
     refused: bool = False
     # sha256 of further arrays that were asked for, by their key in the reply; they lie beside
     # the weights as ``KEY.safetensors``.
-    further: dict[str, str] = field(default_factory=dict)
+    extra_arrays: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

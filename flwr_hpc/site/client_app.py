@@ -168,7 +168,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
         content[protocol.METRICS] = _flower_metrics(result)
         folder = launcher.site.spool.order(result.order_id)
         base = folder.order()[1] if launcher.exchange.codec.relative else None
-        files = {key: (folder.arrays(key), sha256) for key, sha256 in result.further.items()}
+        files = {key: (folder.arrays(key), sha256) for key, sha256 in result.extra_arrays.items()}
         if result.weights:
             files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
         for key, (path, sha256) in files.items():

@@ -51,7 +51,7 @@ class OrderRunner:
         order: Order,
         weights: Path | None,
         folder: OrderDir,
-        further: Mapping[str, Path] | None = None,
+        extra_arrays: Mapping[str, Path] | None = None,
     ) -> Result | None:
         """Return the result, to be published by rank 0; None if it is left to another job."""
         self.meter.begin()
@@ -60,7 +60,7 @@ class OrderRunner:
             return self._initialize(order, folder)
         if order.kind == "evaluate":
             return self._evaluate(order, weights)
-        return self._train(order, weights, folder, (further or {}).get(CORRECTION))
+        return self._train(order, weights, folder, (extra_arrays or {}).get(CORRECTION))
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, or to the beginning if there is none."""
@@ -192,9 +192,9 @@ class OrderRunner:
         self, order: Order, folder: OrderDir, trained: Trained, metrics: dict[str, float]
     ) -> Result:
         sha256 = self._write(folder, order.returns)
-        further = self._write_further(order, folder, trained)
+        extra_arrays = self._write_extra_arrays(order, folder, trained)
         return Result(
-            order.id, "done", further=further,
+            order.id, "done", extra_arrays=extra_arrays,
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,
             metrics=metrics | self.meter.metrics(trained) | self.meter.memory(),
             weights=folder.weights.name, sha256=sha256, seconds=self.meter.seconds,
@@ -248,7 +248,9 @@ class OrderRunner:
         self._weights_s = time.perf_counter() - began
         return sha256
 
-    def _write_further(self, order: Order, folder: OrderDir, trained: Trained) -> dict[str, str]:
+    def _write_extra_arrays(
+        self, order: Order, folder: OrderDir, trained: Trained
+    ) -> dict[str, str]:
         """Write the mean gradient, if it was asked for and is known."""
         variates, self._variates = self._variates, None
         if variates is None or not order.options.get(MEAN_GRADIENT):

@@ -129,12 +129,12 @@ class Worker:
         agreed: tuple[Order, Path | None, dict[str, Path]] | None = self._group.broadcast(task)
         return agreed
 
-    def _carry_out(self, order: Order, weights: Path | None, further: dict[str, Path]) -> bool:
+    def _carry_out(self, order: Order, weights: Path | None, extra_arrays: dict[str, Path]) -> bool:
         """Publish the order's result; return False if it is left to another allocation."""
         folder, step = self._spool.order(order.id), self._runner.trainer.step
         try:
             result, failures = self._group.attempt(
-                lambda: self._runner.run(order, weights, folder, further)
+                lambda: self._runner.run(order, weights, folder, extra_arrays)
             )
         except LoneFailureError as exc:
             _refuse(folder, order, str(exc), exc.fatal)

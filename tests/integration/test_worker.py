@@ -87,11 +87,11 @@ class Site:
         }  # fmt: skip
 
     def order(self, allocation: AllocationDir, seq: int, **fields: Any) -> OrderDir:
-        """Hand in an order; ``start`` and ``further`` are the files that it comes with."""
-        start, further = fields.pop("start", None), fields.pop("further", None)
+        """Hand in an order; ``start`` and ``extra_arrays`` are the files that it comes with."""
+        start, extra_arrays = fields.pop("start", None), fields.pop("extra_arrays", None)
         order = Order("run", "a", seq, **fields)
         folder = self.spool.order(order.id)
-        folder.write_order(order, start, further)
+        folder.write_order(order, start, extra_arrays)
         allocation.assign(order.id)
         return folder
 
@@ -232,7 +232,7 @@ def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
     correction = site.spool.root.with_name("correction.safetensors")
     save_file({name: np.full_like(w, 1e-3) for name, w in initial.items()}, correction)
     scaffold: dict[str, Any] = {
-        "options": {"mean-gradient": True}, "further": {"correction": correction},
+        "options": {"mean-gradient": True}, "extra_arrays": {"correction": correction},
     }  # fmt: skip
     allocation = site.start(train=dataclasses.replace(FAST, schedule_steps=3000))
     order = site.order(
@@ -260,7 +260,7 @@ def test_sigterm_keeps_the_steps_done(site: Site, undisturbed: Site) -> None:
     assert result.tokens == steps * 4 * 31
     assert "held_out_loss" in result.metrics  # measured before the signal
     mean = load_file(again.arrays("gradient"))
-    assert result.further.keys() == {"gradient"}
+    assert result.extra_arrays.keys() == {"gradient"}
     assert {n: g.shape for n, g in mean.items()} == {n: w.shape for n, w in initial.items()}
     assert all(np.isfinite(g).all() and g.any() for g in mean.values())
     allocation.release()

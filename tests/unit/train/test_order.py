@@ -211,14 +211,14 @@ def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
     after = runner(shelf)
     result = after.run(order, None, folder, {"correction": Path("c")})
     assert result is not None
-    assert result.further == {"gradient": "gradient.safetensors: 4 in 4"}
+    assert result.extra_arrays == {"gradient": "gradient.safetensors: 4 in 4"}
     other = run(after, 1)
     assert other is not None
-    assert other.further == {}
+    assert other.extra_arrays == {}
     assert "gradients" not in shelf.kept["run-a-000001@0000000008"][1]
     died = runner(shelf).run(order, None, folder)  # ahead of its result; the sum was kept
     assert died is not None
-    assert died.further == result.further
+    assert died.extra_arrays == result.extra_arrays
 
 
 def merging(made: OrderRunner, seq: int, after: int) -> Result | None:
