@@ -99,24 +99,6 @@ class FakeScheduler:
         return "#!/bin/bash\n"
 
 
-class FakeClock:
-    """Time that passes in sleeps alone; what is due then happens."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-        self.on_sleep: Callable[[], Any] = lambda: None
-
-    def now(self) -> float:
-        return self.seconds
-
-    def wall(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.on_sleep()
-
-
 def a_login(tmp_path: Path, *overrides: str, name: str = "slurm") -> Login:
     """Return a login node where everything is well."""
     given = ["facilities.slurm.account=p"] if name == "slurm" else []

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from worlds.clock import FakeClock
+
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.protocol import Order, Result
@@ -15,20 +17,6 @@ from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import CHECKPOINT_META, AllocationDir, Spool, WorkerState, checkpoint_name
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1000.0
-
-    def now(self) -> float:
-        return self.time
-
-    def wall(self) -> float:
-        return self.time + 1e9
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
-
-
 class Killed(BaseException):
     """Stands for kill -9 of the launcher."""
 
@@ -36,7 +24,7 @@ class Killed(BaseException):
 class Scheduler:
     poll_s = 30.0
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
         self.jobs: dict[str, dict[str, Any]] = {}
         self.states: dict[str, str] = {}
@@ -116,7 +104,7 @@ class World:
     """One site with everything around it under the test's control."""
 
     def __init__(self, root: Path) -> None:
-        self.clock, self.spool = Clock(), Spool(root)
+        self.clock, self.spool = FakeClock(1000.0, epoch=1e9), Spool(root)
         self.scheduler = Scheduler(self.clock)
         self.forecast, self.config, self.beat = Foretold(), {"retries": 2}, 0
         self.restart()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from worlds.doctor import FakeClock, FakeOutside, FakeScheduler
+from worlds.clock import FakeClock
+from worlds.doctor import FakeOutside, FakeScheduler
 
 from flwr_hpc.doctor import __main__ as command
 from flwr_hpc.doctor import examine

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.doctor import FakeClock, FakeScheduler
+from worlds.clock import FakeClock
+from worlds.doctor import FakeScheduler
 
 from flwr_hpc.config.facility import FacilityConfig, QueueConfig
 from flwr_hpc.doctor.job import Probe, probe_facility
@@ -22,7 +23,7 @@ class FacilityExam:
     """A probe with its surroundings."""
 
     def __init__(self, tmp_path: Path, **scheduler: Any) -> None:
-        self.clock, self.scheduler = FakeClock(), FakeScheduler(**scheduler)
+        self.clock, self.scheduler = FakeClock(1000.0), FakeScheduler(**scheduler)
         self.root = tmp_path / "runs" / "doctor"
         self.probe = Probe("x", FACILITY, self.root, self.scheduler, self.clock, 1800.0)
 

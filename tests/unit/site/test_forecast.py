@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from worlds.clock import FakeClock
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
@@ -21,20 +22,6 @@ from flwr_hpc.site.forecast.survival import survival
 
 SHAPE = Shape(2, 3600.0, "gpu")
 HOUR = 3600.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1e9
-
-    def now(self) -> float:
-        return self.time
-
-    def wall(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 class Scheduler:
@@ -53,7 +40,7 @@ class Scheduler:
 
 
 def forecaster(
-    folder: Path, clock: Clock, scheduler: Any = None, kind: str = "slurm"
+    folder: Path, clock: FakeClock, scheduler: Any = None, kind: str = "slurm"
 ) -> Forecaster:
     facility = FacilityConfig(
         scheduler=kind, account=None, nodes=2, walltime="01:00:00", partition="gpu"
@@ -62,7 +49,7 @@ def forecaster(
     return Forecaster("site", spec, scheduler or Scheduler(), clock, folder)
 
 
-def wait_out(forecast: Forecaster, clock: Clock, job: str, waited_s: float) -> None:
+def wait_out(forecast: Forecaster, clock: FakeClock, job: str, waited_s: float) -> None:
     """Submit a job that starts after so long."""
     forecast.record_submission(job)
     began = clock.wall()
@@ -91,7 +78,7 @@ def trace(seed: int, n: int, center_s: float = HOUR) -> list[float]:
 
 def test_nothing_is_known_at_first(tmp_path: Path) -> None:
     """Protects the cold start: no number is made up."""
-    forecast = forecaster(tmp_path, Clock())
+    forecast = forecaster(tmp_path, FakeClock(1e9))
     assert forecast.wait_s() is None
     assert forecast.remaining_s(JobInfo("1", "j", "pending"), 100.0) is None
     told = forecast.forecast()
@@ -100,7 +87,7 @@ def test_nothing_is_known_at_first(tmp_path: Path) -> None:
 
 def test_without_a_record_the_schedulers_plan_is_taken_at_its_word(tmp_path: Path) -> None:
     """Protects the first forecast at a facility."""
-    told = forecaster(tmp_path, Clock(), Scheduler(600.0)).forecast()
+    told = forecaster(tmp_path, FakeClock(1e9), Scheduler(600.0)).forecast()
     assert told.median_s == pytest.approx(600.0)
     assert told.high_s is not None
     assert told.high_s > 1200.0
@@ -109,7 +96,7 @@ def test_without_a_record_the_schedulers_plan_is_taken_at_its_word(tmp_path: Pat
 
 def test_a_local_job_waits_for_nothing(tmp_path: Path) -> None:
     """Protects the demo from a history in the user's home and from a wait that is none."""
-    forecast = forecaster(tmp_path / "new", Clock(), Scheduler(0.0), "local")
+    forecast = forecaster(tmp_path / "new", FakeClock(1e9), Scheduler(0.0), "local")
     forecast.record_submission("j")
     assert (forecast.forecast().median_s, forecast.forecast().high_s) == (0.0, 0.0)
     assert not (tmp_path / "new").exists()
@@ -218,7 +205,7 @@ def test_a_plan_that_tells_nothing_changes_nothing() -> None:
 
 def test_a_queued_jobs_plan_is_used(tmp_path: Path) -> None:
     """Protects `remaining`: the scheduler's expected start counts, and nobody is asked again."""
-    clock, scheduler = Clock(), Scheduler()
+    clock, scheduler = FakeClock(1e9), Scheduler()
     forecast = forecaster(tmp_path, clock, scheduler)
     info = JobInfo("1", "j", "pending", expected_start_s=clock.wall() + 900.0)
     assert forecast.remaining_s(info, 50.0) == pytest.approx(900.0)
@@ -229,7 +216,7 @@ def test_a_queued_jobs_plan_is_used(tmp_path: Path) -> None:
 
 def test_the_scheduler_is_seldom_asked(tmp_path: Path) -> None:
     """Protects against a ban: one question in ten minutes by all processes, whatever comes back."""
-    clock, scheduler = Clock(), Scheduler(SchedulerUnavailableError("busy"))
+    clock, scheduler = FakeClock(1e9), Scheduler(SchedulerUnavailableError("busy"))
     for k in range(10):
         assert forecaster(tmp_path, clock, scheduler).wait_s() is None
         forecaster(tmp_path, clock, scheduler).record_submission(f"j{k}")
@@ -244,13 +231,13 @@ def test_the_scheduler_is_seldom_asked(tmp_path: Path) -> None:
 def test_a_spoilt_file_of_plans_is_written_anew(tmp_path: Path) -> None:
     """Protects the run from a file that somebody else wrote to."""
     (tmp_path / "site.plans.json").write_text("[")
-    assert forecaster(tmp_path, Clock(), Scheduler(60.0)).wait_s() == pytest.approx(60.0)
-    assert forecaster(tmp_path, Clock(), Scheduler(90.0)).wait_s() == pytest.approx(60.0)
+    assert forecaster(tmp_path, FakeClock(1e9), Scheduler(60.0)).wait_s() == pytest.approx(60.0)
+    assert forecaster(tmp_path, FakeClock(1e9), Scheduler(90.0)).wait_s() == pytest.approx(60.0)
 
 
 def test_a_job_is_told_of_twice_and_by_other_processes(tmp_path: Path) -> None:
     """Protects the record from a launcher that is killed and says everything once more."""
-    clock, scheduler = Clock(), Scheduler(600.0)
+    clock, scheduler = FakeClock(1e9), Scheduler(600.0)
     info = JobInfo("1", "j", "running", submitted_s=clock.wall(), started_s=clock.wall() + 300.0)
     for _ in range(2):
         forecaster(tmp_path, clock, scheduler).record_submission("j")
@@ -268,7 +255,7 @@ def test_a_job_is_told_of_twice_and_by_other_processes(tmp_path: Path) -> None:
 
 def test_a_wait_that_did_not_end_is_known_as_far_as_it_was_seen(tmp_path: Path) -> None:
     """Protects the record of jobs that are cancelled, forgotten, held or put back."""
-    clock = Clock()
+    clock = FakeClock(1e9)
     forecast = forecaster(tmp_path, clock)
     for job in ("seen", "cancelled", "held", "requeued", "given up", "never seen"):
         forecast.record_submission(job)
@@ -295,7 +282,7 @@ def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     """Protects the run: without a place to note that it was asked, the scheduler is left alone."""
     (tmp_path / "file").write_text("")
     scheduler = Scheduler(600.0)
-    forecast = forecaster(tmp_path / "file" / "waits", Clock(), scheduler)
+    forecast = forecaster(tmp_path / "file" / "waits", FakeClock(1e9), scheduler)
     forecast.record_submission("j")
     assert forecast.wait_s() is None
     assert scheduler.asked == 0

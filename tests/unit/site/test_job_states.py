@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.site import Clock
+from worlds.clock import FakeClock
 
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, JobState
 from flwr_hpc.site.job_states import JobStates
@@ -48,8 +48,8 @@ class Scheduler:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock(1000.0, epoch=1e9)
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def scheduler() -> Scheduler:
 
 
 @pytest.fixture
-def queues(tmp_path: Path, scheduler: Scheduler, clock: Clock) -> list[JobStates]:
+def queues(tmp_path: Path, scheduler: Scheduler, clock: FakeClock) -> list[JobStates]:
     """Three processes of one site."""
     return [JobStates(Spool(tmp_path), scheduler, clock, lambda: JOBS) for _ in range(3)]
 
 
 def test_all_processes_of_a_site_ask_twice_a_minute(
-    queues: list[JobStates], scheduler: Scheduler, clock: Clock
+    queues: list[JobStates], scheduler: Scheduler, clock: FakeClock
 ) -> None:
     """Protects the batch system: centres ban users who ask too often, whatever waits."""
     for _ in range(600):  # ten minutes
@@ -76,7 +76,9 @@ def test_all_processes_of_a_site_ask_twice_a_minute(
     assert set(map(tuple, scheduler.requests)) == {("a", "b")}
 
 
-def test_no_news_keeps_the_old(queues: list[JobStates], scheduler: Scheduler, clock: Clock) -> None:
+def test_no_news_keeps_the_old(
+    queues: list[JobStates], scheduler: Scheduler, clock: FakeClock
+) -> None:
     """Protects a running job while the scheduler does not answer."""
     scheduler.state = "running"
     queues[0].get(JOBS[0])
@@ -90,7 +92,7 @@ def test_no_news_keeps_the_old(queues: list[JobStates], scheduler: Scheduler, cl
     assert queues[2].get(JOBS[0]).state == "ended"
 
 
-def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: Clock) -> None:
+def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: FakeClock) -> None:
     """Protects against silence until the clock has caught up."""
     queues[0].get(JOBS[0])
     clock.time -= 86400.0
@@ -101,7 +103,7 @@ def test_a_clock_set_back(queues: list[JobStates], scheduler: Scheduler, clock: 
 
 
 def test_what_nobody_asks_for_is_forgotten(
-    tmp_path: Path, scheduler: Scheduler, clock: Clock
+    tmp_path: Path, scheduler: Scheduler, clock: FakeClock
 ) -> None:
     """Protects a run of a job per round from a file that grows with every round."""
     wanted = list(JOBS)
@@ -115,7 +117,7 @@ def test_what_nobody_asks_for_is_forgotten(
     assert list(answer.jobs) == ["b"]
 
 
-def test_another_job_of_that_name_is_not_known(queues: list[JobStates], clock: Clock) -> None:
+def test_another_job_of_that_name_is_not_known(queues: list[JobStates], clock: FakeClock) -> None:
     """Protects a job submitted anew from its predecessor's end."""
     queues[0].get(JOBS[0])
     assert queues[0].get({"id": "7", "name": "a"}).state == "unknown"

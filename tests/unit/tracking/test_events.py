@@ -9,18 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from worlds.clock import FakeClock
 
 from flwr_hpc.tracking.events import EventLog, follow, read
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self, now: float = 0.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -30,9 +21,9 @@ def path(tmp_path: Path) -> Path:
 
 def test_events_are_read_as_written(path: Path) -> None:
     """What is emitted comes back, in order, with both times."""
-    clock = Clock(1000.0)
-    with EventLog(path, clock, wall=lambda: 50.0) as log:
-        clock.now = 1002.5
+    clock = FakeClock(1000.0)
+    with EventLog(path, clock.now, wall=lambda: 50.0) as log:
+        clock.time = 1002.5
         log.emit("order_sent", facility="a", steps=3)
         returned = log.emit("order_done", facility="a")
     assert read(path) == [
@@ -52,31 +43,31 @@ def test_numbers_become_strict_json(path: Path) -> None:
 
 def test_fields_cannot_replace_the_time(path: Path) -> None:
     """`s` stays monotonic even if a caller has a field of that name."""
-    with EventLog(path, Clock(3.0)) as log:
+    with EventLog(path, FakeClock(3.0).now) as log:
         assert log.emit("x", s=-1.0)["s"] == 0.0
 
 
 def test_a_resumed_log_continues_the_time_without_the_pause(path: Path) -> None:
     """`s` goes on where the last session stopped, so curves continue."""
-    clock, wall = Clock(10.0), Clock(0.0)
-    with EventLog(path, clock, wall=wall) as log:
-        clock.now = 15.0
+    clock, wall = FakeClock(10.0), FakeClock(0.0)
+    with EventLog(path, clock.now, wall=wall.now) as log:
+        clock.time = 15.0
         log.emit("x")
-    wall.now = 86_400.0
-    clock.now = 3.0  # another boot
-    with EventLog(path, clock, wall=wall) as log:
-        clock.now = 4.0
+    wall.time = 86_400.0
+    clock.time = 3.0  # another boot
+    with EventLog(path, clock.now, wall=wall.now) as log:
+        clock.time = 4.0
         log.emit("y")
     assert [e["s"] for e in read(path)] == [5.0, 6.0]
 
 
 def test_a_second_writer_of_a_session_joins_its_time(path: Path) -> None:
     """With `join`, the time since the last event counts."""
-    wall = Clock(100.0)
-    with EventLog(path, Clock(), wall=wall) as log:
+    wall = FakeClock(100.0)
+    with EventLog(path, FakeClock().now, wall=wall.now) as log:
         log.emit("x")
-        wall.now = 107.0
-        with EventLog(path, Clock(55.0), wall=wall, join=True) as other:
+        wall.time = 107.0
+        with EventLog(path, FakeClock(55.0).now, wall=wall.now, join=True) as other:
             assert other.emit("y")["s"] == 7.0
 
 

@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from worlds.clock import FakeClock
 from worlds.events import run_events
 from worlds.job_events import job_events
 
@@ -14,17 +15,6 @@ from flwr_hpc.tracking.state import fold_all
 from flwr_hpc.tracking.text import about, compact, describe, duration, hours, outlook
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"  # the cursor
-
-
-class Clock:
-    """A clock that moves on by `step` at every look."""
-
-    def __init__(self, step: float = 1.0) -> None:
-        self.now, self.step = 0.0, step
-
-    def __call__(self) -> float:
-        self.now += self.step
-        return self.now
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +105,7 @@ def test_the_terminal_shows_each_facility_and_the_progress(width: int) -> None:
     c = console(terminal=True, width=width)
     events = run_events(2, 6)
     half = [e for e in events if e["s"] < 600]
-    with LiveView(c, 6, ["leonardo", "jupiter"], clock=Clock()) as view:
+    with LiveView(c, 6, ["leonardo", "jupiter"], clock=FakeClock(step=1.0).now) as view:
         view.update(half)
         f = view.state.facilities["jupiter"]
     text = output(c)
@@ -129,10 +119,10 @@ def test_the_terminal_shows_each_facility_and_the_progress(width: int) -> None:
 def test_the_terminal_tells_when_an_allocation_starts_and_why_it_waits() -> None:
     """What a researcher looks for in a queue: forecast, reason, walltime left, successor."""
     c = console(terminal=True)
-    clock = Clock(0.0)
-    with LiveView(c, 4, ["leonardo", "lumi"], clock=clock) as view:
+    clock = FakeClock()
+    with LiveView(c, 4, ["leonardo", "lumi"], clock=clock.now) as view:
         for until in (20, 1640, 2450, 3000):
-            clock.now += 1
+            clock.time += 1
             view.restore([e for e in job_events() if view.state.wall_s < e["s"] <= until])
             view.update()
     text = output(c)
@@ -171,13 +161,13 @@ def test_the_terminal_is_restored_on_any_way_out(error: type[BaseException]) -> 
 def test_the_terminal_is_drawn_at_most_four_times_a_second() -> None:
     """A flood of events costs no flood of drawing."""
     c = console(terminal=True)
-    clock = Clock(0.0)
-    with LiveView(c, 6, ["a"], clock=clock) as view:
+    clock = FakeClock()
+    with LiveView(c, 6, ["a"], clock=clock.now) as view:
         before = len(output(c))
         for _ in range(100):
             view.update()
         assert len(output(c)) == before
-        clock.now += 0.3
+        clock.time += 0.3
         view.update()
         assert len(output(c)) > before
 

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from worlds.site import Clock
+from worlds.clock import FakeClock
 
 from flwr_hpc.worker.deadline import Deadline, Stop
 
@@ -15,12 +15,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock(1000.0, epoch=1e9)
 
 
 @pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Iterator[None]:
+def handlers(monkeypatch: pytest.MonkeyPatch, clock: FakeClock) -> Iterator[None]:
     monkeypatch.setenv("FLWR_HPC_T0", str(clock.now()))  # the job begins now
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
@@ -41,7 +41,7 @@ def handlers(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Iterator[None]:
     ],
 )
 def test_the_earlier_end_holds(
-    clock: Clock,
+    clock: FakeClock,
     asked: float | None,
     granted: str | None,
     end_in: float | None,
@@ -55,7 +55,7 @@ def test_the_earlier_end_holds(
     assert found == (None if left is None else pytest.approx(left, abs=1.0))
 
 
-def test_time_to_write_is_kept(clock: Clock) -> None:
+def test_time_to_write_is_kept(clock: FakeClock) -> None:
     """Protects the writing of a result: the last step is the one that leaves time for it."""
     deadline = Deadline.detect(100.0, {}, clock=clock)
     assert deadline.reserve_s == 10.0
@@ -67,7 +67,7 @@ def test_time_to_write_is_kept(clock: Clock) -> None:
     assert not Deadline(clock=clock).should_stop(1e9)
 
 
-def test_what_outlasts_the_walltime_is_left(clock: Clock) -> None:
+def test_what_outlasts_the_walltime_is_left(clock: FakeClock) -> None:
     """Protects the orderly end from a message of any length: half of the reserve is for leaving."""
     deadline = Deadline.detect(100.0, {}, clock=clock)
     clock.sleep(94.0)
@@ -77,7 +77,7 @@ def test_what_outlasts_the_walltime_is_left(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_warning_is_no_interruption(clock: Clock, number: signal.Signals) -> None:
+def test_a_warning_is_no_interruption(clock: FakeClock, number: signal.Signals) -> None:
     """Protects the partial result: only the walltime's warning leaves time for one."""
     deadline = Deadline.detect(1000.0, {}, clock=clock)
     os.kill(os.getpid(), number)

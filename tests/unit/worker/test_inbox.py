@@ -6,35 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from worlds.clock import FakeClock
 
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, Spool
 from flwr_hpc.worker.inbox import Inbox
 
 
-class Clock:
-    """Sleeping moves the time; at given moments something happens."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self.pauses: list[float] = []
-        self.at: dict[float, Callable[[], None]] = {}
-
-    def now(self) -> float:
-        return self.time
-
-    wall = now
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.time += seconds
-        for moment in [m for m in self.at if m <= self.time]:
-            self.at.pop(moment)()
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
@@ -42,7 +23,7 @@ def spool(tmp_path: Path) -> Spool:
     return Spool(tmp_path)
 
 
-def inbox(spool: Spool, clock: Clock, should_stop: Callable[[], bool] = lambda: False) -> Inbox:
+def inbox(spool: Spool, clock: FakeClock, should_stop: Callable[[], bool] = lambda: False) -> Inbox:
     return Inbox(allocation(spool), spool, 100.0, should_stop, clock)
 
 
@@ -50,7 +31,7 @@ def allocation(spool: Spool) -> AllocationDir:
     return spool.allocation("job")
 
 
-def test_orders_come_by_sequence_and_once(spool: Spool, clock: Clock) -> None:
+def test_orders_come_by_sequence_and_once(spool: Spool, clock: FakeClock) -> None:
     """An order with a result, by whomever, is not carried out again."""
     box = inbox(spool, clock)
     for seq in (2, 0, 1):
@@ -63,7 +44,7 @@ def test_orders_come_by_sequence_and_once(spool: Spool, clock: Clock) -> None:
     assert not clock.pauses
 
 
-def test_polling_backs_off_and_notices_soon(spool: Spool, clock: Clock) -> None:
+def test_polling_backs_off_and_notices_soon(spool: Spool, clock: FakeClock) -> None:
     """Short pauses at first for warm orders; never longer than half a second."""
     clock.at[60.0] = lambda: allocation(spool).assign("run-a-000000")
     assert inbox(spool, clock).next() == "run-a-000000"
@@ -72,7 +53,7 @@ def test_polling_backs_off_and_notices_soon(spool: Spool, clock: Clock) -> None:
     assert clock.time < 60.6
 
 
-def test_release_ends_after_what_was_assigned(spool: Spool, clock: Clock) -> None:
+def test_release_ends_after_what_was_assigned(spool: Spool, clock: FakeClock) -> None:
     """An order handed in before the release is still carried out."""
     box = inbox(spool, clock)
     allocation(spool).assign("run-a-000000")
@@ -82,7 +63,7 @@ def test_release_ends_after_what_was_assigned(spool: Spool, clock: Clock) -> Non
     assert box.next() is None
 
 
-def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: Clock) -> None:
+def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: FakeClock) -> None:
     """Every wait starts anew."""
     box = inbox(spool, clock)
     assert box.next() is None
@@ -91,7 +72,7 @@ def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: Clock) -> 
     assert box.next() == "run-a-000000"
 
 
-def test_end_of_walltime_or_a_signal_wins(spool: Spool, clock: Clock) -> None:
+def test_end_of_walltime_or_a_signal_wins(spool: Spool, clock: FakeClock) -> None:
     """No order is begun that could not be finished."""
     allocation(spool).assign("run-a-000000")
     assert inbox(spool, clock, should_stop=lambda: True).next() is None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from worlds.site import Clock
+from worlds.clock import FakeClock
 
 from flwr_hpc.worker.phase_timer import PhaseTimer, process_start
 
 
 def test_every_second_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The phases add up to the process's age, also while one is running."""
-    clock = Clock()
+    clock = FakeClock(1000.0, epoch=1e9)
     monkeypatch.setenv("FLWR_HPC_T0", str(clock.now() - 2.0))
     timer = PhaseTimer({"load": 7.0}, clock)  # of an earlier start of the job
     timer.switch_to("load")
@@ -27,7 +27,7 @@ def test_every_second_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_process_start_is_in_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start-up is counted from the interpreter's start, or from when the job says it began."""
-    clock = Clock()
+    clock = FakeClock(1000.0, epoch=1e9)
     monkeypatch.delenv("FLWR_HPC_T0", raising=False)
     assert process_start(clock) < clock.now()
     monkeypatch.setenv("FLWR_HPC_T0", "12.5")
