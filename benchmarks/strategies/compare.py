@@ -6,10 +6,10 @@
     python benchmarks/strategies/compare.py tables              # of what there is
 
 ``tune`` tries the same number of settings of every contestant with the same seeds and keeps the
-one that is soonest at the target: all with the first seed, the best third with the second. On
-the second task only the best of the first are tried. ``test`` and ``ablate`` use what it has
-kept. Runs that are over are in ``benchmarks/results/strategies_runs.jsonl`` and are not made
-again; the figures are written to ``benchmarks/results/strategies_{tune,test,ablate}.json``.
+one that is soonest at the target: all with the first seed, the best third with the second.
+``test`` and ``ablate`` use what it has kept. Runs that are over are in
+``benchmarks/results/strategies_runs.jsonl`` and are not made again; the figures
+are written to ``benchmarks/results/strategies_{tune,test,ablate}.json``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ TUNING_SEEDS = (200, 201)
 SEEDS = {"network": (20, 21, 22, 23, 24), "text": (20, 21, 22)}
 ABLATION_SEEDS = (20, 21, 22)
 SECOND_ROUND = 4  # settings that are tried with the second seed
-ON_SECOND_TASK = 3  # settings that are tried on the second task
 GIVEN_UP_H = {"warm": 24.0, "per_round": 120.0}
 TUNING_GIVEN_UP_H = {"warm": 8.0, "per_round": 40.0}
 RUNS = RESULTS / "strategies_runs.jsonl"
@@ -54,23 +53,17 @@ OURS = ("fedbackfill", "fedbackfill_rounds")
 def tune(runs: Runs, task: str, names: list[str], until: float) -> None:
     """Search the settings of every contestant on a task."""
     wanted = [n for n in names if task == "network" or CONTESTANTS[n].on_text]
-    cases = {name: list(_candidates(runs, name, task)) for name in wanted}
+    cases = {name: list(_candidates(name, task)) for name in wanted}
     first, second = TUNING_SEEDS
     if not runs.complete([c for found in cases.values() for c in found], [first], until):
         return
-    if task == "network":
-        best = {name: _ranked(runs, found, [first])[:SECOND_ROUND] for name, found in cases.items()}
-        runs.complete([c for found in best.values() for c in found], [second], until)
+    best = {name: _ranked(runs, found, [first])[:SECOND_ROUND] for name, found in cases.items()}
+    runs.complete([c for found in best.values() for c in found], [second], until)
 
 
-def _candidates(runs: Runs, name: str, task: str) -> Iterator[Case]:
+def _candidates(name: str, task: str) -> Iterator[Case]:
     """Yield the cases of a contestant that are tried on a task."""
-    c = CONTESTANTS[name]
-    found = grid(c)
-    if task != TASKS[0]:
-        ranked = _tuning_order(runs, name, TASKS[0])
-        found = [dict(case.settings) for case in ranked[:ON_SECOND_TASK]]
-    for settings in found:
+    for settings in grid(CONTESTANTS[name]):
         yield _case(name, task, TUNED_IN, settings, TUNING_GIVEN_UP_H)
 
 
@@ -84,7 +77,7 @@ def _case(
 
 def _tuning_order(runs: Runs, name: str, task: str) -> list[Case]:
     """Return a contestant's cases, the best first: of those with both seeds, then of the others."""
-    cases = list(_candidates(runs, name, task))
+    cases = list(_candidates(name, task))
     twice = [c for c in cases if len(runs.of(c, TUNING_SEEDS)) == len(TUNING_SEEDS)]
     once = [c for c in cases if c not in twice and runs.of(c, TUNING_SEEDS[:1])]
     return _ranked(runs, twice, TUNING_SEEDS) + _ranked(runs, once, TUNING_SEEDS[:1])
@@ -163,7 +156,7 @@ def _pairs(lines: list[Line]) -> Iterator[tuple[str, str]]:
 def _config() -> dict[str, Any]:
     return {
         "tuning_seeds": TUNING_SEEDS, "tuned_in": TUNED_IN, "second_round": SECOND_ROUND,
-        "on_second_task": ON_SECOND_TASK, "seeds": SEEDS, "ablation_seeds": ABLATION_SEEDS,
+        "seeds": SEEDS, "ablation_seeds": ABLATION_SEEDS,
         "targets": TARGETS, "given_up_h": GIVEN_UP_H,
         "given_up_in_tuning_h": TUNING_GIVEN_UP_H,
     }  # fmt: skip

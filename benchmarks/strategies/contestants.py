@@ -123,12 +123,12 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "fedbackfill": Contestant(
         "strategies.fedbackfill.FedBackfill",
-        {"outer_lr": [2.0, 3.0, 4.0], "round_s": [60.0, 100.0], "overlap": [True, False]},
+        {"outer_lr": [1.0, 2.0, 4.0], "round_s": [60.0, 100.0], "overlap": [True, False]},
         on_text=True,
     ),
     "fedbackfill_rounds": Contestant(
         "strategies.fedbackfill_rounds.FedBackfillRounds",
-        {"outer_lr": [2.0, 3.0, 4.0], "round_s": [100.0, 200.0, 300.0, 450.0]},
+        {"outer_lr": [1.0, 2.0, 4.0], "round_s": [60.0, 100.0, 200.0, 300.0]},
         on_text=True,
     ),
 }
