@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
@@ -27,11 +29,15 @@ class AsyncDiLoCo(AsyncStrategy):
         Else momentum is plain: every N-th result steps ``theta <- theta - eta beta m`` ahead of
         ``m <- beta m + S / N``, so that N of them make ``theta - eta m``. Not in the paper.
     dynamic_steps : bool
-        Size the orders by speed; else every order has H steps.
+        Size the orders by speed, as the paper does; else every order has H steps. `size_steps`
+        takes the place of both.
     steps : int
         H of the fastest site (0: as configured).
     staleness_exponent : float
         0 is the paper's; above, stale updates count less.
+    **base
+        ``average`` and ``size_steps`` with its bounds, see
+        `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     persistent = ("_arrived", "_sum", "_m")
@@ -46,8 +52,9 @@ class AsyncDiLoCo(AsyncStrategy):
         dynamic_steps: bool = True,
         steps: int = 0,
         staleness_exponent: float = 0.0,
+        **base: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**base)
         if delay is not None and delay < 1:
             raise ValueError(f"delay={delay} must be at least 1")
         limits.positive("outer_lr", outer_lr)
@@ -68,6 +75,8 @@ class AsyncDiLoCo(AsyncStrategy):
 
     def plan(self, site: SiteState) -> Plan:
         """Return fewer steps for a slower site."""
+        if self.size_steps:
+            return Plan(self.order_steps(site))
         steps = self.steps or self.default_steps
         mine = self.pace.step_s.get(site.facility)
         if not (self.dynamic_steps and mine):
@@ -78,11 +87,14 @@ class AsyncDiLoCo(AsyncStrategy):
         """Return (1 + tau)^-a."""
         return rules.staleness_weight("polynomial", staleness, a=self.staleness_exponent)
 
+    def observe(self, result: SiteResult) -> None:
+        """Learn how fast a site is."""
+        self.pace.observe(result)
+
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Step at once; the momentum's part every N-th time."""
         assert arrival.base is not None
         assert arrival.arrays is not None
-        self.pace.observe(arrival)
         self._arrived += 1
         weight = self.staleness_weight(staleness)
         total = self.keep_tensors("sum", self._summed(arrival.base, arrival.arrays, weight))

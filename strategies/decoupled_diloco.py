@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from strategies.base.window import WindowStrategy
 from strategies.parts import rules
@@ -28,6 +28,9 @@ class DecoupledDiLoCo(WindowStrategy):
         Of the outer step, see `strategies.diloco.DiLoCo`.
     late, exponent :
         See `strategies.base.window.WindowStrategy`.
+    **base
+        ``average`` and ``size_steps`` with its bounds, see
+        `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class DecoupledDiLoCo(WindowStrategy):
         nesterov: bool = True,
         late: Literal["merge", "drop"] = "merge",
         exponent: float = 0.0,
+        **base: Any,
     ) -> None:
-        super().__init__(quorum=quorum, grace_s=grace_s, late=late, exponent=exponent)
+        super().__init__(quorum=quorum, grace_s=grace_s, late=late, exponent=exponent, **base)
         self.outer = OuterSGD(outer_lr, momentum, nesterov)
 
     def weight(self, update: Update) -> float:

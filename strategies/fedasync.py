@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
@@ -33,6 +33,9 @@ class FedAsync(AsyncStrategy):
         ``model`` mixes the site's weights in (the paper's); ``difference`` steps by what they
         moved, ``theta <- theta - c (theta_base - theta_k)``, as APPFL does with
         ``send_gradient``. They differ for stale updates, which the first pulls back.
+    **base
+        ``average`` and ``size_steps`` with its bounds, see
+        `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     def __init__(
@@ -45,8 +48,9 @@ class FedAsync(AsyncStrategy):
         proximal_mu: float = 0.0,
         share: Literal["one", "uniform", "num-examples"] = "one",
         moves: Literal["model", "difference"] = "model",
+        **base: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**base)
         limits.positive_share("alpha", alpha)
         limits.not_negative("proximal_mu", proximal_mu)
         limits.one_of("share", share, ("one", "uniform", "num-examples"))
@@ -64,7 +68,10 @@ class FedAsync(AsyncStrategy):
 
     def plan(self, site: SiteState) -> Plan:
         """Return an order with the proximal term, if any."""
-        return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
+        return Plan(
+            self.order_steps(site),
+            {"proximal-mu": self.proximal_mu} if self.proximal_mu else {},
+        )
 
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Mix the site's weights in."""

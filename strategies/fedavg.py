@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from strategies.base.window import WindowStrategy
 from strategies.engine.state import Plan, SiteState
@@ -31,6 +31,9 @@ class FedAvg(WindowStrategy):
         FedProx (arXiv 1812.06127): sites add ``mu / 2 ||w - theta||^2`` to their loss.
     deadline_s, quorum, grace_s, late, weighted_by, exponent :
         See `strategies.base.window.WindowStrategy`.
+    **base
+        ``average`` and ``size_steps`` with its bounds, see
+        `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class FedAvg(WindowStrategy):
         late: Literal["merge", "drop"] = "merge",
         weighted_by: Literal["num-examples", "uniform"] = "num-examples",
         exponent: float = 0.5,
+        **base: Any,
     ) -> None:
         super().__init__(
             deadline_s=deadline_s,
@@ -54,6 +58,7 @@ class FedAvg(WindowStrategy):
             late=late,
             weighted_by=weighted_by,
             exponent=exponent,
+            **base,
         )
         limits.positive("sites_per_round", sites_per_round)
         limits.positive("outer_lr", outer_lr)
@@ -77,7 +82,10 @@ class FedAvg(WindowStrategy):
 
     def order(self, site: SiteState) -> Plan:
         """Return an order with the proximal term, if any."""
-        return Plan(options={"proximal-mu": self.proximal_mu} if self.proximal_mu else {})
+        return Plan(
+            self.order_steps(site),
+            {"proximal-mu": self.proximal_mu} if self.proximal_mu else {},
+        )
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean pseudo-gradient."""

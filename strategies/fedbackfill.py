@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import ArrayRecord
-
 from flwr_hpc.protocol import LOCAL_UPDATE_SHARE, Order
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
@@ -13,9 +11,7 @@ from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteStat
 from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance
 from strategies.parts.outer import PartialNesterov
-from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensors
-from strategies.parts.sizing import OrderSizing
 
 
 class FedBackfill(AsyncStrategy):
@@ -30,7 +26,7 @@ class FedBackfill(AsyncStrategy):
         g_k = 1/N
         s(tau) = (1 + tau / N)^-a
 
-    What is published is an average of the versions (`strategies.parts.outer.PartialNesterov`): it
+    What is published is an average of the versions (`strategies.parts.average`): it
     takes out the noise that steps as large as these bring in. A site that is eight times faster,
     or whose queue is shorter, contributes more; what it pulls to its own data has not been worth
     the noise of balancing it (`benchmarks/README.md`), which two factors of g_k do on request:
@@ -81,17 +77,20 @@ class FedBackfill(AsyncStrategy):
         late_binding: bool = True,
         overlap: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            average=average,
+            size_steps=size_steps,
+            round_s=round_s,
+            min_steps=min_steps,
+            max_steps=max_steps,
+        )
         limits.not_negative("exponent", exponent)
-        self.sizing = OrderSizing(round_s, min_steps, max_steps)
-        self.outer = PartialNesterov(outer_lr, momentum, average)
-        self.size_steps = size_steps
+        self.outer = PartialNesterov(outer_lr, momentum)
         self.balance = balance
         self.balance_arrivals = balance_arrivals
         self.exponent = exponent
         self.late_binding = late_binding
         self.overlap = overlap
-        self.pace = SpeedEstimate(0.7)
         self.rates = ContributionBalance()
         # Facility -> the number of its last order, and its pseudo-gradient.
         self._last: dict[str, tuple[int, StoredTensors]] = {}
@@ -102,7 +101,7 @@ class FedBackfill(AsyncStrategy):
 
     def plan(self, site: SiteState) -> Plan:
         """Return an order that fits the site's speed and what is left of its walltime."""
-        steps = self.sizing.steps(site, self.pace, self.now()) if self.size_steps else 0
+        steps = self.order_steps(site)
         if not self.late_binding:
             return Plan(steps, bind=self._bind_now(site.facility))
         step_s = self.pace.step_s.get(site.facility)
@@ -154,7 +153,6 @@ class FedBackfill(AsyncStrategy):
         self._bound.pop(facility, None)
         if not self.counts(arrival, staleness):
             return None
-        self.pace.observe(arrival, ahead=bool(arrival.order.options.get(LOCAL_UPDATE_SHARE)))
         self.rates.observe(facility, arrival.steps, self.num_sites)
         delta = self.keep_tensors("delta", self._delta(arrival))
         if self.overlap:
@@ -166,9 +164,13 @@ class FedBackfill(AsyncStrategy):
         """Forget what a site that gave up was to train on."""
         self._bound.pop(failure.facility, None)
 
-    def published(self) -> ArrayRecord:
-        """Return the average of the versions."""
-        return self.arrays if self.outer.mean is None else self.outer.mean.arrays
+    def observe(self, result: SiteResult) -> None:
+        """Learn how fast a site is; the `overlap` needs it, too."""
+        self.pace.observe(result, ahead=bool(result.order.options.get(LOCAL_UPDATE_SHARE)))
+
+    def version_weight(self, updates: int) -> float:
+        """Return rho."""
+        return self.outer.rho
 
     def _delta(self, arrival: SiteResult) -> Tensors:
         """Yield the pseudo-gradient against the weights the site really started from."""

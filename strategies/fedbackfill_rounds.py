@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from flwr.app import ArrayRecord
-
 from flwr_hpc.protocol import Order
 from strategies.base.window import WindowStrategy
 from strategies.engine.state import Binding, Plan, SiteResult, SiteState
@@ -14,9 +12,7 @@ from strategies.parts import limits
 from strategies.parts.balance import ContributionBalance
 from strategies.parts.buffer import Update, deltas
 from strategies.parts.outer import PartialNesterov
-from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Tensors
-from strategies.parts.sizing import OrderSizing
 
 NO_WORK = ("queued", "ended")  # states of an allocation in which an order does not go on
 
@@ -80,7 +76,14 @@ class FedBackfillRounds(WindowStrategy):
         balance_arrivals: bool = False,
         exponent: float = 0.5,
     ) -> None:
-        super().__init__(exponent=exponent)
+        super().__init__(
+            exponent=exponent,
+            average=average,
+            size_steps=True,
+            round_s=round_s,
+            min_steps=min_steps,
+            max_steps=max_steps,
+        )
         if quorum is not None and quorum < 1:
             raise ValueError(f"quorum={quorum} must be at least 1")
         limits.not_negative("grace", grace)
@@ -88,9 +91,7 @@ class FedBackfillRounds(WindowStrategy):
         self.grace = grace
         self.balance = balance
         self.balance_arrivals = balance_arrivals
-        self.sizing = OrderSizing(round_s, min_steps, max_steps)
-        self.outer = PartialNesterov(outer_lr, momentum, average)
-        self.pace = SpeedEstimate(0.7)
+        self.outer = PartialNesterov(outer_lr, momentum)
         self.rates = ContributionBalance()
         self._reports: list[float] = []  # when they came, of the present window
 
@@ -105,8 +106,7 @@ class FedBackfillRounds(WindowStrategy):
 
     def order(self, site: SiteState) -> Plan:
         """Return an order that fits the site's speed and what is left of its walltime."""
-        steps = self.sizing.steps(site, self.pace, self.now())
-        return Plan(steps, bind=self._joining(site.facility))
+        return Plan(self.order_steps(site), bind=self._joining(site.facility))
 
     def _joining(self, facility: str) -> Callable[[Order | None], Binding]:
         def bind(running: Order | None) -> Binding:
@@ -173,7 +173,6 @@ class FedBackfillRounds(WindowStrategy):
     def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one at work closes the window."""
         if self.counts(arrival, staleness):
-            self.pace.observe(arrival)
             self.rates.observe(arrival.facility, arrival.steps, self.num_sites)
             if staleness == 0:
                 self._reports.append(self.now())
@@ -184,6 +183,6 @@ class FedBackfillRounds(WindowStrategy):
         self._reports = []
         return self.outer.step(self.keep_tensors, self.arrays, deltas(updates), weights)
 
-    def published(self) -> ArrayRecord:
-        """Return the average of the versions."""
-        return self.arrays if self.outer.mean is None else self.outer.mean.arrays
+    def version_weight(self, updates: int) -> float:
+        """Return the sum of all rho_k."""
+        return self.outer.rho

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
@@ -38,6 +38,9 @@ class FedBuff(AsyncStrategy):
     moves : str
         ``difference`` (the paper's), or ``model``: ``theta - theta_k``, against the weights at the
         step and not those the site started from, is APPFL's without ``send_gradient``.
+    **base
+        ``average`` and ``size_steps`` with its bounds, see
+        `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     persistent = ("_buffer",)
@@ -53,8 +56,9 @@ class FedBuff(AsyncStrategy):
         debias: bool = False,
         divide_by: Literal["buffer", "sites", "num-examples"] = "buffer",
         moves: Literal["model", "difference"] = "difference",
+        **base: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**base)
         if buffer_size < 1:
             raise ValueError(f"buffer_size={buffer_size} must be at least 1")
         limits.positive("outer_lr", outer_lr)

@@ -60,6 +60,8 @@ class FedCompass(AsyncStrategy):
         Its parameters; None: their defaults.
     normalise : bool
         False: every update weighs alpha / N. True: the weights of a version sum to alpha.
+    average : float or None
+        See `strategies.base.asynchronous.AsyncStrategy`. Orders are sized here already.
     """
 
     persistent = ("_groups", "_idle", "_orders")
@@ -76,8 +78,9 @@ class FedCompass(AsyncStrategy):
         a: float | None = None,
         b: float | None = None,
         normalise: bool = False,
+        average: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(average=average)
         limits.steps(min_steps, max_steps)
         limits.positive("slack", slack)
         limits.positive_share("momentum", momentum)

@@ -49,6 +49,8 @@ class FedQueue(WindowStrategy):
     renormalise : bool
         False: an update weighs ``n_k / n s(u)``, so that stale ones shorten the step. True: these
         weights are divided by their sum.
+    average : float or None
+        See `strategies.base.asynchronous.AsyncStrategy`. Orders are sized here already.
     """
 
     persistent = ("_held",)
@@ -69,6 +71,7 @@ class FedQueue(WindowStrategy):
         a: float | None = None,
         b: float | None = None,
         renormalise: bool = False,
+        average: float | None = None,
     ) -> None:
         limits.positive("round_s", round_s)
         limits.positive("timer", timer)
@@ -77,7 +80,7 @@ class FedQueue(WindowStrategy):
         limits.not_negative("q_init", q_init)
         limits.steps(min_steps, max_steps)
         limits.positive_share("momentum", momentum)  # 1: the last wait is the forecast
-        super().__init__(deadline_s=timer * round_s, late="merge")
+        super().__init__(deadline_s=timer * round_s, late="merge", average=average)
         self.round_s = round_s
         self.margin_s = margin_s
         self.min_steps = min_steps

@@ -63,6 +63,8 @@ class StreamingDiLoCo(AsyncStrategy):
         later is dropped; in alpha of it the site's next report holds it still.
     quorum : int
         A window with fewer reports at its deadline stays open for another one.
+    average : float or None
+        See `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     persistent = ("working", "_held", "_former", "_opened")
@@ -80,8 +82,9 @@ class StreamingDiLoCo(AsyncStrategy):
         weighted_by: Literal["num-examples", "uniform"] = "uniform",
         deadline_s: float | None = None,
         quorum: int = 1,
+        average: float | None = None,
     ) -> None:
-        super().__init__(weighted_by=weighted_by)
+        super().__init__(weighted_by=weighted_by, average=average)
         if fragments < 1:
             raise ValueError(f"fragments={fragments} must be at least 1")
         if not 0.0 <= alpha < 1.0:
@@ -273,6 +276,10 @@ class StreamingDiLoCo(AsyncStrategy):
 
         index = window % len(self.parts)
         return self.outer.step(self.keep_tensors, self.arrays, index, delta_of)
+
+    def version_weight(self, updates: int) -> float:
+        """Return the part of a round: one fragment of P."""
+        return super().version_weight(updates) / len(self.parts)
 
     def _weight(self, update: Update) -> float:
         return 1.0 if self.weighted_by == "uniform" else float(update.examples) or 1e-12

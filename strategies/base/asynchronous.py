@@ -18,6 +18,9 @@ from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
+from strategies.parts.average import PublishedAverage
+from strategies.parts.pace import SpeedEstimate
+from strategies.parts.sizing import OrderSizing
 
 
 class AsyncStrategy(HpcStrategy):
@@ -25,6 +28,22 @@ class AsyncStrategy(HpcStrategy):
 
     ``num_rounds`` counts new versions of the global model. The result has the metrics of the last
     1000 of them.
+
+    Parameters
+    ----------
+    weighted_by : str
+        ``uniform`` or ``num-examples``.
+    average : float or None
+        gamma of an average of the versions (`strategies.parts.average`), which is published in
+        place of the newest one: the last version of a run is this average. It takes out the
+        noise of large steps. None: the newest is published.
+    size_steps : bool
+        Size orders to a site's speed and to what is left of its walltime
+        (`strategies.parts.sizing`); else they have the configured steps.
+    round_s : float or None
+        Seconds of training of such an order (None: five times what an order costs besides).
+    min_steps, max_steps : int
+        Bounds of such an order.
 
     Attributes
     ----------
@@ -48,8 +67,21 @@ class AsyncStrategy(HpcStrategy):
 
     in_rounds = False
 
-    def __init__(self, *, weighted_by: Literal["num-examples", "uniform"] = "uniform"):
+    def __init__(
+        self,
+        *,
+        weighted_by: Literal["num-examples", "uniform"] = "uniform",
+        average: float | None = None,
+        size_steps: bool = False,
+        round_s: float | None = None,
+        min_steps: int = 10,
+        max_steps: int = 4000,
+    ) -> None:
         super().__init__(weighted_by=weighted_by)
+        self.average = PublishedAverage(average)
+        self.size_steps = size_steps
+        self.sizing = OrderSizing(round_s, min_steps, max_steps)
+        self.pace = SpeedEstimate(0.7)
         self.version = 0
         self.sites: Mapping[str, SiteState] = {}
         self.num_sites = 1
@@ -93,7 +125,14 @@ class AsyncStrategy(HpcStrategy):
 
         The last version is made of them, in the dtypes of the others.
         """
-        return self.arrays
+        return self.arrays if self.average.mean is None else self.average.mean.arrays
+
+    def version_weight(self, updates: int) -> float:
+        """Return the part of a round that the newest version stands for, made of so many updates.
+
+        The average of the versions weighs them by it.
+        """
+        return updates / self.num_sites
 
     def newest(self) -> StoredTensors:
         """Return the newest weights as something that a `persistent` field may hold."""
@@ -105,7 +144,11 @@ class AsyncStrategy(HpcStrategy):
 
     def plan(self, site: SiteState) -> Plan | None:
         """Return what a site that has nothing to do is to do; None: let it wait."""
-        return Plan()
+        return Plan(self.order_steps(site))
+
+    def order_steps(self, site: SiteState) -> int:
+        """Return the steps of a site's next order, by `size_steps`; 0: as configured."""
+        return self.sizing.steps(site, self.pace, self.now()) if self.size_steps else 0
 
     def plan_next(self, site: SiteState) -> Plan | None:
         """Return the order that is to wait at a site for the running one to end; None: none."""
@@ -122,7 +165,17 @@ class AsyncStrategy(HpcStrategy):
     def on_failure(self, failure: Failure) -> None:
         """Learn that a site gave an order up, or that its result does not count."""
 
+    def observe(self, result: SiteResult) -> None:
+        """Learn how fast a site is, ahead of `on_result`."""
+        if self.size_steps:
+            self.pace.observe(result)
+
     # ---- what the loop asks for; nothing to override ------------------------------------------
+
+    def on_version(self, former: ArrayRecord, updates: int) -> None:
+        """Take the newest version, which so many updates have made of the former, as made."""
+        weight = self.version_weight(updates)
+        self.average.add(self.keep_tensors, former, self.arrays, weight)
 
     def configure(self, train_config: ConfigRecord) -> None:
         """Take the configuration of the orders."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
@@ -60,6 +60,9 @@ class WindowStrategy(AsyncStrategy):
         ``uniform`` or ``num-examples``.
     exponent : float
         a of the staleness weight ``(1 + tau)^-a``.
+    **base
+        ``average`` and ``size_steps`` with its bounds, see
+        `strategies.base.asynchronous.AsyncStrategy`.
     """
 
     persistent: ClassVar[tuple[str, ...]] = ("working", "_opened", "_failed")
@@ -74,8 +77,9 @@ class WindowStrategy(AsyncStrategy):
         late: Literal["merge", "drop"] = "merge",
         weighted_by: Literal["num-examples", "uniform"] = "num-examples",
         exponent: float = 0.5,
+        **base: Any,
     ) -> None:
-        super().__init__(weighted_by=weighted_by)
+        super().__init__(weighted_by=weighted_by, **base)
         if late not in ("merge", "drop"):
             raise ValueError(f"late='{late}' is not known. Valid: merge, drop")
         check_window(deadline_s=deadline_s, quorum=quorum, grace_s=grace_s, exponent=exponent)
@@ -167,7 +171,7 @@ class WindowStrategy(AsyncStrategy):
 
     def order(self, site: SiteState) -> Plan:
         """Return what a site that takes part is to do."""
-        return Plan()
+        return Plan(self.order_steps(site))
 
     def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one closes the window."""

@@ -142,6 +142,12 @@ class FlowerHooks:
             return None
         return exchange.plans.pop(order.facility) if order.version == self.version else None
 
+    def observe(self, result: SiteResult) -> None:
+        """Rounds have no use for a site's speed."""
+
+    def on_version(self, former: ArrayRecord, updates: int) -> None:
+        """Rounds have no average."""
+
     def on_result(self, result: SiteResult, staleness: int) -> None:
         """Keep a reply until the round ends."""
         exchange = self._exchange

@@ -53,7 +53,9 @@ class Driver(Protocol):
     def plan(self, site: SiteState) -> Plan | None: ...
     def plan_next(self, site: SiteState) -> Plan | None: ...
     def resume(self, order: Order) -> Plan | None: ...
+    def observe(self, result: SiteResult) -> None: ...
     def on_result(self, result: SiteResult, staleness: int) -> NewWeights | None: ...
+    def on_version(self, former: ArrayRecord, updates: int) -> None: ...
     def on_failure(self, failure: Failure) -> None: ...
     def wake_at(self) -> float | None: ...
     def on_wake(self) -> NewWeights | None: ...
@@ -257,6 +259,7 @@ class EventLoop:
         staleness = driver.version - order.version
         if order.kind == "train" and driver.counts(result, staleness):
             self._entries.append(_entry(result))
+        driver.observe(result)
         return self._new_version(driver.on_result(result, staleness), "on_result")
 
     def _useless(self, result: SiteResult) -> str:
@@ -275,13 +278,14 @@ class EventLoop:
         driver = self.driver
         if new is None:
             return None
-        before, number = driver.version, driver.next_version()
+        before, former, number = driver.version, driver.arrays, driver.next_version()
         self._store(global_name(number), new, f"{self._source}.{method}")
         driver.version = number
+        taken = self._take_entries()
+        driver.on_version(former, len(taken))
         if driver.finished() and driver.published() is not driver.arrays:
             published = driver.published()  # the last version is what the strategy publishes
             self._store(global_name(number), published, f"{self._source}.published")
-        taken = self._take_entries()
         told = self._told(taken, before)
         if not driver.in_rounds:
             metrics = messages.mean_metrics([e["metrics"] for e in taken])

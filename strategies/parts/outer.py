@@ -80,25 +80,23 @@ class OuterSGD:
 
 
 class PartialNesterov:
-    """A Nesterov step for updates of a part of the sites, and the average of what it makes.
+    """A Nesterov step for updates of a part of the sites.
 
     Updates delta_k with weights rho_k make a step of the part ``rho = sum_k rho_k`` of a round::
 
         d     = sum_k rho_k delta_k
         m     <- beta^rho m + d
         theta <- theta - eta (d + beta rho m)
-        mean  <- (1 - c) mean + c theta,   c = min(1, (1 + gamma) rho / (t + gamma))
-
-    with t the sum of all rho so far. The mean (polynomial-decay averaging, arXiv 1212.1824) is
-    what steps decay to that grow smaller, without a schedule that knows how long the run will
-    be: the larger gamma, the more recent the weights in it.
 
     Parameters
     ----------
     lr, momentum : float
         eta > 0 and beta in [0, 1), a strategy's `outer_lr` and `momentum`.
-    gamma : float or None
-        Not negative, a strategy's `average`; None: no mean is kept.
+
+    Attributes
+    ----------
+    rho : float
+        Of the last step.
 
     Raises
     ------
@@ -106,15 +104,12 @@ class PartialNesterov:
         Outside these ranges.
     """
 
-    persistent = ("mean", "_m", "_rounds")
+    persistent = ("_m",)
 
-    def __init__(self, lr: float, momentum: float, gamma: float | None) -> None:
+    def __init__(self, lr: float, momentum: float) -> None:
         _check(lr, momentum)
-        limits.not_negative("average", gamma)
-        self.lr, self.momentum, self.gamma = lr, momentum, gamma
-        self.mean: StoredTensors | None = None  # The average; None if there is none yet
+        self.lr, self.momentum, self.rho = lr, momentum, 0.0
         self._m: StoredTensors | None = None
-        self._rounds = 0.0  # t
 
     def step(
         self,
@@ -123,7 +118,7 @@ class PartialNesterov:
         deltas: Sequence[Record],
         rhos: Sequence[float],
     ) -> Tensors:
-        """Yield the tensors of the next version; momentum and mean are stored on the way.
+        """Yield the tensors of the next version; the momentum is stored on the way.
 
         Parameters
         ----------
@@ -134,14 +129,9 @@ class PartialNesterov:
         deltas, rhos : sequence
             Pseudo-gradients and their weights, which are not normalised.
         """
-        rho = sum(rhos)
+        self.rho = sum(rhos)
         if self.momentum:
             self._m = keep("momentum", self._momenta(theta, deltas, rhos))
-        self._rounds += rho
-        if self.gamma is not None:
-            c = min(1.0, (1.0 + self.gamma) * rho / (self._rounds + self.gamma))
-            new = self._step(theta, deltas, rhos)
-            self.mean = keep("mean", self._means(theta, new, c))
         return self._step(theta, deltas, rhos)
 
     def _momenta(self, theta: Record, deltas: Sequence[Record], rhos: Sequence[float]) -> Tensors:
@@ -157,8 +147,3 @@ class PartialNesterov:
             if self._m is not None:
                 move = move + move.dtype.type(pull) * self._m[name].numpy()
             yield name, rules.descend(array.numpy(), move, self.lr)
-
-    def _means(self, theta: Record, new: Tensors, c: float) -> Tensors:
-        old: Record = theta if self.mean is None else self.mean
-        for name, tensor in new:
-            yield name, rules.interpolated(old[name].numpy(), tensor, c)

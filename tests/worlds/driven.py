@@ -42,6 +42,7 @@ class Driven:
         self.versions = 0
         self.orders: dict[str, tuple[Order, ArrayRecord, float]] = {}
         self.queued: dict[str, float] = {}
+        self.counted: list[str] = []  # orders that are in no version yet
         strategy.runtime = Runtime(clock=self.clock)
         strategy.sites = {name: SiteState(name, True, k) for k, name in enumerate(sites)}
         strategy.num_sites = len(strategy.sites)
@@ -109,9 +110,11 @@ class Driven:
             self.strategy.on_failure(Failure(name, "train", "it trained no step", order.id))
             made = self.wake()
         else:
-            made = self._take(
-                self.strategy.on_result(arrival, self.strategy.version - order.version)
-            )
+            staleness = self.strategy.version - order.version
+            if self.strategy.counts(arrival, staleness):
+                self.counted.append(order.id)
+            self.strategy.observe(arrival)
+            made = self._take(self.strategy.on_result(arrival, staleness))
         del self.orders[name]
         return made
 
@@ -138,7 +141,11 @@ class Driven:
         if new is None:
             return False
         self.strategy.version += 1
+        former = self.strategy.arrays
         self._put(dict(new))
+        later = [order_id for order_id in self.counted if order_id in set(self.strategy.pending())]
+        self.strategy.on_version(former, len(self.counted) - len(later))
+        self.counted = later
         return True
 
     def _put(self, tensors: Tensors) -> None:

@@ -30,6 +30,7 @@ from strategies import (
     run_strategy,
 )
 from strategies.engine.runtime import MemoryCheckpoints
+from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg as OurFedAvg
 from strategies.fedbackfill_rounds import FedBackfillRounds
 from strategies.streaming_diloco import StreamingDiLoCo
@@ -84,6 +85,10 @@ VARIANTS: dict[str, Callable[[], Strategy]] = {
     "fedavg that merges what is late": LATE["merge"],
     "fedavg that drops what is late": LATE["drop"],
     "fedbackfill rounds with a grace": LATE["grace"],
+    "fedasync, averaged and sized": lambda: FedAsync(average=4.0, size_steps=True, **SHORT),
+    "fedavg, averaged and sized": lambda: OurFedAvg(
+        quorum=2, grace_s=0.0, average=4.0, size_steps=True, **SHORT
+    ),
     "streaming diloco without overlap": lambda: StreamingDiLoCo(overlap=False),
     "flower fedavgm": lambda: FedAvgM(**ANY_NUMBER, server_momentum=0.9),
     "flower fedyogi": lambda: FedYogi(**ANY_NUMBER),

@@ -234,7 +234,7 @@ def test_the_last_version_is_what_is_published():
     result = strategy.start(
         grid, initial_arrays(), 6, train_config=ConfigRecord({"steps": 3}), evaluate_fn=look
     )
-    mean = as_numpy(strategy.outer.mean)
+    mean = as_numpy(strategy.average.mean)
     for name, tensor in as_numpy(result.arrays).items():
         np.testing.assert_array_equal(tensor, mean[name].astype(tensor.dtype))
         np.testing.assert_array_equal(seen[6][name], mean[name])
