@@ -133,7 +133,7 @@ class _Writer:
             made = dict(value)  # fast: a table of thousands of sites
         else:
             made = {k: self.value(v, label, owner) for k, v in value.items()}
-        if all(isinstance(k, str) for k in value) and KIND not in value:
+        if set(map(type, value)) <= {str} and KIND not in value:
             return made
         pairs = [[self.value(k, label, owner), v] for k, v in made.items()]
         return {KIND: "dict", "of": pairs}
@@ -204,9 +204,10 @@ def _is_part(value: Any) -> bool:
 
 
 def _has_parts(value: Any) -> bool:
-    several = list(value.values()) if isinstance(value, dict) else value
-    several = several if isinstance(several, list) else [several]
-    return bool(several) and all(map(_is_part, several))
+    several: Any = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        several = value.values()
+    return len(several) > 0 and all(map(_is_part, several))
 
 
 def _path_of(cls: type) -> str:
