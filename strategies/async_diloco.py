@@ -91,22 +91,22 @@ class AsyncDiLoCo(AsyncStrategy):
         """Learn how fast a site is."""
         self.pace.observe(result)
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Step at once; the momentum's part every N-th time."""
-        assert arrival.base is not None
-        assert arrival.arrays is not None
+        assert result.base is not None
+        assert result.arrays is not None
         self._arrived += 1
         weight = self.staleness_weight(staleness)
-        total = self.keep_tensors("sum", self._summed(arrival.base, arrival.arrays, weight))
+        total = self.keep_tensors("sum", self._summed(result.base, result.arrays, weight))
         period = self.delay or self.num_sites
         scale = self.outer_lr * weight / period
         if self._arrived < period:
             self._sum = total
-            return _stepped(self.arrays, arrival.base, arrival.arrays, scale, None, 0.0)
+            return _stepped(self.arrays, result.base, result.arrays, scale, None, 0.0)
         before, self._m = self._m, self.keep_tensors("momentum", self._momenta(total, period))
         self._sum, self._arrived = None, 0
         pull, m = self.outer_lr * self.momentum, self._m if self.nesterov else before
-        return _stepped(self.arrays, arrival.base, arrival.arrays, scale, m, pull)
+        return _stepped(self.arrays, result.base, result.arrays, scale, m, pull)
 
     def _summed(self, base: Record, trained: Record, weight: float) -> Tensors:
         for name, delta in rules.record_delta(base, trained):

@@ -73,14 +73,14 @@ class FedAsync(AsyncStrategy):
             {"proximal-mu": self.proximal_mu} if self.proximal_mu else {},
         )
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Mix the site's weights in."""
-        assert arrival.base is not None
-        assert arrival.arrays is not None
-        c = self.alpha * self.staleness_weight(staleness) * self._share(arrival)
+        assert result.base is not None
+        assert result.arrays is not None
+        c = self.alpha * self.staleness_weight(staleness) * self._share(result)
         if self.moves == "model":
-            return rules.mixed(self.arrays, arrival.arrays, c)
-        return rules.stepped(self.arrays, arrival.base, arrival.arrays, c)
+            return rules.mixed(self.arrays, result.arrays, c)
+        return rules.stepped(self.arrays, result.base, result.arrays, c)
 
     def _share(self, result: SiteResult) -> float:
         """Return p."""

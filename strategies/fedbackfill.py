@@ -140,23 +140,23 @@ class FedBackfill(AsyncStrategy):
             share *= self.rates.by_arrivals(facility, self.num_sites)
         return share
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
+    def counts(self, result: SiteResult, staleness: int) -> bool:
         """Return whether it is known from which weights the site has trained."""
-        if not arrival.metrics.get("local_update_share"):
+        if not result.metrics.get("local_update_share"):
             return True
-        last = self._last.get(arrival.facility)  # lost with a server that died, maybe
-        return last is not None and last[0] == int(arrival.metrics.get("local_update_seq", -1))
+        last = self._last.get(result.facility)  # lost with a server that died, maybe
+        return last is not None and last[0] == int(result.metrics.get("local_update_seq", -1))
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Step along the site's pseudo-gradient."""
-        facility = arrival.facility
+        facility = result.facility
         self._bound.pop(facility, None)
-        if not self.counts(arrival, staleness):
+        if not self.counts(result, staleness):
             return None
-        self.rates.observe(facility, arrival.steps, self.num_sites)
-        delta = self.keep_tensors("delta", self._delta(arrival))
+        self.rates.observe(facility, result.steps, self.num_sites)
+        delta = self.keep_tensors("delta", self._delta(result))
         if self.overlap:
-            self._last[facility] = arrival.order.seq, delta
+            self._last[facility] = result.order.seq, delta
         rho = self.share(facility) * self.staleness_weight(staleness)
         return self.outer.step(self.keep_tensors, self.arrays, [delta], [rho])
 
@@ -172,14 +172,14 @@ class FedBackfill(AsyncStrategy):
         """Return rho."""
         return self.outer.rho
 
-    def _delta(self, arrival: SiteResult) -> Tensors:
+    def _delta(self, result: SiteResult) -> Tensors:
         """Yield the pseudo-gradient against the weights the site really started from."""
-        assert arrival.base is not None
-        assert arrival.arrays is not None
-        share = arrival.metrics.get("local_update_share", 0.0)
-        last = self._last.get(arrival.facility)
+        assert result.base is not None
+        assert result.arrays is not None
+        share = result.metrics.get("local_update_share", 0.0)
+        last = self._last.get(result.facility)
         before = last[1] if share and last else None
-        for name, delta in rules.record_delta(arrival.base, arrival.arrays):
+        for name, delta in rules.record_delta(result.base, result.arrays):
             if before is not None:
                 delta = rules.descend(delta, before[name].numpy(), share)
             yield name, delta

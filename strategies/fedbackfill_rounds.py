@@ -170,13 +170,13 @@ class FedBackfillRounds(WindowStrategy):
         """Return every g_k as it is: a window of a part of the sites is a part of a step."""
         return [self.weight(u) for u in updates]
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; the last one at work closes the window."""
-        if self.counts(arrival, staleness):
-            self.rates.observe(arrival.facility, arrival.steps, self.num_sites)
+        if self.counts(result, staleness):
+            self.rates.observe(result.facility, result.steps, self.num_sites)
             if staleness == 0:
                 self._reports.append(self.now())
-        return super().on_result(arrival, staleness)
+        return super().on_result(result, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Take one step along the sum of the pseudo-gradients."""

@@ -79,11 +79,11 @@ class FedBuff(AsyncStrategy):
         """Return s(tau)."""
         return self._decay(staleness)
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Buffer the update; the K-th makes a new version."""
-        weight = self.staleness_weight(staleness) * self._frequency_weight(arrival)
-        self._examples.observe(arrival.facility, arrival.examples)
-        self._buffer.append((arrival.facility, weight, self._update(arrival)))
+        weight = self.staleness_weight(staleness) * self._frequency_weight(result)
+        self._examples.observe(result.facility, result.examples)
+        self._buffer.append((result.facility, weight, self._update(result)))
         if len(self._buffer) < self.buffer_size:
             return None
         full, self._buffer = self._buffer, []
@@ -105,7 +105,7 @@ class FedBuff(AsyncStrategy):
             return self._examples.of(facility, sites)
         return 1.0 / (self.buffer_size if self.divide_by == "buffer" else sites)
 
-    def _frequency_weight(self, arrival: SiteResult) -> float:
+    def _frequency_weight(self, result: SiteResult) -> float:
         sites = self.num_sites
-        self.rates.observe(arrival.facility, arrival.steps, sites)
-        return self.rates.by_arrivals(arrival.facility, sites) if self.debias else 1.0
+        self.rates.observe(result.facility, result.steps, sites)
+        return self.rates.by_arrivals(result.facility, sites) if self.debias else 1.0

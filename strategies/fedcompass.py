@@ -160,16 +160,16 @@ class FedCompass(AsyncStrategy):
 
     # ---- arrivals ---------------------------------------------------------------------------
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Gather an update; a site's first, and the last of a group, make a version."""
-        name = arrival.facility
+        name = result.facility
         first, group = not self.pace.step_s.get(name), self._group_of(name)
-        self.pace.observe(arrival)  # ahead of the grouping, which goes by the newest speeds
+        self.pace.observe(result)  # ahead of the grouping, which goes by the newest speeds
         if group is not None:
             group.members.remove(name)
-        if self.counts(arrival, staleness):
+        if self.counts(result, staleness):
             buffer = Buffer() if first else self._late if group is None else group.buffer
-            buffer.add(self.keep_tensors, arrival)
+            buffer.add(self.keep_tensors, result)
             if first:
                 return self._merge(buffer.take())
         return self._fire(group) if group is not None and not group.members else None

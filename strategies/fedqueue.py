@@ -106,14 +106,14 @@ class FedQueue(WindowStrategy):
         steps = self._steps(site.facility)
         return Plan(steps, {"lr-scale": self._least(steps) / steps} if self.scale_lr else {})
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Merge an update now if its job started as forecast, else in the next round."""
-        expected, waited = self._forecast(arrival.facility), self.pace.waited_s(arrival)
-        self.pace.observe(arrival)
+        expected, waited = self._forecast(result.facility), self.pace.waited_s(result)
+        self.pace.observe(result)
         late = expected is not None and waited > expected + self.tolerance * self.round_s
         if late and staleness == 0:
-            self._held.append(arrival.facility)
-        return super().on_result(arrival, staleness)
+            self._held.append(result.facility)
+        return super().on_result(result, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean of what is admitted."""

@@ -90,14 +90,14 @@ class Scaffold(FedAvg):
             return None
         return rules.record_delta(self.control, own.arrays)
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Take the site's new variate in, ahead of its update."""
-        gradient = arrival.gradient
+        gradient = result.gradient
         if gradient is not None:
             kept = self.keep_tensors("variate", rules.tensors(gradient))
-            weight = float(arrival.examples) if self.weighted_by == "num-examples" else 1.0
-            self.variates[arrival.facility] = ControlVariate(kept, weight, self.version)
-        return super().on_result(arrival, staleness)
+            weight = float(result.examples) if self.weighted_by == "num-examples" else 1.0
+            self.variates[result.facility] = ControlVariate(kept, weight, self.version)
+        return super().on_result(result, staleness)
 
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Make the next version's c, and step along the weighted mean pseudo-gradient."""

@@ -221,28 +221,28 @@ class StreamingDiLoCo(AsyncStrategy):
         """Return whether the present window has reports and nobody is left to wait for."""
         return len(self._buffers[0]) > 0 and self._opened and not self.awaited()
 
-    def counts(self, arrival: SiteResult, staleness: int) -> bool:
+    def counts(self, result: SiteResult, staleness: int) -> bool:
         """Return whether a report is in time."""
-        return int(arrival.order.options[WINDOW]) >= self.version
+        return int(result.order.options[WINDOW]) >= self.version
 
     def pending(self) -> Iterator[str]:
         """Return the ids of the orders that wait in the windows."""
         return (u.order_id for buffer in self._buffers for u in buffer)
 
-    def on_result(self, arrival: SiteResult, staleness: int) -> Tensors | None:
+    def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Gather a report; the last one closes the window."""
-        facility, order = arrival.facility, arrival.order
+        facility, order = result.facility, result.order
         window = int(order.options[WINDOW])
         windows = self.working.get(facility, [])
         if window in windows:
             windows.remove(window)
         self._held[facility] = order.seq, order.version
-        self.pace.observe(arrival, ahead=bool(order.options.get(AHEAD)))
-        if self.counts(arrival, staleness):
-            assert arrival.base is not None
-            base = part_of(arrival.base, self.names(window))
+        self.pace.observe(result, ahead=bool(order.options.get(AHEAD)))
+        if self.counts(result, staleness):
+            assert result.base is not None
+            base = part_of(result.base, self.names(window))
             buffer = self._buffers[window - self.version]
-            buffer.add(self.keep_tensors, dataclasses.replace(arrival, base=base))
+            buffer.add(self.keep_tensors, dataclasses.replace(result, base=base))
         return self._close() if self.complete() else None
 
     def on_failure(self, failure: Failure) -> None:

@@ -36,23 +36,23 @@ class SpeedEstimate:
         self.overhead_s: dict[str, float] = {}
         self.queued_s: dict[str, float] = {}
 
-    def observe(self, arrival: SiteResult, *, ahead: bool = False) -> None:
+    def observe(self, result: SiteResult, *, ahead: bool = False) -> None:
         """Take an arrival's times in; of an order that was handed in `ahead`, not what it cost.
 
         Such an order has waited at the site for the one before it; of one that was resumed, the
         beginning is not known.
         """
-        facility, steps, train_s = arrival.facility, arrival.steps, arrival.train_s
+        facility, steps, train_s = result.facility, result.steps, result.train_s
         if train_s is None:  # an ordinary ClientApp tells nothing
-            train_s = arrival.took_s
+            train_s = result.took_s
         if steps > 0:
             self._blend(self.step_s, facility, train_s / steps)
-        waited = self.waited_s(arrival)
-        if not (ahead or arrival.resumed):
-            extra = self._besides(facility, max(0.0, arrival.took_s - train_s), waited)
+        waited = self.waited_s(result)
+        if not (ahead or result.resumed):
+            extra = self._besides(facility, max(0.0, result.took_s - train_s), waited)
             self._blend(self.overhead_s, facility, extra)
         self._blend(self.queue_s, facility, waited, self._first_queue_s)
-        self.queued_s[facility] = arrival.queued_s
+        self.queued_s[facility] = result.queued_s
 
     def _besides(self, facility: str, extra: float, waited: float) -> float:
         """Return what an order cost above its training, without the queue's part of it.
@@ -65,9 +65,9 @@ class SpeedEstimate:
             return extra - waited
         return min(extra, self.overhead_s.get(facility, extra))
 
-    def waited_s(self, arrival: SiteResult) -> float:
+    def waited_s(self, result: SiteResult) -> float:
         """Return the seconds in the queue since the facility's arrival before this one."""
-        return max(0.0, arrival.queued_s - self.queued_s.get(arrival.facility, 0.0))
+        return max(0.0, result.queued_s - self.queued_s.get(result.facility, 0.0))
 
     def _blend(
         self, table: dict[str, float], facility: str, value: float, first: float | None = None
