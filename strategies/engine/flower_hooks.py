@@ -44,7 +44,16 @@ class _Exchange:
     @property
     def waiting(self) -> list[str]:
         """Who has not answered yet."""
-        return [f for f in self.sent if f not in self.replies and f not in self.reasons]
+        return [facility for facility in self.sent if self.awaits(facility)]
+
+    def awaits(self, facility: str) -> bool:
+        """Return whether a site was asked and has not answered yet."""
+        answered = facility in self.replies or facility in self.reasons
+        return facility in self.sent and not answered
+
+    def complete(self) -> bool:
+        """Return whether nobody is left to wait for."""
+        return len(self.replies) + len(self.reasons) == len(self.sent)
 
     def answers(self) -> list[Message]:
         """Return one reply per facility, by name; who failed or is late answers with an error.
@@ -151,20 +160,20 @@ class FlowerHooks:
     def on_result(self, result: SiteResult, staleness: int) -> None:
         """Keep a reply until the round ends."""
         exchange = self._exchange
-        if exchange is not None and result.facility in exchange.waiting:
+        if exchange is not None and exchange.awaits(result.facility):
             sent = exchange.sent[result.facility]
             exchange.replies[result.facility] = Message(result.message.content, reply_to=sent)
 
     def on_failure(self, failure: Failure) -> None:
         """Wait for a site no longer."""
-        if self._exchange is not None and failure.facility in self._exchange.waiting:
+        if self._exchange is not None and self._exchange.awaits(failure.facility):
             self._exchange.reasons[failure.facility] = failure.reason
 
     def wake_at(self) -> float | None:
         """Return when the round is over: now, if nobody is left to wait for."""
         exchange, now = self._exchange, self._engine.now()
         if exchange is not None:
-            return exchange.until if exchange.waiting else now
+            return now if exchange.complete() else exchange.until
         if self._gives_up_at is None:
             self._gives_up_at = now + self._settings.offline_grace_s
         return self._gives_up_at
