@@ -4,7 +4,7 @@ Brings up a real Slurm cluster (`tests/lab`, as root) and keeps it contended by 
 jobs, in spells of much and of little work. What Slurm says of every job in the end becomes a line
 of the trace that the simulator's scenario `trace` replays. Hours of a centre are seconds here.
 
-    python benchmarks/record_trace.py [seconds]
+    python benchmarks/strategies/record_trace.py [seconds]
 
 Writes ``conf/traces/lab.swf``.
 """
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from lab.cluster import Cluster
 from lab.host import missing
 from lab.plan import Shape
 
-TRACE = Path(__file__).parents[1] / "conf" / "traces" / "lab.swf"
+TRACE = Path(__file__).parents[2] / "conf" / "traces" / "lab.swf"
 SEED = 7
 NODES = 8
 LOADS = (1.15, 0.85, 1.1, 0.6)  # offered work as a share of the cluster, spell by spell
@@ -114,8 +114,8 @@ def main(seconds: float) -> None:
         f"Computer: {slurm} of tests/lab, {NODES} nodes of 1 processor",
         f"MaxJobs: {len(jobs)}",
         f"MaxNodes: {NODES}",
-        f"Note: made by benchmarks/record_trace.py, seed {SEED}: sleeping jobs, offered load",
-        f"Note: {LOADS} of the cluster in turns of {SPELL_S:g} s, mean runtime {MEAN_RUN_S:g} s",
+        f"Note: made by benchmarks/strategies/record_trace.py, seed {SEED}: sleeping jobs,",
+        f"Note: offered load {LOADS} of the cluster in turns of {SPELL_S:g} s, mean runtime {MEAN_RUN_S:g} s",
         "Note: submit, wait and run are Slurm's own, whole seconds; not known: -1",
     ]
     text = "".join(f"; {line}\n" for line in header) + "\n".join(lines(listing)) + "\n"
