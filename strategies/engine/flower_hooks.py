@@ -368,12 +368,10 @@ class OnlineSitesGrid(Grid):
         return self
 
     def set_run(self, run: Any) -> None:
-        """Pass on."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """Pass on."""
         return self._grid.run
 
     def create_message(
@@ -384,19 +382,15 @@ class OnlineSitesGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Pass on."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass on."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Pass on."""
         return self._grid.send_and_receive(messages, timeout=timeout)
