@@ -115,7 +115,8 @@ def main(seconds: float) -> None:
         f"MaxJobs: {len(jobs)}",
         f"MaxNodes: {NODES}",
         f"Note: made by benchmarks/strategies/record_trace.py, seed {SEED}: sleeping jobs,",
-        f"Note: offered load {LOADS} of the cluster in turns of {SPELL_S:g} s, mean runtime {MEAN_RUN_S:g} s",
+        f"Note: offered load {LOADS} of the cluster,",
+        f"Note: in turns of {SPELL_S:g} s, mean runtime {MEAN_RUN_S:g} s",
         "Note: submit, wait and run are Slurm's own, whole seconds; not known: -1",
     ]
     text = "".join(f"; {line}\n" for line in header) + "\n".join(lines(listing)) + "\n"
