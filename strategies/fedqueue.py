@@ -99,7 +99,7 @@ class FedQueue(WindowStrategy):
 
     def may_join(self, site: SiteState) -> bool:
         """Let a site whose update has not been merged yet wait for that."""
-        return super().may_join(site) and site.facility not in {u.facility for u in self.buffer}
+        return super().may_join(site) and not self.buffer.holds(site.facility)
 
     def order(self, site: SiteState) -> Plan:
         """Return as many steps as the round has room for."""

@@ -103,7 +103,8 @@ class WindowStrategy(AsyncStrategy):
     def may_join(self, site: SiteState) -> bool:
         """Return whether a free site takes part in the present window."""
         name, wanted = site.facility, self.selected()
-        return name not in self.reported() and (wanted is None or name in self._drawn(wanted))
+        reported = self.buffer.holds(name, self.version)
+        return not reported and (wanted is None or name in self._drawn(wanted))
 
     def selected(self) -> int | None:
         """Return how many sites are asked for a window, drawn at random; None: all."""

@@ -30,6 +30,7 @@ class Buffer:
 
     def __init__(self) -> None:
         self._updates: list[Update] = []
+        self._versions: dict[str, set[int]] | None = None  # by facility; None: count them anew
 
     def __len__(self) -> int:
         return len(self._updates)
@@ -52,15 +53,25 @@ class Buffer:
             examples=result.examples,
         )
         self._updates.append(update)
+        self._versions = None
         return update
+
+    def holds(self, facility: str, version: int | None = None) -> bool:
+        """Return whether an update of a facility is buffered, from this version or any."""
+        if self._versions is None:
+            self._versions = {}
+            for update in self._updates:
+                self._versions.setdefault(update.facility, set()).add(update.version)
+        versions = self._versions.get(facility, set())
+        return bool(versions) if version is None else version in versions
 
     def replace(self, updates: list[Update]) -> None:
         """Replace what is buffered."""
-        self._updates = list(updates)
+        self._updates, self._versions = list(updates), None
 
     def take(self) -> list[Update]:
         """Empty the buffer."""
-        taken, self._updates = self._updates, []
+        taken, self._updates, self._versions = self._updates, [], None
         return taken
 
 
