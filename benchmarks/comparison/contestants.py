@@ -74,7 +74,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "decoupled_diloco": Contestant(
         "strategies.decoupled_diloco.DecoupledDiLoCo",
         {STEPS: [50, 100, 200], "quorum": [2, 3], "momentum": [0.5, 0.8]},
-        on_text=True,
     ),
     "decoupled_diloco, averaged and sized": Contestant(
         "strategies.decoupled_diloco.DecoupledDiLoCo",
@@ -96,9 +95,8 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedasync": Contestant(
         "strategies.fedasync.FedAsync",
         {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]},
-        on_text=True,
     ),
-    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER, on_text=True),
+    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER),
     "fedbuff, debiased": Contestant("strategies.fedbuff.FedBuff", _BUFFER, {"debias": True}),
     "fedbuff, averaged and sized": Contestant(
         "strategies.fedbuff.FedBuff",
@@ -109,7 +107,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedcompass": Contestant(
         "strategies.fedcompass.FedCompass",
         {"min_steps": [10, 20, 40], "max_steps": [50, 100], "slack": [1.2, 1.5]},
-        on_text=True,
     ),
     "fedqueue, job per round": Contestant(
         "strategies.fedqueue.FedQueue",
@@ -119,7 +116,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedqueue": Contestant(
         "strategies.fedqueue.FedQueue",
         {"round_s": [300.0, 600.0, 1800.0], **_QUEUE},
-        on_text=True,
     ),
     "fedbackfill": Contestant(
         "strategies.fedbackfill.FedBackfill",

@@ -1,9 +1,9 @@
 """Every strategy on two learning tasks in five scenarios of the simulator, tuned alike.
 
-    python benchmarks/strategies/compare.py                     # all three parts, then the tables
-    python benchmarks/strategies/compare.py tune --task text    # a part of them
-    python benchmarks/strategies/compare.py test --minutes 10   # as far as it comes
-    python benchmarks/strategies/compare.py tables              # of what there is
+    python benchmarks/comparison/compare.py                     # all three parts, then the tables
+    python benchmarks/comparison/compare.py tune --task text    # a part of them
+    python benchmarks/comparison/compare.py test --minutes 10   # as far as it comes
+    python benchmarks/comparison/compare.py tables              # of what there is
 
 ``tune`` tries the same number of settings of every contestant with the same seeds and keeps the
 one that is soonest at the target: all with the first seed, the best few with the second.
@@ -38,9 +38,12 @@ TUNED_IN = "congested"
 TUNING_SEEDS = (200, 201)
 SEEDS = {"network": (20, 21, 22, 23, 24), "text": (20, 21, 22)}
 ABLATION_SEEDS = (20, 21, 22)
-SECOND_ROUND = {"network": 4, "text": 2}  # settings that are tried with the second seed
+SECOND_ROUND = {"network": 2, "text": 2}  # settings that are tried with the second seed
 GIVEN_UP_H = {"warm": 24.0, "per_round": 120.0}
-TUNING_GIVEN_UP_H = {"warm": 8.0, "per_round": 40.0}
+TUNING_GIVEN_UP_H = {
+    "network": {"warm": 8.0, "per_round": 40.0},
+    "text": {"warm": 5.0, "per_round": 20.0},
+}
 RUNS = RESULTS / "strategies_runs.jsonl"
 ORACLES = {"oracle that never waits": "none", "oracle that waits for first jobs": "first"}
 REFERENCE = "fedavg, job per round"
@@ -66,7 +69,7 @@ def tune(runs: Runs, task: str, names: list[str], until: float) -> None:
 def _candidates(name: str, task: str) -> Iterator[Case]:
     """Yield the cases of a contestant that are tried on a task."""
     for settings in grid(CONTESTANTS[name]):
-        yield _case(name, task, TUNED_IN, settings, TUNING_GIVEN_UP_H)
+        yield _case(name, task, TUNED_IN, settings, TUNING_GIVEN_UP_H[task])
 
 
 def _case(

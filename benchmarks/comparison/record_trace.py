@@ -4,7 +4,7 @@ Brings up a real Slurm cluster (`tests/lab`, as root) and keeps it contended by 
 jobs, in spells of much and of little work. What Slurm says of every job in the end becomes a line
 of the trace that the simulator's scenario `trace` replays. Hours of a centre are seconds here.
 
-    python benchmarks/strategies/record_trace.py [seconds]
+    python benchmarks/comparison/record_trace.py [seconds]
 
 Writes ``conf/traces/lab.swf``.
 """
@@ -114,7 +114,7 @@ def main(seconds: float) -> None:
         f"Computer: {slurm} of tests/lab, {NODES} nodes of 1 processor",
         f"MaxJobs: {len(jobs)}",
         f"MaxNodes: {NODES}",
-        f"Note: made by benchmarks/strategies/record_trace.py, seed {SEED}: sleeping jobs,",
+        f"Note: made by benchmarks/comparison/record_trace.py, seed {SEED}: sleeping jobs,",
         f"Note: offered load {LOADS} of the cluster,",
         f"Note: in turns of {SPELL_S:g} s, mean runtime {MEAN_RUN_S:g} s",
         "Note: submit, wait and run are Slurm's own, whole seconds; not known: -1",
