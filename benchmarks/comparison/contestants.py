@@ -77,8 +77,8 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "decoupled_diloco, averaged and sized": Contestant(
         "strategies.decoupled_diloco.DecoupledDiLoCo",
-        {**_LARGER, "momentum": [0.5, 0.8]},
-        _SIZED,
+        {"outer_lr": [0.7, 1.2, 2.0], "round_s": [60.0, 100.0], "quorum": [2, 3]},
+        _SIZED | {"momentum": 0.5},
         on_text=True,
     ),
     "async_diloco": Contestant(
@@ -124,7 +124,7 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "fedbackfill_rounds": Contestant(
         "strategies.fedbackfill_rounds.FedBackfillRounds",
-        {"outer_lr": [1.0, 2.0, 4.0], "round_s": [60.0, 100.0, 200.0, 300.0]},
+        {"outer_lr": [1.0, 2.0, 3.0, 4.0], "round_s": [100.0, 200.0, 300.0]},
         on_text=True,
     ),
 }
