@@ -38,7 +38,7 @@ TUNED_IN = "congested"
 TUNING_SEEDS = (200, 201)
 SEEDS = {"network": (20, 21, 22, 23, 24), "text": (20, 21, 22)}
 ABLATION_SEEDS = (20, 21, 22)
-SECOND_ROUND = {"network": 2, "text": 2}  # settings that are tried with the second seed
+SECOND_ROUND = {"network": 2, "text": 0}  # settings that are tried with the second seed
 GIVEN_UP_H = {"warm": 24.0, "per_round": 120.0}
 TUNING_GIVEN_UP_H = {
     "network": {"warm": 8.0, "per_round": 40.0},
@@ -55,8 +55,7 @@ OURS = ("fedbackfill", "fedbackfill_rounds")
 
 def tune(runs: Runs, task: str, names: list[str], until: float) -> None:
     """Search the settings of every contestant on a task."""
-    wanted = [n for n in names if task == "network" or CONTESTANTS[n].on_text]
-    cases = {name: list(_candidates(name, task)) for name in wanted}
+    cases = {name: list(_candidates(runs, name, task)) for name in names}
     first, second = TUNING_SEEDS
     if not runs.complete([c for found in cases.values() for c in found], [first], until):
         return
@@ -66,9 +65,17 @@ def tune(runs: Runs, task: str, names: list[str], until: float) -> None:
     runs.complete([c for found in best.values() for c in found], [second], until)
 
 
-def _candidates(name: str, task: str) -> Iterator[Case]:
+def _candidates(runs: Runs, name: str, task: str) -> Iterator[Case]:
     """Yield the cases of a contestant that are tried on a task."""
-    for settings in grid(CONTESTANTS[name]):
+    c = CONTESTANTS[name]
+    settings_tried = grid(c)
+    if task == "text":
+        best = _tuning_order(runs, name, "network")[:1] if c.on_text else []
+        searched = [(key, value) for key, values in (c.on_text or {}).items() for value in values]
+        settings_tried = [
+            {**dict(case.settings), key: value} for case in best for key, value in searched
+        ]
+    for settings in settings_tried:
         yield _case(name, task, TUNED_IN, settings, TUNING_GIVEN_UP_H[task])
 
 
@@ -82,7 +89,7 @@ def _case(
 
 def _tuning_order(runs: Runs, name: str, task: str) -> list[Case]:
     """Return a contestant's cases, the best first: of those with both seeds, then of the others."""
-    cases = list(_candidates(name, task))
+    cases = list(_candidates(runs, name, task))
     twice = [c for c in cases if len(runs.of(c, TUNING_SEEDS)) == len(TUNING_SEEDS)]
     once = [c for c in cases if c not in twice and runs.of(c, TUNING_SEEDS[:1])]
     return _ranked(runs, twice, TUNING_SEEDS) + _ranked(runs, once, TUNING_SEEDS[:1])
@@ -100,8 +107,7 @@ def _badness(found: list[Times]) -> tuple[float, float]:
 
 def tuned(runs: Runs, task: str) -> dict[str, dict[str, Any]]:
     """Return the best settings of every contestant that has been tuned on a task."""
-    names = [n for n, c in CONTESTANTS.items() if task == TASKS[0] or c.on_text]
-    order = {name: _tuning_order(runs, name, task) for name in names}
+    order = {name: _tuning_order(runs, name, task) for name in CONTESTANTS}
     return {name: dict(found[0].settings) for name, found in order.items() if found}
 
 
