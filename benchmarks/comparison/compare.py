@@ -143,18 +143,19 @@ def tables(runs: Runs) -> None:
         print_ratios(f"{task}: times as long", lines, SCENARIOS, list(_pairs(lines)))
     parts = [line(c, runs.of(c, ABLATION_SEEDS)) for c in ablation(runs)]
     pairs = [(name, "whole") for name in ABLATION if name != "whole"]
-    print_ratios("FedBackfill without a part", parts, SCENARIOS, pairs)
+    print_ratios("FedBackfill without a part: times as long", parts, SCENARIOS, pairs)
     searched = {name: c.search for name, c in CONTESTANTS.items()}
     best = {task: tuned(runs, task) for task in TASKS}
     record("strategies_tune", {"best": best}, _config() | {"searched": searched})
     record("strategies_test", {"lines": contests}, _config())
-    record("strategies_ablate", {"lines": parts}, _config())
+    if all(one["runs"] for one in parts):
+        record("strategies_ablate", {"lines": parts}, _config())
 
 
 def _pairs(lines: list[Line]) -> Iterator[tuple[str, str]]:
     """Yield who is compared with whom."""
-    as_published = [*OURS, *ORACLES, *(name for name in CONTESTANTS if "averaged" in name)]
-    everybody = [*OURS, *ORACLES]
+    everybody = [*ORACLES, *(name for name in CONTESTANTS if name.startswith("fedbackfill"))]
+    as_published = [*everybody, *(name for name in CONTESTANTS if "averaged" in name)]
     best = [best_of(lines, s, out) for out in (as_published, everybody) for s in SCENARIOS]
     for ours in OURS:
         yield REFERENCE, ours
