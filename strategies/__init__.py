@@ -5,8 +5,8 @@ file, one class in each, and are named by their path: ``strategies.fedbuff.FedBu
 """
 
 from strategies.base.asynchronous import AsyncStrategy
+from strategies.base.hpc_strategy import HpcStrategy
 from strategies.base.start import run_strategy
-from strategies.base.synchronous import HpcStrategy
 from strategies.base.window import WindowStrategy
 from strategies.engine.engine import Engine
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings

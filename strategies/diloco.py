@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from strategies.base.synchronous import HpcStrategy
+from strategies.base.hpc_strategy import HpcStrategy
 from strategies.parts import rules
 from strategies.parts.outer import OuterSGD
 from strategies.parts.rules import Record, Tensor, Tensors

@@ -123,7 +123,7 @@ class FedCompass(AsyncStrategy):
         here = [each for each in self._idle if each == name or self.sites[each].online]
         together = here if name in here else [name]
         for each in sorted(together, key=lambda each: self.pace.step_s[each]):
-            self._orders[each] = self._join(each) or self._found(each)
+            self._orders[each] = self._join(each) or self._start_group(each)
         self._idle = [each for each in self._idle if each not in together]
 
     def _group_of(self, name: str) -> _Group | None:
@@ -143,7 +143,7 @@ class FedCompass(AsyncStrategy):
         self._groups[k].members.append(name)
         return steps
 
-    def _found(self, name: str) -> int:
+    def _start_group(self, name: str) -> int:
         """Found a group that arrives when another one could be back; return the site's steps."""
         now, speeds = self.now(), self.pace.step_s
         fits = []

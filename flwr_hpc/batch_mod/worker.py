@@ -36,7 +36,7 @@ def run(allocation_dir: str) -> None:
     settings = JobSettings.read(allocation)
     deadline = Deadline.detect(reserve_most_s=RESERVED_MOST_S)
     if ranks.rank > 0:
-        follow(allocation, ranks, settings, deadline.is_over)
+        follow(allocation, ranks, settings, deadline.must_leave)
         return
     timer = PhaseTimer()
     with Reporter(allocation, timer, deadline) as reporter:
@@ -92,7 +92,7 @@ class Worker:
         self._timer.switch_to("load")
         self._reporter.set_state("loading")
         try:
-            failure = self._process().load(self._deadline.is_over)
+            failure = self._process().load(self._deadline.must_leave)
         except Stopped:
             return
         if failure is not None:
@@ -154,15 +154,15 @@ class Worker:
             failure = process.call(
                 order.request,
                 reply,
-                stop=lambda: self._deadline.is_over() or self._crew.failure(order) is not None,
+                stop=lambda: self._deadline.must_leave() or self._crew.failure(order) is not None,
             )
             if failure is None:
-                failure = self._crew.wait(order, self._deadline.is_over)
+                failure = self._crew.wait(order, self._deadline.must_leave)
             elif reply.exists():  # the app's own error, with the context it left
                 return failure
         except Stopped:
             failure = self._crew.failure(order)
-            if failure is None or self._deadline.is_over():
+            if failure is None or self._deadline.must_leave():
                 raise
         if failure is not None:
             save(reply, Reply(failure=failure))

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from flwr_hpc.config.facility import walltime_s
-from flwr_hpc.config.facility_rules import check_facility
+from flwr_hpc.config.facility_shape import check_shape
 from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
 
 CHOICES = {
@@ -76,7 +76,7 @@ def check_values(c: Any) -> None:
     for i, beta in enumerate(c.train.betas):
         within(f"train.betas[{i}]", beta, "[0, 1)")
     for name, facility in c.facilities.items():
-        check_facility(name, facility)
+        check_shape(name, facility)
     _check_paths(c)
     _check_model(c)
     if not c.strategy.get("_target_"):

@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord
 
 from flwr_hpc.exchange import registry, stores
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.files import draft
 
 PREFIX = "exchange."  # in a message, a reference to the arrays of key K lies under PREFIX + K
 DEFAULT = "fsspec"  # takes every URL whose scheme no other store is named after
@@ -96,13 +97,29 @@ class Store(ABC):
             Of the file, if known.
         """
 
-    @abstractmethod
     def get(self, ref: Reference, target: Path) -> None:
         """Fetch a payload, verify it, and let it appear at `target` whole.
 
         BadPayload if it is not there or not what the reference says; OSError if it cannot be
         read, or `target` not written.
         """
+        size = self.size(ref)
+        if size is None:
+            raise BadPayload(f"payload {ref.key} is not in the store {self.url}")
+        if size != ref.bytes:
+            raise BadPayload(f"payload {ref.key} has {size} bytes, expected {ref.bytes}")
+        with draft(target) as temporary:
+            digest = self.fetch(ref, temporary)
+            if digest != ref.sha256:
+                raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
+
+    @abstractmethod
+    def size(self, ref: Reference) -> int | None:
+        """Return the bytes of a payload as it lies there, None if it does not."""
+
+    @abstractmethod
+    def fetch(self, ref: Reference, target: Path) -> str:
+        """Copy or link a payload to `target`; return the sha256 of what came."""
 
     @abstractmethod
     def delete(self, ref: Reference) -> None:

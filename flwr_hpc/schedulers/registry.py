@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.config.facility_rules import check_facility as check_shape
+from flwr_hpc.config.facility_shape import check_shape
 from flwr_hpc.errors import one_of
 from flwr_hpc.schedulers.base import Scheduler
 from flwr_hpc.schedulers.rules import Rules, check_fields

@@ -26,8 +26,8 @@ from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.tracking.events import EventLog
+from strategies.base.hpc_strategy import HpcStrategy
 from strategies.base.start import run_strategy
-from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 

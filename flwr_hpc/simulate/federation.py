@@ -20,8 +20,8 @@ from flwr_hpc.simulate.learning.base import Learner
 from flwr_hpc.simulate.learning.tasks import TASKS
 from flwr_hpc.simulate.queues.build import build_queue
 from flwr_hpc.simulate.site import SimulatedSite
+from strategies.base.hpc_strategy import HpcStrategy
 from strategies.base.start import run_strategy
-from strategies.base.synchronous import HpcStrategy
 from strategies.engine.engine import Engine
 from strategies.engine.runtime import RunFailed, Runtime, Settings
 

@@ -1,4 +1,4 @@
-"""Whether a worker's last word is a sign of life, or left over from before its job was requeued."""
+"""Whether a worker is alive, or its last heartbeat is left over from before a requeue."""
 
 from __future__ import annotations
 

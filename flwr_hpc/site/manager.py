@@ -22,7 +22,7 @@ from flwr_hpc.site import long_poll
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
 from flwr_hpc.site.monitor import Monitor, View
 from flwr_hpc.site.renewal import Renewal
-from flwr_hpc.site.startup_failures import (
+from flwr_hpc.site.retries import (
     fail_if_retries_are_spent,
     repeated_startup_failure,
     reset_order,
@@ -96,7 +96,7 @@ class AllocationManager:
             while True:
                 current = self._current()
                 if current is not None:
-                    self._renew()
+                    self._submit_due_successors()
                     return self._status.of_allocation(*current)
                 failure = repeated_startup_failure(self.spool, self._config.retries)
                 if failure is not None:
@@ -131,7 +131,7 @@ class AllocationManager:
     def status(self) -> Status:
         """Return the state of the site; asks for nothing but a live allocation's successors."""
         with self.spool.lock():
-            self._renew()
+            self._submit_due_successors()
             current = self._current()
             if current is None:
                 return self._status.of_state("idle")
@@ -209,7 +209,7 @@ class AllocationManager:
                 ready = current if current and current[1].state == "ready" else None
                 return self._status.of_result(result, ready)
             if assigned is not None:
-                self._renew()
+                self._submit_due_successors()
                 return self._status.of_allocation(*assigned, order_id=order_id)
             current = self._current()
             if current is not None and self._must_wait_for_handover(*current):
@@ -219,7 +219,7 @@ class AllocationManager:
     def _assigned(self, order_id: str) -> Living | None:
         """Return the allocation that has the order, if that will do."""
         for alloc in self._open():
-            if order_id not in alloc.inbox() or (view := self._look(alloc)).state == "ended":
+            if order_id not in alloc.inbox() or (view := self._update(alloc)).state == "ended":
                 continue
             if view.state == "queued" and self._is_another_ready(alloc):
                 alloc.unassign(order_id)
@@ -247,7 +247,7 @@ class AllocationManager:
         if view.state != "ready":
             return False
         for alloc in self._open():
-            may_write = alloc != to and alloc.released and self._look(alloc).state == "ready"
+            may_write = alloc != to and alloc.released and self._update(alloc).state == "ready"
             if may_write and self.clock.wall() - alloc.released_s < HANDOVER_S:
                 return True
         return False
@@ -260,7 +260,7 @@ class AllocationManager:
         The ready one that lasts longest, else one that starts, else the one that waits longest.
         What waits for its first start stays: it is a successor.
         """
-        views = [(alloc, self._look(alloc)) for alloc in self._open()]
+        views = [(alloc, self._update(alloc)) for alloc in self._open()]
         living = [(a, view) for a, view in views if view.state != "ended" and not a.released]
         best = max(living, key=lambda candidate: _fitness(*candidate), default=None)
         if best is not None and best[1].state == "ready":
@@ -270,7 +270,7 @@ class AllocationManager:
                     self._release(alloc)
         return best
 
-    def _renew(self) -> None:
+    def _submit_due_successors(self) -> None:
         """Submit the successors of the allocation that takes new orders in time."""
         current = self._current()
         if current is None:
@@ -286,11 +286,11 @@ class AllocationManager:
         ledgers = [self._status.account(a).ledger for a in self.spool.allocations()]
         waits = [self._queue_wait(a) for a in queued]
         if self._renewal.is_due(view.walltime_left_s, waits, ledgers):
-            self._look(self._create())
+            self._update(self._create())
 
     def _queue_wait(self, alloc: AllocationDir) -> tuple[JobInfo | None, float]:
         """Return what the scheduler says of a job in the queue, and how long it has waited."""
-        info, job = self._look(alloc).info, alloc.job()
+        info, job = self._update(alloc).info, alloc.job()
         return info, self._monitor.waited_s(job, info) if info and job else 0.0
 
     def _open(self) -> list[AllocationDir]:
@@ -298,12 +298,12 @@ class AllocationManager:
         return [a for a in reversed(self.spool.allocations()) if not self._monitor.is_closed(a)]
 
     def _create(self) -> AllocationDir:
-        """Declare a new allocation; `_look` submits it."""
+        """Declare a new allocation; `_update` submits it."""
         alloc = self.spool.new_allocation()
         alloc.write_settings(self._settings)
         return alloc
 
-    def _look(self, alloc: AllocationDir) -> View:
+    def _update(self, alloc: AllocationDir) -> View:
         """Return an allocation's state; it is submitted if it is not."""
         try:
             unneeded = alloc.released and not alloc.inbox()

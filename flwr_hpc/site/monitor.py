@@ -13,7 +13,7 @@ from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
 from flwr_hpc.site.heartbeat import HeartbeatMonitor
 from flwr_hpc.site.job_states import JobStates
 from flwr_hpc.site.job_times import record_times
-from flwr_hpc.site.outcomes import RULES, Why, classify_ended_job, reject_pending_job
+from flwr_hpc.site.outcomes import RULES, Why, classify_ended_job, classify_pending_job
 from flwr_hpc.spool import AllocationDir, Spool, Verdict, WorkerState
 
 NO_LOG = (
@@ -198,7 +198,7 @@ class Monitor:
         if info.state == "running":
             return View("starting", None, info)
         waited = self.waited_s(job, info)
-        hopeless = reject_pending_job(info, waited, self._deadline_s)
+        hopeless = classify_pending_job(info, waited, self._deadline_s)
         if hopeless is None:
             return View("queued", worker, info, info.reason)
         if hopeless[0] == "overdue":

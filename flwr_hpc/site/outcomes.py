@@ -59,7 +59,9 @@ def classify_ended_job(info: JobInfo, worker: WorkerState | None) -> Why:
     return why
 
 
-def reject_pending_job(info: JobInfo, waited_s: float, deadline_s: float) -> tuple[Why, str] | None:
+def classify_pending_job(
+    info: JobInfo, waited_s: float, deadline_s: float
+) -> tuple[Why, str] | None:
     """Return why a job that waits is not worth waiting for, in what words; None if it is."""
     words = f"{info.reason} (job {info.id})"
     if info.stuck == "impossible":

@@ -16,7 +16,7 @@ from torch import nn
 
 from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.spool import OrderDir
-from flwr_hpc.train.progress import Progress, Trained
+from flwr_hpc.train.progress import OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.worker.phase_timer import PhaseTimer
 from flwr_hpc.worker.reporter import Reporter
@@ -75,7 +75,7 @@ class Meter:
 
         return report
 
-    def metrics(self, trained: Trained) -> dict[str, float]:
+    def metrics(self, trained: OrderProgress) -> dict[str, float]:
         """Return an order's numbers."""
         if not trained.steps:
             return {}

@@ -18,7 +18,7 @@ from flwr_hpc.train.control_variates import ControlVariates
 from flwr_hpc.train.local_update_share import LocalUpdate
 from flwr_hpc.train.local_weights import LocalWeights, missing_start
 from flwr_hpc.train.metrics import Meter
-from flwr_hpc.train.progress import Proximal, Trained
+from flwr_hpc.train.progress import OrderProgress, Proximal
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.deadline import Deadline, Stop
 
@@ -115,7 +115,7 @@ class OrderRunner:
         if correction or order.options.get(MEAN_GRADIENT):
             self._variates = self.trainer.variates(correction)
         proximal = self._begin(order, weights, saved)
-        trained, metrics = self._resume(saved) if saved else (Trained(), self._measure(order))
+        trained, metrics = self._resume(saved) if saved else (OrderProgress(), self._measure(order))
         if not (saved and saved.meta["finished"]):
             trained = self._steps(order, folder, trained, proximal)
             if trained.stopped and not trained.steps:
@@ -153,9 +153,9 @@ class OrderRunner:
             self.trainer.reset_optimizer()
         return proximal
 
-    def _resume(self, saved: Saved) -> tuple[Trained, dict[str, float]]:
+    def _resume(self, saved: Saved) -> tuple[OrderProgress, dict[str, float]]:
         """Return how far an earlier job got, and what it measured before."""
-        trained = Trained(**saved.meta["trained"])
+        trained = OrderProgress(**saved.meta["trained"])
         self.meter.seconds["resumed"] = trained.seconds
         self._update.forget()
         return trained, saved.meta["metrics"]
@@ -171,8 +171,8 @@ class OrderRunner:
         return metrics | self._update.begin(order)
 
     def _steps(
-        self, order: Order, folder: OrderDir, trained: Trained, proximal: Proximal | None
-    ) -> Trained:
+        self, order: Order, folder: OrderDir, trained: OrderProgress, proximal: Proximal | None
+    ) -> OrderProgress:
         steps = order.steps
         self.trainer.lr_scale = float(order.options.get("lr-scale", 1.0))
         before = dataclasses.replace(trained)
@@ -189,7 +189,7 @@ class OrderRunner:
         return self.deadline.should_stop(self.step_s)
 
     def _report(
-        self, order: Order, folder: OrderDir, trained: Trained, metrics: dict[str, float]
+        self, order: Order, folder: OrderDir, trained: OrderProgress, metrics: dict[str, float]
     ) -> Result:
         sha256 = self._write(folder, order.returns)
         extra_arrays = self._write_extra_arrays(order, folder, trained)
@@ -208,7 +208,7 @@ class OrderRunner:
     # Checkpoints
 
     def _checkpoint(
-        self, order: Order, trained: Trained, metrics: dict[str, float], finished: bool
+        self, order: Order, trained: OrderProgress, metrics: dict[str, float], finished: bool
     ) -> None:
         meta = {
             "step": self.trainer.step, "finished": finished, "metrics": metrics,
@@ -249,7 +249,7 @@ class OrderRunner:
         return sha256
 
     def _write_extra_arrays(
-        self, order: Order, folder: OrderDir, trained: Trained
+        self, order: Order, folder: OrderDir, trained: OrderProgress
     ) -> dict[str, str]:
         """Write the mean gradient, if it was asked for and is known."""
         variates, self._variates = self._variates, None

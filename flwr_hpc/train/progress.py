@@ -13,7 +13,7 @@ Progress = Callable[[int, Callable[[], float]], None]
 
 
 @dataclass
-class Trained:
+class OrderProgress:
     """How far an order got; survives in a checkpoint of that order."""
 
     steps: int = 0  # Done in this order, over all ranks; `tokens` are those the loss was taken on

@@ -20,7 +20,7 @@ from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
-from flwr_hpc.train.progress import Evaluated, Progress, Proximal, Trained
+from flwr_hpc.train.progress import Evaluated, OrderProgress, Progress, Proximal
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.weights import layout_of, read_weights, write_weights
 from flwr_hpc.worker.deadline import Stop
@@ -133,18 +133,18 @@ class Trainer:
     def train(
         self,
         steps: int,
-        so_far: Trained | None = None,
+        so_far: OrderProgress | None = None,
         should_stop: Callable[[], Stop] = lambda: Stop.NO,
         report: Progress = lambda step, loss: None,
         proximal: Proximal | None = None,
         variates: ControlVariates | None = None,
-    ) -> Trained:
+    ) -> OrderProgress:
         """Take optimizer steps until the order has `steps`.
 
         Parameters
         ----------
         steps : int
-        so_far : Trained or None
+        so_far : OrderProgress or None
             Where an interrupted order goes on.
         should_stop : callable
             Asked on every rank before each step; any rank's reason ends the order on all.
@@ -153,7 +153,7 @@ class Trainer:
         proximal, variates : Proximal, ControlVariates or None
             Change the gradients.
         """
-        done = dataclasses.replace(so_far or Trained(), stopped=Stop.NO)
+        done = dataclasses.replace(so_far or OrderProgress(), stopped=Stop.NO)
         stats: list[Tensor] = []
         tokens, began = 0, time.perf_counter()
         self._model.train()
@@ -232,7 +232,7 @@ class Trainer:
         output = self._model(input_ids=input_ids.to(device, non_blocking=True))
         return summed_loss(output.logits, labels.to(device, non_blocking=True))
 
-    def _account(self, done: Trained, stats: list[Tensor], last_tokens: int) -> None:
+    def _account(self, done: OrderProgress, stats: list[Tensor], last_tokens: int) -> None:
         if not stats:
             return
         losses, norms = torch.stack(stats).double().cpu().unbind(1)

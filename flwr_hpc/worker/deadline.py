@@ -107,7 +107,7 @@ class Deadline:
             return Stop.FINISH
         return Stop.NO
 
-    def is_over(self) -> bool:
+    def must_leave(self) -> bool:
         """Say whether even the work at hand must be left: a signal, or the walltime."""
         left = self.walltime_left()
         return self.interrupted or (left is not None and left < self.reserve_s / 2)

@@ -1,4 +1,4 @@
-"""What the launcher gets to see of a worker while it works."""
+"""What a worker writes of itself while it works: state, progress, heartbeat."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from flwr_hpc.protocol import Order
 from strategies.base.fields import StoredTensors
+from strategies.base.hpc_strategy import HpcStrategy
 from strategies.base.persistence import load_strategy, save_strategy
-from strategies.base.synchronous import HpcStrategy
 from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState

@@ -23,10 +23,10 @@ from flwr.serverapp import Grid
 from flwr_hpc.protocol import RELEASE, Order
 from strategies.engine import messages
 from strategies.engine.orders import extra_name
-from strategies.engine.registry import SiteRegistry
 from strategies.engine.replies import ReplyReader
 from strategies.engine.requests import RequestTracker
 from strategies.engine.runtime import RunFailed, Runtime, Stopped
+from strategies.engine.sites import SiteRegistry
 from strategies.engine.state import Binding, Event, Failure, Memory, Plan, Request, SiteState
 from strategies.engine.transport import MessageTransport
 

@@ -22,7 +22,7 @@ from strategies.engine.engine import Engine, global_name
 from strategies.engine.runtime import RunFailed
 from strategies.engine.state import Binding, Event, Failure, Plan, SiteResult, SiteState
 from strategies.engine.troubles import Troubles
-from strategies.engine.validate import NewWeights, checked, shapes_of
+from strategies.engine.validate import NewWeights, check_version, shapes_of
 from strategies.parts.rules import tensors
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -300,7 +300,7 @@ class EventLoop:
         if driver.stored is not None and new is driver.stored:
             driver.arrays = driver.stored
         else:
-            pairs = checked(new, self._shapes, source)
+            pairs = check_version(new, self._shapes, source)
             driver.arrays = self.runtime.checkpoints.put(name, pairs)
 
     def _take_entries(self) -> list[dict[str, Any]]:

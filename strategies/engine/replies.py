@@ -1,4 +1,7 @@
-"""What a site's answer means for the request it belongs to."""
+"""What a site's answer means for the request it belongs to, and whether it is refused.
+
+Weights that came by the exchange have been checked in `flwr_hpc.exchange.grid` before.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from strategies.engine.requests import RequestTracker
 from strategies.engine.runtime import FatalSiteError, Runtime
 from strategies.engine.state import InFlight, Memory, Request, SiteResult, SiteState
 from strategies.engine.transport import NODE_UNAVAILABLE
-from strategies.engine.validate import fault
+from strategies.engine.validate import reply_fault
 
 WARM = ("ready", "running", "done")
 KNOWN = ("queued", "starting", "ready", "running", "done")  # the site has the order
@@ -101,7 +104,7 @@ class ReplyReader:
         order = request.order
         assert order is not None  # only a submitted request is answered so
         arrays = messages.arrays_of(message)
-        wrong = fault(request, message, arrays, status, site.launcher, self._runtime.check)
+        wrong = reply_fault(request, message, arrays, status, site.launcher, self._runtime.check)
         if wrong:
             self._telemetry.rejected(order, wrong)
             self._tracker.fail(request, f"rejected: {wrong}")

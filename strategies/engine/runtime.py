@@ -135,7 +135,7 @@ def _no_event(event: str, **fields: Any) -> None:
     """Drop the event."""
 
 
-def check_reply(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
+def weights_fault(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
     """Say what is wrong with trained weights (names, shapes, finiteness), or None."""
     if set(base) != set(trained):
         odd = sorted(set(base) ^ set(trained))[:3]
@@ -160,6 +160,6 @@ class Runtime:
     settings: Settings = field(default_factory=Settings)
     # ``check(base, trained) -> what is wrong or None``: guards the model against a launcher
     # site's weights. None where the exchange has checked them already.
-    check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = check_reply
+    check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = weights_fault
     # Once set, the loop ends with `Stopped`.
     stop: threading.Event = field(default_factory=threading.Event)

@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 # ---- replies --------------------------------------------------------------------------------
 
 
-def fault(
+def reply_fault(
     request: Request,
     message: Message,
     arrays: object,
@@ -105,7 +105,9 @@ def shapes_of(model: Record) -> Shapes:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
 
 
-def checked(new: NewWeights, model: Shapes, source: str) -> Iterator[tuple[str, NDArray[Any]]]:
+def check_version(
+    new: NewWeights, model: Shapes, source: str
+) -> Iterator[tuple[str, NDArray[Any]]]:
     """Yield new weights in the model's dtypes, one tensor at a time.
 
     Parameters

@@ -10,7 +10,7 @@ import numpy as np
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.store import Reference, Store
 from flwr_hpc.exchange.tensorfile import TensorFile, aligned, sha256_of, write_safetensors
-from flwr_hpc.exchange.tensors import BadPayload, TensorInfo, Tensors
+from flwr_hpc.exchange.tensors import TensorInfo, Tensors
 from flwr_hpc.files import draft
 
 
@@ -70,11 +70,13 @@ class Drawer(Store):
             shutil.copy(path, temporary)
         return ref
 
-    def get(self, ref: Reference, target: Path) -> None:
-        if not self._path(ref).exists():
-            raise BadPayload(f"{ref.key} is not in the drawer")
-        with draft(target) as temporary:
-            shutil.copy(self._path(ref), temporary)
+    def size(self, ref: Reference) -> int | None:
+        path = self._path(ref)
+        return path.stat().st_size if path.exists() else None
+
+    def fetch(self, ref: Reference, target: Path) -> str:
+        shutil.copy(self._path(ref), target)
+        return sha256_of(target)
 
     def delete(self, ref: Reference) -> None:
         self._path(ref).unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from typing import Any
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.exchange.store import KEY, Reference, Store
 from flwr_hpc.exchange.tensorfile import link_or_copy, sha256_of
-from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.files import draft
 
 PIECE = 1 << 20  # bytes moved at a time
@@ -63,7 +62,7 @@ class FsspecStore(Store):
     def put(self, path: Path, folder: str = "shared", sha256: str | None = None) -> Reference:
         digest = sha256 or sha256_of(path)
         ref = Reference.of(folder, digest, path.stat().st_size)
-        if self._size(ref) == ref.bytes:
+        if self.size(ref) == ref.bytes:
             return ref
         if local := self._local(ref):
             with draft(local) as temporary:
@@ -75,20 +74,19 @@ class FsspecStore(Store):
             shutil.copyfileobj(source, f, PIECE)
         return ref
 
-    def get(self, ref: Reference, target: Path) -> None:
-        size = self._size(ref)
-        if size is None:
-            raise BadPayload(f"payload {ref.key} is not in the store {self.url}")
-        if size != ref.bytes:
-            raise BadPayload(f"payload {ref.key} has {size} bytes, expected {ref.bytes}")
-        with draft(target) as temporary:
-            if local := self._local(ref):
-                link_or_copy(local, temporary)
-                digest = sha256_of(temporary)
-            else:
-                digest = self._download(ref, temporary)
-            if digest != ref.sha256:
-                raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
+    def size(self, ref: Reference) -> int | None:
+        fs, _ = self._place
+        fs.invalidate_cache()  # others write here too
+        try:
+            return int(fs.size(self._path(ref)))
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, ref: Reference, target: Path) -> str:
+        if local := self._local(ref):
+            link_or_copy(local, target)
+            return sha256_of(target)
+        return self._download(ref, target)
 
     def delete(self, ref: Reference) -> None:
         with _gone_is_fine():
@@ -109,14 +107,6 @@ class FsspecStore(Store):
         protocol = self._place[0].protocol
         local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
         return Path(self._path(ref)) if local else None
-
-    def _size(self, ref: Reference) -> int | None:
-        fs, _ = self._place
-        fs.invalidate_cache()  # others write here too
-        try:
-            return int(fs.size(self._path(ref)))
-        except FileNotFoundError:
-            return None
 
     def _download(self, ref: Reference, target: Path) -> str:
         digest = hashlib.sha256()

@@ -16,7 +16,7 @@ from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.checkpoint import Saved
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
-from flwr_hpc.train.progress import Trained
+from flwr_hpc.train.progress import OrderProgress
 from flwr_hpc.worker.deadline import Deadline, Stop
 from flwr_hpc.worker.phase_timer import PhaseTimer
 
@@ -30,7 +30,9 @@ class CountingTrainer:
         self.step, self.state = 0, {"moments": np.zeros(())}
         self.lr_scale = 1.0
 
-    def train(self, steps: int, so_far: Trained, should_stop: Any, *extras: Any) -> Trained:
+    def train(
+        self, steps: int, so_far: OrderProgress, should_stop: Any, *extras: Any
+    ) -> OrderProgress:
         done = dataclasses.replace(so_far, stopped=Stop.NO)
         while done.steps < steps and not (stop := should_stop()):
             done.steps += 1

@@ -71,9 +71,9 @@ def test_what_outlasts_the_walltime_is_left(clock: FakeClock) -> None:
     """Protects the orderly end from a message of any length: half of the reserve is for leaving."""
     deadline = Deadline.detect(100.0, {}, clock=clock)
     clock.sleep(94.0)
-    assert (deadline.should_stop(), deadline.is_over()) == (Stop.FINISH, False)
+    assert (deadline.should_stop(), deadline.must_leave()) == (Stop.FINISH, False)
     clock.sleep(2.0)
-    assert (deadline.should_stop(), deadline.is_over()) == (Stop.FINISH, True)
+    assert (deadline.should_stop(), deadline.must_leave()) == (Stop.FINISH, True)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -84,4 +84,4 @@ def test_a_warning_is_no_interruption(clock: FakeClock, number: signal.Signals) 
     warning = number in (signal.SIGUSR1, signal.SIGUSR2)
     assert (deadline.warned, deadline.interrupted) == (warning, not warning)
     assert deadline.should_stop() is (Stop.FINISH if warning else Stop.LEAVE)
-    assert deadline.is_over() is not warning
+    assert deadline.must_leave() is not warning

@@ -18,7 +18,7 @@ from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.loop import EvaluateFn
 from strategies.engine.runtime import Runtime
-from strategies.engine.validate import NewWeights, checked, shapes_of
+from strategies.engine.validate import NewWeights, check_version, shapes_of
 from strategies.parts import rules
 from strategies.parts.rules import Record, Tensor
 
@@ -112,7 +112,7 @@ class HpcStrategy(Strategy):
         new = self.aggregate(server_round, trained, weights)
         model = shapes_of(self.arrays or trained[0])
         self.stored = self.runtime.checkpoints.put(
-            global_name(server_round), checked(new, model, f"{type(self).__name__}.aggregate")
+            global_name(server_round), check_version(new, model, f"{type(self).__name__}.aggregate")
         )
         return self.stored, messages.mean_metrics([messages.flat_metrics(r) for r in good])
 

@@ -1,4 +1,4 @@
-"""When to stop replacing allocations that end; counted in files, so by any process."""
+"""When to stop replacing allocations that end, and sending orders again; counted in files."""
 
 from __future__ import annotations
 

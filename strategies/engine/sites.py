@@ -1,4 +1,4 @@
-"""Which node speaks for which facility."""
+"""Which node speaks for which site: they come, go, and come back as other nodes."""
 
 from __future__ import annotations
 

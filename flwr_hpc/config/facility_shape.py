@@ -21,7 +21,7 @@ from flwr_hpc.errors import UserError, not_negative, one_of, positive
 GPU_VENDORS = ("nvidia", "amd", "intel")
 
 
-def check_facility(name: str, f: FacilityConfig) -> None:
+def check_shape(name: str, f: FacilityConfig) -> None:
     """Check a facility's fields and how they go together."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_]*", name):
         raise UserError(f"facility name '{name}' may hold letters, digits and '_' only")
