@@ -9,7 +9,7 @@ import pytest
 from flwr.app import ConfigRecord
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays, with_nan
 
-from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Status
+from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Result, Status
 from strategies import (
     Binding,
     Engine,
@@ -204,6 +204,17 @@ def test_a_push_that_is_always_refused_fails():
     assert "refuses" in failure.reason
 
 
+def test_refused_pushes_count_in_a_row():
+    """An order that takes for days must not end by a refusal now and then."""
+    bench = ready_bench(FakeSite("a", step_s=100.0), retries=0)
+    bench.train()
+    bench.grid.refuse = 8
+    assert bench.engine.events(timeout=500) == []
+    assert bench.sent(TRAIN) == 1
+    bench.grid.refuse = 8
+    assert isinstance(bench.run(), SiteResult)
+
+
 def test_acquire_deadline_cancels_the_job():
     """A queued job that comes too late is cancelled at the site."""
     site = FakeSite("a", queue_s=10_000)
@@ -255,6 +266,17 @@ def test_a_failure_that_may_mend_is_retried():
     assert isinstance(failure, Failure)
     assert failure.reason == "node down"
     assert bench.sent(ACQUIRE) == 2
+
+
+def test_an_order_that_the_site_refuses_is_not_sent_again():
+    """The site lacks what it goes on from: only another order will do."""
+    lacking = Result("", "failed", error="no weights", refused=True)
+    bench = ready_bench(FakeSite("a", fail=Status("failed", result=lacking)), retries=3)
+    bench.train()
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert failure.reason == "no weights"
+    assert bench.sent(ACQUIRE) == 1
 
 
 def test_weights_that_are_not_finite_are_rejected():

@@ -272,16 +272,37 @@ def test_back_off_is_a_switch():
 def test_failures_are_counted_over_a_resume():
     """A server that dies often must not ask a broken site for ever, nor at once."""
     clock = VirtualClock()
+    clock.t = 1000.0
     engine = Engine(FakeGrid([FakeSite("a")], clock), Runtime(clock=clock))
     before, after = Troubles(engine), Troubles(engine)
     before.failed("a", "no quota")
     before.failed("a", "no node")
     after.load(json.loads(json.dumps(before.save())))
     assert after.rests("a")
-    clock.t = 61.0  # twice the first pause
+    clock.t = 1061.0  # twice the first pause
     assert not after.rests("a")
     assert after.failed("a", "no quota") == 120.0
     assert "a: no quota" in after.reasons()
+
+
+def test_failed_rounds_are_counted_over_a_resume():
+    """A server that dies often must not begin rounds that cannot succeed for ever."""
+
+    def world():
+        settings = Settings(min_sites=2, retries=0, max_failed_rounds=3)
+        broken = FakeSite("b", fail=Status("failed", error="disk full"))
+        return World([FakeSite("a"), broken], settings, rounds=9)
+
+    whole = world()
+    with pytest.raises(RunFailed, match="3 rounds in a row"):
+        whole.serve(FlowerFedAvg)
+    for k in range(0, whole.moments, 3):
+        resumed = world()
+        with pytest.raises(Killed):
+            resumed.serve(FlowerFedAvg, die_at=k)
+        with pytest.raises(RunFailed, match="3 rounds in a row"):
+            resumed.serve(FlowerFedAvg)
+        assert set(resumed.sites[0].trained) == set(whole.sites[0].trained)
 
 
 # ---- how many there are -------------------------------------------------------------------------

@@ -122,6 +122,20 @@ def test_the_grace_begins_with_the_quorum():
     assert run.strategy.version == 1
 
 
+def test_the_grace_is_not_begun_anew():
+    """Neither a further update nor a late quorum puts off when a window closes."""
+    window = {"deadline_s": 100.0, "quorum": 1, "grace_s": 30.0}
+    run, late = (asked(Driven(FedAvg(**window))) for _ in range(2))
+    run.at(50.0)
+    run.arrive("a", delta(1.0))
+    run.at(60.0)
+    run.arrive("b", delta(1.0))
+    assert run.strategy.wake_at() == 80.0
+    late.at(90.0)
+    late.arrive("a", delta(1.0))
+    assert late.strategy.wake_at() == 100.0
+
+
 def test_a_round_ends_when_all_that_are_left_have_failed():
     """Nobody is waited for; what has come is merged."""
     run = asked(Driven(FedAvg()))
