@@ -125,9 +125,11 @@ LATER = "Fri Nov 20 09:00:00 2026"
 )
 def test_restarts(state: str, runs: int, restarts: int, submitted: str | None) -> None:
     """Protects a second stay in the queue from counting the first run as waiting."""
-    info = read_job("1.p", job(job_state=state, run_count=runs, ctime=AT, mtime=LATER, stime=AT))
+    times = {"ctime": AT, "etime": AT, "mtime": LATER, "stime": AT}
+    info = read_job("1.p", job(job_state=state, run_count=runs, **times))
     same = read_job("1.p", job(job_state="Q", ctime=submitted)).submitted_s
     assert (info.restarts, info.submitted_s) == (restarts, same)
+    assert info.eligible_s == (None if restarts else AT_S)  # of the first stay alone
 
 
 def test_values_that_changed_their_type() -> None:

@@ -174,6 +174,14 @@ def test_quantiles_of_few_waits_are_careful() -> None:
     assert survival(np.empty(0), np.empty(0, bool), np.empty(0)) is None
 
 
+@pytest.mark.parametrize("over", [[True, False], [False, True]])
+def test_a_wait_that_lasts_as_long_could_have_ended(over: list[bool]) -> None:
+    """Protects the order of equal times: who is not over yet was among those who could end."""
+    found = survival(np.array([100.0, 100.0]), np.array(over), np.ones(2))
+    assert found is not None
+    assert found.at(100.0) == pytest.approx(2 / 3)
+
+
 def test_alike_jobs_tell_more() -> None:
     """Protects the choice of what is compared: size, partition and QOS."""
     small, large = waits([60.0] * 20), waits([7200.0] * 20, shape=replace(SHAPE, nodes=64))

@@ -158,6 +158,8 @@ def test_times_of_a_job_that_was_requeued(tmp_path: Path) -> None:
     assert [(c.started_s, c.ended_s) for c in kept.cycles] == [(160, 500), (530, 900)]
     assert (kept.id, kept.nodes, kept.outcome) == ("1", 2, "completed")
     assert queue_s(kept) == 90.0
+    record_times(alloc, JobInfo("1", "a", "ended", outcome="lost"))
+    assert times(alloc).restarts == 1
 
 
 def test_times_of_a_requeue_that_nobody_saw(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_a_requeue_between_two_looks_is_noticed(world: World) -> None:
     assert world.site.collect(order().id).state == "starting"
     world.worker(0, "ready")
     assert world.site.collect(order().id).state == "running"
+    assert world.restart().collect(order().id).state == "running"
     assert world.scheduler.cancelled == []
 
 
