@@ -63,6 +63,22 @@ def test_release_ends_after_what_was_assigned(spool: Spool, clock: FakeClock) ->
     assert box.next() is None
 
 
+def test_an_order_assigned_just_before_the_release_is_done(
+    spool: Spool, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round's order and its release may both come between two looks at the folder."""
+    look = AllocationDir.inbox
+
+    def inbox_before_both(alloc: AllocationDir) -> list[str]:
+        found = look(alloc)
+        alloc.assign("run-a-000000")
+        alloc.release()
+        return found
+
+    monkeypatch.setattr(AllocationDir, "inbox", inbox_before_both)
+    assert inbox(spool, clock).next() == "run-a-000000"
+
+
 def test_idle_timeout_counts_from_the_last_order(spool: Spool, clock: FakeClock) -> None:
     """Every wait starts anew."""
     box = inbox(spool, clock)

@@ -32,3 +32,5 @@ def test_process_start_is_in_the_past(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_start(clock) < clock.now()
     monkeypatch.setenv("FLWR_HPC_T0", "12.5")
     assert process_start(clock) == 12.5
+    monkeypatch.setenv("FLWR_HPC_T0", "1012.5")  # of a host that has been up for longer
+    assert process_start(clock) == clock.now()
