@@ -134,10 +134,11 @@ def test_concurrent_puts_of_the_same_content_are_fine(store, payload, tmp_path):
         "a/{}",
         "a/b/{}.payload",
         "a/{}.payload\n",
+        f"a/{'1' * 64}.payload",
     ],
 )
 def test_a_reference_cannot_leave_the_store(key):
-    """Keys come from other sites."""
+    """Keys come from other sites, and name what is in the payload."""
     with pytest.raises(BadPayload):
         Reference(key.format("0" * 64), "0" * 64, 1)
 

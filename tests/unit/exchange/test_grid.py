@@ -215,6 +215,18 @@ def test_a_version_is_put_again_when_its_file_is_gone(tmp_path):
     assert_equal(values(arrays), expected)
 
 
+def test_a_version_that_was_deleted_is_put_again(tmp_path):
+    """A strategy may go back to weights that newer ones have displaced."""
+    federation = Federation(tmp_path)
+    old, new = initial(), ArrayRecord({"w": Array(np.zeros((4, 3), np.float32))})
+    for arrays in (old, new):
+        federation.train(11, arrays=arrays)
+    federation.grid.push_messages([])
+    assert old["w"].source.sha256 not in {path.stem for path in federation.files("store")}
+    (reply,) = federation.train(12, arrays=old)  # a site that has not fetched it yet
+    assert reply.has_content()
+
+
 def test_a_new_server_empties_its_folder(tmp_path):
     """What a killed session left does not pile up."""
     (tmp_path / "server").mkdir()
