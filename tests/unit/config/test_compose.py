@@ -78,6 +78,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["federation.wait_s=0"], "federation.wait_s=0.0 must be greater than zero"),
         (["federation.retries=-1"], "federation.retries=-1 must be zero or greater"),
         (["allocation.retries=-1"], "allocation.retries=-1 must be zero or greater"),
+        (["allocation.max_successors=-1"], "max_successors=-1 must be zero or greater"),
         (["federation.order_deadline_s=0"], "federation.order_deadline_s=0.0 must be greater"),
         (["federation.acquire_deadline_s=-3"], "federation.acquire_deadline_s=-3.0 must be"),
         (["allocation.idle_timeout_s=0"], "allocation.idle_timeout_s=0.0 must be greater"),

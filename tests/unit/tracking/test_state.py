@@ -184,6 +184,25 @@ def test_a_wait_that_nobody_reported_is_laid_before_the_allocation_was_ready() -
     ]
 
 
+def test_a_wait_is_not_laid_over_an_earlier_session() -> None:
+    """An allocation that a resumed session finds may have queued while the first one worked."""
+    f = a([
+        started(),
+        allocation(5, "ready"),
+        sent(5, 0),
+        started(10, resumed=True),
+        allocation(12, "ready", "x2"),
+        sent(12, 0),
+        done(14, 0, seconds={"train": 2}, ledger={"x2": {"queue": 8}}),
+    ])  # fmt: skip
+    assert f.intervals(14.0) == [
+        (0.0, 5, "idle"),
+        (5, 10, "train"),
+        (10, 12.0, "queue"),
+        (12, 14.0, "train"),
+    ]
+
+
 def test_a_train_message_that_waits_for_its_allocation_shows_the_wait() -> None:
     """Under a strategy that knows nothing of allocations the order's ledger tells of them."""
     ledger = {"x1": {"queue": 10, "startup": 2, "load": 3}}
