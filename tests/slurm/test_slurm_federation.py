@@ -27,9 +27,9 @@ def facilities(folder: Path, *clusters: Cluster) -> list[str]:
     return [f"--config-dir={folder}", f"+facility=[{names}]"]
 
 
-def ends_well(run: Run, *clusters: Cluster) -> None:
+def ends_well(run: Run, *clusters: Cluster, timeout_s: float = 560) -> None:
     """Wait for a run's end; check that one warm job did all of a cluster's work, and left."""
-    assert run.end() == 0, run.said()
+    assert run.end(timeout_s) == 0, run.said()
     for cluster in clusters:
         folder = run.dir / "facilities" / cluster.name / "allocations"
         (job,) = (json.loads(path.read_text()) for path in folder.glob("*/job.json"))
@@ -83,12 +83,13 @@ def test_training_goes_on_beyond_the_walltime(lab: Lab, tmp_path: Path, small: l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_demo_learns_on_three_clusters(lab: Lab, tmp_path: Path) -> None:
     """Protects the demo's promise on Slurm: FSDP over 2 nodes x 2 ranks here, fewer there."""
     clusters = [lab.cluster(TWO_NODES), lab.cluster(ONE_NODE), lab.cluster(ONE_NODE, 1)]
     where = facilities(tmp_path / "conf", *clusters)
     run = Run(tmp_path / "run", *where, settings=[])
-    ends_well(run, *clusters)
+    ends_well(run, *clusters, timeout_s=1400)
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
         assert site["held_out_loss_last"] < 2.1

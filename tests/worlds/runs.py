@@ -72,7 +72,7 @@ class Run:
     def said(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def end(self, timeout_s: float = 400) -> int:
+    def end(self, timeout_s: float = 560) -> int:
         """Wait for the command's exit code; kill it when it takes too long."""
         try:
             return self.process.wait(timeout_s)
