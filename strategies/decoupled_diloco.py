@@ -45,7 +45,14 @@ class DecoupledDiLoCo(WindowStrategy):
         exponent: float = 0.0,
         **base: Any,
     ) -> None:
-        super().__init__(quorum=quorum, grace_s=grace_s, late=late, exponent=exponent, **base)
+        super().__init__(
+            quorum=quorum,
+            grace_s=grace_s,
+            late=late,
+            weighted_by="uniform",  # its own weights are tokens^2 / steps
+            exponent=exponent,
+            **base,
+        )
         self.outer = OuterSGD(outer_lr, momentum, nesterov)
 
     def weight(self, update: Update) -> float:

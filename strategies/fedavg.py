@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from strategies.base.window import WindowStrategy
 from strategies.engine.state import Plan, SiteState
@@ -29,11 +29,9 @@ class FedAvg(WindowStrategy):
         1 is FedAvg.
     proximal_mu : float
         FedProx (arXiv 1812.06127): sites add ``mu / 2 ||w - theta||^2`` to their loss.
-    deadline_s, quorum, grace_s, late, weighted_by, exponent :
-        See `strategies.base.window.WindowStrategy`.
-    **base
-        ``average`` and ``size_steps`` with its bounds, see
-        `strategies.base.asynchronous.AsyncStrategy`.
+    **window
+        ``deadline_s``, ``quorum``, ``grace_s``, ``late``, ``weighted_by``, ``exponent``,
+        ``average`` and ``size_steps``, see `strategies.base.window.WindowStrategy`.
     """
 
     def __init__(
@@ -43,23 +41,9 @@ class FedAvg(WindowStrategy):
         over_selection: float = 1.0,
         outer_lr: float = 1.0,
         proximal_mu: float = 0.0,
-        deadline_s: float | None = None,
-        quorum: int = 1,
-        grace_s: float | None = None,
-        late: Literal["merge", "drop"] = "merge",
-        weighted_by: Literal["num-examples", "uniform"] = "num-examples",
-        exponent: float = 0.5,
-        **base: Any,
+        **window: Any,
     ) -> None:
-        super().__init__(
-            deadline_s=deadline_s,
-            quorum=quorum,
-            grace_s=grace_s,
-            late=late,
-            weighted_by=weighted_by,
-            exponent=exponent,
-            **base,
-        )
+        super().__init__(**window)
         limits.positive("sites_per_round", sites_per_round)
         limits.positive("outer_lr", outer_lr)
         limits.not_negative("proximal_mu", proximal_mu)

@@ -55,7 +55,7 @@ class FedBackfill(AsyncStrategy):
     overlap : bool
         The next order waits at the site while one is trained, so that transfers cost no time;
         it starts from the newest weights plus the expected share of the update in flight. When
-        it is handed in depends on the clock: a resumed run loses nothing, but is not the same bit
+        it is submitted depends on the clock: a resumed run loses nothing, but is not the same bit
         for bit.
     """
 

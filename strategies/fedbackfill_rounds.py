@@ -20,7 +20,7 @@ NO_WORK = ("queued", "ended")  # states of an allocation in which an order does 
 class FedBackfillRounds(WindowStrategy):
     """FedBackfill for those who need barriers: a version per window, merged in one step.
 
-    A site joins the window in which its order is handed in: one that waits in a queue holds
+    A site joins the window in which its order is submitted: one that waits in a queue holds
     nobody up. A window closes when all who joined have reported, or ``grace R`` seconds after
     its quorum has; what comes later is merged into the next one. The updates of a window make
     one step of `strategies.parts.outer.PartialNesterov` with the weights of FedBackfill::
@@ -30,7 +30,7 @@ class FedBackfillRounds(WindowStrategy):
         s(tau) = (1 + tau / N)^-a
 
     They are not normalised: a window of few sites makes a small step. R is how long an
-    order takes from its hand-in to its arrival without the queue, by moving averages over the
+    order takes from its submission to its arrival without the queue, by moving averages over the
     orders of those who have reported; or `round_s`.
 
     Parameters
@@ -100,7 +100,7 @@ class FedBackfillRounds(WindowStrategy):
     def plan(self, site: SiteState) -> Plan | None:
         """Return an order for a site that has not reported yet."""
         plan = super().plan(site)
-        if plan is not None:  # it may have to queue: it joins when the order is handed in
+        if plan is not None:  # it may have to queue: it joins when the order is submitted
             del self.working[site.facility]
         return plan
 

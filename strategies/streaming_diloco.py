@@ -12,7 +12,7 @@ from strategies.base.fields import StoredTensors
 from strategies.base.window import check_window
 from strategies.engine.messages import part_of
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
-from strategies.parts import rules
+from strategies.parts import limits, rules
 from strategies.parts.buffer import Buffer, Update, deltas
 from strategies.parts.fragments import Fragments
 from strategies.parts.pace import SpeedEstimate
@@ -84,7 +84,9 @@ class StreamingDiLoCo(AsyncStrategy):
         quorum: int = 1,
         average: float | None = None,
     ) -> None:
-        super().__init__(weighted_by=weighted_by, average=average)
+        super().__init__(average=average)
+        limits.one_of("weighted_by", weighted_by, limits.WEIGHTINGS)
+        self.weighted_by = weighted_by
         if fragments < 1:
             raise ValueError(f"fragments={fragments} must be at least 1")
         if not 0.0 <= alpha < 1.0:
@@ -204,7 +206,7 @@ class StreamingDiLoCo(AsyncStrategy):
         return Binding(self.version, self.arrays, {WINDOW: self._turn(facility)})
 
     def _turn(self, facility: str) -> int:
-        """Return the window of an order that is handed in now: while it queued, some may close."""
+        """Return the window of an order that is submitted now: while it queued, some may close."""
         windows = self.working[facility]
         windows[-1] = self._lacking(facility, windows[-1])
         return windows[-1]

@@ -23,7 +23,7 @@ from rich.progress import track
 
 from flwr_hpc.simulate.__main__ import compose
 from flwr_hpc.simulate.compare import scenario_of
-from flwr_hpc.simulate.federation import Outcome, simulate
+from flwr_hpc.simulate.federation import RunOutcome, simulate
 from flwr_hpc.simulate.pool import RENEWAL
 
 STEPS = "steps"  # per order where the strategy does not decide: no argument of the strategy
@@ -84,7 +84,7 @@ def run(case: Case, seed: int) -> Times:
     return Times(columns[0], columns[1], loss, time.process_time() - began)
 
 
-def _first(outcome: Outcome, target: float, column: int) -> float:
+def _first(outcome: RunOutcome, target: float, column: int) -> float:
     return next((point[column] for point in outcome.curve if point[2] <= target), math.inf)
 
 

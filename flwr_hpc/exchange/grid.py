@@ -327,7 +327,7 @@ class ExchangeGrid(Grid):
 
 
 def _order_in(message: Message | None) -> Order | None:
-    """Return the order that a message of ours hands in or asks for."""
+    """Return the order that a message of ours submits or asks for."""
     record = message.content.get(ORDER) if message is not None else None
     return from_json(Order, str(record["json"])) if isinstance(record, ConfigRecord) else None
 

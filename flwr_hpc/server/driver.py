@@ -30,7 +30,7 @@ WANDB_S = 30.0  # to upload what is left
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SessionOutcome:
     """How a session ended."""
 
     # ``finished``, ``failed``, ``interrupted``, or ``lost``: a process of Flower's died, and the
@@ -50,26 +50,26 @@ class Interrupted(Exception):
         self.number = number
 
 
-def drive(run: RunDir, config: Config, view: LiveView) -> Outcome:
+def drive(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
     """Run the federation to its end, starting Flower anew when one of its processes dies.
 
     Whatever the end, no process is left; jobs are left only if this process is killed.
     """
-    outcome = Outcome("failed", "the run could not be started")
+    outcome = SessionOutcome("failed", "the run could not be started")
     with _signals():
         try:
             outcome = _sessions(run, config, view)
         except Interrupted as exc:
-            outcome = Outcome("interrupted", f"stopped by {exc}", signal=exc.number)
+            outcome = SessionOutcome("interrupted", f"stopped by {exc}", signal=exc.number)
         except (OSError, RuntimeError, subprocess.SubprocessError) as exc:
-            outcome = Outcome("failed", str(exc))
+            outcome = SessionOutcome("failed", str(exc))
         finally:
             with ignore_signals():
                 _clean_up(run, config, view, outcome)
     return outcome
 
 
-def _sessions(run: RunDir, config: Config, view: LiveView) -> Outcome:
+def _sessions(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
     follower = follow(run.events)
     view.restore(follower.poll())
     outcome = _session(run, config, follower, view)
@@ -81,7 +81,7 @@ def _sessions(run: RunDir, config: Config, view: LiveView) -> Outcome:
     return outcome
 
 
-def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: Outcome) -> None:
+def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: SessionOutcome) -> None:
     """End the jobs, and let the event log end as the run did."""
     if outcome.status == "finished":
         with suppress(SchedulerUnavailableError, OSError):  # then they are cancelled
@@ -124,7 +124,7 @@ def _record_costs(run: RunDir, config: Config) -> None:
             events.emit("jobs_ended", facility=facility, jobs=status.jobs, ledger=status.ledger)
 
 
-def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) -> Outcome:
+def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) -> SessionOutcome:
     """Start Flower, follow the run, and end every process."""
     run.server_file.unlink(missing_ok=True)
     port = free_port()
@@ -147,7 +147,7 @@ def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) ->
 
 def _follow(
     run: RunDir, processes: Processes, follower: Follower, progress: SpoolProgress, view: LiveView
-) -> Outcome:
+) -> SessionOutcome:
     """Show the run's events until it ends, or one of its processes does."""
     started = time.monotonic()
     while True:
@@ -161,28 +161,28 @@ def _follow(
         if gone:
             return _lost(gone[0], run)
         if server == "dead":
-            return Outcome("lost", "the ServerApp died")
+            return SessionOutcome("lost", "the ServerApp died")
         if server == "absent" and time.monotonic() - started > flower.START_S:
             tail = flower.tail(run.logs / "superlink.log")
-            return Outcome("failed", f"the ServerApp did not start:\n{tail}")
+            return SessionOutcome("failed", f"the ServerApp did not start:\n{tail}")
         time.sleep(POLL_S)
 
 
-def _finished(event: Event, processes: Processes) -> Outcome:
+def _finished(event: Event, processes: Processes) -> SessionOutcome:
     """Return what the ServerApp said; it fails when SuperLink dies, which is not its fault."""
     fatal = bool(event.get("fatal"))
     if event["status"] == "failed" and not fatal:
         time.sleep(1.0)
         if gone := processes.tend():
-            return Outcome("lost", f"{gone[0].name} ended")
-    return Outcome(event["status"], event["error"], fatal, logged=True)
+            return SessionOutcome("lost", f"{gone[0].name} ended")
+    return SessionOutcome(event["status"], event["error"], fatal, logged=True)
 
 
-def _lost(child: Child, run: RunDir) -> Outcome:
+def _lost(child: Child, run: RunDir) -> SessionOutcome:
     log = run.logs / f"{child.name}.log"
     if child.restartable:
-        return Outcome("failed", f"{child.name} does not stay up:\n{flower.tail(log)}")
-    return Outcome("lost", f"{child.name} ended")
+        return SessionOutcome("failed", f"{child.name} does not stay up:\n{flower.tail(log)}")
+    return SessionOutcome("lost", f"{child.name} ended")
 
 
 def _server_state(run: RunDir) -> str:

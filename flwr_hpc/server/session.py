@@ -17,7 +17,7 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import preflight
-from flwr_hpc.server.driver import Outcome, drive
+from flwr_hpc.server.driver import SessionOutcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import site_settings
 from flwr_hpc.site.launcher import job_spec
@@ -48,7 +48,7 @@ def run(config: Config, resumed: bool) -> int:
         if resumed and _is_complete(run_dir, config):
             more = f"rounds={2 * config.rounds}"
             console.print(f"finished already after {config.rounds} rounds; to go on, add {more}")
-            return _conclude(console, run_dir, Outcome("finished"))
+            return _conclude(console, run_dir, SessionOutcome("finished"))
         if resumed:
             run_dir.write_config(config)
         for name in config.facilities:
@@ -74,7 +74,7 @@ class _Console(Console):
             os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
-def _conclude(console: Console, run_dir: RunDir, outcome: Outcome) -> int:
+def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int:
     """Say how it ended and what to type next."""
     path = shlex.quote(str(_short(run_dir.path)))
     lines = [f"report: {_short(run_dir.report)}"]

@@ -21,7 +21,7 @@ from rich.table import Table
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.files import publish
 from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, check_site
-from flwr_hpc.simulate.federation import Outcome, simulate
+from flwr_hpc.simulate.federation import RunOutcome, simulate
 from flwr_hpc.simulate.pool import RENEWAL
 
 SUCCESSORS = "max_successors"  # in a strategy's file: of its warm allocations, else the launcher's
@@ -81,7 +81,7 @@ def compare(config: SimulateConfig) -> int:
 
 def run_all(
     config: SimulateConfig, scenario: ScenarioConfig, workers: int | None = None
-) -> Iterator[Outcome]:
+) -> Iterator[RunOutcome]:
     """Yield the outcomes as they come, from several processes."""
     jobs = list(_jobs(config))
     workers = min(len(jobs), workers or os.cpu_count() or 1)
@@ -128,13 +128,13 @@ def _site(facility: FacilityConfig, like: SiteModel) -> SiteModel:
     return SiteModel(step_s=step_s, nodes=facility.nodes, walltime=facility.walltime, **values)
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+def rows(outcomes: Sequence[RunOutcome]) -> list[Row]:
     """Return a row per strategy, in the order they first appear."""
     names = dict.fromkeys(o.strategy for o in outcomes)
     return [_row([o for o in outcomes if o.strategy == name]) for name in names]
 
 
-def _row(runs: Sequence[Outcome]) -> Row:
+def _row(runs: Sequence[RunOutcome]) -> Row:
     # A run that did not reach the target took longer than any that did.
     hours = sorted(o.hours if o.reached else math.inf for o in runs)
     nodes = sorted(o.node_hours if o.reached else math.inf for o in runs)
@@ -220,7 +220,7 @@ def _jobs(config: SimulateConfig) -> Iterator[Job]:
             yield Job(name, strategy, policy, successors, seed)
 
 
-def _run(config: SimulateConfig, scenario: ScenarioConfig, job: Job) -> Outcome:
+def _run(config: SimulateConfig, scenario: ScenarioConfig, job: Job) -> RunOutcome:
     logging.getLogger("flwr").setLevel(logging.ERROR)  # it tells of every round
     return simulate(
         scenario,
@@ -237,7 +237,7 @@ def _run(config: SimulateConfig, scenario: ScenarioConfig, job: Job) -> Outcome:
 
 def _with_progress(
     console: Console, config: SimulateConfig, scenario: ScenarioConfig
-) -> Iterator[Outcome]:
+) -> Iterator[RunOutcome]:
     columns = (
         TextColumn("simulating"),
         BarColumn(),
@@ -261,7 +261,7 @@ def _folder(config: SimulateConfig) -> Path:
     return out
 
 
-def _draw(out: Path, outcomes: Sequence[Outcome]) -> str:
+def _draw(out: Path, outcomes: Sequence[RunOutcome]) -> str:
     """Draw the plots if matplotlib is there; return what to say about them."""
     try:
         from flwr_hpc.simulate.plots import draw

@@ -31,7 +31,7 @@ POLL_S = 5.0
 
 
 @dataclass
-class Outcome:
+class RunOutcome:
     """What a run came to."""
 
     strategy: str  # Of the run
@@ -129,7 +129,7 @@ def simulate(
     wait_s: float = WAIT_S,
     poll_s: float = POLL_S,
     initialize: bool = False,
-) -> Outcome:
+) -> RunOutcome:
     """Run a strategy until the target loss, the horizon, or so many versions.
 
     Parameters
@@ -164,7 +164,7 @@ def simulate(
 
     Returns
     -------
-    Outcome
+    RunOutcome
     """
     clock = VirtualClock(scenario.horizon_h * 3600.0)
     learner = TASKS[learning](len(scenario.sites), scenario.own_share, seed)
@@ -181,7 +181,7 @@ def simulate(
         settings=_settings(wait_s, poll_s, back_off),
         check=None,
     )
-    outcome = Outcome(name, seed, policy, target=target)
+    outcome = RunOutcome(name, seed, policy, target=target)
     try:
         built = build_strategy(copy.deepcopy(strategy), f"strategies.{name}")
         own = None if initialize else learner

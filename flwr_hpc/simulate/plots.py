@@ -9,18 +9,18 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from flwr_hpc.simulate.federation import Outcome
+from flwr_hpc.simulate.federation import RunOutcome
 
 COLOURS = {"queue": "#d9d9d9", "load": "#fdb462", "train": "#4daf4a", "idle": "#fb8072"}
 
 
-def draw(out: Path, outcomes: Sequence[Outcome]) -> list[Path]:
+def draw(out: Path, outcomes: Sequence[RunOutcome]) -> list[Path]:
     """Write ``loss.png`` and ``timelines.png``; return their paths."""
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return [_losses(out / "loss.png", outcomes), _timelines(out, outcomes)]
 
 
-def _losses(path: Path, outcomes: Sequence[Outcome]) -> Path:
+def _losses(path: Path, outcomes: Sequence[RunOutcome]) -> Path:
     """Loss against wall-clock and against node-hours; a thin line per seed."""
     names = list(dict.fromkeys(o.strategy for o in outcomes))
     figure = Figure(figsize=(11, 4.4), layout="constrained")
@@ -41,7 +41,7 @@ def _losses(path: Path, outcomes: Sequence[Outcome]) -> Path:
     return path
 
 
-def _timelines(out: Path, outcomes: Sequence[Outcome]) -> Path:
+def _timelines(out: Path, outcomes: Sequence[RunOutcome]) -> Path:
     """What every site's allocations did, for the first seed of each strategy."""
     seed = min(o.seed for o in outcomes)
     shown = [o for o in outcomes if o.seed == seed]
@@ -59,7 +59,7 @@ def _timelines(out: Path, outcomes: Sequence[Outcome]) -> Path:
     return path
 
 
-def _timeline(axis: Any, outcome: Outcome) -> None:
+def _timeline(axis: Any, outcome: RunOutcome) -> None:
     sites = list(outcome.segments)
     for row, site in enumerate(sites):
         for segment in outcome.segments[site]:

@@ -11,7 +11,7 @@ from flwr_hpc.train.trainer import Trainer
 class LocalUpdate:
     """Remembers, shard by shard, how the last order moved the weights.
 
-    An order that was handed in while another one was trained holds weights that lack the
+    An order that was submitted while another one was trained holds weights that lack the
     other's update. With `LOCAL_UPDATE_SHARE` in its options it starts from its weights plus that
     share of the update, and remembers its own; the reply says so, so that the server can tell
     what the site really started from.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
@@ -31,8 +31,6 @@ class AsyncStrategy(HpcStrategy):
 
     Parameters
     ----------
-    weighted_by : str
-        ``uniform`` or ``num-examples``.
     average : float or None
         gamma of an average of the versions (`strategies.parts.average`), which is published in
         place of the newest one: the last version of a run is this average. It takes out the
@@ -70,14 +68,13 @@ class AsyncStrategy(HpcStrategy):
     def __init__(
         self,
         *,
-        weighted_by: Literal["num-examples", "uniform"] = "uniform",
         average: float | None = None,
         size_steps: bool = False,
         round_s: float | None = None,
         min_steps: int = 10,
         max_steps: int = 4000,
     ) -> None:
-        super().__init__(weighted_by=weighted_by)
+        super().__init__(weighted_by="uniform")
         self.average = PublishedAverage(average)
         self.size_steps = size_steps
         self.sizing = OrderSizing(round_s, min_steps, max_steps)

@@ -19,7 +19,7 @@ from strategies.engine.engine import Engine, global_name
 from strategies.engine.loop import EvaluateFn
 from strategies.engine.runtime import Runtime
 from strategies.engine.validate import NewWeights, check_version, shapes_of
-from strategies.parts import rules
+from strategies.parts import limits, rules
 from strategies.parts.rules import Record, Tensor
 
 log = logging.getLogger("strategies")
@@ -54,10 +54,7 @@ class HpcStrategy(Strategy):
     engine: Engine | None = None
 
     def __init__(self, *, weighted_by: Literal["num-examples", "uniform"] = "num-examples"):
-        if weighted_by not in (WEIGHT_KEY, "uniform"):
-            raise ValueError(
-                f"weighted_by='{weighted_by}' is not known. Valid: {WEIGHT_KEY}, uniform"
-            )
+        limits.one_of("weighted_by", weighted_by, limits.WEIGHTINGS)
         self.weighted_by = weighted_by
         self.arrays = ArrayRecord()
         self.stored: ArrayRecord | None = None

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
-from strategies.parts import rules
+from strategies.parts import limits, rules
 from strategies.parts.buffer import Buffer, Update
 from strategies.parts.draw import drawn
 from strategies.parts.rules import Tensors
@@ -79,10 +79,11 @@ class WindowStrategy(AsyncStrategy):
         exponent: float = 0.5,
         **base: Any,
     ) -> None:
-        super().__init__(weighted_by=weighted_by, **base)
-        if late not in ("merge", "drop"):
-            raise ValueError(f"late='{late}' is not known. Valid: merge, drop")
+        super().__init__(**base)
+        limits.one_of("weighted_by", weighted_by, limits.WEIGHTINGS)
+        limits.one_of("late", late, ("merge", "drop"))
         check_window(deadline_s=deadline_s, quorum=quorum, grace_s=grace_s, exponent=exponent)
+        self.weighted_by = weighted_by
         self.deadline_s = deadline_s
         self.quorum = quorum
         self.grace_s = grace_s

@@ -363,7 +363,7 @@ class OnlineSitesGrid(Grid):
         return [site.node_id for site in self._engine.reachable()]
 
     def fresh(self) -> OnlineSitesGrid:
-        """Return this roster for another call of a hook."""
+        """Return this grid for another call of a hook."""
         self._asked = 0
         return self
 

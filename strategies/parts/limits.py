@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from flwr_hpc.protocol import WEIGHT_KEY
+
+WEIGHTINGS = (WEIGHT_KEY, "uniform")  # How much a site counts
+
 
 def positive(name: str, value: float | None) -> None:
     """Refuse what is not a finite number above zero; None is no number, and passes."""

@@ -37,7 +37,7 @@ class SpeedEstimate:
         self.queued_s: dict[str, float] = {}
 
     def observe(self, result: SiteResult, *, ahead: bool = False) -> None:
-        """Take an arrival's times in; of an order that was handed in `ahead`, not what it cost.
+        """Take an arrival's times in; of an order that was submitted `ahead`, not what it cost.
 
         Such an order has waited at the site for the one before it; of one that was resumed, the
         beginning is not known.
@@ -57,9 +57,9 @@ class SpeedEstimate:
     def _besides(self, facility: str, extra: float, waited: float) -> float:
         """Return what an order cost above its training, without the queue's part of it.
 
-        A wait ahead of the hand-in is no part of `extra`; one after it (preemption, an allocation
-        that ended) is, unless some of it had passed before. Where that cannot be told the order
-        is taken to have cost no more than those before it.
+        A wait before the submission is no part of `extra`; one after it (a preemption, an
+        allocation that ended) is, unless some of it had passed before. Where that cannot be told
+        the order is taken to have cost no more than those before it.
         """
         if extra >= waited:
             return extra - waited

@@ -104,12 +104,6 @@ def interpolated(x: Tensor, y: Tensor, c: float) -> Tensor:
     return np.asarray(here + here.dtype.type(c) * (_math(y) - here))
 
 
-def in_dtypes_of(reference: Record, record: Record) -> Tensors:
-    """Yield the tensors of a record in the dtypes of another."""
-    for name, array in reference.items():
-        yield name, _like(record[name].numpy(), array.numpy())
-
-
 # ---- staleness ------------------------------------------------------------------------------
 
 

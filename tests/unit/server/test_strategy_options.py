@@ -100,6 +100,12 @@ def test_a_value_out_of_range_is_named(cls: str, name: str, value: Any, valid: s
     assert f"{name}={value} must be {valid}" in said
 
 
+@pytest.mark.parametrize("cls", ["AsyncDiLoCo", "DecoupledDiLoCo", "FedAsync", "FedBuff"])
+def test_what_has_no_effect_is_refused(cls: str) -> None:
+    """Protects from an option that changes nothing: these have weights of their own."""
+    assert "weighted_by" in refused({"_target_": OURS[cls], "weighted_by": "uniform"})
+
+
 def test_what_fits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects whoever annotates as they like: only what is understood is looked at."""
     build_strategy(

@@ -17,7 +17,7 @@ from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.compare import Row, rows, scenario_of
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SimulateConfig, SiteModel
 from flwr_hpc.simulate.facility import Facility
-from flwr_hpc.simulate.federation import Outcome, simulate
+from flwr_hpc.simulate.federation import RunOutcome, simulate
 from flwr_hpc.simulate.grid import SimulatedGrid
 from flwr_hpc.simulate.identity import take_identity
 from flwr_hpc.simulate.learning.surrogate import SurrogateLearner
@@ -299,9 +299,9 @@ def test_the_servers_memory_does_not_grow_with_the_orders(name, monkeypatch):
 # ---- rows and facilities ------------------------------------------------------------------------
 
 
-def outcome(hours: float, reached: bool = True, loss: float = 1.0, name: str = "s") -> Outcome:
+def outcome(hours: float, reached: bool = True, loss: float = 1.0, name: str = "s") -> RunOutcome:
     curve = [(hours, 2 * hours, loss)]
-    return Outcome(name, 0, "warm", curve, reached, hours, 2 * hours, versions=int(hours))
+    return RunOutcome(name, 0, "warm", curve, reached, hours, 2 * hours, versions=int(hours))
 
 
 def test_rows():
@@ -318,7 +318,7 @@ def test_rows():
 def test_rows_of_runs_without_a_loss():
     """One that diverged, one that never began."""
     assert rows([outcome(1.0, False, math.nan)])[0].loss is None
-    assert rows([Outcome("s", 0, "warm")])[0].loss is None
+    assert rows([RunOutcome("s", 0, "warm")])[0].loss is None
 
 
 def test_rows_keep_the_order():
