@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from runs import TARGETS, Case, Runs, Times  # first: it limits numpy's threads
+from case_runs import TARGETS, Case, Runs, Times  # first: it limits numpy's threads
 
 # isort: split
 from contestants import ABLATION, CONTESTANTS, grid

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from runs import STEPS
+from case_runs import STEPS
 
 QUIET = {"fraction_evaluate": 0.0, "min_evaluate_nodes": 0}  # evaluation rounds would cost jobs
 

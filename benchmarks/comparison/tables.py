@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runs import TARGETS, Case, Times
+from case_runs import TARGETS, Case, Times
 
 from flwr_hpc.simulate.compare import quantile
 
