@@ -44,9 +44,12 @@ def test_app_in_a_job(
     (tmp_path / "conf" / "facility").mkdir(parents=True)
     (tmp_path / "conf" / "facility" / "here.yaml").write_text(FILE.format(scheduler=scheduler))
     module = make_app(SOURCE, tmp_path, monkeypatch)
-    settings = {"config-dir": str(tmp_path / "conf"), "idle-timeout-s": 2}
-    node = Node(module, tmp_path / "scratch", **{f"flwr-hpc.{k}": v for k, v in settings.items()})
+    settings = {"flwr-hpc.config-dir": str(tmp_path / "conf")}
+    node = Node(module, tmp_path / "scratch", **settings)
+    brief = Node(module, tmp_path / "brief", **settings, **{"flwr-hpc.idle-timeout-s": 1})
     try:
+        brief.about()
+        until(lambda: not brief.processes())
         first, second = node.about(), node.about()
         assert first["pid"] == second["pid"] != os.getpid()
         assert (first["calls"], second["calls"]) == (1, 2)
@@ -54,7 +57,7 @@ def test_app_in_a_job(
         with pytest.raises(LookupError, match="asked to"):
             node.send(fail=True)
         assert node.context.state["kept"]["n"] == 4
-        until(lambda: not node.processes(), 30)
+        assert node.processes()
     finally:
-        for process in node.processes():
+        for process in [*node.processes(), *brief.processes()]:
             process.kill()

@@ -62,6 +62,7 @@ def started(spec: JobSpec) -> None:
 def test_a_job_from_begin_to_end(spec: JobSpec, scheduler: Scheduler) -> None:
     """Protects the whole life of a job: all ranks run, and the end is noticed."""
     spec = dataclasses.replace(spec, function=fake_worker.dump_environment)
+    began_s = time.monotonic()
     job = scheduler.submit(spec)
     assert json.loads(json.dumps(job)) == job
     assert (job["name"], job["folder"]) == (spec.name, str(spec.folder))
@@ -69,10 +70,11 @@ def test_a_job_from_begin_to_end(spec: JobSpec, scheduler: Scheduler) -> None:
     until(lambda: info(scheduler, job).state == "ended")
     end = info(scheduler, job)
     assert end.queue_s is not None
-    assert 0 <= end.queue_s < 30
+    longest_s = time.monotonic() - began_s + 1  # Slurm cuts seconds
+    assert 0 <= end.queue_s < longest_s
     assert (end.nodes, end.restarts, end.outcome) == (1, 0, "completed")
     assert end.ended_s is not None
-    assert -1 < end.ended_s - (end.started_s or 0.0) < 60  # Slurm cuts seconds
+    assert -1 < end.ended_s - (end.started_s or 0.0) < longest_s
     assert not processes_of(spec.name)
 
 
@@ -80,6 +82,7 @@ def test_environment_of_the_ranks(spec: JobSpec, scheduler: Scheduler) -> None:
     """Protects what the worker relies on: threads, walltime, start, name, imports."""
     spec.facility.env["GREETING"] = "it's $HOME"
     spec = dataclasses.replace(spec, function=fake_worker.dump_environment)
+    began_s = time.monotonic()
     scheduler.submit(spec)
     started(spec)
     env = json.loads((Path(spec.args[0]) / "env-1.json").read_text())
@@ -87,7 +90,7 @@ def test_environment_of_the_ranks(spec: JobSpec, scheduler: Scheduler) -> None:
     assert env["OMP_NUM_THREADS"] == "1"
     assert env["FLWR_HPC_JOB"] == spec.name
     assert env["FLWR_HPC_WALLTIME_S"] in ("600", "3600")
-    assert 0 < time.monotonic() - float(env["FLWR_HPC_T0"]) < 60
+    assert began_s - 1 < float(env["FLWR_HPC_T0"]) < time.monotonic()
     if end_s := env.get("FLWR_HPC_END_S"):  # where the scheduler tells the job
         assert 0 < float(end_s) - time.time() <= 3600
 

@@ -12,7 +12,6 @@ from worlds.runs import ROOT, Run
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_the_demo_learns(tmp_path: Path) -> None:
     """Protects the demo's promise: the global model learns both facilities' data."""
     done = subprocess.run(

@@ -84,7 +84,7 @@ def test_every_order_is_in_the_event_log(undisturbed: Run) -> None:
 def test_a_finished_run_is_not_started_again(undisturbed: Run) -> None:
     """Protects an allocation from being asked for in vain."""
     again = Run(undisturbed.dir, resume=True)
-    assert again.end(30) == 0
+    assert again.end() == 0
     assert "finished already" in again.said()
 
 
@@ -137,7 +137,7 @@ def test_ctrl_c_cancels_and_tells_how_to_go_on(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "train.steps=70")
     run.until_training()
     run.process.send_signal(signal.SIGINT)
-    assert run.end(60) == 130
+    assert run.end() == 130
     assert run.left_behind() == []
     assert "resume=" in run.said()
     assert run.summary()["status"] == "interrupted"

@@ -21,7 +21,7 @@ import psutil
 from .host import ENV, HOME, LabError, alive, as_user, connect, missing, route, run, sweep
 from .plan import HERE, Layout, Shape, files, login_plan
 
-BOOT_S = 120.0
+PATIENCE_S = 300.0  # of a busy machine
 SPACES = ["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--net"]
 
 
@@ -93,7 +93,7 @@ class Cluster:
             words = said.get("error") or (folder / "log" / "init.log").read_text()[-2000:]
             raise LabError(f"cluster '{name}' does not come up: {words}")
         cluster = cls(layout, process.stdin)
-        cluster.until(cluster.idle, BOOT_S, "nodes that are idle")
+        cluster.until(cluster.idle, PATIENCE_S, "nodes that are idle")
         return cluster
 
     @classmethod
@@ -190,7 +190,7 @@ class Cluster:
         for node in self.nodes:
             with contextlib.suppress(LabError):  # it is not down
                 self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        self.until(lambda: not self.active_jobs() and self.idle(), 30, "an empty cluster")
+        self.until(lambda: not self.active_jobs() and self.idle(), 120, "an empty cluster")
 
     def until(self, what: Callable[[], Any], timeout_s: float, name: str) -> None:
         """Poll until something is true."""
@@ -207,7 +207,7 @@ class Cluster:
         path = self.folder / (f"{node}.control" if node else "control")
         try:
             with socket.socket(socket.AF_UNIX) as line:
-                line.settimeout(BOOT_S)
+                line.settimeout(PATIENCE_S)
                 line.connect(str(path))
                 line.sendall(json.dumps(request).encode() + b"\n")
                 reply = json.loads(line.makefile().readline() or "{}")
@@ -248,7 +248,7 @@ def _unshare(folder: Path) -> subprocess.Popen[str]:
 
 
 def _pid_1(supervisor: subprocess.Popen[str]) -> int:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and supervisor.poll() is None:
         if children := psutil.Process(supervisor.pid).children():
             return int(children[0].pid)

@@ -83,7 +83,7 @@ def as_user(name: str) -> list[str]:
     return ["setpriv", f"--reuid={name}", "--regid=nogroup", "--clear-groups", "--"]
 
 
-def run(*argv: str, timeout_s: float = 60, stdin: str | None = None) -> str:
+def run(*argv: str, timeout_s: float = 300, stdin: str | None = None) -> str:
     """Return what a command printed.
 
     Raises

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEP_S = 60.0
+STEP_S = 300.0
 
 
 class LabError(Exception):

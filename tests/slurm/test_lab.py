@@ -47,7 +47,7 @@ def reaches(cluster: Cluster, node: str, address: str, port: int) -> bool:
         f"sys.exit(line.connect_ex(({address!r}, {port})))\n"
     )
     argv = cluster.inside(sys.executable, "-I", "-S", "-c", code, node=node)
-    return subprocess.run(argv, timeout=60, check=False).returncode in (0, 111)  # open or refused
+    return subprocess.run(argv, check=False).returncode in (0, 111)  # open or refused
 
 
 @pytest.mark.slurm
@@ -94,7 +94,7 @@ def test_nothing_is_left_when_its_owner_is_killed(name: str) -> None:
         "from lab.cluster import Cluster\n"
         "from lab.plan import Shape\n"
         f"print(Cluster.up({name!r}, Shape(accounting=False)).layout.index, flush=True)\n"
-        "time.sleep(600)\n"
+        "time.sleep(3600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
@@ -127,7 +127,7 @@ def test_a_step_that_fails_says_why(name: str, monkeypatch: pytest.MonkeyPatch) 
 def _hurried(*args: object) -> dict[str, object]:
     from lab.plan import login_plan
 
-    return login_plan(*args) | {"step_s": 2.0}  # type: ignore[arg-type]
+    return login_plan(*args) | {"step_s": 10.0}  # type: ignore[arg-type]
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

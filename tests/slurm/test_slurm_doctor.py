@@ -41,7 +41,7 @@ def start(slurm: Cluster, tmp_path: Path, *arguments: str) -> subprocess.Popen[s
 def test_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
     """Protects the whole examination: Slurm's judgement, two nodes that meet, nothing left."""
     doctor = start(slurm, tmp_path, "--json")
-    out, err = doctor.communicate(timeout=180)
+    out, err = doctor.communicate()
     found = {f["name"]: f for f in json.loads(out)["facilities"]["slurm"]}
     assert doctor.returncode == 0, found
     for name in ("account and limits", "probe job", "shared files", "packages", "rendezvous"):
@@ -57,7 +57,7 @@ def test_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
 def test_a_refusal_and_a_queue_left_with_ctrl_c(slurm: Cluster, tmp_path: Path) -> None:
     """Protects Slurm's own words, and the queue from a probe that nobody waits for."""
     doctor = start(slurm, tmp_path, "facilities.slurm.account=wrong")
-    out, _ = doctor.communicate(timeout=60)
+    out, _ = doctor.communicate()
     assert doctor.returncode == 1
     assert "Invalid account" in out
     assert "-> facilities.slurm.account=NAME; yours: sacctmgr" in out
@@ -65,7 +65,7 @@ def test_a_refusal_and_a_queue_left_with_ctrl_c(slurm: Cluster, tmp_path: Path) 
     doctor = start(slurm, tmp_path)
     until(lambda: len(slurm.active_jobs()) == 2)  # sbatch's answer may be on its way
     doctor.send_signal(signal.SIGINT)
-    out, err = doctor.communicate(timeout=60)
+    out, err = doctor.communicate()
     assert doctor.returncode == 130
     assert "stopped; probe job cancelled: " in err
     until(lambda: slurm.active_jobs() == [others])

@@ -27,9 +27,9 @@ def facilities(folder: Path, *clusters: Cluster) -> list[str]:
     return [f"--config-dir={folder}", f"+facility=[{names}]"]
 
 
-def ends_well(run: Run, *clusters: Cluster, timeout_s: float = 560) -> None:
+def ends_well(run: Run, *clusters: Cluster) -> None:
     """Wait for a run's end; check that one warm job did all of a cluster's work, and left."""
-    assert run.end(timeout_s) == 0, run.said()
+    assert run.end() == 0, run.said()
     for cluster in clusters:
         folder = run.dir / "facilities" / cluster.name / "allocations"
         (job,) = (json.loads(path.read_text()) for path in folder.glob("*/job.json"))
@@ -67,29 +67,31 @@ def test_training_goes_on_beyond_the_walltime(lab: Lab, tmp_path: Path, small: l
     over the trainer's state, so that not one step is lost or done twice."""
     cluster = lab.cluster(ONE_NODE)
     name = cluster.name
-    own = [f"data.paths.{name}=[json]", f"facilities.{name}.walltime=00:01:00"]
+    own = [f"data.paths.{name}=[json]", f"facilities.{name}.walltime=00:02:00"]
     where = facilities(tmp_path / "conf", cluster)
-    run = Run(tmp_path / "run", *where, *own, "train.steps=1200", settings=small)
+    run = Run(tmp_path / "run", *where, *own, f"train.steps={10**6}", settings=small)
+    run.until_training(name, version=1)  # the first order was cut by its job's walltime
+    running = cluster.slurm("squeue", "-h", "-t", "RUNNING", "-o", "%A").split()
+    cluster.slurm("scancel", "--signal=USR2", *running)  # as Slurm warns of it
     assert run.end() == 0, run.said()
     done = [e["steps"] for e in run.events("order_done") if e["kind"] == "train"]
     assert len(done) == 2
-    assert min(done) < 1200
+    assert max(done) < 10**6
     site = run.dir / "facilities" / name
     assert len(list((site / "allocations").iterdir())) >= 2
-    last = max(path.name.rpartition("@")[2] for path in (site / "checkpoints").glob("[!.]*@*"))
-    assert int(last) == sum(done)  # the trainer's own count, handed from job to job
+    kept = (path.name.rpartition("@")[2] for path in (site / "checkpoints").glob("[!.]*@*"))
+    assert max(map(int, kept)) == sum(done)  # the trainer's own count, handed from job to job
     assert run.summary()["facilities"][name]["steps"] == sum(done)
     assert not cluster.active_jobs()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_the_demo_learns_on_three_clusters(lab: Lab, tmp_path: Path) -> None:
     """Protects the demo's promise on Slurm: FSDP over 2 nodes x 2 ranks here, fewer there."""
     clusters = [lab.cluster(TWO_NODES), lab.cluster(ONE_NODE), lab.cluster(ONE_NODE, 1)]
     where = facilities(tmp_path / "conf", *clusters)
     run = Run(tmp_path / "run", *where, settings=[])
-    ends_well(run, *clusters, timeout_s=1400)
+    ends_well(run, *clusters)
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
         assert site["held_out_loss_last"] < 2.1

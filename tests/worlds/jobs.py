@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pytest
 
 from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.files import read_json
 
 T = TypeVar("T")
+STALLED_S, LOOK_S = 300.0, 5.0
+# Written again and again by whoever lives, whether the work goes on or not; and a worker's state,
+# of which only the word counts.
+SIGNS_OF_LIFE, STATE = {"heartbeat.json", "job_states.json", "times.json", "lock"}, "state.json"
 TESTS = Path(__file__).parents[1]
 FAKES = TESTS / "contract" / "fake_slurm" / "slurm.py"
 FAKE_PBS = {"pbs": ("qsub", "qstat", "qdel"), "mom": ("pbs_mom",), "mpiexec": ("mpiexec",)}
 
 
-def until(what: Callable[[], T], timeout_s: float = 30.0) -> T:
-    """Poll until `what` returns something true."""
-    deadline = time.monotonic() + timeout_s
+def until(
+    what: Callable[[], T], *folders: Path, explain: Callable[[], str] = str, pause_s: float = 0.05
+) -> T:
+    """Poll until `what` returns something true, however slow the machine is.
+
+    It fails when nothing has moved in the folders for `STALLED_S` seconds: no file of the work is
+    new, gone, or changed. `explain` is asked for the reason then.
+    """
+    moved_s, before, looked_s = time.monotonic(), progress(*folders), time.monotonic()
     while not (value := what()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"
-        time.sleep(0.05)
+        time.sleep(pause_s)
+        if time.monotonic() - looked_s < LOOK_S:
+            continue
+        now, looked_s = progress(*folders), time.monotonic()
+        if now != before:
+            moved_s, before = looked_s, now
+        assert looked_s - moved_s < STALLED_S, f"nothing moved for {STALLED_S} s\n{explain()}"
     return value
+
+
+def progress(*folders: Path) -> dict[str, Any]:
+    """Return what the files of the work look like, without mere signs of life."""
+    found: dict[str, Any] = {}
+    for path in (p for folder in folders for p in folder.rglob("*")):
+        if path.name in SIGNS_OF_LIFE or path.suffix in (".log", ".tmp"):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if path.name == STATE:
+                found[str(path)] = (read_json(path) or {}).get("state")
+            elif path.is_file():
+                stat = path.stat()
+                found[str(path)] = (stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 def processes_of(name: str) -> list[psutil.Process]:

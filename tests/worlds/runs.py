@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
-from worlds.jobs import command_line
+from worlds.jobs import command_line, until
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 
 # A model and orders small enough for a test, long enough to be killed in the middle.
@@ -72,13 +72,14 @@ class Run:
     def said(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def end(self, timeout_s: float = 560) -> int:
-        """Wait for the command's exit code; kill it when it takes too long."""
+    def end(self) -> int:
+        """Wait for the command's exit code; kill it when nothing moves any more."""
         try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+            until(lambda: self.process.poll() is not None, self.dir, explain=self.said)
+        except AssertionError:
             self.process.kill()
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.said()}") from None
+            raise
+        return self.process.wait()
 
     def summary(self) -> dict[str, Any]:
         return self.summary_of(self.dir)
@@ -95,15 +96,16 @@ class Run:
         events = [json.loads(line) for line in lines if line.endswith("}")]
         return [e for e in events if name in (None, e["event"])]
 
-    def until(self, what: Callable[[], Any], timeout_s: float = 200) -> Any:
-        """Poll until `what` returns something true."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if value := what():
-                return value
-            assert self.process.poll() is None, f"the command ended early:\n{self.said()}"
-            time.sleep(0.05)
-        raise AssertionError(f"waited {timeout_s} s in vain; the command said:\n{self.said()}")
+    def until(self, what: Callable[[], T]) -> T:
+        """Poll until `what` returns something true, as long as the run moves."""
+
+        def look() -> T:
+            value = what()
+            ended = self.process.poll() is not None
+            assert value or not ended, f"the command ended early:\n{self.said()}"
+            return value
+
+        return until(look, self.dir, explain=self.said)
 
     def until_training(self, facility: str = "local_a", version: int = 0) -> str:
         """Wait until training from a version is under way; return the order's id."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,9 @@ class SlurmSite:
             entry=fake_worker.run,
         )  # fmt: skip
 
-    def submit(self, seconds: float = 1.0, sequence: int = 0) -> str:
-        """Submit an order that takes so long; returns its id."""
-        options = {"seconds": seconds}
+    def submit(self, seconds: float = 1.0, sequence: int = 0, gate: int = -1) -> str:
+        """Submit an order that takes so long, and waits at the step `gate`; returns its id."""
+        options = {"seconds": seconds, "gate": gate}
         order = Order(self.key, "real", sequence, "train", steps=5, options=options)
         self.site().submit(order, None)
         return order.id
@@ -73,20 +74,29 @@ class SlurmSite:
     def collect(self, order: str) -> Status:
         return self.site().collect(order)
 
-    def result(self, order: str, timeout_s: float = 60.0) -> Status:
-        """Wait for an order's end."""
-        site = self.site()
-        return site.wait(lambda: site.collect(order), timeout_s, FINAL)
+    def open_gate(self) -> None:
+        """Let orders that wait at their gate go on."""
+        (self.spool.root / fake_worker.GATE).touch()
 
-    def until_state(self, order: str, state: str, timeout_s: float = 30.0) -> Status:
+    def result(self, order: str) -> Status:
+        """Wait for an order's end, as long as its work moves."""
         site = self.site()
-        status = site.wait(lambda: site.collect(order), timeout_s, (state,))
-        assert status.state == state, status
+
+        def look() -> Status | None:
+            status = site.wait(lambda: site.collect(order), 5.0, FINAL)
+            return status if status.state in FINAL else None
+
+        status = until(look, self.spool.root, explain=self._log)
+        assert status is not None
         return status
 
     def until_step(self, order: str, step: int = 5) -> None:
         """Wait until a worker is in the middle of an order, asking as the server does."""
-        until(lambda: self.collect(order).step >= step, 30)
+        self.until(lambda: self.collect(order).step >= step)
+
+    def until(self, what: Callable[[], object]) -> None:
+        """Wait for something as long as the site's work moves."""
+        until(what, self.spool.root, explain=self._log)
 
     def step(self, order: str) -> int:
         return int(self.spool.order(order).progress().get("step", 0))
@@ -104,7 +114,7 @@ class SlurmSite:
     def end(self) -> None:
         """Release, and check that no job is left and none was submitted twice."""
         self.site().release()
-        until(lambda: not self.site().live_jobs(), 30)
+        self.until(lambda: not self.site().live_jobs())
         ours = [line for line in self._squeue() if line[0].startswith(self.key)]
         assert not [line for line in ours if line[1] in ("RUNNING", "PENDING", "COMPLETING")]
         assert max(Counter(name for name, _ in ours).values(), default=0) <= 1, ours
@@ -120,6 +130,10 @@ class SlurmSite:
                 for line in (self.spool.root / "trained.log").read_text().splitlines()
             ]
         return []
+
+    def _log(self) -> str:
+        log = self.cluster.folder / "log" / "slurmctld.log"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-30:])
 
     def _squeue(self) -> list[list[str]]:
         listed = self.cluster.slurm("squeue", "-h", "-a", "--states=all", "-o", "%j %T")

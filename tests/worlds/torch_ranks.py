@@ -150,7 +150,7 @@ def start_team(folder: Path, size: int) -> Team:
 
 def _serve(pipe: Connection, folder: Path, ranks: Ranks) -> None:
     torch.set_num_threads(1)
-    group = join(folder, ranks, timeout_s=60)
+    group = join(folder, ranks, timeout_s=600)
     while task := pipe.recv():
         function, args, kwargs = task
         try:

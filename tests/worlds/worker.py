@@ -1,7 +1,8 @@
 """A worker without torch that speaks the spool protocol: what a job runs in tests.
 
 ``settings.json`` may hold ``idle_timeout_s``, ``fail`` (error while loading) and ``fatal``; an
-order's options may hold ``seconds`` (how long it takes, in steps of `BEAT_S`) and ``fail``.
+order's options may hold ``seconds`` (how long it takes, in steps of `BEAT_S`), ``gate`` (a step
+that it does not go beyond until the test puts the file `GATE` into the spool) and ``fail``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flwr_hpc.spool import CHECKPOINT_META, AllocationDir, WorkerState, checkpoi
 from flwr_hpc.worker.deadline import Deadline
 
 BEAT_S = 0.05
+GATE = "gate-is-open"
 LEFT = ("closed", "failed", "interrupted")
 
 
@@ -106,7 +108,7 @@ class _Worker:
         steps = int(float(order.options.get("seconds", 0)) / BEAT_S)
         step = self.saved(order_id)
         while step < steps and not self.deadline.should_stop():
-            step += 1
+            step += not self.waits_at(step, order)
             folder.write_progress({"step": step, "steps": steps, "loss": 1.0})
             self.say("running", order_id)
             time.sleep(BEAT_S)
@@ -120,6 +122,10 @@ class _Worker:
             log.write(f"{order_id} {self.alloc.name}\n")
         folder.write_result(_result(order, step if step < steps else order.steps))
         return True
+
+    def waits_at(self, step: int, order: Order) -> bool:
+        """Tell whether the test wants the order to stay in the middle."""
+        return step == order.options.get("gate") and not (self.spool.root / GATE).exists()
 
     def saved(self, order_id: str) -> int:
         found = self.spool.checkpoints.glob(f"{order_id}@*")
