@@ -277,8 +277,9 @@ class AllocationManager:
             return
         alloc, view = current
         newer = [a for a in self.spool.allocations() if a.number > alloc.number]
-        # A successor that has failed is not replaced before it is needed.
-        if any(a.released or self._monitor.is_closed(a) for a in newer):
+        # A successor that has failed is not replaced before it is needed. One that was let go
+        # started out of turn, and this one took over from it.
+        if any(self._monitor.is_closed(a) and not a.released for a in newer):
             return
         if (runs := view.state != "queued") and view.walltime_left_s is None:
             return

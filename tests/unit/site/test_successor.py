@@ -372,6 +372,26 @@ def test_one_that_overtakes_costs_no_place_in_the_queue(long: World) -> None:
     assert long.alloc(2).released
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_one_let_go_for_an_older_one_does_not_stop_renewal(long: World, closed: bool) -> None:
+    """Protects the chain when jobs start out of turn: the older one, taking over from a newer, gets
+    a successor of its own."""
+    chain_of_two(long)
+    long.up(2)
+    long.site.acquire()
+    long.worker(0, "closed")
+    long.up(1)
+    long.worker(1, "ready", walltime_left_s=3590.0)
+    long.worker(2, "ready", walltime_left_s=2000.0)
+    assert long.site.acquire().allocation == "a0001"
+    if closed:
+        long.worker(2, "closed")
+    long.clock.time += 0.5 * HOUR
+    long.worker(1, "ready", walltime_left_s=1700.0)
+    assert long.site.acquire().allocation == "a0001"
+    assert len(long.scheduler.jobs) == 4
+
+
 def test_release_cancels_a_whole_chain(long: World) -> None:
     """Protects the queue from jobs nobody needs, and accounts for each."""
     chain_of_two(long)
