@@ -27,7 +27,7 @@ from _machine import record
 
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
-from flwr_hpc.simulate.federation import simulate
+from flwr_hpc.simulate.federation import RunSettings, simulate
 from flwr_hpc.simulate.pool import Allocation, Pool
 from strategies.fedbuff import FedBuff
 
@@ -55,10 +55,7 @@ def run(scenario: ScenarioConfig, strategy: dict[str, Any], versions: int) -> An
         scenario,
         "",
         strategy,
-        learning="surrogate",
-        steps=50,
-        versions=versions,
-        evaluate_every_s=1e12,
+        RunSettings(learning="surrogate", steps=50, versions=versions, evaluate_every_s=1e12),
     )
     assert not outcome.error, outcome.error
     return outcome

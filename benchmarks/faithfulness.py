@@ -32,7 +32,7 @@ from _measured import Figures, Speeds, figures, learner, speeds
 
 from flwr_hpc.config.schema import FederationConfig
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
-from flwr_hpc.simulate.federation import simulate
+from flwr_hpc.simulate.federation import RunSettings, simulate
 from flwr_hpc.simulate.pool import RENEWAL
 
 Row = dict[str, float | None]
@@ -50,15 +50,17 @@ def simulated(case: Case, strategy: dict[str, Any], fed: Mapping[str, Speeds]) -
         ScenarioConfig(sites, target=0.0),
         case.strategy,
         strategy,
-        policy=case.policy,
-        max_successors=RENEWAL.max_successors,
-        seed=SEED,
-        steps=STEPS,
-        evaluate_every_s=0.0,
-        versions=case.versions,
-        wait_s=FederationConfig().wait_s,
-        poll_s=POLL_S,
-        initialize=True,
+        RunSettings(
+            policy=case.policy,
+            max_successors=RENEWAL.max_successors,
+            seed=SEED,
+            steps=STEPS,
+            evaluate_every_s=0.0,
+            versions=case.versions,
+            wait_s=FederationConfig().wait_s,
+            poll_s=POLL_S,
+            initialize=True,
+        ),
     )
     assert found.versions == case.versions, found.error
     first = min(s.begin for own in found.segments.values() for s in own)

@@ -23,7 +23,7 @@ from rich.progress import track
 
 from flwr_hpc.simulate.__main__ import compose
 from flwr_hpc.simulate.compare import scenario_of
-from flwr_hpc.simulate.federation import RunOutcome, simulate
+from flwr_hpc.simulate.federation import RunOutcome, RunSettings, simulate
 from flwr_hpc.simulate.pool import RENEWAL
 
 STEPS = "steps"  # per order where the strategy does not decide: no argument of the strategy
@@ -71,14 +71,14 @@ def run(case: Case, seed: int) -> Times:
     for site in scenario.sites.values():
         site.queue.kind = "none" if case.waits == "none" else site.queue.kind
         site.queue.first_wait_only = case.waits == "first"
-    settings = {"_target_": case.target, **dict(case.settings)}
-    steps = int(settings.pop(STEPS, 100))
-    outcome = simulate(
-        scenario, case.name, settings,
+    arguments = {"_target_": case.target, **dict(case.settings)}
+    steps = int(arguments.pop(STEPS, 100))
+    settings = RunSettings(
         policy=case.policy, max_successors=case.max_successors, partial_work=case.partial_work,
         back_off=case.back_off, seed=seed, steps=steps, learning=case.task,
         evaluate_every_s=EVALUATE_EVERY_S[case.task],
     )  # fmt: skip
+    outcome = simulate(scenario, case.name, arguments, settings)
     columns = [[_first(outcome, t, column) for t in TARGETS[case.task]] for column in (0, 1)]
     loss = outcome.curve[-1][2] if outcome.curve else math.inf
     return Times(columns[0], columns[1], loss, time.process_time() - began)

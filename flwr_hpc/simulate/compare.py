@@ -21,7 +21,7 @@ from rich.table import Table
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.files import publish
 from flwr_hpc.simulate.config import ScenarioConfig, SimulateConfig, SiteModel, check_site
-from flwr_hpc.simulate.federation import RunOutcome, simulate
+from flwr_hpc.simulate.federation import RunOutcome, RunSettings, simulate
 from flwr_hpc.simulate.pool import RENEWAL
 
 SUCCESSORS = "max_successors"  # in a strategy's file: of its warm allocations, else the launcher's
@@ -226,12 +226,14 @@ def _run(config: SimulateConfig, scenario: ScenarioConfig, job: Job) -> RunOutco
         scenario,
         job.name,
         job.strategy,
-        policy=job.policy,
-        max_successors=job.max_successors,
-        seed=job.seed,
-        steps=config.steps,
-        learning=config.learning,
-        evaluate_every_s=config.evaluate_every_s,
+        RunSettings(
+            policy=job.policy,
+            max_successors=job.max_successors,
+            seed=job.seed,
+            steps=config.steps,
+            learning=config.learning,
+            evaluate_every_s=config.evaluate_every_s,
+        ),
     )
 
 

@@ -56,6 +56,26 @@ class RunOutcome:
         return plain
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is made with, beside its scenario and strategy."""
+
+    policy: str = "warm"  # Or ``per_round``
+    # Of a warm allocation that may wait in the queue at a time; 0: none is submitted ahead
+    max_successors: int = 0
+    # An order that the walltime ends returns what it has; else it goes on in the next allocation
+    partial_work: bool = True
+    back_off: bool = True  # Asynchronous strategies leave a site that fails alone for a while
+    seed: int = 0  # Of queues, faults, data and initial weights; it decides the whole run
+    steps: int = 100  # Per order, where the strategy does not decide
+    learning: str = "network"  # Of `learning.tasks.TASKS`
+    evaluate_every_s: float = 60.0  # The loss is computed no more often, in virtual seconds
+    versions: int = ENDLESS
+    wait_s: float = WAIT_S  # Of a long poll
+    poll_s: float = POLL_S  # Of the server's loop
+    initialize: bool = False  # The initial weights are an order, at the site that is ready first
+
+
 class _Reached(Exception):
     """The target loss is reached."""
 
@@ -116,19 +136,7 @@ def simulate(
     scenario: ScenarioConfig,
     name: str,
     strategy: dict[str, Any],
-    *,
-    policy: str = "warm",
-    max_successors: int = 0,
-    partial_work: bool = True,
-    back_off: bool = True,
-    seed: int = 0,
-    steps: int = 100,
-    learning: str = "network",
-    evaluate_every_s: float = 60.0,
-    versions: int = ENDLESS,
-    wait_s: float = WAIT_S,
-    poll_s: float = POLL_S,
-    initialize: bool = False,
+    settings: RunSettings,
 ) -> RunOutcome:
     """Run a strategy until the target loss, the horizon, or so many versions.
 
@@ -139,53 +147,17 @@ def simulate(
         The strategy's, for the outcome.
     strategy : dict
         ``_target_`` and arguments.
-    policy : str
-        ``warm`` or ``per_round``.
-    max_successors : int
-        Of a warm allocation that may wait in the queue at a time; 0: none is submitted ahead.
-    partial_work : bool
-        An order that the walltime ends returns what it has; else it goes on in the next
-        allocation.
-    back_off : bool
-        A site that fails is left alone for a while, by asynchronous strategies.
-    seed : int
-        Of queues, faults, data and initial weights; the same run comes out of the same seed.
-    steps : int
-        Per order, where the strategy does not decide.
-    learning : str
-        Of `learning.tasks.TASKS`.
-    evaluate_every_s : float
-        The loss is computed no more often, in virtual seconds.
-    versions : int
-    wait_s, poll_s : float
-        Of a long poll; of the server's loop.
-    initialize : bool
-        The initial weights are an order of their own, at the site that is ready first.
-
-    Returns
-    -------
-    RunOutcome
+    settings : RunSettings
     """
     clock = VirtualClock(scenario.horizon_h * 3600.0)
-    learner = TASKS[learning](len(scenario.sites), scenario.own_share, seed)
-    facilities = {
-        name: _facility(model, policy, max_successors, partial_work)
-        for name, model in scenario.sites.items()
-    }
-    grid, sites = _sites(scenario, facilities, clock, learner, seed)
+    learner = TASKS[settings.learning](len(scenario.sites), scenario.own_share, settings.seed)
+    grid, sites = _sites(scenario, settings, clock, learner)
     target = learner.target if scenario.target is None else scenario.target
-    watch = _Watch(clock, learner, sites, evaluate_every_s, target)
-    runtime = Runtime(
-        clock=clock,
-        checkpoints=_Memory(),
-        settings=_settings(wait_s, poll_s, back_off),
-        check=None,
-    )
-    outcome = RunOutcome(name, seed, policy, target=target)
+    watch = _Watch(clock, learner, sites, settings.evaluate_every_s, target)
+    outcome = RunOutcome(name, settings.seed, settings.policy, target=target)
     try:
         built = build_strategy(copy.deepcopy(strategy), f"strategies.{name}")
-        own = None if initialize else learner
-        _start(built, grid, runtime, own, watch, versions, steps)
+        _start(built, grid, watch, settings)
     except _Reached:
         outcome.reached = True
     except (HorizonReached, RunFailed) as exc:
@@ -199,37 +171,36 @@ def simulate(
     return outcome
 
 
-def _settings(wait_s: float, poll_s: float, back_off: bool) -> Settings:
-    settings = Settings(wait_s=wait_s, evaluate_every=0, final_evaluation_s=0.0, poll_s=poll_s)
-    return settings if back_off else replace(settings, backoff_s=0.0)
+def _runtime(clock: VirtualClock, settings: RunSettings) -> Runtime:
+    engine = Settings(
+        wait_s=settings.wait_s, evaluate_every=0, final_evaluation_s=0.0, poll_s=settings.poll_s
+    )
+    if not settings.back_off:
+        engine = replace(engine, backoff_s=0.0)
+    return Runtime(clock=clock, checkpoints=_Memory(), settings=engine, check=None)
 
 
-def _start(
-    strategy: Any,
-    grid: SimulatedGrid,
-    runtime: Runtime,
-    learner: Learner | None,
-    watch: _Watch,
-    versions: int,
-    steps: int,
-) -> None:
-    config = ConfigRecord({"steps": steps})
+def _start(strategy: Any, grid: SimulatedGrid, watch: _Watch, settings: RunSettings) -> None:
+    runtime = _runtime(watch.clock, settings)
+    config = ConfigRecord({"steps": settings.steps})
     engine = Engine(grid, runtime)
-    if learner is None:  # as the server application does
+    if settings.initialize:  # as the server application does
         engine.wait_for(len(grid.get_node_ids()))
         initial, _ = engine.initialize()
     else:
         engine.wait_for(1)
-        initial = ArrayRecord({k: Array(np.asarray(w)) for k, w in learner.initial().items()})
+        initial = ArrayRecord({k: Array(np.asarray(w)) for k, w in watch.learner.initial().items()})
     if isinstance(strategy, HpcStrategy):
         strategy.runtime, strategy.engine = runtime, engine
-        strategy.start(grid, initial, versions, train_config=config, evaluate_fn=watch.look)
+        strategy.start(
+            grid, initial, settings.versions, train_config=config, evaluate_fn=watch.look
+        )
     else:
         run_strategy(
             strategy,
             grid,
             initial,
-            versions,
+            settings.versions,
             train_config=config,
             evaluate_fn=watch.look,
             runtime=runtime,
@@ -238,24 +209,20 @@ def _start(
 
 
 def _sites(
-    scenario: ScenarioConfig,
-    facilities: dict[str, Facility],
-    clock: VirtualClock,
-    learner: Learner,
-    seed: int,
+    scenario: ScenarioConfig, settings: RunSettings, clock: VirtualClock, learner: Learner
 ) -> tuple[SimulatedGrid, list[SimulatedSite]]:
     grid = SimulatedGrid(clock)
     sites = []
     for index, (name, model) in enumerate(scenario.sites.items()):
-        queues, faults = (np.random.default_rng([seed, kind, index]) for kind in (4, 5))
+        queues, faults = (np.random.default_rng([settings.seed, kind, index]) for kind in (4, 5))
         queue = build_queue(model.queue, name, model, clock, queues)
-        site = SimulatedSite(name, index, facilities[name], queue, learner, clock, faults)
+        site = SimulatedSite(name, index, _facility(model, settings), queue, learner, clock, faults)
         grid.join(site, model.joins_s, model.leaves_s or float("inf"))
         sites.append(site)
     return grid, sites
 
 
-def _facility(model: SiteModel, policy: str, max_successors: int, partial_work: bool) -> Facility:
+def _facility(model: SiteModel, settings: RunSettings) -> Facility:
     shared = {
         k: getattr(model, k)
         for k in (
@@ -274,9 +241,9 @@ def _facility(model: SiteModel, policy: str, max_successors: int, partial_work: 
         preemptions_per_hour=model.preemptions_per_hour,
         failures_per_hour=model.failures_per_hour,
         outages=tuple((a, b) for a, b in model.outages),
-        per_round=policy == "per_round",
+        per_round=settings.policy == "per_round",
         reserves_s=tuple(model.reserves_s),
         forecasts_s=tuple(model.forecasts_s),
-        max_successors=max_successors if policy == "warm" else 0,
-        partial_work=partial_work,
+        max_successors=settings.max_successors if settings.policy == "warm" else 0,
+        partial_work=settings.partial_work,
     )

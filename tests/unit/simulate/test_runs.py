@@ -17,7 +17,7 @@ from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.compare import Row, rows, scenario_of
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SimulateConfig, SiteModel
 from flwr_hpc.simulate.facility import Facility
-from flwr_hpc.simulate.federation import RunOutcome, simulate
+from flwr_hpc.simulate.federation import RunOutcome, RunSettings, simulate
 from flwr_hpc.simulate.grid import SimulatedGrid
 from flwr_hpc.simulate.identity import take_identity
 from flwr_hpc.simulate.learning.surrogate import SurrogateLearner
@@ -131,10 +131,7 @@ def test_every_strategy_learns_where_everything_goes_wrong(spec, policy):
         hostile(target=1.7),
         "x",
         spec,
-        policy=policy,
-        max_successors=1,
-        steps=50,
-        learning="surrogate",
+        RunSettings(policy=policy, max_successors=1, steps=50, learning="surrogate"),
     )
     assert not outcome.error
     assert outcome.reached
@@ -149,7 +146,12 @@ def test_every_strategy_learns_where_everything_goes_wrong(spec, policy):
 def test_a_run_is_that_of_its_seed(name, learning):
     """The same curve, bit for bit, from the same seed; another one from another."""
     first, again, other = (
-        simulate(hostile(), name, STRATEGIES[name], seed=s, steps=20, learning=learning, versions=4)
+        simulate(
+            hostile(),
+            name,
+            STRATEGIES[name],
+            RunSettings(seed=s, steps=20, learning=learning, versions=4),
+        )
         for s in (3, 3, 4)
     )
     assert first == again
@@ -160,7 +162,10 @@ def test_a_run_is_that_of_its_seed(name, learning):
 def test_the_horizon():
     """A run that does not get there says so, and took until then."""
     outcome = simulate(
-        hostile(target=0.01, horizon_h=5.0), "x", STRATEGIES["diloco"], learning="surrogate"
+        hostile(target=0.01, horizon_h=5.0),
+        "x",
+        STRATEGIES["diloco"],
+        RunSettings(learning="surrogate"),
     )
     assert not outcome.reached
     assert outcome.error == "the simulation ended after 18000 s"
@@ -173,7 +178,9 @@ def test_warm_allocations_spare_the_queue():
     sites = {n: SiteModel(step_s=2.0, queue=QueueModel(median_s=1800, sigma=0.1)) for n in "ab"}
     scenario = ScenarioConfig(sites, target=1.05)
     for policy in ("warm", "per_round"):
-        hours[policy] = simulate(scenario, "x", spec, policy=policy, learning="surrogate").hours
+        hours[policy] = simulate(
+            scenario, "x", spec, RunSettings(policy=policy, learning="surrogate")
+        ).hours
     assert hours["warm"] < 0.6 * hours["per_round"]
 
 
@@ -182,7 +189,9 @@ def test_other_queues(kind):
     """Each model carries a run."""
     queue = QueueModel(kind=kind, mean_runtime_s=600.0)
     scenario = ScenarioConfig({n: SiteModel(queue=queue) for n in "ab"}, target=1.5)
-    assert simulate(scenario, "x", STRATEGIES["fedbackfill"], learning="surrogate").reached
+    assert simulate(
+        scenario, "x", STRATEGIES["fedbackfill"], RunSettings(learning="surrogate")
+    ).reached
 
 
 def test_a_queue_of_a_trace(tmp_path):
@@ -191,7 +200,7 @@ def test_a_queue_of_a_trace(tmp_path):
     trace.write_text("1 0 7777 60 1 -1 -1 1 7200 -1 1 1 1 1 1 1 -1 -1\n")
     queue = QueueModel(kind="trace", trace=str(trace))
     scenario = ScenarioConfig({"a": SiteModel(queue=queue)}, target=1.5)
-    outcome = simulate(scenario, "x", STRATEGIES["diloco"], learning="surrogate")
+    outcome = simulate(scenario, "x", STRATEGIES["diloco"], RunSettings(learning="surrogate"))
     first = outcome.segments["a"][0]
     assert (first.what, first.end - first.begin) == ("queue", 7777.0)
 
@@ -202,8 +211,8 @@ def test_a_replayed_queue_and_an_initial_order():
     waits = {"a": [30.0, 40.0, 50.0], "b": [60.0, 70.0, 80.0]}
     sites = {n: SiteModel(queue=QueueModel(kind="replay", waits_s=w)) for n, w in waits.items()}
     outcome = simulate(
-        ScenarioConfig(sites, target=0.0), "x", STRATEGIES["diloco"], policy="per_round",
-        learning="surrogate", versions=1, initialize=True,
+        ScenarioConfig(sites, target=0.0), "x", STRATEGIES["diloco"],
+        RunSettings(policy="per_round", learning="surrogate", versions=1, initialize=True),
     )  # fmt: skip
     queued = {n: [s for s in own if s.what == "queue"] for n, own in outcome.segments.items()}
     took = {n: [round(s.end - s.begin, 6) for s in own] for n, own in queued.items()}
@@ -214,7 +223,7 @@ def test_a_queue_of_a_history_that_is_empty():
     """No run has been there yet: what to do instead."""
     scenario = ScenarioConfig({"nowhere": SiteModel(queue=QueueModel(kind="history"))})
     with pytest.raises(UserError, match="no run has kept waits of facility 'nowhere'"):
-        simulate(scenario, "x", STRATEGIES["diloco"])
+        simulate(scenario, "x", STRATEGIES["diloco"], RunSettings())
 
 
 # ---- size ---------------------------------------------------------------------------------------
@@ -266,10 +275,7 @@ def test_two_hundred_facilities():
         crowd(200),
         "x",
         {"_target_": "strategies.fedbuff.FedBuff", "buffer_size": 50},
-        steps=20,
-        learning="surrogate",
-        versions=10,
-        evaluate_every_s=600.0,
+        RunSettings(steps=20, learning="surrogate", versions=10, evaluate_every_s=600.0),
     )
     assert (outcome.versions, outcome.error) == (10, "")
     assert outcome.orders >= 500
@@ -285,10 +291,7 @@ def test_the_servers_memory_does_not_grow_with_the_orders(name, monkeypatch):
             crowd(4),
             "x",
             STRATEGIES[name],
-            steps=5,
-            learning="surrogate",
-            versions=versions,
-            evaluate_every_s=600.0,
+            RunSettings(steps=5, learning="surrogate", versions=versions, evaluate_every_s=600.0),
         )
         monkeypatch.undo()
         sizes.append((max(spied.kept), spied.tables()))
