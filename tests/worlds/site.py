@@ -16,6 +16,8 @@ from flwr_hpc.site.forecast.base import NoForecast
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import CHECKPOINT_META, AllocationDir, Spool, WorkerState, checkpoint_name
 
+HOUR = 3600.0
+
 
 class Killed(BaseException):
     """Stands for kill -9 of the launcher."""
@@ -161,3 +163,21 @@ class World:
 
 def order(seq: int = 0) -> Order:
     return Order("run", "fac", seq, "train", version=seq, steps=10)
+
+
+class LongQueue(Foretold):
+    """Every job waits three hours, and that is known."""
+
+    def wait_s(self, quantile: float = 0.5) -> float | None:
+        return 3 * HOUR
+
+    def remaining_s(self, info: JobInfo, age_s: float, quantile: float = 0.5) -> float | None:
+        return max(0.0, 3 * HOUR - age_s)
+
+
+def long_queue(root: Path) -> World:
+    """Return a site of one-hour jobs behind a queue of three hours."""
+    world = World(root)
+    world.forecast = LongQueue()
+    world.restart()
+    return world
