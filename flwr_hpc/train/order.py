@@ -13,10 +13,10 @@ from typing import Any
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.protocol import CORRECTION, GRADIENT, MEAN_GRADIENT, Order, Result
 from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.algorithms.control_variates import ControlVariates
+from flwr_hpc.train.algorithms.local_update_share import LocalUpdate
+from flwr_hpc.train.algorithms.local_weights import LocalWeights, missing_start
 from flwr_hpc.train.checkpoint import Checkpoints, Saved
-from flwr_hpc.train.control_variates import ControlVariates
-from flwr_hpc.train.local_update_share import LocalUpdate
-from flwr_hpc.train.local_weights import LocalWeights, missing_start
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.progress import OrderProgress, Proximal
 from flwr_hpc.train.trainer import Trainer

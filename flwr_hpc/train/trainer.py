@@ -15,7 +15,7 @@ from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch, Corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
-from flwr_hpc.train.control_variates import ControlVariates
+from flwr_hpc.train.algorithms.control_variates import ControlVariates
 from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate

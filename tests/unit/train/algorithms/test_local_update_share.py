@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flwr_hpc.protocol import Order
-from flwr_hpc.train.local_update_share import LocalUpdate
+from flwr_hpc.train.algorithms.local_update_share import LocalUpdate
 
 
 @pytest.fixture

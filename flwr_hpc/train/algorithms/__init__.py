@@ -1,0 +1,1 @@
+"""What learning algorithms need of the trainer, a file each."""
