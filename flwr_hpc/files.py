@@ -17,6 +17,14 @@ from typing import IO, Any
 # Parallel file systems may be mounted without locks.
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
+# Full, over the quota, or mounted read-only: a person has to see to it, and then all goes on.
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether an error says that a file system is full or read-only."""
+    return isinstance(error, OSError) and error.errno in DISK_TROUBLE
+
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:

@@ -118,6 +118,9 @@ class AllocationConfig:
     # A job that has waited longer is cancelled and counts as failed.
     queue_deadline_s: float = 604800.0
     idle_timeout_s: float = 600.0  # The worker ends when no order came for so long
+    # An allocation whose work stands still for so long, and for ten times as long as the same work
+    # took before, hangs and is replaced; six times as long before anything is measured. 0: never.
+    progress_timeout_s: float = 600.0
     retries: int = 2  # How often a job that died is replaced while the same order waits
 
 

@@ -52,6 +52,7 @@ def _worker_settings(config: Config, facility: str) -> WorkerSettings:
         data=config.data,
         train=config.train,
         idle_timeout_s=config.allocation.idle_timeout_s,
+        progress_timeout_s=config.allocation.progress_timeout_s,
         walltime_s=walltime_s(here.walltime),
         peak_tflops=here.peak_tflops,
         gpus_per_node=here.gpus_per_node,

@@ -63,6 +63,7 @@ class Meter:
 
         def report(step: int, loss: Callable[[], float]) -> None:
             nonlocal reported
+            self.reporter.progressed()
             now = time.perf_counter()
             if self.group.ranks.rank or (now - reported < REPORT_EVERY_S and step > first + 1):
                 return

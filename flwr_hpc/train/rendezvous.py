@@ -21,7 +21,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.spool import AllocationDir
-from flwr_hpc.worker.lifeline import Lifeline, LoneFailureError
+from flwr_hpc.worker.lifeline import (
+    Cause,
+    Lifeline,
+    LoneFailureError,
+    PeerLostError,
+    cause_of,
+)
 from flwr_hpc.worker.ranks import Ranks
 
 T = TypeVar("T")
@@ -38,13 +44,14 @@ class Failure:
 
     message: str
     fatal: bool
+    cause: Cause = "work"
 
     @classmethod
     def of(cls, exc: Exception) -> Failure:
         """Only what the user can fix is fatal; anything else may work at the next try."""
         if isinstance(exc, UserError):
             return cls(str(exc), fatal=True)
-        return cls(f"{type(exc).__name__}: {exc}", fatal=False)
+        return cls(f"{type(exc).__name__}: {exc}", fatal=False, cause=cause_of(exc))
 
 
 @dataclass(frozen=True)
@@ -93,26 +100,31 @@ class Group:
     def failures(self, mine: Failure | None, patience_s: float | None = None) -> list[Failure]:
         """Tell all ranks how this one fared and return what went wrong on any of them.
 
+        The first is what to blame: a rank that lost a peer saw a consequence.
+
         Raises
         ------
         LoneFailureError
             If this rank failed and the others do not come here for `patience_s` (default
             `PATIENCE_S`), as they wait for it in a collective call. It must end its process.
+        PeerLostError
+            If another rank is gone, whatever this one met first. It must end its process.
         """
         patience = timedelta(seconds=PATIENCE_S if patience_s is None else patience_s)
-        failed = torch.tensor(float(mine is not None))
-        work = dist.all_reduce(failed, group=self.verdict, async_op=True)
-        try:
-            work.wait(patience if mine else COLLECTIVE)
-        except RuntimeError:
-            if mine is None:
-                raise
-            raise LoneFailureError(f"rank {self.ranks.rank}: {mine.message}", mine.fatal) from None
-        if not failed:
-            return []
+        began, failed = time.monotonic(), torch.tensor(float(mine is not None))
         gathered: list[Failure | None] = [None] * self.ranks.world_size
-        dist.all_gather_object(gathered, mine, group=self.verdict)
-        return [f for f in gathered if f is not None]
+        try:
+            work = dist.all_reduce(failed, group=self.verdict, async_op=True)
+            work.wait(patience if mine else COLLECTIVE)
+            if failed:
+                dist.all_gather_object(gathered, mine, group=self.verdict)
+        except RuntimeError as exc:
+            timed_out = time.monotonic() - began >= patience.total_seconds()
+            words = f"rank {self.ranks.rank}: {mine.message if mine else exc}"
+            if mine is not None and mine.cause != "peer" and timed_out:
+                raise LoneFailureError(words, mine.fatal, mine.cause) from None
+            raise PeerLostError(words) from None
+        return sorted((f for f in gathered if f is not None), key=lambda f: f.cause == "peer")
 
     def close(self) -> None:
         """Leave in order; a collective call."""
@@ -123,7 +135,12 @@ class Group:
         time.sleep(LET_GO_S)
 
 
-def join(folder: Path, ranks: Ranks, timeout_s: float = 600.0) -> Group:
+def join(
+    folder: Path,
+    ranks: Ranks,
+    timeout_s: float = 600.0,
+    on_silent: Callable[[int], None] | None = None,
+) -> Group:
     """Connect the ranks of an allocation.
 
     Parameters
@@ -133,6 +150,8 @@ def join(folder: Path, ranks: Ranks, timeout_s: float = 600.0) -> Group:
     ranks : Ranks
     timeout_s : float
         How long to wait for the other ranks.
+    on_silent : callable
+        See `Lifeline`.
 
     Raises
     ------
@@ -145,7 +164,7 @@ def join(folder: Path, ranks: Ranks, timeout_s: float = 600.0) -> Group:
     path = AllocationDir(folder).rendezvous(ranks.attempt)
     meet = _host if ranks.rank == 0 else _visit
     store, peers = meet(path, ranks, timeout_s)
-    lifeline = Lifeline(peers)
+    lifeline = Lifeline(peers, on_silent=on_silent)
     device = _device(ranks)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

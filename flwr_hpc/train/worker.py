@@ -15,14 +15,23 @@ from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir
 from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.inbox import Inbox
-from flwr_hpc.worker.lifeline import LoneFailureError, RankError, end_process
+from flwr_hpc.worker.lifeline import (
+    LoneFailureError,
+    PeerLostError,
+    RankError,
+    cause_of,
+    end_process,
+    silence,
+)
 from flwr_hpc.worker.phase_timer import PhaseTimer
+from flwr_hpc.worker.progress_watch import ProgressWatch
 from flwr_hpc.worker.ranks import Ranks
 from flwr_hpc.worker.reporter import Reporter
 from flwr_hpc.worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from flwr_hpc.train.order import OrderRunner
+    from flwr_hpc.train.rendezvous import Failure
 
 
 def run(allocation_dir: Path) -> None:
@@ -34,13 +43,17 @@ def run(allocation_dir: Path) -> None:
     timer = PhaseTimer(former.seconds if former else {})
     # Other nodes have other clocks; rank 0 decides for all when time is up.
     deadline = Deadline.detect(settings.walltime_s) if mine else Deadline()
-    with Reporter(mine, timer, deadline, former.beat if former else 0) as reporter:
+    watch = ProgressWatch(timer, settings.progress_timeout_s)
+    beat = former.beat if former else 0
+    with Reporter(mine, timer, deadline, beat, watch=watch) as reporter:
         reporter.set_state("starting")
         try:
             _prepare_environment(settings)
             worker = Worker(allocation, settings, ranks, timer, reporter, deadline)
             final = worker.serve()
         except Exception as exc:
+            if cause_of(exc) == "peer":  # what became of it the scheduler knows best
+                end_process(f"{traceback.format_exc()}\na rank of this allocation is gone; ending")
             explained = isinstance(exc, UserError | RankError)
             error = str(exc) if explained else f"{type(exc).__name__}: {exc}"
             reporter.set_state("failed", error=error, fatal=isinstance(exc, UserError))
@@ -66,13 +79,15 @@ class Worker:
 
         self._settings, self._spool = settings, allocation.spool
         self._timer, self._reporter, self._deadline = timer, reporter, deadline
-        self._group = join(allocation.path, ranks)
+        self._group = join(
+            allocation.path, ranks, on_silent=lambda rank: reporter.give_up(silence(rank))
+        )
         timer.switch_to("load")
         reporter.set_state("loading")
         self._runner = self._load()
         self._inbox = Inbox(
             allocation, allocation.spool, settings.idle_timeout_s,
-            should_stop=lambda: bool(deadline.should_stop(self._runner.step_s)),
+            should_stop=self._should_leave,
         )  # fmt: skip
 
     def serve(self) -> tuple[str, str, str]:
@@ -98,6 +113,10 @@ class Worker:
             return "interrupted", "", ""
         return ("failed", "", self._why_too_late()) if too_late else ("closed", "", "")
 
+    def _should_leave(self) -> bool:
+        self._reporter.progressed()  # an idle worker does nothing but look
+        return bool(self._deadline.should_stop(self._runner.step_s))
+
     def _load(self) -> OrderRunner:
         """Load data and model on every rank; all of them fail if one does."""
         from flwr_hpc.train.rendezvous import COLLECTIVE
@@ -112,8 +131,9 @@ class Worker:
 
         runner, failures = self._group.attempt(load, patience_s=COLLECTIVE.total_seconds())
         if runner is None or failures:
-            self._group.close()
-            raise (UserError if failures[0].fatal else RankError)(failures[0].message)
+            if failures[0].cause != "peer":
+                self._group.close()
+            raise _error(failures[0])
         runner.restore()
         return runner
 
@@ -137,15 +157,18 @@ class Worker:
                 lambda: self._runner.run(order, weights, folder, extra_arrays)
             )
         except LoneFailureError as exc:
-            _refuse(folder, order, str(exc), exc.fatal)
+            if exc.cause == "work":
+                _refuse(folder, order, str(exc), exc.fatal)
             raise
         if failures:
-            if self._group.ranks.rank == 0:
-                _refuse(folder, order, failures[0].message, failures[0].fatal)
-            if not failures[0].fatal:
+            first = failures[0]
+            if self._group.ranks.rank == 0 and first.cause == "work":
+                _refuse(folder, order, first.message, first.fatal)
+            if not first.fatal:
                 # What state this left behind is not known: the next try starts afresh.
-                self._group.close()
-                raise RankError(failures[0].message)
+                if first.cause != "peer":
+                    self._group.close()
+                raise _error(first)
             if self._runner.trainer.step != step:
                 self._runner.restore()
             return True
@@ -162,6 +185,14 @@ class Worker:
             "to work in this walltime. Ask for a longer one: facilities."
             f"{self._settings.facility}.walltime"
         )
+
+
+def _error(failure: Failure) -> Exception:
+    if failure.fatal:
+        return UserError(failure.message)
+    if failure.cause == "peer":
+        return PeerLostError(failure.message)
+    return RankError(failure.message, cause=failure.cause)
 
 
 def _refuse(folder: OrderDir, order: Order, error: str, fatal: bool) -> None:

@@ -24,12 +24,17 @@ class PhaseTimer:
     before : mapping of str to float
         Seconds of earlier starts of this job.
     clock : Clock
+
+    Attributes
+    ----------
+    switches : int
+        How often the phase has changed.
     """
 
     def __init__(self, before: Mapping[str, float] = EMPTY, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
         self._since = process_start(self._clock)
-        self._phase = "startup"
+        self._phase, self.switches = "startup", 0
         self._seconds = {phase: before.get(phase, 0.0) for phase in PHASES}
 
     def switch_to(self, phase: str) -> None:
@@ -37,6 +42,11 @@ class PhaseTimer:
         now = self._clock.now()
         self._seconds[self._phase] += max(0.0, now - self._since)
         self._phase, self._since = phase, now
+        self.switches += 1
+
+    @property
+    def phase(self) -> str:
+        return self._phase
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from flwr_hpc.spool import AllocationDir, OrderDir, WorkerState
 from flwr_hpc.worker.deadline import Deadline
+from flwr_hpc.worker.lifeline import end_process
 from flwr_hpc.worker.phase_timer import PhaseTimer
+from flwr_hpc.worker.progress_watch import ProgressWatch
 
 
 class Reporter:
@@ -26,6 +30,8 @@ class Reporter:
     deadline : Deadline
     heartbeat : int
         The last one of an earlier start of this job.
+    watch : ProgressWatch or None
+        Ends the process when work hangs.
     """
 
     def __init__(
@@ -35,11 +41,13 @@ class Reporter:
         deadline: Deadline,
         heartbeat: int = 0,
         every_s: float = 1.0,
+        watch: ProgressWatch | None = None,
     ) -> None:
         self._allocation = allocation
         self._timer = timer
         self._deadline = deadline
         self._every_s = every_s
+        self._watch = watch
         self._state = WorkerState("starting", beat=heartbeat)
         self._progress: tuple[OrderDir, dict[str, Any]] | None = None
         self._lock = threading.Lock()
@@ -70,6 +78,17 @@ class Reporter:
         """Note how far the running order is; written with the next heartbeat."""
         self._progress = folder, progress
 
+    def progressed(self) -> None:
+        """Note that work goes on."""
+        if self._watch:
+            self._watch.sign()
+
+    def give_up(self, error: str) -> None:
+        """Say why and end the process, whatever its other threads wait for."""
+        with suppress(OSError):
+            self.set_state("failed", error=error)
+        end_process(error)
+
     def _heartbeat(self) -> None:
         while not self._end.wait(self._every_s):
             try:
@@ -80,6 +99,9 @@ class Reporter:
                     noted[0].write_progress(noted[1])
             except OSError as exc:  # a full or stale file system may recover
                 print(f"state not written: {exc}", file=sys.stderr, flush=True)
+            if self._watch and (hang := self._watch.overdue()):
+                faulthandler.dump_traceback()
+                self.give_up(hang)
 
     def _publish(self) -> None:
         if self._allocation is None:

@@ -21,6 +21,7 @@ class WorkerSettings:
     data: DataConfig
     train: TrainConfig
     idle_timeout_s: float
+    progress_timeout_s: float  # See `flwr_hpc.worker.progress_watch`
     walltime_s: float | None  # What was asked for; None: no limit
     peak_tflops: float | None
     gpus_per_node: int

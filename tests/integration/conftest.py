@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from filelock import FileLock
 from worlds.runs import Run
+from worlds.worker_site import site, text
+
+__all__ = ["site", "text", "undisturbed"]
 
 
 @pytest.fixture(scope="session")

@@ -4,118 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from worlds.jobs import until
-from worlds.torch_ranks import LLAMA
+from worlds.worker_site import FAST, Site
 
-from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
-from flwr_hpc.protocol import Order, Result
-from flwr_hpc.spool import AllocationDir, OrderDir, Spool
-
-RUN = "import sys; from flwr_hpc.train.worker import run; run(sys.argv[1])"
-FAST = TrainConfig(steps=4, micro_batch=2, lr=1e-2, warmup_steps=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "text.txt"
-    path.write_text("".join(f"{i} bottles of {i * i} on the wall\n" for i in range(900)))
-    return path
-
-
-@pytest.fixture
-def site(tmp_path: Path, text: Path) -> Iterator[Site]:
-    site = Site(Spool(tmp_path / "site"), text)
-    yield site
-    site.close()
-
-
-class Site:
-    """A spool, the allocations on it and their processes."""
-
-    def __init__(self, spool: Spool, text: Path) -> None:
-        self.spool = spool
-        self.text = text
-        self.processes: list[list[subprocess.Popen[bytes]]] = []
-
-    def start(
-        self,
-        ranks: int = 2,
-        train: TrainConfig = FAST,
-        program: str = RUN,
-        requeued: AllocationDir | None = None,
-        **settings: Any,
-    ) -> AllocationDir:
-        """Start the ranks of a new allocation, or of one once more."""
-        number = str(len(self.processes))
-        allocation = requeued or self.spool.allocation(f"job-{number}")
-        allocation.write_settings(self._settings(train) | settings)
-        env = os.environ | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-        env["FLWR_HPC_ATTEMPT"] = number
-        log = open(allocation.path / "log", "wb")  # noqa: SIM115
-        self.processes.append(
-            [
-                subprocess.Popen(
-                    [sys.executable, "-c", program, str(allocation.path)],
-                    env=env | {"RANK": str(rank)}, stdout=log, stderr=log,
-                )
-                for rank in range(ranks)
-            ]
-        )  # fmt: skip
-        log.close()
-        return allocation
-
-    def _settings(self, train: TrainConfig) -> dict[str, Any]:
-        data = DataConfig(kind="text", paths={"a": [str(self.text)]}, seq_len=32)
-        return {
-            "facility": "a", "facilities": ["a"], "seed": 0,
-            "model": dataclasses.asdict(ModelConfig(config=LLAMA)),
-            "data": dataclasses.asdict(data), "train": dataclasses.asdict(train),
-            "rounds": 3, "idle_timeout_s": 3600.0, "walltime_s": 3600.0,
-            "peak_tflops": 1.0, "gpus_per_node": 0, "internet": False,
-        }  # fmt: skip
-
-    def order(self, allocation: AllocationDir, seq: int, **fields: Any) -> OrderDir:
-        """Hand in an order; ``start`` and ``extra_arrays`` are the files that it comes with."""
-        start, extra_arrays = fields.pop("start", None), fields.pop("extra_arrays", None)
-        order = Order("run", "a", seq, **fields)
-        folder = self.spool.order(order.id)
-        folder.write_order(order, start, extra_arrays)
-        allocation.assign(order.id)
-        return folder
-
-    def done(self, folder: OrderDir) -> Result:
-        self.wait(lambda: folder.result() is not None)
-        result = folder.result()
-        assert result is not None
-        assert result.state == "done", result.error
-        return result
-
-    def wait(self, reached: Callable[[], bool]) -> None:
-        until(reached, self.spool.root, explain=self.logs)
-
-    def ended(self, index: int = -1) -> list[int]:
-        """Wait until an allocation's processes are gone and return their exit codes."""
-        self.wait(lambda: all(p.poll() is not None for p in self.processes[index]))
-        return [p.returncode for p in self.processes[index]]
-
-    def logs(self) -> str:
-        return "\n".join((a.path / "log").read_text() for a in self.spool.allocations())
-
-    def close(self) -> None:
-        for process in (p for ranks in self.processes for p in ranks):
-            process.kill()
-            process.wait()
+from flwr_hpc.config.schema import DataConfig
+from flwr_hpc.protocol import Result
+from flwr_hpc.spool import Spool
 
 
 def assert_equal(found: Path, expected: Path) -> None:
