@@ -14,16 +14,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-# Parallel file systems may be mounted without locks.
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# Parallel file systems may be mounted without locks; NFS wants a file that can be written.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
 
 # Full, over the quota, or mounted read-only: a person has to see to it, and then all goes on.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+PROBE_BYTES = 1 << 16
 
 
 def is_disk_trouble(error: BaseException) -> bool:
     """Whether an error says that a file system is full or read-only."""
     return isinstance(error, OSError) and error.errno in DISK_TROUBLE
+
+
+def explain_disk_trouble(error: OSError, folder: Path) -> str:
+    """Return what to do about it."""
+    return (
+        f"{folder} cannot be written: {error.strerror or error}. Free some space there, or have it "
+        "mounted for writing; the run waits, and goes on by itself"
+    )
+
+
+def disk_trouble(folder: Path) -> str:
+    """Write, sync and remove a small file; say what to do if that cannot be done."""
+    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write_bytes(b"\0" * PROBE_BYTES)
+        _sync(probe)
+    except OSError as exc:
+        if is_disk_trouble(exc):
+            return explain_disk_trouble(exc, folder)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return ""
 
 
 @contextlib.contextmanager
@@ -67,11 +92,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; the kernel lets go of it if this process is killed.
 
-    Where the file system knows no locks, it holds among the processes of this host.
+    Where the file system knows no locks, it holds among the processes of this host. On one that is
+    full or read-only it can be had if it was there before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(folder / "lock", "ab"))
+        file = stack.enter_context(_open_lock(folder))
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as exc:
@@ -80,6 +105,16 @@ def lock(folder: Path) -> Iterator[None]:
             file = stack.enter_context(open(_lock_of_this_host(folder), "ab"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(folder: Path) -> IO[bytes]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / "lock", "ab")
+    except OSError as exc:
+        if not is_disk_trouble(exc) or not (folder / "lock").exists():
+            raise
+        return open(folder / "lock", "rb")
 
 
 def try_lock(file: IO[str]) -> bool:

@@ -42,7 +42,7 @@ MEAN_GRADIENT = "mean-gradient"
 LOCAL_UPDATE_SHARE = "local-update-share"
 
 OrderKind = Literal["initialize", "train", "evaluate"]
-SiteState = Literal["idle", "queued", "starting", "ready", "running", "done", "failed"]
+SiteState = Literal["idle", "queued", "starting", "ready", "running", "done", "failed", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class Status:
     """A site's answer to any message."""
 
     # ``queued`` and ``starting`` tell of the allocation, ``ready`` answers `ACQUIRE`,
-    # ``running``, ``done`` and ``failed`` tell of the order.
+    # ``running``, ``done`` and ``failed`` tell of the order. ``blocked``: nothing was done, since
+    # the site cannot write its folder; ask again.
     state: SiteState
     facility: str = ""
     order_id: str = ""
@@ -142,7 +143,8 @@ class Status:
     # Forecast of what a queued allocation has still to wait: median and upper quantile.
     queue_wait_s: float | None = None
     queue_wait_high_s: float | None = None
-    reason: str = ""  # Why a queued allocation waits, in the scheduler's own words
+    # Why a queued allocation waits, in the scheduler's own words, or why the site is blocked.
+    reason: str = ""
     step: int = 0  # Progress of a running order
     steps: int = 0
     loss: float | None = None

@@ -18,7 +18,7 @@ from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.server import flower
 from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
-from flwr_hpc.server.progress import SpoolProgress
+from flwr_hpc.server.progress import DiskWatch, SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
@@ -149,12 +149,14 @@ def _follow(
     run: RunDir, processes: Processes, follower: Follower, progress: SpoolProgress, view: LiveView
 ) -> SessionOutcome:
     """Show the run's events until it ends, or one of its processes does."""
-    started = time.monotonic()
+    started, disk = time.monotonic(), DiskWatch(run.path)
     while True:
         gone = processes.tend()
         server = _server_state(run)
         events = follower.poll()  # after the looks above, so that no last word is missed
         view.update([*events, *progress.poll()])
+        if news := disk.poll():
+            view.print_line(news)
         for event in events:
             if event["event"] == "run_finished":
                 return _finished(event, processes)

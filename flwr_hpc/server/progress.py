@@ -1,6 +1,7 @@
-"""Progress of running orders, read from the spools for the live view alone.
+"""What the live view shows beside the events of a run.
 
-Sites report it too, but only as often as they answer a message.
+Progress of running orders, read from the spools: sites report it too, but only as often as they
+answer a message. And a disk that is full: nobody can write that down.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flwr_hpc.clock import Clock, SystemClock
+from flwr_hpc.files import disk_trouble
 from flwr_hpc.spool import Spool
 from flwr_hpc.tracking.events import Event
 
 EVERY_S = 1.0
+DISK_EVERY_S = 15.0
 
 
 class SpoolProgress:
@@ -52,3 +55,28 @@ class SpoolProgress:
             return None
         self._last[facility] = now
         return {"event": "order_progress", "facility": facility, "order_id": order_id, **progress}
+
+
+class DiskWatch:
+    """Tries now and then; tells what is new.
+
+    Parameters
+    ----------
+    folder : Path
+    clock : Clock or None
+    """
+
+    def __init__(self, folder: Path, clock: Clock | None = None) -> None:
+        self._folder, self._clock = folder, clock or SystemClock()
+        self._next, self._trouble = self._clock.now(), ""
+
+    def poll(self) -> str:
+        """Return what to tell the user, if anything."""
+        now = self._clock.now()
+        if now < self._next:
+            return ""
+        self._next = now + DISK_EVERY_S
+        before, self._trouble = self._trouble, disk_trouble(self._folder)
+        if self._trouble == before:
+            return ""
+        return self._trouble or f"{self._folder} can be written again"

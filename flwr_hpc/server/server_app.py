@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,7 +23,7 @@ from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.records import tensors
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import write_stream
-from flwr_hpc.files import publish
+from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, publish
 from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
@@ -32,6 +34,7 @@ from strategies.engine.engine import Engine, global_name
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 
 SITES_S = 600.0  # for all sites to come up
+DISK_PAUSE_S = 15.0
 
 app = ServerApp()
 log = logging.getLogger("flwr_hpc")
@@ -45,7 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     publish(run.server_file, json.dumps({"pid": os.getpid()}))
     with EventLog(run.events) as events:
         try:
-            train(run, run.config(), grid, events)
+            _once_writable(run, events, lambda: train(run, run.config(), grid, events))
         except RunFailed as exc:
             log.error("%s", exc)
             fatal = isinstance(exc, FatalSiteError)
@@ -56,6 +59,22 @@ def main(grid: Grid, context: Context) -> None:
             raise
         else:
             events.emit("run_finished", status="finished", error="")
+
+
+def _once_writable(run: RunDir, events: EventLog, work: Callable[[], None]) -> None:
+    """Train; when the disk fails wait for it, and go on from the newest checkpoint."""
+    while True:
+        try:
+            return work()
+        except OSError as exc:
+            if not is_disk_trouble(exc):
+                raise
+            reason = explain_disk_trouble(exc, run.path)
+        events.emit("disk_trouble", reason=reason)
+        log.error("%s", reason)
+        time.sleep(DISK_PAUSE_S)  # also where a small file fits, and a large one does not
+        while disk_trouble(run.path):
+            time.sleep(DISK_PAUSE_S)
 
 
 def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:

@@ -22,6 +22,7 @@ from flwr_hpc import protocol
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.site.launcher import SESSION_MARK, Launcher, make_launcher
+from flwr_hpc.site.long_poll import once_writable
 from flwr_hpc.site.settings import NODE_CONFIG, from_node_config
 
 app = ClientApp()
@@ -161,22 +162,35 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     signal.signal(signal.SIGTERM, _terminate)
     began = time.monotonic()
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
-    status = work(launcher)
-    content = RecordDict()
-    result = status.result
-    if result is not None and result.state == "done":
-        content[protocol.METRICS] = _flower_metrics(result)
-        folder = launcher.site.spool.order(result.order_id)
-        base = folder.order()[1] if launcher.exchange.codec.relative else None
-        files = {key: (folder.arrays(key), sha256) for key, sha256 in result.extra_arrays.items()}
-        if result.weights:
-            files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
-        for key, (path, sha256) in files.items():
-            launcher.exchange.send(content, key, path, sha256, launcher.settings.name, base)
-    answer = dict(vars(status), seconds=time.monotonic() - began, facility=launcher.settings.name)
-    content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(Status(**answer))})
+
+    def attempt() -> tuple[Status, RecordDict]:
+        status = work(launcher)
+        return status, _payload(launcher, status.result)
+
+    folder = Path(launcher.settings.root)
+    answer = once_writable(attempt, _wait_s(message), launcher.site.clock, folder)
+    status, content = (answer, RecordDict()) if isinstance(answer, Status) else answer
+    seconds = time.monotonic() - began
+    status = replace(status, seconds=seconds, facility=launcher.settings.name)
+    content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(status)})
     print(f"{message.metadata.message_type} -> {status.state} {status.order_id}", file=sys.stderr)
     return Message(content, reply_to=message)
+
+
+def _payload(launcher: Launcher, result: Result | None) -> RecordDict:
+    """Return what goes with a finished order: metrics and arrays."""
+    content = RecordDict()
+    if result is None or result.state != "done":
+        return content
+    content[protocol.METRICS] = _flower_metrics(result)
+    folder = launcher.site.spool.order(result.order_id)
+    base = folder.order()[1] if launcher.exchange.codec.relative else None
+    files = {key: (folder.arrays(key), sha256) for key, sha256 in result.extra_arrays.items()}
+    if result.weights:
+        files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
+    for key, (path, sha256) in files.items():
+        launcher.exchange.send(content, key, path, sha256, launcher.settings.name, base)
+    return content
 
 
 def _flower_metrics(result: Result) -> MetricRecord:

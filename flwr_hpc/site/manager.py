@@ -20,9 +20,10 @@ from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
-from flwr_hpc.site.monitor import Monitor, View
+from flwr_hpc.site.monitor import Monitor, Submitted, View
 from flwr_hpc.site.renewal import Renewal
 from flwr_hpc.site.retries import (
+    check_disk,
     fail_if_retries_are_spent,
     repeated_startup_failure,
     reset_order,
@@ -176,24 +177,30 @@ class AllocationManager:
         SchedulerUnavailableError
             Naming the jobs that could not be cancelled.
         """
-        left = []
-        with self.spool.lock():
-            for alloc in self.spool.allocations():
-                with contextlib.suppress(SchedulerUnavailableError, OSError):  # asked again below
-                    self._submission.find_job(alloc)
-            living = {alloc.name for alloc, _ in self._monitor.live_jobs()}
+        left: dict[str, Exception] = {}
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # of a disk that cannot be written
+                stack.enter_context(self.spool.lock())
+            jobs: list[Submitted] = []
             for alloc in self.spool.allocations():
                 try:
-                    job = self._submission.find_job(alloc)
-                    if job is not None and alloc.name in living:
-                        self._monitor.cancel(alloc, job)
+                    if not alloc.has_job_ended and (job := self._submission.find_job(alloc)):
+                        jobs.append((alloc, job))
                 except (SchedulerUnavailableError, OSError) as exc:
-                    left.append(f"{self._submission.make_spec(alloc.name).name}: {exc}")
-                if not self._monitor.is_closed(alloc):
-                    with contextlib.suppress(OSError):  # a full disk must not spare the others
-                        self._monitor.close(alloc, "cancelled")
+                    left[alloc.name] = exc
+            for alloc, job in self._monitor.living(jobs):
+                try:
+                    self._monitor.cancel(alloc, job)
+                except (SchedulerUnavailableError, OSError) as exc:
+                    left[alloc.name] = exc
+            for alloc in self._open():
+                with contextlib.suppress(OSError):  # a full disk must not spare the others
+                    self._monitor.close(alloc, "cancelled")
         if left:
-            raise SchedulerUnavailableError("jobs that may be left: " + "; ".join(left))
+            named = ((self._submission.make_spec(name).name, exc) for name, exc in left.items())
+            raise SchedulerUnavailableError(
+                "jobs that may be left: " + "; ".join(f"{job}: {exc}" for job, exc in named)
+            )
 
     # ---- orders -----------------------------------------------------------------------------
 
@@ -300,6 +307,7 @@ class AllocationManager:
 
     def _create(self) -> AllocationDir:
         """Declare a new allocation; `_update` submits it."""
+        check_disk(self.spool, self.clock.wall())
         alloc = self.spool.new_allocation()
         alloc.write_settings(self._settings)
         return alloc

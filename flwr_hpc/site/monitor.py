@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ NO_LOG = (
     "It left no log. Whether its nodes see the working folder, and what else they lack, is told "
     "by: python -m flwr_hpc.doctor"
 )
+
+Submitted = tuple[AllocationDir, dict[str, Any]]  # an allocation and its job
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Monitor:
                 ": ".join(filter(None, (rule.message, reason))),
                 _was_ready(worker),
                 self.spool.complete_checkpoints(),
+                self.clock.wall(),
             )
         )
         return View("ended", worker)
@@ -126,15 +129,20 @@ class Monitor:
         self._record(alloc, info)
         return info
 
-    def live_jobs(self) -> list[tuple[AllocationDir, dict[str, Any]]]:
+    def live_jobs(self) -> list[Submitted]:
         """Return the jobs that the scheduler has not called ended; asks it now."""
-        jobs = [(a, job) for a in self.spool.allocations() if (job := _live_job(a)) is not None]
+        allocations = self.spool.allocations()
+        return self.living([(a, job) for a in allocations if (job := _live_job(a)) is not None])
+
+    def living(self, jobs: Sequence[Submitted]) -> list[Submitted]:
+        """Return those of some jobs that the scheduler does not call ended now."""
         infos = self.scheduler.infos([job for _, job in jobs]) if jobs else {}
         for alloc, job in jobs:
             if job["name"] in infos:
                 with contextlib.suppress(OSError):  # a full disk must not spare a job
                     self._record(alloc, infos[job["name"]])
-        return [(alloc, job) for alloc, job in jobs if not alloc.has_job_ended]
+        ended = {name for name, info in infos.items() if info.state == "ended"}
+        return [(alloc, job) for alloc, job in jobs if job["name"] not in ended]
 
     def record_ends(self) -> None:
         """Learn when jobs ended whose allocations are of no more use."""
@@ -178,7 +186,8 @@ class Monitor:
         if worker.state == "closed":
             return self.close(alloc, "closed")
         self._try_to_cancel(alloc, job)  # other ranks may hang
-        return self.close(alloc, "failed", worker.error, fatal=worker.fatal)
+        why: Why = "disk" if worker.disk else "failed"
+        return self.close(alloc, why, worker.error, fatal=worker.fatal)
 
     def _close_ended(
         self, alloc: AllocationDir, job: dict[str, Any], info: JobInfo, worker: WorkerState | None

@@ -10,7 +10,7 @@ from flwr_hpc.spool import Consequence, WorkerState
 
 Why = Literal[
     "closed", "cancelled", "failed", "died", "interrupted", "preempted", "timeout", "node_fail",
-    "out_of_memory", "removed", "lost", "held", "impossible", "rejected", "overdue",
+    "out_of_memory", "removed", "lost", "held", "impossible", "rejected", "overdue", "disk",
 ]  # fmt: skip
 
 
@@ -26,6 +26,7 @@ RULES: dict[Why, Rule] = {
     "closed": Rule("replace"),  # the worker left on its own accord
     "cancelled": Rule("replace"),  # by us
     "failed": Rule("retry"),  # the worker says why, and whether that is fatal
+    "disk": Rule("replace", "the worker could not write its folder"),  # after a pause
     "died": Rule("retry", "the job ended without a word of its worker"),
     "interrupted": Rule("retry", "the job was told to end before its time"),
     "preempted": Rule("retry", "the job was preempted"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from itertools import takewhile
 
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, Spool, Verdict, latest_checkpoint
@@ -11,6 +13,27 @@ NO_STEP = (
     "it left without a step of this order: after start-up and loading the walltime has to be "
     "long enough for the evaluation before it, one step, and the time kept for writing"
 )
+
+# After a worker that could not write its folder: no small file tells whether a large one fits.
+DISK_PAUSE_S, LONGEST_DISK_PAUSE_S = 60.0, 1800.0
+
+
+def check_disk(spool: Spool, now_s: float) -> None:
+    """Raise the error of the last allocations' disk for a while, longer each time.
+
+    Parameters
+    ----------
+    spool : Spool
+    now_s : float
+        Unix seconds.
+    """
+    verdicts = [alloc.verdict.read() for alloc in reversed(spool.allocations())]
+    lost = list(takewhile(lambda v: v is not None and v.why == "disk", verdicts))
+    last = lost[0] if lost else None
+    if last is not None:
+        pause_s = min(DISK_PAUSE_S * 2.0 ** min(len(lost) - 1, 30), LONGEST_DISK_PAUSE_S)
+        if 0 <= now_s - last.at_s < pause_s:
+            raise OSError(errno.ENOSPC, last.reason)
 
 
 def repeated_startup_failure(spool: Spool, retries: int) -> Verdict | None:

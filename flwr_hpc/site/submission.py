@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -95,7 +96,8 @@ class Submission:
             return job
         job = self._scheduler.find(self.make_spec(alloc.name))
         if job is not None:
-            alloc.write_job(job)
+            with contextlib.suppress(OSError):  # its mark stays, so that it is found again
+                alloc.write_job(job)
         elif 0 < mark.until_s - self._clock.wall() <= self._busy_s:
             raise SchedulerUnavailableError(
                 "whoever submitted it was killed, and the request may still be on its way"

@@ -48,6 +48,7 @@ class WorkerState:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str = ""  # Set when ``failed``; trying again will not fix a fatal one
     fatal: bool = False
+    disk: bool = False  # It failed since its folder cannot be written
 
 
 @dataclass(frozen=True)
@@ -117,3 +118,4 @@ class Verdict:
     was_ready: bool = False  # Whether the allocation ever had the model loaded
     # The site's complete checkpoints at that time, which tell how far an order got.
     checkpoints: list[str] = field(default_factory=list)
+    at_s: float = 0.0  # Unix seconds

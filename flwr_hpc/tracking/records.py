@@ -47,6 +47,7 @@ class FacilityState:
     queue_wait_s: float | None = None
     queue_wait_high_s: float | None = None
     reason: str = ""
+    trouble: str = ""  # What keeps the site from working
     told_s: float = 0.0
     order_id: str = ""
     step: int = 0  # Progress of the current order

@@ -95,6 +95,10 @@ def _site_offline(_: RunState, f: FacilityState, e: Event) -> None:
     f.become("offline", e["s"])
 
 
+def _site_trouble(_: RunState, f: FacilityState, e: Event) -> None:
+    f.trouble = str(e.get("reason") or "")
+
+
 def _allocation(_: RunState, f: FacilityState, e: Event) -> None:
     name, kind = str(e.get("allocation") or ""), e.get("state")
     f.queue_wait_s, f.walltime_left_s = _number(e, "queue_wait_s"), _number(e, "walltime_left_s")
@@ -199,6 +203,7 @@ RUN_EVENTS: dict[str, Callable[[RunState, Event], None]] = {
 FACILITY_EVENTS: dict[str, Callable[[RunState, FacilityState, Event], None]] = {
     "site_online": _site_online,
     "site_offline": _site_offline,
+    "site_trouble": _site_trouble,
     "allocation": _allocation,
     "jobs_ended": _jobs_ended,
     "order_sent": _order_sent,

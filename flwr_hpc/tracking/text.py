@@ -67,6 +67,8 @@ def forecast(median_s: float | None, high_s: float | None) -> str:
 
 def outlook(f: FacilityState, now_s: float) -> str:
     """Return when a queued allocation starts and why it waits, or how long one still lasts."""
+    if f.trouble:
+        return f.trouble
     passed = max(0.0, now_s - f.told_s)
     if f.state == "queued":
         starts = forecast(_later(f.queue_wait_s, passed), _later(f.queue_wait_high_s, passed))
@@ -170,6 +172,8 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "run_started": _run_started,
     "site_online": lambda e: f"{e.get('facility')}: site online",
     "site_offline": lambda e: f"{e.get('facility')}: site offline",
+    "site_trouble": lambda e: f"{e.get('facility')}: {e.get('reason') or 'goes on'}",
+    "disk_trouble": lambda e: str(e.get("reason")),
     "allocation": _allocation,
     "order_progress": _order_progress,
     "order_done": _order_done,

@@ -52,11 +52,12 @@ def run(allocation_dir: Path) -> None:
             worker = Worker(allocation, settings, ranks, timer, reporter, deadline)
             final = worker.serve()
         except Exception as exc:
-            if cause_of(exc) == "peer":  # what became of it the scheduler knows best
+            cause, fatal = cause_of(exc), isinstance(exc, UserError)
+            if cause == "peer":  # what became of it the scheduler knows best
                 end_process(f"{traceback.format_exc()}\na rank of this allocation is gone; ending")
             explained = isinstance(exc, UserError | RankError)
             error = str(exc) if explained else f"{type(exc).__name__}: {exc}"
-            reporter.set_state("failed", error=error, fatal=isinstance(exc, UserError))
+            reporter.set_state("failed", error=error, fatal=fatal, disk=cause == "disk")
             if isinstance(exc, LoneFailureError):
                 end_process(traceback.format_exc())
             raise

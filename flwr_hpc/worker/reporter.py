@@ -65,14 +65,19 @@ class Reporter:
             self._thread.join()
 
     def set_state(
-        self, state: Any, order_id: str = "", error: str = "", fatal: bool = False
+        self,
+        state: Any,
+        order_id: str = "",
+        error: str = "",
+        fatal: bool = False,
+        disk: bool = False,
     ) -> None:
-        """Publish a new state now."""
+        """Publish a new state now, or as soon as the file system takes it."""
         with self._lock:
             self._state = dataclasses.replace(
-                self._state, state=state, order_id=order_id, error=error, fatal=fatal
+                self._state, state=state, order_id=order_id, error=error, fatal=fatal, disk=disk
             )
-            self._publish()
+            self._try_to_publish()
 
     def set_progress(self, folder: OrderDir, progress: dict[str, Any]) -> None:
         """Note how far the running order is; written with the next heartbeat."""
@@ -85,23 +90,26 @@ class Reporter:
 
     def give_up(self, error: str) -> None:
         """Say why and end the process, whatever its other threads wait for."""
-        with suppress(OSError):
-            self.set_state("failed", error=error)
+        self.set_state("failed", error=error)
         end_process(error)
 
     def _heartbeat(self) -> None:
         while not self._end.wait(self._every_s):
-            try:
-                with self._lock:
-                    self._publish()
-                noted, self._progress = self._progress, None
-                if noted:
+            with self._lock:
+                self._try_to_publish()
+            noted, self._progress = self._progress, None
+            if noted:
+                with suppress(OSError):
                     noted[0].write_progress(noted[1])
-            except OSError as exc:  # a full or stale file system may recover
-                print(f"state not written: {exc}", file=sys.stderr, flush=True)
             if self._watch and (hang := self._watch.overdue()):
                 faulthandler.dump_traceback()
                 self.give_up(hang)
+
+    def _try_to_publish(self) -> None:
+        try:
+            self._publish()
+        except OSError as exc:  # a full or stale file system may recover
+            print(f"state not written: {exc}", file=sys.stderr, flush=True)
 
     def _publish(self) -> None:
         if self._allocation is None:

@@ -48,6 +48,8 @@ class ReplyReader:
             self._arrive(site, request, message, None)
         elif status is None:
             self._tracker.fail(request, "a reply without a status")
+        elif status.state == "blocked":  # the site says why; nobody's failure
+            request.not_before = self._now() + self._settings.retry_delay_s
         elif status.state == "failed":
             self._failed(request, status)
         else:
@@ -77,6 +79,8 @@ class ReplyReader:
         if status is not None:
             left = status.walltime_left_s
             site.ends_at = None if left is None else now + left
+            blocked = status.state == "blocked"
+            self._telemetry.trouble(site.facility, status.reason if blocked else "")
             self._telemetry.allocation(site, status)
 
     def _error(self, request: Request, message: Message) -> None:

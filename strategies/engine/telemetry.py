@@ -31,6 +31,7 @@ class _Told:
     ledger: dict[str, str] = field(default_factory=dict)
     worker: str = ""  # the allocation that orders are with
     reason: str = ""
+    trouble: str = ""
     start_s: float | None = None  # forecast start on the engine's clock
     wait_s: float = 0.0  # as forecast then
 
@@ -116,6 +117,13 @@ class Telemetry:
             fatal=fatal,
             attempt=request.attempts,
         )
+
+    def trouble(self, facility: str, reason: str) -> None:
+        """Tell what keeps a site from working, or that it is over (no reason), once."""
+        told = self._told.setdefault(facility, _Told())
+        if reason != told.trouble:
+            told.trouble = reason
+            self._emit("site_trouble", facility=facility, reason=reason)
 
     def evaluated(self, order: Order, loss: float) -> None:
         """Tell the held-out loss of a version at a facility."""

@@ -27,6 +27,14 @@ def failed(world: World) -> None:
     world.worker(0, "failed", error="the disk is full")
 
 
+def disk(world: World) -> None:
+    world.job(0, "running")
+    world.worker(0, "failed", error="No space left on device", disk=True)
+    with pytest.raises(OSError, match="No space left"):
+        world.site.collect(order().id)
+    world.clock.sleep(60)
+
+
 def interrupted(world: World) -> None:
     world.worker(0, "interrupted")
     world.job(0, "ended", outcome="completed", reason="")
@@ -52,6 +60,7 @@ def overdue(world: World) -> None:
 CAUSES: dict[str, Any] = {
     "closed": closed,
     "failed": failed,
+    "disk": disk,
     "interrupted": interrupted,
     "held": held,
     "impossible": impossible,
