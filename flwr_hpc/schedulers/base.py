@@ -15,9 +15,19 @@ Outcome = Literal[
     "completed", "failed", "cancelled", "preempted", "timeout", "node_fail", "out_of_memory", "lost"
 ]
 
+# What it means that a command fails. ``refused``: asked again, it will be refused again; only
+# what is known as that. ``not yet``: there is no such job, and the same request may be taken
+# later. ``absent``: there is no such (living) job. ``no answer``: anything else; the request may
+# have been taken all the same.
+Failure = Literal["refused", "not yet", "absent", "no answer"]
+
 
 class SchedulerUnavailableError(Exception):
     """The scheduler gave no answer, or none that says anything about the job."""
+
+
+class NotYetError(SchedulerUnavailableError):
+    """The scheduler did not take the job, and may take it later: there is none now."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class Scheduler(Protocol):
 
         Raises
         ------
+        NotYetError
+            It was not submitted: some limit that passes, or a queue that is closed for now.
         SchedulerUnavailableError
             No answer: it may or may not have been submitted; ask `find`.
         """

@@ -18,7 +18,14 @@ from typing import Any
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError, heal_pickle
+from flwr_hpc.schedulers.base import (
+    Failure,
+    JobInfo,
+    JobSpec,
+    NotYetError,
+    SchedulerUnavailableError,
+    heal_pickle,
+)
 from flwr_hpc.schedulers.executor import ScriptExecutor
 from flwr_hpc.schedulers.rules import Rules
 
@@ -134,12 +141,8 @@ class CommandScheduler(ABC):
         return None
 
     @abstractmethod
-    def no_answer(self, answer: Answer) -> bool:
-        """Tell whether a failure says nothing about job or request: it may pass with time."""
-
-    def absent(self, answer: Answer) -> bool:
-        """Tell whether a failure says that there is no such (living) job."""
-        return False
+    def classify(self, answer: Answer) -> Failure:
+        """Return what a command's failure says: ``no answer``, unless its words are known."""
 
     def identity(self, job_id: str) -> str:
         """Return what of an id does not change between two answers."""
@@ -199,16 +202,14 @@ class CommandScheduler(ABC):
         if command is None:
             return None
         answer = self._run(command, self.script(spec))
-        if answer.code:
-            raise self._refusal(spec, answer)
+        self._raise_failure(spec, answer)
         start = self.parse_estimate(answer)
         return None if start is None else max(0.0, start - self._wall())
 
     def _submit(self, spec: JobSpec, path: Path) -> str:
         command = self.submit_command(path, spec.folder)
         answer = self._run(command, again=False, timeout_s=self.submit_timeout_s)
-        if answer.code:
-            raise self._refusal(spec, answer)
+        self._raise_failure(spec, answer)
         if not (job_id := self.parse_submit(answer.out)):
             raise SchedulerUnavailableError(
                 f"{answer.program}: no job id in what it printed: {answer.out!r}"
@@ -271,21 +272,27 @@ class CommandScheduler(ABC):
             "submitted_s": submitted_s,
         }
 
-    def _refusal(self, spec: JobSpec, answer: Answer) -> UserError:
+    def _raise_failure(self, spec: JobSpec, answer: Answer) -> None:
+        """Raise if the job was not taken, for ever or for now."""
+        if answer.code == 0:
+            return
+        words, title = answer.words, self.rules.title
         if answer.code == NOT_FOUND:
-            return UserError(
+            raise UserError(
                 f"{answer.program} was not found on this host. Run this on the facility's login "
                 "node, or set scheduler: local for this facility."
             )
-        return UserError(
-            f"{self.rules.title} refused the job '{spec.name}': {answer.words}\n"
+        if self.classify(answer) == "not yet":
+            raise NotYetError(f"{title} does not take the job now: {words}")
+        raise UserError(
+            f"{title} refused the job '{spec.name}': {words}\n"
             f"Check {self.rules.advice} of this facility; dry_run=true shows the script."
         )
 
     def _ask(self, command: list[str], again: bool = True) -> Answer:
         """Return an answer about jobs, if only that there is none of them."""
         answer = self._run(command, again=again)
-        if answer.code and not self.absent(answer):
+        if answer.code and self.classify(answer) != "absent":
             raise SchedulerUnavailableError(f"{answer.program}: {answer.words}")
         return answer
 
@@ -296,7 +303,7 @@ class CommandScheduler(ABC):
         began = self._wall()
         for pause_s in (*(self.pauses_s if again else ()), None):
             answer = self._once(command, stdin, timeout_s or self.timeout_s)
-            if answer.code in (0, NOT_FOUND) or not self.no_answer(answer):
+            if answer.code in (0, NOT_FOUND) or self.classify(answer) != "no answer":
                 return answer
             if pause_s is None or self._wall() - began > self.patience_s:
                 break
@@ -319,6 +326,8 @@ class CommandScheduler(ABC):
             raise SchedulerUnavailableError(f"{command[0]}: no answer in {timeout_s:g} s") from None
         except FileNotFoundError:
             return Answer(command[0], NOT_FOUND, err="not found on this host")
+        except OSError as exc:  # say, no more processes for this user
+            raise SchedulerUnavailableError(f"{command[0]}: {exc}") from None
         return Answer(command[0], done.returncode, done.stdout, done.stderr)
 
 

@@ -19,8 +19,9 @@ def record_times(alloc: AllocationDir, info: JobInfo) -> None:
     ended_in_queue = info.state == "ended" and info.ended_s is not None and (requeued or not cycles)
     if info.state == "unknown" or not (info.started_s or old.cycles or ended_in_queue):
         return
-    if requeued and cycles[-1].ended_s is None:
-        cycles[-1] = replace(cycles[-1], ended_s=info.submitted_s)
+    restarted = bool(cycles) and (info.started_s or 0.0) > (cycles[-1].started_s or 0.0)
+    if (requeued or restarted) and cycles[-1].ended_s is None:  # as it began anew, at the latest
+        cycles[-1] = replace(cycles[-1], ended_s=info.submitted_s if requeued else info.started_s)
     if info.started_s is not None or ended_in_queue:
         cycles.append(QueueCycle(info.submitted_s, info.eligible_s, info.started_s, info.ended_s))
     new = JobTimes(

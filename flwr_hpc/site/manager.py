@@ -17,7 +17,12 @@ from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Status
-from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import (
+    JobInfo,
+    NotYetError,
+    Scheduler,
+    SchedulerUnavailableError,
+)
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
 from flwr_hpc.site.monitor import Monitor, Submitted, View
@@ -291,6 +296,8 @@ class AllocationManager:
         if (runs := view.state != "queued") and view.walltime_left_s is None:
             return
         queued = [a for a in self._open() if not a.released and not (runs and a == alloc)]
+        if any(a.job() is None for a in queued):
+            return  # not even that one is taken yet
         ledgers = [self._status.account(a).ledger for a in self.spool.allocations()]
         waits = [self._queue_wait(a) for a in queued]
         if self._renewal.is_due(view.walltime_left_s, waits, ledgers):
@@ -320,12 +327,19 @@ class AllocationManager:
                 return self._monitor.close(alloc, "cancelled")
             job = self._submission.ensure_job(alloc)
         except SchedulerUnavailableError as exc:
+            if isinstance(exc, NotYetError) and self._has_other_job(alloc):
+                self._submission.restart_clock(alloc)  # a limit that our own job may be up to
             if self._submission.trying_s(alloc) > self._config.queue_deadline_s:
                 return self._monitor.close(alloc, "overdue", f"it could not be submitted: {exc}")
             return View("queued", reason=f"not submitted yet: {exc}")
         except UserError as exc:
             return self._monitor.close(alloc, "rejected", str(exc))
         return self._monitor.look(alloc, job)
+
+    def _has_other_job(self, alloc: AllocationDir) -> bool:
+        """Tell whether another of the site's jobs may live, by what is written down."""
+        others = (a for a in self.spool.allocations() if a != alloc)
+        return any(a.job() is not None and not a.has_job_ended for a in others)
 
     def _release(self, alloc: AllocationDir) -> None:
         """Let an allocation end once idle; one that waits in the queue is cancelled."""

@@ -10,12 +10,19 @@ from typing import Any
 from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError, checkout
+from flwr_hpc.schedulers.base import (
+    JobSpec,
+    NotYetError,
+    Scheduler,
+    SchedulerUnavailableError,
+    checkout,
+)
 from flwr_hpc.site.forecast.base import QueueForecast
 from flwr_hpc.spool import AllocationDir, Spool, SubmissionMark
 from flwr_hpc.worker.entry import work
 
-BUSY_POLLS = 2  # polling intervals that a submission may take; sbatch and qsub are given 120 s
+# Polling intervals that a submission may take after its last sign; sbatch and qsub are given 120 s.
+BUSY_POLLS = 2
 
 
 def job_spec(
@@ -60,26 +67,30 @@ class Submission:
     ) -> None:
         self.make_spec = make_spec
         self._scheduler, self._clock, self._forecast = scheduler, clock, forecast
-        self._unanswered: dict[str, tuple[float, str]] = {}  # when and why, by allocation
+        # When and why, by allocation.
+        self._unanswered: dict[str, tuple[float, SchedulerUnavailableError]] = {}
 
     def ensure_job(self, alloc: AllocationDir) -> dict[str, Any]:
         """Return the allocation's job; it is submitted unless a process that died here did.
 
         Raises
         ------
+        NotYetError
+            It is not submitted, and may be later: call again.
         SchedulerUnavailableError
             It may be submitted or not: call again.
         """
         job = alloc.job()
         if job is not None:
             return job
-        asked, words = self._unanswered.get(alloc.name, (float("-inf"), ""))
-        if self._clock.now() - asked < self._scheduler.poll_s:
-            raise SchedulerUnavailableError(words)
+        if alloc.name in self._unanswered:
+            asked, error = self._unanswered[alloc.name]
+            if self._clock.now() - asked < self._scheduler.poll_s:
+                raise error
         try:
             return self.find_job(alloc) or self._submit(alloc)
         except SchedulerUnavailableError as exc:
-            self._unanswered[alloc.name] = self._clock.now(), str(exc)
+            self._unanswered[alloc.name] = self._clock.now(), exc
             raise
 
     def find_job(self, alloc: AllocationDir) -> dict[str, Any] | None:
@@ -94,13 +105,19 @@ class Submission:
         mark = alloc.submission.read() if job is None else None
         if mark is None:
             return job
-        job = self._scheduler.find(self.make_spec(alloc.name))
+        try:
+            job = self._scheduler.find(self.make_spec(alloc.name))
+        except SchedulerUnavailableError:
+            if mark.until_s:  # who does not answer may still take what was sent before
+                self._mark(alloc, busy=True)
+            raise
         if job is not None:
             with contextlib.suppress(OSError):  # its mark stays, so that it is found again
                 alloc.write_job(job)
         elif 0 < mark.until_s - self._clock.wall() <= self._busy_s:
             raise SchedulerUnavailableError(
-                "whoever submitted it was killed, and the request may still be on its way"
+                "the last request was not answered, or whoever sent it was killed: it may still be "
+                "on its way"
             )
         return job
 
@@ -109,23 +126,33 @@ class Submission:
         mark = alloc.submission.read()
         return 0.0 if mark is None else max(0.0, self._clock.wall() - mark.since_s)
 
+    def restart_clock(self, alloc: AllocationDir) -> None:
+        """Count the tries from now on."""
+        if (mark := alloc.submission.read()) is not None:
+            alloc.submission.write(replace(mark, since_s=self._clock.wall()))
+
     def _submit(self, alloc: AllocationDir) -> dict[str, Any]:
         spec = self.make_spec(alloc.name)
         self._forecast.record_submission(spec.name)
-        now, mark = self._clock.wall(), alloc.submission
-        idle = replace(mark.read() or SubmissionMark(now), until_s=0.0)
         # From here on there may be a job; sbatch goes on if this process is killed meanwhile.
-        mark.write(replace(idle, until_s=now + self._busy_s))
+        self._mark(alloc, busy=True)
         try:
             job = self._scheduler.submit(spec)
         except UserError:  # refused: there is none to look for
-            mark.remove()
+            alloc.submission.remove()
             raise
-        except BaseException:
-            mark.write(idle)
+        except BaseException as exc:
+            lost = isinstance(exc, SchedulerUnavailableError)
+            self._mark(alloc, busy=lost and not isinstance(exc, NotYetError))
             raise
         alloc.write_job(job)
         return job
+
+    def _mark(self, alloc: AllocationDir, *, busy: bool) -> None:
+        """Note that there may be a job; `busy`: also one that cannot be found yet."""
+        now = self._clock.wall()
+        mark = alloc.submission.read() or SubmissionMark(now)
+        alloc.submission.write(replace(mark, until_s=now + self._busy_s if busy else 0.0))
 
     @property
     def _busy_s(self) -> float:

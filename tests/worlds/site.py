@@ -35,19 +35,26 @@ class Scheduler:
         self.asked = 0
         self.trouble: BaseException | None = None  # after the job is submitted, or cancelled
         self.refusal: BaseException | None = None  # instead of submitting it
+        self.away: BaseException | None = None  # instead of finding it
 
     def submit(self, spec: JobSpec) -> dict[str, Any]:
         assert spec.name not in self.jobs, "submitted twice"
         if self.refusal:
             raise self.refusal
-        job = {"id": str(len(self.jobs) + 1), "name": spec.name, "folder": str(spec.folder)}
-        self.jobs[spec.name] = {**job, "submitted_s": self.clock.wall()}
-        self.states.setdefault(spec.name, "pending")
+        self.accept(spec.name, str(spec.folder))
         if self.trouble:
             raise self.trouble
         return self.jobs[spec.name]
 
+    def accept(self, name: str, folder: str = "/jobs") -> None:
+        """Take a job, whoever waits for the answer."""
+        job = {"id": str(len(self.jobs) + 1), "name": name, "folder": folder}
+        self.jobs[name] = {**job, "submitted_s": self.clock.wall()}
+        self.states.setdefault(name, "pending")
+
     def find(self, spec: JobSpec) -> dict[str, Any] | None:
+        if self.away:
+            raise self.away
         return self.jobs.get(spec.name)
 
     def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:

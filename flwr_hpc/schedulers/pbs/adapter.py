@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
-from flwr_hpc.schedulers.base import JobInfo, JobSpec
+from flwr_hpc.schedulers.base import Failure, JobInfo, JobSpec
 from flwr_hpc.schedulers.command import Answer, CommandScheduler, number
-from flwr_hpc.schedulers.pbs import parse
+from flwr_hpc.schedulers.pbs import failures, parse
 from flwr_hpc.schedulers.pbs.rules import RULES
 from flwr_hpc.schedulers.script import MPI_RANK, common_fields, mpi_env, rank_command, render
 
@@ -56,16 +56,13 @@ class PbsScheduler(CommandScheduler):
         return parse.qstat(history=True)
 
     def parse_history(self, answer: Answer) -> list[JobInfo] | None:
-        return None if parse.keeps_no_history(answer) else parse.read_qstat(answer)
+        return None if failures.keeps_no_history(answer) else parse.read_qstat(answer)
 
     def cancel_command(self, job: dict[str, Any]) -> list[str]:
         return ["qdel", job["id"]]
 
-    def no_answer(self, answer: Answer) -> bool:
-        return parse.no_answer(answer)
-
-    def absent(self, answer: Answer) -> bool:
-        return answer.code in parse.ABSENT
+    def classify(self, answer: Answer) -> Failure:
+        return failures.classify(answer)
 
     def identity(self, job_id: str) -> str:
         return str(number(job_id))  # a server may go by more than one name

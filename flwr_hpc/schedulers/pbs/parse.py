@@ -1,6 +1,6 @@
-"""What qsub, qstat and qdel answer: pure functions, and tables of PBS's words.
+"""What qsub and qstat print, read: pure functions, and tables of PBS's words.
 
-The exit codes are PBS's error numbers modulo 256. Read so on OpenPBS 23.06.
+Read so on OpenPBS 23.06.
 """
 
 from __future__ import annotations
@@ -17,14 +17,6 @@ from flwr_hpc.schedulers.command import Answer, GarbledAnswerError
 # A job's full name, in its environment (-v) and so in its Variable_List; -N may be too short.
 NAME = "FLWR_HPC_JOB"
 
-UNKNOWN_JOB = 153
-FINISHED = 35  # known to the history alone
-NO_HISTORY = 36  # asked with -x of a server that keeps none
-ABSENT = (UNKNOWN_JOB, FINISHED, NO_HISTORY)
-# qsub: server down, no (free) connection, no server, shutting down, try again; qstat: 255; 124 is
-# that of `timeout`. Anything else is a refusal.
-NO_ANSWER = (124, 162, 185, 186, 212, 104, 255)
-
 _STATES: dict[str, tuple[JobState, str]] = {
     "Q": ("pending", "queued"),
     "H": ("pending", "held"),
@@ -40,9 +32,14 @@ _STATES: dict[str, tuple[JobState, str]] = {
     "M": ("unknown", "moved to another server"),
 }
 _DELETED = 91  # substate; 92 and 93 say less than Exit_status
+# Exit_status below 0 are PBS's own words, JOB_EXEC_* in its job.h.
 _EXITS = {
     -29: "over its walltime",
+    -27: "over its memory",
+    -26: "over its virtual memory",
     -20: "a node failed",
+    -14: "put back in the queue since a node failed",
+    -11: "put back in the queue",  # by qrerun, or to make room
     127: "command or interpreter not found",
     254: "could not be executed",
 }
@@ -69,21 +66,6 @@ def qstat(job_id: str = "", history: bool = False) -> list[str]:
         *(["-x"] if history else []),
         *([job_id] if job_id else []),
     ]
-
-
-def no_answer(answer: Answer) -> bool:
-    """Tell whether a failure says nothing of job or request.
-
-    Without its server qstat prints JSON too, without jobs: the code decides.
-    """
-    if answer.program == "qsub":
-        return answer.code < 0 or answer.code in NO_ANSWER
-    return answer.code not in (0, *ABSENT)
-
-
-def keeps_no_history(answer: Answer) -> bool:
-    """Tell whether a server that was asked with -x forgets finished jobs; the code may be 0."""
-    return answer.code == NO_HISTORY or "not configured to maintain job history" in answer.err
 
 
 def read_qstat(answer: Answer) -> list[JobInfo]:
@@ -138,13 +120,18 @@ def duration_s(text: str | float) -> float:
 
 
 def _submitted(job: dict[str, Any], state: JobState, restarts: int) -> float | None:
-    """Return when it entered the queue this time; of a job put back PBS keeps no such time.
+    """Return when it entered the queue this time: if it was put back, as its last run ended.
 
-    While it waits its last change stands for that: never too early, so no wait seems too long.
+    Where that is not kept its last change, while it waits, stands for it: never too early, so no
+    wait seems too long.
     """
     if not restarts:
         return _epoch(job.get("ctime"))
-    return _epoch(job.get("mtime")) if state == "pending" else None
+    ended, started = _epoch(job.get("obittime")), _epoch(job.get("stime"))
+    if state == "pending":
+        return _epoch(job.get("mtime")) if ended is None else ended
+    between = ended is not None and started is not None and ended <= started
+    return ended if between else None  # else it has ended since
 
 
 def _stuck(letter: str, said: str) -> Any:
@@ -160,8 +147,12 @@ def _outcome(job: dict[str, Any]) -> Outcome | None:
         return "timeout"
     if job.get("substate") == _DELETED:
         return "cancelled"
-    if code == -20:
+    if code in (-20, -14):
         return "node_fail"
+    if code in (-27, -26):
+        return "out_of_memory"
+    if code == -11:
+        return "preempted"
     if code is None:  # it never ran
         return None
     return "failed" if code else "completed"
@@ -198,6 +189,10 @@ def _expected(job: dict[str, Any]) -> float | None:
 
 
 def _end(job: dict[str, Any], started: float | None) -> float | None:
+    """Return when a job ended; ``resources_used`` leaves out while it was suspended."""
+    ended = _epoch(job.get("obittime"))
+    if ended is not None and ended >= (started or 0.0):
+        return ended
     used = job.get("resources_used", {}).get("walltime")
     if started is not None and used is not None:
         return started + duration_s(used)

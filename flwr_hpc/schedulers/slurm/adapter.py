@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flwr_hpc.config.facility import PLACEMENT, FacilityConfig, queue_of, walltime_s
-from flwr_hpc.schedulers.base import JobInfo, JobSpec
+from flwr_hpc.schedulers.base import Failure, JobInfo, JobSpec
 from flwr_hpc.schedulers.command import Answer, CommandScheduler
 from flwr_hpc.schedulers.script import common_fields, rank_command, render
-from flwr_hpc.schedulers.slurm import parse
+from flwr_hpc.schedulers.slurm import failures, parse
 from flwr_hpc.schedulers.slurm.rules import RULES
 
 
@@ -64,11 +64,8 @@ class SlurmScheduler(CommandScheduler):
     def parse_estimate(self, answer: Answer) -> float | None:
         return parse.read_start(answer.err)
 
-    def no_answer(self, answer: Answer) -> bool:
-        return parse.is_transient(answer.err)
-
-    def absent(self, answer: Answer) -> bool:
-        return "Invalid job id" in answer.err
+    def classify(self, answer: Answer) -> Failure:
+        return failures.classify(answer)
 
 
 def make_scheduler(facility: FacilityConfig) -> SlurmScheduler:

@@ -15,21 +15,6 @@ SQUEUE = ["--noheader", "--states=all", "--Format=" + _COLUMNS.replace(",", ":|,
 _FIELDS = "JobID,JobName,State,Submit,Eligible,Start,End,NNodes,ExitCode"
 SACCT = ["-X", "-D", "--noheader", "--parsable2", "-o", _FIELDS]
 
-# What sbatch says when slurmctld is busy or away, in lower case; all else is a refusal.
-TRANSIENT = (
-    "unable to contact slurm controller",
-    "socket timed out",
-    "temporarily unable",
-    "temporarily unavailable",
-    "connection refused",
-    "connection timed out",
-    "transport endpoint",
-    "zero bytes were transmitted",
-    "try again",
-    "rate limit",
-    "protocol authentication error",  # munged is being restarted
-)
-
 # Slurm's states; those not listed are "unknown".
 _NATIVE: dict[JobState, str] = {
     "pending": "CONFIGURING PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT",
@@ -102,11 +87,6 @@ def read_sbatch(text: str) -> str:
     """Read the id of a submitted job; ``""`` if there is none."""
     found = re.search(r"job (\d+)", text)
     return found[1] if found else ""
-
-
-def is_transient(said: str) -> bool:
-    """Tell whether a command failed without an answer; one that was killed says nothing."""
-    return not said.strip() or any(word in said.lower() for word in TRANSIENT)
 
 
 def merge(now: JobInfo | None, then: JobInfo | None) -> JobInfo | None:

@@ -11,7 +11,7 @@ from worlds.pbs_answers import AT, AT_S, NOBODY, answer, job
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import JobSpec, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobSpec, NotYetError, SchedulerUnavailableError
 from flwr_hpc.schedulers.command import Answer
 from flwr_hpc.schedulers.pbs.adapter import PbsScheduler, script
 from flwr_hpc.schedulers.pbs.parse import (
@@ -134,11 +134,13 @@ def test_find_takes_the_latest_and_heals_its_pickle(
         (166, UserError),  # bad value
         (187, UserError),  # unknown resource
         (188, UserError),  # over the queue's limits
-        (1, UserError),
         (127, UserError),  # no qsub
+        (38, NotYetError),  # a limit on jobs
+        (173, NotYetError),  # the queue is not enabled
         (162, SchedulerUnavailableError),
         (255, SchedulerUnavailableError),
         (124, SchedulerUnavailableError),  # no answer in time
+        (1, SchedulerUnavailableError),  # in no words that are known
     ],
 )
 def test_what_qsub_says(

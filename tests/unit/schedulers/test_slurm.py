@@ -11,7 +11,7 @@ import pytest
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobInfo, JobSpec, NotYetError, SchedulerUnavailableError
 from flwr_hpc.schedulers.command import Answer
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 from flwr_hpc.schedulers.slurm.parse import read_squeue, stuck
@@ -230,8 +230,10 @@ def test_transient_failures_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert commands.scheduler().infos([JOB])["mine"].outcome == "completed"
     assert commands.pauses == []
     commands = Commands(monkeypatch, (1, "", "scancel: error: Access denied"))
+    scheduler = commands.scheduler()
+    scheduler.pauses_s = ()
     with pytest.raises(SchedulerUnavailableError, match="Access denied"):
-        commands.scheduler().cancel(JOB)
+        scheduler.cancel(JOB)
 
 
 def test_slow_failures_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +290,11 @@ def test_find_does_not_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             SchedulerUnavailableError,
         ),
         ("", SchedulerUnavailableError),  # killed by the time-out
+        (
+            "sbatch: error: AssocMaxSubmitJobLimit\n"
+            "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy",
+            NotYetError,
+        ),
     ],
 )
 def test_what_sbatch_says(

@@ -170,6 +170,15 @@ def test_times_of_a_requeue_that_nobody_saw(tmp_path: Path) -> None:
     assert [c.ended_s for c in times(alloc).cycles] == [500.0, None]
 
 
+def test_times_of_a_rerun_without_a_time_of_its_requeue(tmp_path: Path) -> None:
+    """Protects the hours of a first run whose end nobody tells: not beyond the second's start."""
+    alloc = AllocationDir(tmp_path)
+    record_times(alloc, said("running", 100.0, 160.0))
+    again = JobInfo("1", "a", "running", None, None, 530.0, nodes=2, restarts=1)
+    record_times(alloc, again)
+    assert [(c.started_s, c.ended_s) for c in times(alloc).cycles] == [(160, 530), (530, None)]
+
+
 def test_times_of_a_job_that_never_started(tmp_path: Path) -> None:
     """Protects the report: a job that was cancelled in the queue has waited, and has ended."""
     alloc = AllocationDir(tmp_path)

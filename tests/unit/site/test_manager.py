@@ -8,7 +8,6 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,63 +70,6 @@ def test_new_process_finds_the_live_allocation(world: World, wait: int) -> None:
     world.up(0)
     world.clock.time += wait
     assert world.restart().acquire().state == "ready"
-    assert len(world.scheduler.jobs) == 1
-
-
-@pytest.mark.parametrize("trouble", [Killed(), SchedulerUnavailableError("timed out")])
-def test_job_submitted_but_not_written_down_is_adopted(
-    world: World, trouble: BaseException
-) -> None:
-    """Protects against a second job, and a lost one, after a crash in the middle of submit."""
-    world.scheduler.trouble = trouble
-    if isinstance(trouble, Killed):
-        with pytest.raises(Killed):
-            world.site.acquire()
-    else:
-        assert world.site.acquire().state == "queued"
-    world.scheduler.trouble = None
-    assert world.restart().acquire().state == "queued"
-    assert len(world.scheduler.jobs) == 1
-    assert world.alloc(0).job() is not None
-
-
-def test_killed_before_the_submit(world: World) -> None:
-    """Protects an allocation that was declared and never submitted."""
-    world.scheduler.refusal = Killed()
-    with pytest.raises(Killed):
-        world.site.acquire()
-    world.scheduler.refusal = None
-    world.restart().acquire()
-    assert list(world.scheduler.jobs) == ["run-fac-a0000"]
-
-
-def test_killed_in_the_middle_of_the_submit(world: World) -> None:
-    """Protects against a second job: sbatch outlives its launcher, and may not be through yet."""
-    world.scheduler.refusal = Killed()
-    with pytest.raises(Killed):
-        world.site.acquire()
-    mark = world.alloc(0).submission
-    before = mark.read()
-    assert before is not None
-    mark.write(replace(before, until_s=world.clock.wall() + 60.0))
-    world.scheduler.refusal = None
-    assert "killed" in world.restart().acquire().reason
-    assert not world.scheduler.jobs
-    world.clock.sleep(61.0)
-    assert world.restart().acquire().state == "queued"
-    assert list(world.scheduler.jobs) == ["run-fac-a0000"]
-
-
-def test_submission_is_not_hammered(world: World) -> None:
-    """Protects a scheduler that does not answer from a submission per poll."""
-    world.scheduler.refusal = SchedulerUnavailableError("no answer")
-    assert world.site.acquire().state == "queued"
-    world.scheduler.refusal = AssertionError("asked too soon")
-    world.clock.sleep(1.0)
-    assert world.site.acquire().state == "queued"
-    world.scheduler.refusal = None
-    world.clock.sleep(30.0)
-    world.site.acquire()
     assert len(world.scheduler.jobs) == 1
 
 

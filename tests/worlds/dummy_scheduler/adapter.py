@@ -12,7 +12,7 @@ from typing import Any
 from worlds.dummy_scheduler.rules import RULES
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.schedulers.base import JobInfo, JobSpec, JobState
+from flwr_hpc.schedulers.base import Failure, JobInfo, JobSpec, JobState
 from flwr_hpc.schedulers.command import Answer, CommandScheduler
 from flwr_hpc.schedulers.script import MPI_RANK, common_fields, mpi_env, rank_command, render
 
@@ -54,8 +54,8 @@ class DummyScheduler(CommandScheduler):
     def cancel_command(self, job: dict[str, Any]) -> list[str]:
         return [*PROGRAM, "end", self.facility.env["DUMMY_HOME"], job["id"]]
 
-    def no_answer(self, answer: Answer) -> bool:
-        return answer.code == AWAY
+    def classify(self, answer: Answer) -> Failure:
+        return "no answer" if answer.code == AWAY else "refused"
 
 
 def make_scheduler(facility: FacilityConfig) -> DummyScheduler:
