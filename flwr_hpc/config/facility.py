@@ -82,8 +82,8 @@ class FacilityConfig:
     # PBS: what each node of the job asks for, e.g. ``ncpus=32:ngpus=4:mpiprocs=4``, which is
     # also made from the shape above if this is null; empty: whole nodes.
     chunk: str | None = None
-    # PBS: whose mpiexec starts the ranks, ``mpich`` (also Intel MPI and HPE Cray) or
-    # ``openmpi``.
+    # PBS: whose mpiexec starts the ranks, ``mpich`` (also Intel MPI and HPE Cray), ``openmpi``,
+    # or ``mpich-tmrsh``: an MPICH that knows nothing of PBS, over pbs_tmrsh.
     mpi: str = "mpich"
     peak_tflops: float | None = None  # Peak dense bf16 TFLOP/s of one device, for MFU
     gpu_memory_gb: float | None = None  # Memory of one device

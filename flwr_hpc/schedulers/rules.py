@@ -19,8 +19,9 @@ NATIVE = (*("qos", "constraint", "reservation", "gpu_request", "gpu_type", "chun
 class Accounting:
     """How to see whether ended jobs are remembered."""
 
-    command: tuple[str, ...]  # Fails where they are not
+    command: tuple[str, ...]  # Fails where they are not, unless `none` is what it says then
     without: str  # What follows
+    none: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from worlds import worker as fake_worker
 from worlds.jobs import facility, processes_of, until
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
+from flwr_hpc.schedulers.base import JobInfo, JobSpec, NotYetError, SchedulerUnavailableError
 from flwr_hpc.schedulers.pbs.adapter import PbsScheduler
 
 
@@ -57,7 +57,7 @@ class Server:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server(tmp_path, monkeypatch)
     yield server
-    for flag in ("down", "no_history"):
+    for flag in ("down", "no_history", "refuse"):
         (server.home / flag).unlink(missing_ok=True)
     if server.job:
         server.scheduler.cancel(server.job)
@@ -153,6 +153,76 @@ def test_refusals_say_why(fields: dict[str, Any], said: str, server: Server) -> 
     """Protects the user from a retry loop over a mistake."""
     with pytest.raises(UserError, match=said):
         server.submit(**fields)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (38, "would exceed queue workq's per-user limit"),
+        (39, "limit on resource ncpus in queue workq"),
+        (173, "Queue is not enabled"),
+        (196, "Resource temporarily unavailable"),
+        (198, "Maximum number of jobs already in queue workq"),
+    ],
+)
+def test_refusals_that_pass(code: int, said: str, server: Server) -> None:
+    """Protects the run from a limit that is full now: there is no job, and one may be later."""
+    (server.home / "refuse").write_text(str(code))
+    with pytest.raises(NotYetError, match=said):
+        server.submit()
+    assert server.scheduler.find(server.spec) is None
+    (server.home / "refuse").unlink()
+    server.submit()
+
+
+def test_queue_of_one_job_per_user(server: Server) -> None:
+    """Protects the successor of an allocation: the slot is free as soon as the first has ended."""
+    (server.home / "max_queued").write_text("1")
+    server.submit(fake_worker.dump_environment)
+    second = dataclasses.replace(server.spec, name=f"{server.spec.name}-b", folder=server.out / "b")
+    with pytest.raises(NotYetError, match="per-user limit"):
+        server.scheduler.submit(second)
+    server.until("ended")
+    job = server.scheduler.submit(second)
+    assert job["id"] != server.job["id"]
+    server.scheduler.cancel(job)
+
+
+def test_running_job_of_a_server_without_history(server: Server) -> None:
+    """Protects a running job: asked with -x such a server prints no job, and exits with 0."""
+    (server.home / "no_history").touch()
+    server.submit()
+    server.started()
+    server.job |= {"submitted_s": time.time() - 3600}  # long past any doubt
+    assert server.info().state == "running"
+    found = server.scheduler.find(server.spec)
+    assert found is not None
+    assert found["id"] == server.job["id"]
+    server.scheduler.cancel(server.job)
+    assert server.until("ended").outcome is None
+
+
+def test_fast_rerun(server: Server) -> None:
+    """Protects the hours of a run that was put back and began again between two looks."""
+    server.submit()
+    server.started()
+    first = server.info()
+    for file in server.out.glob("env-*"):
+        file.unlink()
+    server.do("rerun")
+    server.started()
+    again = server.info()
+    assert (again.state, again.restarts) == ("running", 1)
+    assert again.reason.startswith("running, put back in the queue (Exit_status -11)")
+    assert first.started_s <= again.submitted_s <= again.started_s  # type: ignore[operator]
+
+
+def test_mpich_that_knows_nothing_of_pbs(server: Server) -> None:
+    """Protects Debian's MPICH: its launcher is pbs_tmrsh, which undoes no quotes."""
+    server.submit(fake_worker.dump_environment, mpi="mpich-tmrsh")
+    assert server.until("ended").outcome == "completed"
+    env = json.loads((server.out / "env-1.json").read_text())
+    assert (env["SUBMITIT_LOCAL_GLOBALID"], env["PMI_SIZE"]) == ("1", "2")
 
 
 def test_server_without_history(server: Server) -> None:

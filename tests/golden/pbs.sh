@@ -13,6 +13,8 @@ exec >>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.out 2>>/scratch/
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
 export FLWR_HPC_ATTEMPT=$(date +%s.%N)
 cd "$PBS_O_WORKDIR"
+# A job's PATH may lack PBS's own programs.
+export PATH="$PATH:$(sed -n 's/^PBS_EXEC=//p' "${PBS_CONF_FILE:-/etc/pbs.conf}" 2>/dev/null)/bin"
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=8
 export PYTHONUNBUFFERED=1

@@ -24,7 +24,11 @@ STALLED_S, LOOK_S = 300.0, 5.0
 SIGNS_OF_LIFE, STATE = {"heartbeat.json", "job_states.json", "times.json", "lock"}, "state.json"
 TESTS = Path(__file__).parents[1]
 FAKES = TESTS / "contract" / "fake_slurm" / "slurm.py"
-FAKE_PBS = {"pbs": ("qsub", "qstat", "qdel"), "mom": ("pbs_mom",), "mpiexec": ("mpiexec",)}
+FAKE_PBS = {
+    "pbs": ("qsub", "qstat", "qdel"),
+    "mom": ("pbs_mom",),
+    "mpiexec": ("mpiexec", "pbs_tmrsh"),
+}
 
 
 def until(

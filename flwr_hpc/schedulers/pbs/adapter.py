@@ -6,19 +6,26 @@ the server's age, so the name travels in the job's environment (``-v``), where q
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
+from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import Failure, JobInfo, JobSpec
 from flwr_hpc.schedulers.command import Answer, CommandScheduler, number
 from flwr_hpc.schedulers.pbs import failures, parse
 from flwr_hpc.schedulers.pbs.rules import RULES
 from flwr_hpc.schedulers.script import MPI_RANK, common_fields, mpi_env, rank_command, render
 
-PER_NODE = {"mpich": ["-ppn", "{}"], "openmpi": ["--map-by", "ppr:{}:node"]}
+TMRSH = "mpich-tmrsh"  # An MPICH that was built without PBS, as Debian's
+PER_NODE = {
+    "mpich": "-ppn {}",
+    "openmpi": "--map-by ppr:{}:node",
+    TMRSH: '-f "$PBS_NODEFILE" -launcher rsh -launcher-exec {folder}/tmrsh -ppn {}',
+}
 
 
 class PbsScheduler(CommandScheduler):
@@ -78,9 +85,8 @@ def make_scheduler(facility: FacilityConfig) -> PbsScheduler:
 
 def script(spec: JobSpec) -> str:
     """Return the job script; needs no PBS."""
+    check(spec)
     f = spec.facility
-    ranks = f.nodes * f.ranks_per_node
-    per_node = [arg.format(f.ranks_per_node) for arg in PER_NODE[f.mpi]]
     common = common_fields(spec)
     fields = {
         "short_name": parse.short_name(spec.name),
@@ -91,10 +97,35 @@ def script(spec: JobSpec) -> str:
         "walltime": _hms(walltime_s(f.walltime)),
         "folder": spec.folder,
         "env": common["env"] | mpi_env(f),
-        "launch": shlex.join(["mpiexec", "-n", str(ranks), *per_node, *f.launcher_args]),
+        "tmrsh": f.mpi == TMRSH,
+        "launch": _launch(spec),
         "command": rank_command(spec, MPI_RANK),
     }
     return render("pbs.sh.j2", common | fields)
+
+
+def _launch(spec: JobSpec) -> str:
+    """Return the shell words that start the ranks."""
+    f, folder = spec.facility, shlex.quote(str(spec.folder))
+    per_node = PER_NODE[f.mpi].format(f.ranks_per_node, folder=folder)
+    args = [shlex.join(f.launcher_args)] if f.launcher_args else []
+    return " ".join([f"mpiexec -n {f.nodes * f.ranks_per_node}", per_node, *args])
+
+
+def check(spec: JobSpec) -> None:
+    """Refuse what qsub would answer with its usage, or take for something else."""
+    if re.search(r"[^\w.+@-]", spec.name, re.ASCII):
+        raise UserError(
+            f"the job's name '{spec.name}' is given to PBS in a list of variables, where only "
+            "letters, digits and . _ + @ - are safe. Name the facility, and the run directory if "
+            "its name is part of it, without others"
+        )
+    if not str(spec.folder).isascii():
+        raise UserError(
+            f"PBS takes no job whose files are to lie in {spec.folder}: it knows no letters beyond "
+            "ASCII in a path ('illegal -o value'). Set the facility's workdir, or run_dir, to "
+            "another path"
+        )
 
 
 def _chunk(f: FacilityConfig) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError, one_of
-from flwr_hpc.schedulers.rules import Rules
+from flwr_hpc.schedulers.rules import Accounting, Rules
 
 # What selects another server than the host's, given in the facility's `env`.
 SERVER = ("PBS_SERVER", "PBS_CONF_FILE")
 # Set where this runs inside a job itself; PBS_DPREFIX changes how directives begin.
 INSIDE = ("PBS_JOBID", "PBS_ENVIRONMENT", "PBS_NODEFILE", "PBS_DPREFIX")
-MPIS = ("mpich", "openmpi")
+MPIS = ("mpich", "openmpi", "mpich-tmrsh")
 FIELD_OF = {"select": "nodes and chunk", "walltime": "walltime"}
 CHUNK = "with PBS the chunk says what a node must have: {key}.chunk"
 
@@ -35,6 +35,11 @@ def check(key: str, f: FacilityConfig) -> None:
         raise UserError(
             f"{key}.chunk='{f.chunk}' is not what one node asks for, without their number. "
             f"Example: {key}.chunk='ncpus=32:ngpus=4:mpiprocs=4'"
+        )
+    if not (f.workdir or "").isascii():
+        raise UserError(
+            f"{key}.workdir={f.workdir}: PBS takes no job whose files are to lie in a path with "
+            f"letters beyond ASCII ('illegal -o value'). Use {key}.workdir=/another/path"
         )
     asked = [part.partition("=")[0] for part in (f.chunk or "").split(":")]
     for name in [*f.options, *asked]:
@@ -81,5 +86,11 @@ RULES = Rules(
             "chunk, options, nodes, gpus_per_node or cpus_per_rank; what there is: pbsnodes -a"
         ),
     },
+    accounting=Accounting(
+        ("qstat", "-x", "1"),  # whether there is such a job or not
+        "runs go on without; of a job that has ended it is only known that it has, not how. The "
+        "centre can set the server's job_history_enable",
+        none="not configured to maintain job history",
+    ),
     other_cluster="env.PBS_SERVER=NAME",
 )

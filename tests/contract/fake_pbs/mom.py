@@ -63,7 +63,7 @@ def run(job):
             env=environment(job), cwd=os.environ["HOME"], umask=0o077, start_new_session=True,
         )  # fmt: skip
     limit = job["stime"] + seconds(job["resources"]["walltime"])
-    word = ""
+    word, stood, now = "", 0.0, time.time()
     while batch.poll() is None:
         word = todo(job)
         if word in ("delete", "rerun", "nodefail"):
@@ -72,14 +72,16 @@ def run(job):
             send(batch.pid, signal.SIGSTOP if word == "suspend" else signal.SIGCONT)
             job["state"] = "S" if word == "suspend" else "R"
             save(job)
-        if time.time() > limit:
+        if time.time() - stood > limit:
             word = "walltime"
             break
         if time.time() - job["stime"] > 0.5:
-            job["used"] = time.time() - job["stime"]
+            job["used"] = time.time() - job["stime"] - stood  # suspended time is not walltime
             save(job)
         time.sleep(0.03)
-    job["used"] = time.time() - job["stime"]
+        now, before = time.time(), now
+        stood += now - before if job["state"] == "S" else 0.0
+    job["used"] = time.time() - job["stime"] - stood
     if job["state"] == "S":
         send(batch.pid, signal.SIGCONT)
     job["state"] = "E"
@@ -88,8 +90,9 @@ def run(job):
     with open(job["output"], "ab") as out:
         out.write(spool.read_bytes())
     spool.unlink()
+    job["obit"] = time.time()
     if word == "rerun" or (word == "nodefail" and job["rerun"]):
-        job |= {"state": "Q", "comment": ""}
+        job |= {"state": "Q", "comment": "", "exit": -11 if word == "rerun" else -20}
         save(job)
     elif word == "walltime":
         job["comment"] += " and exceeded resource walltime"
@@ -120,7 +123,8 @@ def environment(job):
 
 
 def end(job, substate, code=None):
-    job |= {"state": "F", "substate": substate} | ({} if code is None else {"exit": code})
+    job |= {"state": "F", "substate": substate, "obit": time.time()}
+    job |= {} if code is None else {"exit": code}
     save(job)
 
 

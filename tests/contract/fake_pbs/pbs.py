@@ -1,12 +1,18 @@
 """The commands of a PBS of one host that really runs jobs, and what is kept of them.
 
+What it answers, codes and words, is what a real OpenPBS 23.06.06 was seen to answer on
+2026-11-21 (server, scheduler, comm, three MoMs); words that were not written down then are those
+of its source of that version (tag v23.06.06): ``pbs_messages.c``, ``qsub.c``, ``qstat.c``.
+
 Everything lies in ``$FAKE_PBS``:
 
     N.json       job N.pbshost, written by its supervisor alone
     N.do         what is done to it: delete, rerun, nodefail, hold, release, suspend, resume
     down         the server does not answer
     full         jobs stay queued; the text, if any, is when they are planned to start (Unix time)
-    no_history   job_history_enable is off
+    no_history   job_history_enable is off, as it is by default
+    refuse       a code of `REFUSALS` that qsub answers with
+    max_queued   so many jobs a user may have in the queue, running ones included
     asked.log    every qstat
     kill_delay   seconds between SIGTERM and SIGKILL (1)
 """
@@ -26,6 +32,15 @@ SERVER = "pbshost"
 RESOURCES = {"select", "place", "walltime", "filesystems"}
 IN_CHUNK = {"ncpus", "ngpus", "mpiprocs", "mem", "system"}
 CPUS = 64  # of a node
+# Refusals that pass; of 39, 196 and 198 the codes were seen, the words are the source's.
+REFUSALS = {
+    38: "would exceed queue {queue}'s per-user limit",
+    39: "would exceed user {user}'s limit on resource ncpus in queue {queue}",
+    173: "Queue is not enabled",
+    196: "Resource temporarily unavailable",
+    198: "Maximum number of jobs already in queue {queue}",
+}
+NO_HISTORY = "PBS is not configured to maintain job history"
 SUBSTATES = {"Q": 10, "H": 20, "R": 42, "S": 45, "E": 50}
 
 
@@ -63,6 +78,8 @@ def qsub(args):
         fail(162, f"qsub: cannot connect to server {SERVER} (errno=15010)")
     if not Path(args[-1]).exists():
         fail(1, "qsub: script file:: No such file or directory")
+    if not args[args.index("-o") + 1].isascii():
+        fail(2, "qsub: illegal -o value\nusage: qsub [-a date_time] [-A account_string]")
     text = Path(args[-1]).read_text()
     options = list(zip(args[:-1:2], args[1:-1:2], strict=True))
     for line in re.findall(r"^#PBS (.*)$", text, re.M):
@@ -98,6 +115,12 @@ def qsub(args):
 
 
 def check(given, resources):
+    queue, refuse, limit = given.get("-q", "workq"), HOME / "refuse", HOME / "max_queued"
+    living = sum(job["state"] != "F" for job in jobs())
+    full = limit.exists() and living >= int(limit.read_text())
+    if full or refuse.exists():
+        code = int(refuse.read_text()) if refuse.exists() else 38
+        fail(code, "qsub: " + REFUSALS[code].format(queue=queue, user=getpass.getuser()))
     if given.get("-q") == "refused":
         fail(170, "qsub: Unknown queue")
     if len(given["-N"]) > 15:
@@ -132,7 +155,7 @@ def qstat(args):
         fail(255, f"qstat: cannot connect to server {SERVER} (errno=111)")
     if history and (HOME / "no_history").exists():
         print(json.dumps(answer, indent=4))
-        sys.stderr.write("PBS is not configured to maintain job history\n")
+        sys.stderr.write(f"{NO_HISTORY}\n")  # and exits with 0: qstat.c makes it one
         return
     ids = [a for a in args if a[0].isdigit()]
     found = [find(i) for i in ids[:1]] if ids else jobs()
@@ -142,7 +165,8 @@ def qstat(args):
             fail(153, f"qstat: Unknown Job Id {job_id}")
         if job["state"] == "F" and not history:
             print(json.dumps(answer, indent=4))
-            fail(35, f"qstat: {job_id} Job has finished, use -x or -H to obtain historical job in")
+            words = "use -x or -H to obtain historical job information"
+            fail(35, f"qstat: {job_id} Job has finished, {words}")
     shown = {f"{j['number']}.{SERVER}": show(j) for j in found if history or j["state"] != "F"}
     print(json.dumps({**answer, **({"Jobs": shown} if shown else {})}, indent=4))
 
@@ -182,6 +206,8 @@ def show(job):
         body["resources_used"] = {"cput": "00:00:01", "mem": "16768kb", "walltime": used}
     if "exit" in job:
         body["Exit_status"] = job["exit"]
+    if "obit" in job:  # also of a run before this one
+        body["obittime"] = time.ctime(job["obit"])
     plan = HOME / "full"
     if job["state"] == "Q" and plan.exists() and plan.read_text():
         start = time.ctime(float(plan.read_text()))
@@ -196,5 +222,7 @@ def qdel(args):
     if job is None:
         fail(153, f"qdel: Unknown Job Id {args[-1]}")
     if job["state"] == "F":
+        if (HOME / "no_history").exists():
+            fail(153, f"qdel: Unknown Job Id {args[-1]}")
         fail(35, f"qdel: Job has finished {args[-1]}")
     (HOME / f"{job['number']}.do").write_text("delete")

@@ -198,7 +198,7 @@ def test_every_queue_can_be_chosen(name: str) -> None:
             "facilities.polaris.chunk='ncpus=32:ngpus=4:mpiprocs=4'",
         ),
         ("polaris", ["forbidden=[place]"], "must never ask for place"),
-        ("polaris", ["mpi=mpi"], "Valid: mpich, openmpi."),
+        ("polaris", ["mpi=mpi"], "Valid: mpich, openmpi, mpich-tmrsh."),
         ("polaris", ["nodes=5"], "facilities.polaris.partition=preemptable"),
         ("aurora", ["partition=prod"], "prod takes 256 to 10624 nodes"),
     ],

@@ -85,6 +85,29 @@ def test_no_accounting_is_no_failure(tmp_path: Path, outside: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
+    ("answer", "status", "words"),
+    [
+        (Answer(0, "", "PBS is not configured to maintain job history\n"), "warn", "job_history"),
+        (Answer(153, "", "qstat: Unknown Job Id 1.pbshost"), "pass", ""),  # it looked for it
+    ],
+)
+def test_whether_pbs_keeps_a_history(
+    tmp_path: Path, answer: Answer, status: str, words: str
+) -> None:
+    """Protects PBS's users from not knowing why an end has no reason; Slurm is not their concern."""
+    here = a_login(tmp_path, "facilities.pbs.account=p", name="pbs")
+    here.outside.programs = ("qsub", "qstat", "qdel")  # type: ignore[attr-defined]
+    here.outside.says = {"qstat": answer}  # type: ignore[attr-defined]
+    finding = found(here)["accounting"]
+    assert finding.status == status
+    assert words in finding.fix
+    here.scheduler.error = SchedulerUnavailableError("down")  # type: ignore[attr-defined]
+    fix = found(here)["scheduler answers"].fix
+    assert "PBS_SERVER" in fix
+    assert "SLURM" not in fix
+
+
+@pytest.mark.parametrize(
     ("words", "fix"),
     [
         ("Invalid account or account/partition combination specified", "account=NAME; yours: sacc"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flwr_hpc.schedulers.pbs.adapter import PbsScheduler, script
 from flwr_hpc.schedulers.pbs.parse import (
     qstat,
 )
+from flwr_hpc.schedulers.registry import check_facility, rules_of
 from flwr_hpc.worker.entry import work
 
 JOB: dict[str, Any] = {"id": "21.pbshost", "name": "mine", "folder": "/f", "submitted_s": 100.0}
@@ -164,6 +166,36 @@ def test_commands_that_fail_are_repeated(monkeypatch: pytest.MonkeyPatch) -> Non
     scheduler = PbsScheduler(FacilityConfig("pbs"), sleep=pauses.append)
     assert scheduler.infos([JOB])["mine"].state == "running"
     assert pauses == [1.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "run,1-pbs-a0000"}, "list of variables"),
+        ({"name": "it's-pbs-a0000"}, "list of variables"),
+        ({"name": 'a"b'}, "list of variables"),
+        ({"folder": Path("/scratch/Möller/run")}, "no letters beyond ASCII"),
+    ],
+)
+def test_what_qsub_cannot_be_given(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """Protects the user from qsub's usage text, and from a job that nobody finds by its name."""
+    with pytest.raises(UserError, match=words):
+        script(dataclasses.replace(spec(tmp_path), **changes))
+
+
+def test_working_directory_is_checked_before_anything_starts() -> None:
+    """Protects the same where the folder is known from the configuration alone."""
+    with pytest.raises(UserError, match="workdir=/scratch/Möller"):
+        check_facility("mine", FacilityConfig("pbs", None, workdir="/scratch/Möller"))
+    check_facility("mine", FacilityConfig("pbs", None, workdir="/scratch/a b:c,d'e%"))
+
+
+def test_server_is_named_the_way_of_pbs() -> None:
+    """Protects PBS's users from advice about SLURM_CONF."""
+    rules = rules_of(FacilityConfig("pbs"))
+    assert rules.other_cluster == "env.PBS_SERVER=NAME"
+    words = [*rules.refusals.values(), rules.accounting.without if rules.accounting else ""]
+    assert not any("slurm" in word.lower() for word in words)
 
 
 def test_script_asks_for_the_shape(tmp_path: Path) -> None:
