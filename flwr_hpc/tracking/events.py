@@ -24,7 +24,10 @@ FILE_NAME = "events.jsonl"
 
 # Events that a report must not miss even if the machine goes down the next moment.
 DURABLE = frozenset(
-    {"run_started", "order_done", "order_rejected", "order_failed", "aggregated", "run_finished"}
+    {
+        *("run_started", "order_done", "order_rejected", "order_failed", "site_excluded"),
+        *("aggregated", "run_finished"),
+    }
 )
 TAIL_BYTES = 1 << 20  # where the last complete event is looked for
 

@@ -27,6 +27,7 @@ WIDE = 110  # columns from which the allocation is shown
 
 STYLES = {
     "offline": "red",
+    "excluded": "red",
     "queued": "yellow",
     "starting": "magenta",
     "loading": "magenta",

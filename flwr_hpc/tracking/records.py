@@ -38,7 +38,7 @@ class FacilityState:
 
     name: str
     # ``offline``, ``idle``, ``queued``, ``starting``, ``loading``, ``ready``, ``training``,
-    # ``evaluating``, ``transferring`` or ``done``; since `since_s`.
+    # ``evaluating``, ``transferring``, ``excluded`` or ``done``; since `since_s`.
     state: str = "offline"
     since_s: float = 0.0
     allocation: str = ""
@@ -75,7 +75,8 @@ class FacilityState:
     # At most so much is the facility's clock behind the server's (below 0: ahead); only to
     # place what the scheduler tells on the timeline.
     skew_s: float | None = None
-    # When, ``rejected`` or ``failed``, and why.
+    excluded: str = ""  # Why it is left out of the run
+    # When, ``rejected``, ``failed`` or ``excluded``, and why.
     marks: list[tuple[float, str, str]] = field(default_factory=list)
     open: dict[str, OpenOrder] = field(default_factory=dict)
     refused: str = ""  # order whose reply was just rejected

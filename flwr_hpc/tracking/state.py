@@ -61,6 +61,7 @@ def _run_started(state: RunState, e: Event) -> None:
         state.facility(str(name))
     for facility in state.facilities.values():  # of an earlier session, what was open is gone
         facility.open.clear()
+        facility.excluded = ""
         facility.become("offline", e["s"])
         facility.settled_s = e["s"]
 
@@ -80,6 +81,8 @@ def _run_finished(state: RunState, e: Event) -> None:
     state.error = str(e.get("error") or "")
     for facility in state.facilities.values():
         facility.open.clear()
+        if facility.excluded:
+            continue
         facility.become("done" if state.status == "finished" else "idle", e["s"])
 
 
@@ -87,8 +90,16 @@ def _run_finished(state: RunState, e: Event) -> None:
 
 
 def _site_online(_: RunState, f: FacilityState, e: Event) -> None:
-    if f.state == "offline":
+    if f.state in ("offline", "excluded"):
+        f.excluded = ""  # it has come back as another node
         f.rest(e["s"])
+
+
+def _site_excluded(_: RunState, f: FacilityState, e: Event) -> None:
+    f.excluded = str(e.get("reason") or "no reason given")
+    f.marks.append((e["s"], "excluded", f.excluded))
+    f.become("excluded", e["s"])
+    f.settled_s = e["s"]
 
 
 def _site_offline(_: RunState, f: FacilityState, e: Event) -> None:
@@ -204,6 +215,7 @@ FACILITY_EVENTS: dict[str, Callable[[RunState, FacilityState, Event], None]] = {
     "site_online": _site_online,
     "site_offline": _site_offline,
     "site_trouble": _site_trouble,
+    "site_excluded": _site_excluded,
     "allocation": _allocation,
     "jobs_ended": _jobs_ended,
     "order_sent": _order_sent,

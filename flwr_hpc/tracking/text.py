@@ -67,6 +67,8 @@ def forecast(median_s: float | None, high_s: float | None) -> str:
 
 def outlook(f: FacilityState, now_s: float) -> str:
     """Return when a queued allocation starts and why it waits, or how long one still lasts."""
+    if f.excluded:
+        return " ".join(f"left out of the run: {f.excluded}".split())
     if f.trouble:
         return f.trouble
     passed = max(0.0, now_s - f.told_s)
@@ -174,6 +176,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "site_offline": lambda e: f"{e.get('facility')}: site offline",
     "site_trouble": lambda e: f"{e.get('facility')}: {e.get('reason') or 'goes on'}",
     "disk_trouble": lambda e: str(e.get("reason")),
+    "site_excluded": lambda e: f"{e.get('facility')}: left out of the run: {e.get('reason')}",
     "allocation": _allocation,
     "order_progress": _order_progress,
     "order_done": _order_done,

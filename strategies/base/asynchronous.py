@@ -113,6 +113,10 @@ class AsyncStrategy(HpcStrategy):
         """Return whether a result has a part in a version, this one or a later one."""
         return True
 
+    def sites_needed(self) -> int:
+        """Return how many sites it takes to make a version."""
+        return 1
+
     def pending(self) -> Iterable[str]:
         """Return the ids of the orders that arrived and wait for a version after the newest."""
         return ()

@@ -25,7 +25,7 @@ from strategies.engine import messages
 from strategies.engine.orders import extra_name
 from strategies.engine.replies import ReplyReader
 from strategies.engine.requests import RequestTracker
-from strategies.engine.runtime import RunFailed, Runtime, Stopped
+from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Stopped
 from strategies.engine.sites import SiteRegistry
 from strategies.engine.state import Binding, Event, Failure, Memory, Plan, Request, SiteState
 from strategies.engine.transport import MessageTransport
@@ -102,8 +102,6 @@ class Engine:
 
         Raises
         ------
-        FatalSiteError
-            If a site reports an error that trying again will not fix.
         Stopped
             If the stop flag is up.
         """
@@ -162,9 +160,27 @@ class Engine:
         return self.runtime.clock.now()
 
     def reachable(self) -> list[SiteState]:
-        """Return the sites that are online or were so within the grace, by name."""
+        """Return the sites that take part and are online or were so within the grace, by name."""
         grace, now = self.runtime.settings.offline_grace_s, self.now()
-        return [s for _, s in sorted(self.sites.items()) if s.reachable(now, grace)]
+        sites = [s for _, s in sorted(self.sites.items()) if not s.refusal]
+        return [s for s in sites if s.reachable(now, grace)]
+
+    def require(self, count: int) -> None:
+        """End the run if so many sites are left out that fewer than `count` remain.
+
+        Raises
+        ------
+        FatalSiteError
+            With the reasons of those that are left out.
+        """
+        reasons = {n: s.refusal for n, s in sorted(self.sites.items()) if s.refusal}
+        left = sorted(self.sites.keys() - reasons.keys())
+        if not reasons or len(left) >= count:
+            return
+        words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        if left:
+            words += f"\nA round needs {count} sites; left: {', '.join(left)}."
+        raise FatalSiteError(words)
 
     @property
     def num_reachable(self) -> int:
@@ -214,6 +230,7 @@ class Engine:
         plan = Plan(kind="initialize", bind=lambda running: Binding(0, None))
         while True:
             self.resume(lambda order: plan if order.kind == "initialize" else None)
+            self.require(1)
             able = [n for n, s in sorted(self.sites.items()) if s.launcher and n not in failed]
             if self.sites and not able:
                 raise RunFailed(f"no site could make the initial weights: {failed}")

@@ -192,6 +192,12 @@ class FlowerHooks:
         """Every reply counts."""
         return True
 
+    def sites_needed(self) -> int:
+        """Return how many sites a round needs; fewer, and Flower's sampling would hang."""
+        keys = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
+        own = [getattr(strategy, key, 0) for strategy in self._layers() for key in keys]
+        return max([self._settings.min_sites, *own])
+
     def pending(self) -> Iterable[str]:
         """No reply waits for a later round."""
         return ()
@@ -233,7 +239,7 @@ class FlowerHooks:
 
     def _open(self) -> _Exchange | None:
         """Return the exchange under way, or begin it as soon as there are enough sites."""
-        if self._exchange is not None or len(self._engine.reachable()) < self._needed():
+        if self._exchange is not None or len(self._engine.reachable()) < self.sites_needed():
             return self._exchange
         kind: OrderKind = "evaluate" if self.trained else "train"
         number = self.round if self.trained else self.round + 1
@@ -304,7 +310,7 @@ class FlowerHooks:
             causes = "; ".join(f"{f}: {r}" for f, r in sorted(self._reasons.items()))
             raise RunFailed(
                 f"{self.failed} rounds in a row brought too few results "
-                f"(needed {self._needed()}). Last: {causes or 'no site was reachable'}"
+                f"(needed {self.sites_needed()}). Last: {causes or 'no site was reachable'}"
             )
 
     def _note_weights(self, replies: Iterable[Message]) -> None:
@@ -325,12 +331,6 @@ class FlowerHooks:
         while isinstance(strategy, Strategy):
             yield strategy
             strategy = getattr(strategy, "strategy", None)
-
-    def _needed(self) -> int:
-        """Return how many sites a round needs; fewer, and Flower's sampling would hang."""
-        keys = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
-        own = [getattr(strategy, key, 0) for strategy in self._layers() for key in keys]
-        return max([self._settings.min_sites, *own])
 
 
 def _examples(reply: Message) -> float:

@@ -60,6 +60,7 @@ class Driver(Protocol):
     def wake_at(self) -> float | None: ...
     def on_wake(self) -> NewWeights | None: ...
     def counts(self, result: SiteResult, staleness: int) -> bool: ...
+    def sites_needed(self) -> int: ...  # with fewer it can make no version
     def pending(self) -> Iterable[str]: ...
     def published(self) -> ArrayRecord: ...
     def reported_weight(self, facility: str, staleness: int, updates: int) -> float: ...
@@ -168,6 +169,8 @@ class EventLoop:
             self._keep_busy(driver)
             self._take(self.engine.events())
             driver.num_sites = max(1, self.engine.num_reachable)
+            if not driver.finished():
+                self.engine.require(driver.sites_needed())
             self.troubles.check(failures=not driver.in_rounds)
         if self._trains and driver.version == 0:
             raise RunFailed(
@@ -184,7 +187,8 @@ class EventLoop:
         """Give everybody something to do who has nothing, as far as there is."""
         asked = False
         for facility, site in sorted(self.engine.sites.items()):
-            if not (driver.in_rounds or (site.online and not self.troubles.rests(facility))):
+            rests = not site.online or self.troubles.rests(facility)
+            if site.refusal or (rests and not driver.in_rounds):
                 continue
             if not self.engine.busy(facility):
                 plan = driver.plan(site)
@@ -243,6 +247,9 @@ class EventLoop:
     def _failed(self, failure: Failure) -> None:
         self.driver.on_failure(failure)
         pause = self.troubles.failed(failure.facility, failure.reason)
+        if failure.fatal:
+            log.error("%s is left out of the run: %s", failure.facility, failure.reason)
+            return
         log.warning("%s failed: %s; next try in %.0f s", failure.facility, failure.reason, pause)
 
     def _arrived(self, result: SiteResult) -> Mapping[str, Any] | None:
@@ -335,7 +342,8 @@ class EventLoop:
         engine, version, arrays = self.engine, self.driver.version, self.driver.arrays
         until = engine.now() + self.settings.final_evaluation_s
         plan = Plan(kind="evaluate", bind=lambda running: Binding(version, arrays))
-        lacking = [s for s in engine.sites.values() if s.online and s.evaluated != version]
+        able = [s for s in engine.sites.values() if s.online and not s.refusal]
+        lacking = [s for s in able if s.evaluated != version]
         waiting = {site.facility for site in lacking if engine.now() < until}
         for facility in sorted(waiting):
             if engine.busy(facility):

@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr_hpc.protocol import Order, Status
 from strategies.engine import messages
 from strategies.engine.requests import RequestTracker
-from strategies.engine.runtime import FatalSiteError, Runtime
+from strategies.engine.runtime import Runtime
 from strategies.engine.state import InFlight, Memory, Request, SiteResult, SiteState
 from strategies.engine.transport import NODE_UNAVAILABLE
 from strategies.engine.validate import reply_fault
@@ -51,7 +51,7 @@ class ReplyReader:
         elif status.state == "blocked":  # the site says why; nobody's failure
             request.not_before = self._now() + self._settings.retry_delay_s
         elif status.state == "failed":
-            self._failed(request, status)
+            self._failed(site, request, status)
         else:
             self._progress(site, request, flight, message, status)
 
@@ -90,12 +90,12 @@ class ReplyReader:
         reason = (message.error.reason or "").strip()
         self._tracker.fail(request, f"error {message.error.code}: {reason}")
 
-    def _failed(self, request: Request, status: Status) -> None:
+    def _failed(self, site: SiteState, request: Request, status: Status) -> None:
         result = status.result
         reason = status.error or (result.error if result else "") or "failed without a reason"
         if status.fatal or (result is not None and result.fatal):
-            self._telemetry.failed(request, reason, fatal=True)
-            raise FatalSiteError(f"{request.facility}: {reason}")
+            self._tracker.exclude(site, request, reason)
+            return
         self._tracker.fail(request, reason, final=result is not None and result.refused)
 
     def _pause(self, request: Request, flight: InFlight) -> None:

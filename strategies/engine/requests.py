@@ -230,6 +230,18 @@ class RequestTracker:
             self.forget(request.facility)
             self.news.append(Failure(request.facility, request.kind, reason, request.order_id))
 
+    def exclude(self, site: SiteState, request: Request, reason: str) -> None:
+        """Leave a site out that says what trying again will not fix; the others go on."""
+        self.telemetry.failed(request, reason, fatal=True)
+        if self.prefetched.get(site.facility) is request:  # the running one may still end well
+            self._drop(self.prefetched, site.facility)
+            return
+        site.refusal = reason
+        self.telemetry.excluded(site.facility, reason)
+        failure = Failure(site.facility, request.kind, reason, request.order_id, fatal=True)
+        self.abandon(site.facility)
+        self.news.append(failure)
+
     def alive(self, request: Request) -> bool:
         """Return whether a request is not forgotten."""
         name = request.facility

@@ -51,13 +51,12 @@ class SiteRegistry:
             if site.node_id not in online:
                 self._rebind(site, online)
             is_online = site.node_id in online
-            if site.online and not is_online:
-                site.offline_since = now
-                self._runtime.emit("site_offline", facility=facility)
-            elif is_online and not site.online:
-                site.offline_since = None
-                self._runtime.emit("site_online", facility=facility)
-            reachable += is_online or site.reachable(now, grace_s)
+            if site.online != is_online:
+                site.offline_since = None if is_online else now
+                if not site.refusal:
+                    event = "site_online" if is_online else "site_offline"
+                    self._runtime.emit(event, facility=facility)
+            reachable += not site.refusal and (is_online or site.reachable(now, grace_s))
         self.num_reachable = reachable
 
     def question(self, node_id: int) -> Message | None:
@@ -100,6 +99,9 @@ class SiteRegistry:
 
     def _move(self, site: SiteState, node_id: int) -> None:
         old, site.node_id = site.node_id, node_id
+        if site.refusal and site.online:  # else the roll call will tell
+            self._runtime.emit("site_online", facility=site.facility)
+        site.refusal = ""
         self._moved(site.facility, old)
 
 

@@ -45,6 +45,9 @@ class SiteState:
     # question first.
     warm: bool = False
     heard_at: float = 0.0  # When it last answered, on the server's clock
+    # Why it is left out of the run: what it said trying again will not fix. Until it is back as
+    # another node: somebody has fixed it.
+    refusal: str = ""
 
     @property
     def online(self) -> bool:
@@ -195,6 +198,7 @@ class Failure:
     kind: OrderKind
     reason: str
     order_id: str = ""
+    fatal: bool = False  # The site is left out from now on
 
 
 Event = SiteResult | Failure

@@ -125,6 +125,10 @@ class Telemetry:
             told.trouble = reason
             self._emit("site_trouble", facility=facility, reason=reason)
 
+    def excluded(self, facility: str, reason: str) -> None:
+        """Tell that a site is left out of the run."""
+        self._emit("site_excluded", facility=facility, reason=reason)
+
     def evaluated(self, order: Order, loss: float) -> None:
         """Tell the held-out loss of a version at a facility."""
         self._emit("evaluated", facility=order.facility, version=order.version, held_out_loss=loss)

@@ -30,7 +30,9 @@ class Troubles:
 
     def rests(self, facility: str) -> bool:
         """Return whether a site has failed and is left alone for a while."""
-        trouble = self._of.get(facility)
+        trouble, site = self._of.get(facility), self._engine.sites.get(facility)
+        if site is not None and site.refusal:
+            return True
         return trouble is not None and self._engine.now() < trouble.rests_until
 
     def failed(self, facility: str, reason: str) -> float:

@@ -59,6 +59,7 @@ def _facility(f: FacilityState) -> dict[str, Any]:
         "orders": f.orders,
         "rejected": f.rejected,
         "failed": f.failed,
+        "excluded": f.excluded or None,
         "staleness": f.staleness / f.merged if f.merged else None,
         "allocations": f.accounts.allocations or None,
         "node_hours": {k: round(v, 4) for k, v in node_hours.items()} if node_hours else None,

@@ -94,7 +94,7 @@ def test_no_accounting_is_no_failure(tmp_path: Path, outside: dict[str, Any]) ->
 def test_whether_pbs_keeps_a_history(
     tmp_path: Path, answer: Answer, status: str, words: str
 ) -> None:
-    """Protects PBS's users from not knowing why an end has no reason; Slurm is not their concern."""
+    """Protects PBS's users: why an end has no reason, and no advice that is for Slurm."""
     here = a_login(tmp_path, "facilities.pbs.account=p", name="pbs")
     here.outside.programs = ("qsub", "qstat", "qdel")  # type: ignore[attr-defined]
     here.outside.says = {"qstat": answer}  # type: ignore[attr-defined]

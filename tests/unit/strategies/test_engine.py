@@ -212,12 +212,16 @@ def test_duplicates_are_ignored():
     assert bench.engine.events(timeout=100) == []
 
 
-def test_a_fatal_error_ends_the_run():
-    """What cannot be fixed is not tried again, and the message names the facility."""
+def test_a_fatal_error_is_not_tried_again():
+    """What cannot be fixed ends a run that has no other site, and the message names this one."""
     bench = ready_bench(FakeSite("a", fail=Status("failed", error="no such file", fatal=True)))
     bench.train()
+    failure = bench.run()
+    assert isinstance(failure, Failure)
+    assert (failure.fatal, bench.sent(ACQUIRE)) == (True, 1)
+    assert bench.engine.reachable() == []
     with pytest.raises(FatalSiteError, match="a: no such file"):
-        bench.run()
+        bench.engine.require(1)
 
 
 def test_a_failure_that_may_mend_is_retried():

@@ -11,6 +11,7 @@ from worlds.events import run_events
 from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.report.summary import summarize
 from flwr_hpc.tracking.state import fold, fold_all
+from flwr_hpc.tracking.text import describe, outlook
 from flwr_hpc.tracking.timeline import Timeline, order_parts, totals
 
 Event = dict[str, Any]
@@ -68,6 +69,22 @@ def test_states_of_a_facility_follow_its_events() -> None:
         fold(state, event)
         seen.append(state.facilities["a"].state)
     assert seen == [name for _, name in script]
+
+
+def test_a_site_that_is_left_out_says_why() -> None:
+    """View, report and summary name the reason, also after the run; another node is welcome."""
+    refusal = ev(3, "site_excluded", reason="Slurm refused the job:\n invalid account")
+    events = [started(), ev(1, "site_online"), ev(2, "order_failed", fatal=True), refusal]
+    end = ev(9, "run_finished", None, status="finished")
+    f = a([*events, end])
+    assert f.state == "excluded"
+    assert outlook(f, 9.0) == "left out of the run: Slurm refused the job: invalid account"
+    assert describe(refusal) == "a: left out of the run: Slurm refused the job: invalid account"
+    assert (3, "excluded", refusal["reason"]) in f.marks
+    summary = summarize(fold_all([*events, end]))["facilities"]["a"]
+    assert summary["excluded"] == refusal["reason"]
+    back = a([*events, ev(5, "site_online"), end])
+    assert (back.state, back.excluded) == ("done", "")
 
 
 def test_totals_count_each_finished_order_once() -> None:
