@@ -203,6 +203,24 @@ def test_no_answer_is_unknown(
     until(lambda: not processes_of(name))
 
 
+def test_job_whose_submission_was_not_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects a job that was taken all the same: no refusal, found by its name, and it works."""
+    where = facility("fake_slurm", tmp_path, monkeypatch)
+    scheduler = make_scheduler(where)
+    name = f"contract-{uuid.uuid4().hex[:8]}"
+    spec = JobSpec(name, tmp_path / "job", where, fake_worker.sleep, (str(tmp_path / "out"),))
+    (tmp_path / "fake/reset").touch()
+    with pytest.raises(SchedulerUnavailableError, match="Connection reset"):
+        scheduler.submit(spec)
+    job = scheduler.find(spec)
+    assert job is not None
+    started(spec)
+    scheduler.cancel(job)
+    until(lambda: not processes_of(name))
+
+
 def test_refusal_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the user from a retry loop over a wrong partition."""
     where = facility("fake_slurm", tmp_path, monkeypatch)

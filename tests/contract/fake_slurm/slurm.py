@@ -1,7 +1,9 @@
 """A Slurm of one host that really runs jobs: sbatch, srun, squeue, sacct and scancel.
 
 Which of them it is tells the name it was called by. Everything is kept in ``$FAKE_SLURM``;
-a file ``down`` there makes every command fail as if slurmctld did not answer.
+a file ``down`` there makes every command fail as if slurmctld did not answer, a file ``reset``
+makes sbatch fail after the job was taken, as Slurm 22.05.8 was seen to on 2026-11-21 while its
+slurmctld died.
 """
 
 import json
@@ -55,6 +57,8 @@ def sbatch(args):
     now = int(time.time())
     job = {"id": job_id, "name": options["job-name"], "pid": batch.pid, "submit": now}
     save({**job, "state": "RUNNING", "nodes": options["nodes"], "end": "N/A"})
+    if (HOME / "reset").exists():
+        sys.exit("sbatch: error: Batch job submission failed: Connection reset by peer")
     print(f"Submitted batch job {job_id}")
 
 
