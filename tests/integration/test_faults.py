@@ -55,19 +55,12 @@ def test_the_client_apps_and_the_server_app(tmp_path: Path, undisturbed: Run) ->
     _assert_as_undisturbed(run, undisturbed)
 
 
-def test_the_superlink(tmp_path: Path, undisturbed: Run) -> None:
-    """Protects a run whose SuperLink dies: it goes on in a new Flower run."""
+def test_the_superlink_and_the_driver(tmp_path: Path, undisturbed: Run) -> None:
+    """Protects a run whose SuperLink dies: it goes on in a new Flower run; and one whose driver
+    dies: its processes end, its jobs live, and `resume=` finds them."""
     run = Run(tmp_path / "run")
-    run.until_training(version=1)
+    run.until_training()
     kill(run.children("flower-superlink")[0].pid)
-    assert run.end() == 0, run.said()
-    assert [_allocations(run, f) for f in FACILITIES] == [1, 1]
-    _assert_as_undisturbed(run, undisturbed)
-
-
-def test_the_driver(tmp_path: Path, undisturbed: Run) -> None:
-    """Protects a run whose driver dies: its processes end, jobs live, `resume=` finds them."""
-    run = Run(tmp_path / "run")
     run.until_training(version=1)
     kill(run.process.pid)
     assert run.end() == -signal.SIGKILL

@@ -16,7 +16,7 @@ __all__ = ["FAULTY", "Lab", "REQUIRE", "lab", "slurm", "slurm_conf"]
 
 REQUIRE = "FLWR_HPC_REQUIRE_SLURM"
 # For tests of faults: notices a dead node in about 15 s, but no healthy one of a busy machine.
-FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=10)
+FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=10, message_timeout_s=5)
 
 
 class Lab:

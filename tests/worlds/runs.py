@@ -48,13 +48,14 @@ class Run:
         *overrides: str,
         resume: bool = False,
         settings: Sequence[str] = SMALL,
+        output: Path | None = None,
     ) -> None:
         self.dir = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         quoted = "'" + str(folder).replace("'", r"\'") + "'"  # Hydra's grammar
         where = f"resume={folder}" if resume else f"run_dir={quoted}"
         settings = [] if resume else settings
-        self.output = folder.parent / f"{folder.name}.out"
+        self.output = output or folder.parent / f"{folder.name}.out"
         command = [sys.executable, "-m", "flwr_hpc.run", where, *settings, *overrides]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(self.output, "ab") as out:
