@@ -72,12 +72,12 @@ def drive(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
 def _sessions(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
     follower = follow(run.events)
     view.restore(follower.poll())
-    outcome = _session(run, config, follower, view)
-    for _ in range(config.federation.restarts):
+    outcome = _session(run, config, follower, view, flower.START_S)
+    for attempt in range(1, config.federation.restarts + 1):
         if outcome.status != "lost":
             break
         view.print_line(f"{outcome.error}; starting again from the last aggregation")
-        outcome = _session(run, config, follower, view)
+        outcome = _session(run, config, follower, view, flower.START_S * 2**attempt)
     return outcome
 
 
@@ -124,29 +124,39 @@ def _record_costs(run: RunDir, config: Config) -> None:
             events.emit("jobs_ended", facility=facility, jobs=status.jobs, ledger=status.ledger)
 
 
-def _session(run: RunDir, config: Config, follower: Follower, view: LiveView) -> SessionOutcome:
+def _session(
+    run: RunDir, config: Config, follower: Follower, view: LiveView, start_s: float
+) -> SessionOutcome:
     """Start Flower, follow the run, and end every process."""
     run.server_file.unlink(missing_ok=True)
     port = free_port()
     app = write_bundle(run.flower, f"127.0.0.1:{port}")
     sites = {facility: write_site(run, config, facility) for facility in config.facilities}
     with Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line) as processes:
-        superlink = Child("superlink", lambda: flower.superlink(port))
+        superlink = Child("superlink", lambda: flower.superlink(port), helper=flower.SUPEREXEC)
         processes.start(superlink)
         if config.tracking.wandb:
             processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
-        flower.wait_until_up(superlink, port, run.logs / "superlink.log")
-        for facility, site in sites.items():
-            processes.start(flower.supernode(facility, port, site))
-        processes.run(flower.flwr_run(app, run))
+        try:
+            flower.wait_until_up(superlink, port, run.logs / "superlink.log", start_s)
+            for facility, site in sites.items():
+                processes.start(flower.supernode(facility, port, site))
+            processes.run(flower.flwr_run(app, run), start_s)
+        except (RuntimeError, subprocess.TimeoutExpired) as exc:  # killed, or slow
+            return SessionOutcome("lost", str(exc))
         progress = SpoolProgress({f: run.site_root(config, f) for f in sites})
-        outcome = _follow(run, processes, follower, progress, view)
+        outcome = _follow(run, processes, follower, progress, view, start_s)
         processes.wait("wandb", WANDB_S)
         return outcome
 
 
 def _follow(
-    run: RunDir, processes: Processes, follower: Follower, progress: SpoolProgress, view: LiveView
+    run: RunDir,
+    processes: Processes,
+    follower: Follower,
+    progress: SpoolProgress,
+    view: LiveView,
+    start_s: float,
 ) -> SessionOutcome:
     """Show the run's events until it ends, or one of its processes does."""
     started, disk = time.monotonic(), DiskWatch(run.path)
@@ -160,13 +170,17 @@ def _follow(
         for event in events:
             if event["event"] == "run_finished":
                 return _finished(event, processes)
+            if event["event"] == "reply_lost" and event.get("facility"):
+                # Its SuperNode may wait for it for ever; started again, it is asked anew.
+                processes.restart(flower.supernode_name(str(event["facility"])))
         if gone:
             return _lost(gone[0], run)
         if server == "dead":
             return SessionOutcome("lost", "the ServerApp died")
-        if server == "absent" and time.monotonic() - started > flower.START_S:
+        if server == "absent" and time.monotonic() - started > start_s:
             tail = flower.tail(run.logs / "superlink.log")
-            return SessionOutcome("failed", f"the ServerApp did not start:\n{tail}")
+            words = f"the ServerApp did not start within {start_s:.0f} s"
+            return SessionOutcome("lost", f"{words}:\n{tail}")
         time.sleep(POLL_S)
 
 

@@ -14,7 +14,8 @@ from flwr_hpc.server.processes import Child, free_port
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.settings import to_node_config
 
-START_S = 90.0  # for Flower's processes to come up on a slow file system
+START_S = 90.0  # for Flower's processes to come up; twice as long at each further try
+SUPEREXEC = "flower-superexec"  # SuperLink and SuperNode start theirs by a bare Popen
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -46,7 +47,12 @@ def supernode(facility: str, port: int, site: Path) -> Child:
             f"--node-config={to_node_config(site)}",
         ]
 
-    return Child(f"supernode-{facility}", command, restartable=True)
+    return Child(supernode_name(facility), command, restartable=True, helper=SUPEREXEC)
+
+
+def supernode_name(facility: str) -> str:
+    """Return what a facility's SuperNode and its log are called."""
+    return f"supernode-{facility}"
 
 
 def wandb_follower(run: RunDir) -> list[str]:
@@ -87,9 +93,9 @@ def _program(name: str) -> str:
     return found
 
 
-def wait_until_up(superlink: Child, port: int, log: Path) -> None:
+def wait_until_up(superlink: Child, port: int, log: Path, start_s: float) -> None:
     """Wait until our SuperLink, and no other process, listens on the port."""
-    deadline = time.monotonic() + START_S
+    deadline = time.monotonic() + start_s
     while time.monotonic() < deadline and not superlink.dead():
         if port in superlink.listening():
             return

@@ -23,6 +23,8 @@ from flwr_hpc.site.launcher import SESSION_MARK
 RESTART_S = 3.0  # least time between two starts
 STABLE_S = 30.0  # a process that lived so long did not fail to start
 QUICK_ENDS = 5  # in a row, and it is given up
+LOOK_S, LACKING_S = 2.0, 6.0  # for a helper that has ended, and is not there again by then
+HELPER_START_S = 300.0  # for the first helper
 
 
 def free_port() -> int:
@@ -53,12 +55,28 @@ class Child:
     # Whether it is started again when it ends, unless it keeps ending at once.
     restartable: bool = False
     needed: bool = True  # Whether the session cannot go on without it
+    # A program that it starts once and never looks at again; without it this one is of no use.
+    helper: str = ""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started_at: float = 0.0
     quick_ends: int = 0
+    _helper_seen_at: float = 0.0  # 0: not since this start
+    _looked_at: float = 0.0
 
     def dead(self) -> bool:
         return self.process is None or self.process.poll() is not None
+
+    def lacks_helper(self, now: float) -> bool:
+        """Whether its helper has ended, or never came; `now` in monotonic seconds."""
+        if not self.helper or self.process is None or now - self._looked_at < LOOK_S:
+            return False
+        self._looked_at = now
+        if any(self.helper in _command_line(p) for p in _descendants(self.process.pid)):
+            self._helper_seen_at = now
+            return False
+        if self._helper_seen_at > self.started_at:
+            return now - self._helper_seen_at > LACKING_S
+        return now - self.started_at > HELPER_START_S
 
     def listening(self) -> set[int]:
         """Return the TCP ports this process listens on."""
@@ -69,6 +87,20 @@ class Child:
         except psutil.Error:
             return set()
         return {int(c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # gone, or a zombie
+        return ""
 
 
 class Processes:
@@ -150,10 +182,20 @@ class Processes:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}".strip())
         return done.stdout
 
+    def restart(self, name: str) -> None:
+        """End a process that hangs; `tend` starts it again."""
+        for child in self._children:
+            if child.name == name and child.process is not None:
+                child.process.kill()
+                child.process.wait()
+
     def tend(self) -> list[Child]:
         """Restart what ended and may be restarted; return what ended for good."""
         gone = []
         for child in self._children:
+            if not child.dead() and child.lacks_helper(time.monotonic()):
+                self._say(f"the {child.helper} of {child.name} has ended")
+                self.restart(child.name)
             if not child.dead() or not child.needed:
                 continue
             lived = time.monotonic() - child.started_at

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from flwr_hpc.clock import SystemClock
+from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.schema import Config, FederationConfig
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.codec import make_codec
@@ -26,6 +26,7 @@ from flwr_hpc.exchange.tensorfile import write_stream
 from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, publish
 from flwr_hpc.protocol import ARRAYS, GRADIENT
 from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.server.site_signs import SiteSigns
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.tracking.events import EventLog
 from strategies.base.hpc_strategy import HpcStrategy
@@ -89,14 +90,15 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
         inline_below_mb=config.exchange.inline_below_mb,
         emit=events.emit,
     )
-    checkpoints = FileCheckpoints(run.checkpoints)
+    checkpoints, clock = FileCheckpoints(run.checkpoints), SystemClock()
     runtime = Runtime(
-        clock=SystemClock(),
+        clock=clock,
         emit=events.emit,
         checkpoints=checkpoints,
         run_key=run.key,
         settings=engine_settings(config.federation),
         check=None,  # the exchange checks replies
+        lost=_signs(run, config, clock).lost,
     )
     strategy = build_strategy(config.strategy)
     engine = Engine(exchange, runtime)
@@ -118,6 +120,10 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     write_model(run.model, final)
     engine.release()
     exchange.close()
+
+
+def _signs(run: RunDir, config: Config, clock: Clock) -> SiteSigns:
+    return SiteSigns({name: run.site_root(config, name) for name in config.facilities}, clock)
 
 
 def _wait_for_sites(engine: Engine, facilities: list[str]) -> None:

@@ -23,6 +23,7 @@ from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.site.launcher import SESSION_MARK, Launcher, make_launcher
 from flwr_hpc.site.long_poll import once_writable
+from flwr_hpc.site.presence import Presence
 from flwr_hpc.site.settings import NODE_CONFIG, from_node_config
 
 app = ClientApp()
@@ -160,20 +161,21 @@ def _collect(launcher: Launcher, order_id: str, message: Message) -> Status:
 def _answer(message: Message, context: Context, work: Callable[[Launcher], Status]) -> Message:
     """Run `work` on this site and wrap the status it returns into a reply."""
     signal.signal(signal.SIGTERM, _terminate)
-    began = time.monotonic()
+    began, meta = time.monotonic(), message.metadata
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
 
     def attempt() -> tuple[Status, RecordDict]:
         status = work(launcher)
         return status, _payload(launcher, status.result)
 
-    folder = Path(launcher.settings.root)
-    answer = once_writable(attempt, _wait_s(message), launcher.site.clock, folder)
+    spool, clock = launcher.site.spool, launcher.site.clock
+    with Presence(spool, meta.message_id, meta.message_type):
+        answer = once_writable(attempt, _wait_s(message), clock, spool.root)
     status, content = (answer, RecordDict()) if isinstance(answer, Status) else answer
     seconds = time.monotonic() - began
     status = replace(status, seconds=seconds, facility=launcher.settings.name)
     content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(status)})
-    print(f"{message.metadata.message_type} -> {status.state} {status.order_id}", file=sys.stderr)
+    print(f"{meta.message_type} -> {status.state} {status.order_id}", file=sys.stderr)
     return Message(content, reply_to=message)
 
 

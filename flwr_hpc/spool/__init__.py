@@ -7,6 +7,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
 ::
 
     SITE/lock                            launcher: one at a time
+        /answering.json                  launcher: `Answering`, its sign of life
         /job_states.json                 launcher: `SchedulerAnswer`, asked for all jobs at once
         /weights/<sha256>.safetensors    launcher: received weights and extra arrays
         /cache/                          worker: prepared data
@@ -45,6 +46,7 @@ from flwr_hpc.spool.folders import (
     order_of_checkpoint,
 )
 from flwr_hpc.spool.records import (
+    Answering,
     Consequence,
     Heartbeat,
     JobTimes,
@@ -59,6 +61,7 @@ from flwr_hpc.spool.records import (
 __all__ = [
     "CHECKPOINT_META",
     "AllocationDir",
+    "Answering",
     "Consequence",
     "Heartbeat",
     "JobTimes",

@@ -16,6 +16,7 @@ from flwr_hpc import files
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import Order, Result, from_json
 from flwr_hpc.spool.records import (
+    Answering,
     Heartbeat,
     JobTimes,
     RecordFile,
@@ -272,6 +273,10 @@ class Spool:
     @property
     def job_states(self) -> RecordFile[SchedulerAnswer]:
         return RecordFile(self.root / "job_states.json", SchedulerAnswer)
+
+    @property
+    def answering(self) -> RecordFile[Answering]:
+        return RecordFile(self.root / "answering.json", Answering)
 
     def order(self, order_id: str) -> OrderDir:
         return OrderDir(self.root / "orders" / order_id)

@@ -52,6 +52,16 @@ class WorkerState:
 
 
 @dataclass(frozen=True)
+class Answering:
+    """What the ClientApp of a site is doing."""
+
+    message: str  # Flower's id of the message
+    kind: str = ""
+    beat: int = 0  # Grows while it works on it
+    answered: bool = False
+
+
+@dataclass(frozen=True)
 class SubmissionMark:
     """A job may have been submitted although it is not written down."""
 

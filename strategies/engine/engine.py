@@ -27,7 +27,16 @@ from strategies.engine.replies import ReplyReader
 from strategies.engine.requests import RequestTracker
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Stopped
 from strategies.engine.sites import SiteRegistry
-from strategies.engine.state import Binding, Event, Failure, Memory, Plan, Request, SiteState
+from strategies.engine.state import (
+    Binding,
+    Event,
+    Failure,
+    InFlight,
+    Memory,
+    Plan,
+    Request,
+    SiteState,
+)
 from strategies.engine.transport import MessageTransport
 
 
@@ -295,9 +304,16 @@ class Engine:
     def _lose(self, online: list[int]) -> None:
         launchers = {n for n, f in self.facility_of.items() if self.sites[f].launcher}
         undescribed = set(online) - set(self.facility_of)
-        for flight in self._transport.overdue(online, launchers | undescribed):
+        overdue = self._transport.overdue(online, launchers | undescribed, self._lost)
+        for flight, reason in overdue:
+            facility = self.facility_of.get(flight.node_id, "")
+            self._tracker.telemetry.reply_lost(facility, flight.kind, reason)
             if flight.request is not None:
-                self._tracker.fail(flight.request, "no reply: the message or its answer was lost")
+                self._tracker.fail(flight.request, f"no reply: {reason}")
+
+    def _lost(self, message_id: str, flight: InFlight) -> str:
+        facility = self.facility_of.get(flight.node_id, "")
+        return self.runtime.lost(facility, message_id, flight.sent_at) if facility else ""
 
     def _send(self, online: list[int]) -> bool:
         busy = self._transport.busy()

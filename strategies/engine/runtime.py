@@ -135,6 +135,11 @@ def _no_event(event: str, **fields: Any) -> None:
     """Drop the event."""
 
 
+def _nothing_known(facility: str, message_id: str, sent_at: float) -> str:
+    """Leave it to the time that has passed."""
+    return ""
+
+
 def weights_fault(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
     """Say what is wrong with trained weights (names, shapes, finiteness), or None."""
     if set(base) != set(trained):
@@ -161,5 +166,8 @@ class Runtime:
     # ``check(base, trained) -> what is wrong or None``: guards the model against a launcher
     # site's weights. None where the exchange has checked them already.
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = weights_fault
+    # ``lost(facility, message id, when sent) -> why its reply will not come``, empty if it may:
+    # what is known, beside Flower, of a site that works on a message.
+    lost: Callable[[str, str, float], str] = _nothing_known
     # Once set, the loop ends with `Stopped`.
     stop: threading.Event = field(default_factory=threading.Event)

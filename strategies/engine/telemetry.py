@@ -118,6 +118,10 @@ class Telemetry:
             attempt=request.attempts,
         )
 
+    def reply_lost(self, facility: str, kind: str, reason: str) -> None:
+        """Tell of a message that is not answered any more."""
+        self._emit("reply_lost", facility=facility, kind=kind, reason=reason)
+
     def trouble(self, facility: str, reason: str) -> None:
         """Tell what keeps a site from working, or that it is over (no reason), once."""
         told = self._told.setdefault(facility, _Told())

@@ -7,7 +7,7 @@ an empty id for a refused message; a restarted SuperNode answers nothing at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -69,12 +69,19 @@ class MessageTransport:
                 self._flights[message_id] = flight
         return [bool(message_id) for message_id in ids]
 
-    def overdue(self, online: Iterable[int], launchers: set[int]) -> list[InFlight]:
-        """Forget and return the messages whose replies are taken for lost."""
+    def overdue(
+        self, online: Iterable[int], launchers: set[int], lost: Callable[[str, InFlight], str]
+    ) -> list[tuple[InFlight, str]]:
+        """Forget and return the messages whose replies are taken for lost, and why.
+
+        ``lost(message id, flight)`` says what is known of one before its time is up.
+        """
         limit = self.clock.now() - self.settings.wait_s - self.settings.reply_grace_s
         reachable = set(online) & launchers
-        late = [i for i, f in self._flights.items() if f.node_id in reachable and f.sent_at < limit]
-        return [self._flights.pop(i) for i in late]
+        flying = [(i, f) for i, f in self._flights.items() if f.node_id in reachable]
+        late = "the message or its answer was lost"
+        reasons = {i: lost(i, f) or (late if f.sent_at < limit else "") for i, f in flying}
+        return [(self._flights.pop(i), reason) for i, reason in reasons.items() if reason]
 
     def drop(self, node_id: int) -> None:
         """Forget what is in flight to a node."""

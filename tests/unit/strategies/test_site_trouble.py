@@ -5,7 +5,7 @@ from __future__ import annotations
 from worlds.bench import ready_bench
 from worlds.grid import FakeSite
 
-from flwr_hpc.protocol import Status
+from flwr_hpc.protocol import TRAIN, Status
 from strategies import SiteResult
 
 
@@ -21,3 +21,25 @@ def test_a_blocked_site_is_waited_for():
     told = [f["reason"] for _, event, f in bench.log if event == "site_trouble"]
     assert told == ["the disk is full", ""]
     assert len(bench.grid.pushed) < 120  # no faster than the pause
+
+
+def test_a_reply_that_the_site_knows_to_be_lost_is_asked_for_again():
+    """Protects a quarter of an hour: the order is sent again, trained once, and it is told."""
+    bench = ready_bench(FakeSite("a", step_s=1.0), reply_grace_s=10_000, wait_s=60)
+    asked: list[tuple[str, float]] = []
+
+    def lost(facility: str, message_id: str, sent_at: float) -> str:
+        asked.append((message_id, bench.engine.now() - sent_at))
+        return "its ClientApp died" if asked[-1][1] > 100 else ""
+
+    bench.runtime.lost = lost
+    bench.grid.lose[TRAIN] = 1
+    bench.train(steps=10)
+    result = bench.run()
+    assert isinstance(result, SiteResult)
+    assert bench.engine.now() < 200
+    assert bench.grid.nodes[101].trained == {result.order.id: 1}
+    told = [f for _, event, f in bench.log if event == "reply_lost"]
+    assert told == [{"facility": "a", "kind": TRAIN, "reason": "its ClientApp died"}]
+    failed = [f["reason"] for _, event, f in bench.log if event == "order_failed"]
+    assert failed == ["no reply: its ClientApp died"]

@@ -1,0 +1,59 @@
+"""What Flower starts and never looks at again: the driver looks. Real SuperLinks and SuperNodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+from worlds.jobs import command_line
+from worlds.runs import Run, kill
+
+SUPEREXEC = "flower-superexec"
+
+
+def _superexecs(run: Run, owner: str) -> list[psutil.Process]:
+    """Return the SuperExecs below a process of the run, named by a word of its command line."""
+    return [
+        child
+        for process in run.children(owner)
+        for child in process.children(recursive=True)
+        if SUPEREXEC in command_line(child)
+    ]
+
+
+def test_a_superexec_that_dies(tmp_path: Path) -> None:
+    """Protects a site from silence: its SuperNode is started again, and finds the order."""
+    run = Run(tmp_path / "run")
+    order = run.until_training("local_b")
+    (victim,) = run.until(lambda: _superexecs(run, "site-local_b"))
+    kill(victim.pid)
+    run.until(lambda: [p for p in _superexecs(run, "site-local_b") if p.pid != victim.pid])
+    assert run.end() == 0, run.said()
+    assert f"the {SUPEREXEC} of supernode-local_b has ended" in run.said()
+    assert run.summary()["facilities"]["local_b"]["steps"] == 300
+    assert len([e for e in run.events("order_done") if e["order_id"] == order]) == 1
+    allocations = run.dir / "facilities" / "local_b" / "allocations"
+    assert len(list(allocations.iterdir())) == 1
+    assert run.left_behind() == []
+
+
+def test_a_superlink_that_is_killed_as_it_starts(tmp_path: Path) -> None:
+    """Protects a run on a machine where starting takes long enough to be hit: it tries again."""
+    run = Run(tmp_path / "run", "rounds=1", "train.steps=20")
+    kill(run.until(lambda: run.children("flower-superlink"))[0].pid)
+    assert run.end() == 0, run.said()
+    assert "SuperLink did not start" in run.said()
+    assert "starting again" in run.said()
+    assert run.left_behind() == []
+
+
+def test_the_superexec_of_the_superlink(tmp_path: Path) -> None:
+    """Protects the ServerApp, which its SuperExec's death ends: the run goes on in a new one."""
+    run = Run(tmp_path / "run")
+    run.until_training(version=1)
+    for victim in run.until(lambda: _superexecs(run, "flower-superlink")):
+        kill(victim.pid)
+    assert run.end() == 0, run.said()
+    assert "starting again" in run.said()
+    assert run.summary()["facilities"]["local_a"]["steps"] == 300
+    assert run.left_behind() == []
