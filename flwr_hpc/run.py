@@ -3,7 +3,7 @@
 Settings are KEY=VALUE, e.g.
 
   python -m flwr_hpc.run                                  two facilities on this machine
-  python -m flwr_hpc.run +facility=slurm facilities.slurm.account=PROJECT
+  python -m flwr_hpc.run +facility=leonardo               a centre, from its login node
   python -m flwr_hpc.run strategy=fedbuff rounds=20 train.steps=100
   python -m flwr_hpc.run resume=runs/2026-01-31_12-00-00
 
@@ -21,6 +21,7 @@ from flwr_hpc import __version__
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import exit_code
+from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
 
 
@@ -38,9 +39,10 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     from flwr_hpc.server import session  # later, so that --cfg and errors answer at once
 
+    accounts = settle_accounts(config.facilities)
     if config.dry_run:
-        return session.show_plan(config)
-    return session.run(config, resumed)
+        return session.show_plan(config, accounts)
+    return session.run(config, resumed, accounts)
 
 
 def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:

@@ -16,9 +16,10 @@ from typing import Any
 from flwr.app import Context, Message
 
 from flwr_hpc.batch_mod.app import Next, copy_app, find_app, rest
+from flwr_hpc.batch_mod.cache import settings_of
 from flwr_hpc.batch_mod.carry import load, save, take_over, versions
 from flwr_hpc.batch_mod.job_settings import JobSettings
-from flwr_hpc.batch_mod.settings import HERE, Settings, gather, settle
+from flwr_hpc.batch_mod.settings import HERE, Settings, gather
 from flwr_hpc.batch_mod.worker import run
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.protocol import Order, Status
@@ -66,7 +67,7 @@ def batch(facility: str | None = None, **settings: Any) -> Mod:
         given = gather({"facility": facility, **settings}, context)
         if given.get("facility") == HERE:
             return call_next(message, context)
-        return _in_job(message, context, settle(given), caller)
+        return _in_job(message, context, settings_of(given, context), caller)
 
     return mod
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-import flwr_hpc
+from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.config.overrides import prepared, quoted, read
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError, closest
@@ -36,13 +36,6 @@ FREE = (
     "of the run's own facilities, allocation.*, federation.*, exchange.*, tracking.*. "
     "For anything else start a new run"
 )
-
-
-def conf_dir() -> Path:
-    """Return the folder of the shipped configuration, installed or in a checkout."""
-    package = Path(flwr_hpc.__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> Config:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from flwr_hpc.errors import UserError
 
 LOCAL = "local"  # The scheduler that is no batch system
+AUTO = "auto"  # The account that is not given: the user's own, see `schedulers.accounts`
 QUEUE = ("partition", "qos")
 PLACEMENT = ("account", *QUEUE, "constraint", "reservation")
 
@@ -36,9 +35,11 @@ class FacilityConfig:
     # Its batch system: ``slurm``, ``pbs``, ``local`` (none: jobs run on this host) or one of
     # your own.
     scheduler: str = "slurm"
-    # Passed to the scheduler when set; a batch system must be given `account`, if only as
-    # null. With PBS `partition` is the queue, and there are no others of these.
-    account: str | None = MISSING
+    # What jobs are charged to; ``auto``: your own, of the environment (``SBATCH_ACCOUNT``) or the
+    # only one that the batch system shows; null: none, where the cluster keeps none.
+    account: str | None = AUTO
+    # Passed to the scheduler when set. With PBS `partition` is the queue, and there are no
+    # others of these.
     partition: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -57,7 +58,7 @@ class FacilityConfig:
     walltime: str = "01:00:00"  # ``HH:MM:SS`` or ``D-HH:MM:SS``
     # What is known of partitions and QOS; a choice that is not among them is not checked.
     queues: list[QueueConfig] = field(default_factory=list)
-    # Fields that must be given here besides `account`, e.g. ``qos``.
+    # Fields that must be given here, e.g. ``qos``.
     required: list[str] = field(default_factory=list)
     # Options (PBS: also resources of a chunk) that jobs here must never set, e.g. ``mem``.
     forbidden: list[str] = field(default_factory=list)

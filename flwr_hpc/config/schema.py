@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flwr_hpc.config.facility import LOCAL, FacilityConfig
+from flwr_hpc.config.facility import AUTO, LOCAL, FacilityConfig
 from flwr_hpc.config.validate import check_values
 from flwr_hpc.errors import UserError, closest
 
@@ -193,7 +193,7 @@ def parse(raw: DictConfig | dict[str, Any]) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         for facility in merged.facilities.values():
-            if facility.scheduler == LOCAL and OmegaConf.is_missing(facility, "account"):
+            if facility.scheduler == LOCAL and facility.account == AUTO:
                 facility.account = None
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as exc:

@@ -2,7 +2,7 @@
 
 To be run on the facility's login node, with the settings of the run to come, e.g.
 
-  python -m flwr_hpc.doctor +facility=leonardo facilities.leonardo.account=PROJECT
+  python -m flwr_hpc.doctor +facility=leonardo
   python -m flwr_hpc.doctor --config-dir my-conf +facility=mycluster --no-job
   python -m flwr_hpc.doctor +facility=local_a --json
 
@@ -22,14 +22,16 @@ from rich.console import Console
 
 from flwr_hpc import __version__
 from flwr_hpc.clock import Clock, SystemClock
-from flwr_hpc.config.compose import compose_config, conf_dir
+from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.facility import walltime_s
+from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.config.schema import Config
 from flwr_hpc.doctor.examine import FacilityExam, Stopped, patient, probing, settled
 from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError, exit_code
+from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
 
 
@@ -63,6 +65,7 @@ def _configure(args: argparse.Namespace) -> Config:
         raise UserError(f"--nodes {args.nodes} must be at least 1")
     config = compose_config(args.overrides, args.config_dir)
     check_facilities(config.facilities)
+    settle_accounts(config.facilities)
     return config
 
 

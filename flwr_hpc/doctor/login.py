@@ -13,6 +13,7 @@ from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, w
 from flwr_hpc.doctor.outside import Outside
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import JobSpec, Scheduler, SchedulerUnavailableError
+from flwr_hpc.schedulers.interpreter import probe
 from flwr_hpc.schedulers.registry import rules_of
 from flwr_hpc.schedulers.rules import Rules
 
@@ -20,10 +21,6 @@ LOGIN = "login node"
 PACKAGES = ("flwr", "submitit", "hydra-core", "jinja2", "numpy", "psutil", "rich", "safetensors")
 # What a rank imports, looked for without importing it.
 RANK = ("submitit", "flwr", "torch", "transformers", "peft", "datasets")
-PYTHON = (
-    "import sys, importlib.util as u; print('%d.%d.%d' % sys.version_info[:3], "
-    f"*[m for m in {RANK} if u.find_spec(m) is None])"
-)
 AT_ONCE_S = 5.0
 ACCEPTED = "account and limits"
 
@@ -166,7 +163,7 @@ def python(here: Login) -> Finding:
     path = f.python or sys.executable
     if f.python and "/" not in f.python and f.setup:
         return skipped(f"{path}, found after the job's setup lines: see the probe job")
-    answer = here.outside.ask(path, "-c", PYTHON)
+    answer = here.outside.ask(path, "-c", probe(RANK))
     if answer.code:
         return failed(
             f"{path}: {_last_line(answer.err)}",

@@ -25,6 +25,16 @@ class Accounting:
 
 
 @dataclass(frozen=True)
+class OwnAccounts:
+    """How to find the account of a user who gives none."""
+
+    variables: tuple[str, ...] = ()  # Of the environment; the first that is set counts
+    # Prints the accounts of ``{user}``, one a line.
+    command: tuple[str, ...] = ()
+    without: str = "(?!)"  # A pattern in what it says when it fails where no accounts are kept
+
+
+@dataclass(frozen=True)
 class Rules:
     """What a facility may ask of a batch system, and what to tell people about it."""
 
@@ -45,6 +55,7 @@ class Rules:
     # field to set: the first that fits.
     refusals: Mapping[str, str] = field(default_factory=dict)
     accounting: Accounting | None = None
+    own_accounts: OwnAccounts = field(default_factory=OwnAccounts)
     other_cluster: str = ""  # A setting of the facility that chooses one of several on a host
 
 

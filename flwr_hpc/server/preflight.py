@@ -16,8 +16,10 @@ from flwr_hpc.data import sources
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import make_store
+from flwr_hpc.schedulers.interpreter import check_interpreter
 from flwr_hpc.server.strategy_factory import build_strategy
 
+JOB_PACKAGES = ("submitit", "flwr")
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
 MIN_NODES = ("min_available_nodes", "min_train_nodes", "min_evaluate_nodes")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -36,6 +38,7 @@ def check(config: Config) -> None:
     for name, facility in config.facilities.items():
         if facility.local and facility.python is None:
             _check_packages(name)
+        check_interpreter(name, facility, (*JOB_PACKAGES, *TRAIN_PACKAGES), "flwr-hpc[train]")
         if facility.local and facility.container is None:
             check_pretrained(config, name, facility)
         sources.check(config.data, name, list(config.facilities), must_exist=facility.local)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
+from flwr_hpc.schedulers.accounts import Account
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import preflight
 from flwr_hpc.server.driver import SessionOutcome, drive
@@ -26,11 +28,12 @@ from flwr_hpc.tracking.report.page import rebuild
 from flwr_hpc.tracking.text import node_hours_line
 
 
-def show_plan(config: Config) -> int:
+def show_plan(config: Config, accounts: Mapping[str, Account]) -> int:
     """Print the plan and the job scripts; start nothing and write nothing."""
     preflight.check(config)
     console = Console()
     console.print(_plan(config))
+    _print_accounts(console, config, accounts)
     planned = RunDir(Path(config.resume or config.run_dir or "runs/DATE_TIME").absolute())
     run_key = planned.key if config.resume else "RUN"
     for name in config.facilities:
@@ -39,7 +42,7 @@ def show_plan(config: Config) -> int:
     return 0
 
 
-def run(config: Config, resumed: bool) -> int:
+def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
     """Run the federation and return the command's exit code."""
     preflight.check(config)
     run_dir = RunDir.open(str(config.resume)) if resumed else RunDir.create(config)
@@ -55,6 +58,7 @@ def run(config: Config, resumed: bool) -> int:
             script = _script(run_dir, config, name, run_dir.key)
             publish(run_dir.jobs / f"{name}.sh", script)
         console.print(f"run directory: {run_dir.path}", soft_wrap=True)
+        _print_accounts(console, config, accounts)
         with LiveView(console, config.rounds, list(config.facilities)) as view:
             outcome = drive(run_dir, config, view)
         try:
@@ -130,6 +134,13 @@ def _plan(config: Config) -> Table:
             f"{config.data.kind} {' '.join(config.data.paths.get(name, []))}".strip(),
         )
     return table
+
+
+def _print_accounts(console: Console, config: Config, accounts: Mapping[str, Account]) -> None:
+    for name, account in accounts.items():
+        if not config.facilities[name].local:
+            line = f"{name}: account {account}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _shape(f: FacilityConfig) -> str:

@@ -2,11 +2,12 @@
 #SBATCH --job-name=2026-run-leonardo-a0000
 #SBATCH --account=project1
 #SBATCH --partition=boost_usr_prod
+#SBATCH --qos=boost_qos_dbg
 #SBATCH --gres=gpu:4
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=4
 #SBATCH --cpus-per-task=8
-#SBATCH --time=02:00:00
+#SBATCH --time=00:30:00
 #SBATCH --signal=USR2@90
 #SBATCH --open-mode=append
 #SBATCH --output=/scratch/me/run/allocations/a0000/job/%j_0_log.out
@@ -23,7 +24,7 @@ export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_NET_GDR_LEVEL=2
 export FLWR_HPC_JOB=2026-run-leonardo-a0000
-export FLWR_HPC_WALLTIME_S=7200
+export FLWR_HPC_WALLTIME_S=1800
 export SUBMITIT_EXECUTOR=slurm
 
 srun --export=ALL --unbuffered --kill-on-bad-exit=1 --cpus-per-task=8 \

@@ -43,6 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Lay out what the commands speak of: files, a run, configuration, models, a strategy."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SBATCH_ACCOUNT", "PROJECT")  # as on a login node of yours
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_module", raising=False)
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)

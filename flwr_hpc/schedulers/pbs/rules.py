@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError, one_of
-from flwr_hpc.schedulers.rules import Accounting, Rules
+from flwr_hpc.schedulers.rules import Accounting, OwnAccounts, Rules
 
 # What selects another server than the host's, given in the facility's `env`.
 SERVER = ("PBS_SERVER", "PBS_CONF_FILE")
@@ -92,5 +92,6 @@ RULES = Rules(
         "centre can set the server's job_history_enable",
         none="not configured to maintain job history",
     ),
+    own_accounts=OwnAccounts(("PBS_ACCOUNT",)),  # PBS itself keeps no list of them
     other_cluster="env.PBS_SERVER=NAME",
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from flwr_hpc.config.facility import PLACEMENT, FacilityConfig
 from flwr_hpc.errors import UserError, one_of
-from flwr_hpc.schedulers.rules import Accounting, Rules
+from flwr_hpc.schedulers.rules import Accounting, OwnAccounts, Rules
 
 GPU_REQUESTS = ("gres", "gpus", "gpus-per-node", "gpus-per-task")
 # sbatch options that a field of the facility sets.
@@ -106,6 +106,11 @@ RULES = Rules(
         ("sacct", "-X", "-n", "-o", "JobID", "-S", "now"),
         "runs go on without; what slurmctld has forgotten of a job (after its MinJobAge) is lost. "
         "The centre can enable accounting",
+    ),
+    own_accounts=OwnAccounts(
+        ("SBATCH_ACCOUNT", "SLURM_ACCOUNT"),
+        ("sacctmgr", "-nP", "show", "assoc", "user={user}", "format=account"),
+        without="not running a supported accounting_storage plugin",
     ),
     other_cluster="env.SLURM_CONF=/path/to/slurm.conf",
 )

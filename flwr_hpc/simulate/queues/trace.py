@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr_hpc.config.compose import conf_dir
+from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.errors import UserError
 from flwr_hpc.simulate.clock import VirtualClock
 from flwr_hpc.simulate.queues.models import SampledQueue

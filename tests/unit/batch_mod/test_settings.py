@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
 from worlds.batch_app import make_context
 
-from flwr_hpc.batch_mod.settings import gather, settle
+from flwr_hpc.batch_mod.compose import settle
+from flwr_hpc.batch_mod.settings import gather
 from flwr_hpc.errors import UserError
 
 
@@ -17,13 +20,35 @@ def test_the_node_wins_over_the_run_over_the_code() -> None:
     run = {"flwr-hpc.facility": "slurm", "flwr-hpc.walltime": "00:20:00", "flwr-hpc.account": ""}
     node = {"flwr-hpc.facility": "leonardo", "flwr-hpc.env.A-B": "1", "partition-id": 3}
     context = Context(1, 2, node, RecordDict(), run)
-    given = {"facility": None, "account": "coded", "walltime": "00:10:00", "nodes": None}
+    given = {"facility": None, "account": "coded", "walltime": "00:10:00", "partition": None}
     assert gather(given, context) == {
         "facility": "leonardo",
         "account": "coded",
         "walltime": "00:20:00",
+        "partition": None,
         "env.A-B": "1",
     }
+
+
+@pytest.mark.parametrize(
+    ("code", "node", "account"),
+    [
+        ({}, {}, "mine (from SBATCH_ACCOUNT)"),
+        ({"account": None}, {}, "none"),
+        ({}, {"flwr-hpc.account": "none"}, "none"),
+        ({}, {"flwr-hpc.account": ""}, "mine (from SBATCH_ACCOUNT)"),
+        ({"account": "p1"}, {"flwr-hpc.account": "none"}, "none"),
+        ({"account": None}, {"flwr-hpc.account": "p2"}, "p2"),
+    ],
+)
+def test_no_account_is_not_the_same_as_none_given(
+    code: dict[str, Any], node: dict[str, Any], account: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects clusters without accounts, and `batch("leonardo")` as the page shows it."""
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    settings = settle(gather({"facility": "leonardo", **code}, make_context(**node)))
+    assert settings.account == account
+    assert settings.facility.account == (None if account == "none" else account.split()[0])
 
 
 def test_one_process_gets_what_the_ranks_of_a_node_would() -> None:
@@ -83,17 +108,31 @@ def test_another_shape_of_job_has_a_folder_of_its_own(tmp_path: Path) -> None:
     [
         ({}, ["flwr_hpc.batch('NAME')", "--node-config", '"none"']),
         ({"facility": "leonrado"}, ["no facility 'leonrado'", "'leonardo'", "Known: alps"]),
-        ({"facility": "leonardo"}, ["account must be given", "account=VALUE", "flwr-hpc.KEY"]),
+        ({"facility": "leonardo"}, ["account must be given", "account=NAME", "flwr-hpc.KEY"]),
+        (
+            {"facility": "slurm", "account": "x", "python": "{stub}"},
+            ["lacks submitit, flwr", "-m pip install 'flwr-hpc'", "python=/path/to/python"],
+        ),
         ({"facility": "leonardo", "acount": "x"}, ["unknown setting 'acount'", "'account'"]),
         (
             {"facility": "leonardo", "account": "x", "walltime": "99:00:00"},
-            ["at most 24:00:00", "walltime=24:00:00"],
+            ["at most 00:30:00", "walltime=00:30:00"],
         ),
         ({"facility": "slurm", "account": "x", "nodes": "many"}, ["nodes", "many"]),
     ],
 )
-def test_mistakes_are_told_in_terms_of_the_mod(given: dict[str, str], words: list[str]) -> None:
-    """Protects users from advice for another command line."""
+def test_mistakes_are_told_in_terms_of_the_mod(
+    given: dict[str, str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects users from advice for another command line, and from waits in vain."""
+    for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/bin")
+    if "python" in given:
+        stub = tmp_path / "python"
+        stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no site-packages
+        stub.chmod(0o755)
+        given = given | {"python": str(stub)}
     with pytest.raises(UserError) as caught:
         settle(given)
     said = str(caught.value)

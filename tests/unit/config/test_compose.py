@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from flwr_hpc import run
-from flwr_hpc.config.compose import compose_config, conf_dir, resume_config, shown
-from flwr_hpc.config.facility import walltime_s
+from flwr_hpc.config.compose import compose_config, resume_config, shown
+from flwr_hpc.config.facility import AUTO, walltime_s
+from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.errors import UserError
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.simulate.__main__ import compose as parse_simulation
@@ -53,7 +54,6 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["train.stepps=3"], "Did you mean 'steps'?"),
         (["+facility=leonrdo"], "there is no facility 'leonrdo'"),
         (["facility=slurm"], "+facility=NAME"),
-        (["+facility=slurm"], "facilities.slurm.account=VALUE"),
         (["rounds=abc"], "could not be converted to Integer"),
         (["rounds=0"], "rounds=0 must be greater than zero"),
         (["strategy=dilocco"], "Did you mean 'diloco'?"),
@@ -173,10 +173,11 @@ def test_malformed_yaml_is_named_by_file_and_line(tmp_path: Path, body: str) -> 
 
 
 def test_a_local_facility_needs_no_account() -> None:
-    """Protects this machine's own facilities; a batch system's account must still be given."""
+    """Protects this machine's own facilities, and "none" from "not given" elsewhere."""
     config = compose_config(["+facility=slurm", "facilities.slurm.scheduler=local",
                              "facilities.slurm.gpus_per_node=0"])  # fmt: skip
     assert config.facilities["slurm"].account is None
+    assert compose_config(["+facility=slurm"]).facilities["slurm"].account == AUTO
     config = compose_config(["+facility=slurm", "facilities.slurm.account=null"])
     assert config.facilities["slurm"].account is None
 

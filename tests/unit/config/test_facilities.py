@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from flwr_hpc.config.compose import compose_config, conf_dir
+from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
+from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.config.schema import decode
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers import script
+from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facility, make_scheduler
 from flwr_hpc.site import submission
 from flwr_hpc.site.submission import job_spec
@@ -99,10 +101,15 @@ def test_facility_keeps_its_own_rules(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_account_must_be_given(name: str) -> None:
+def test_the_account_is_the_users(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects users from a job that is refused, or charged to the wrong project."""
+    for variable in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT", "PBS_ACCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "")
+    qos = [f"facilities.{name}.qos={QOS[name]}"] if name in QOS else []
+    facilities = compose_config([f"+facility={name}", *qos]).facilities
     with pytest.raises(UserError, match=rf"facilities\.{name}\.account must be given"):
-        compose_config([f"+facility={name}"])
+        settle_accounts(facilities)
 
 
 @pytest.mark.parametrize("name", QOS)
@@ -152,7 +159,7 @@ def test_every_queue_can_be_chosen(name: str) -> None:
     [
         (
             "leonardo",
-            ["qos=boost_qos_dbg"],
+            ["walltime=02:00:00"],
             "walltime=02:00:00: partition boost_usr_prod qos boost_qos_dbg gives 1 node at most "
             "00:30:00. Add to the command: facilities.leonardo.walltime=00:30:00. Or one of the "
             "queues that take 1 node for 02:00:00: facilities.leonardo.qos=null; "
@@ -161,9 +168,9 @@ def test_every_queue_can_be_chosen(name: str) -> None:
         (
             "leonardo",
             ["nodes=100"],
-            "nodes=100: partition boost_usr_prod takes 1 to 64 nodes. Add to the command: "
-            "facilities.leonardo.nodes=64. Or one of the queues that take 100 nodes for 02:00:00: "
-            "facilities.leonardo.qos=boost_qos_bprod",
+            "nodes=100: partition boost_usr_prod qos boost_qos_dbg takes 1 to 2 nodes. Add to the "
+            "command: facilities.leonardo.nodes=2. Or one of the queues that take 100 nodes for "
+            "00:30:00: facilities.leonardo.qos=boost_qos_bprod",
         ),
         ("frontier", ["walltime=06:00:00"], "at most 02:00:00"),
         ("frontier", ["nodes=100", "walltime=07:00:00"], "walltime=06:00:00"),

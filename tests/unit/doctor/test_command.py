@@ -152,6 +152,7 @@ def test_documented_commands(
     own = tmp_path / "my-conf" / "facility" / "mycluster.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("# @package facilities.mycluster\naccount: p\n")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "PROJECT")  # as on a login node of yours
     assert command.main([*arguments, "dry_run=true"]) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,20 @@ def test_another_cache_may_be_named_for_the_job(tmp_path: Path) -> None:
 def test_what_lies_at_a_remote_facility_is_not_judged(tmp_path: Path) -> None:
     """Protects facilities whose file systems this machine does not see."""
     check("+facility=slurm", "facilities.slurm.account=p1", "model.path=/scratch/x")
+
+
+def test_a_python_that_lacks_what_jobs_need(tmp_path: Path) -> None:
+    """Protects users from waits in the queue for a job that cannot start."""
+    own = tmp_path / "python"
+    own.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    own.chmod(0o755)
+    given = ["+facility=slurm", "facilities.slurm.account=p1", f"facilities.slurm.python={own}"]
+    said = fault(*given)
+    assert f"{own}, lacks submitit, flwr, torch" in said
+    assert f"{own} -m pip install 'flwr-hpc[train]'" in said
+    check(*given, "facilities.slurm.setup=[module load python]")  # which may bring them
+    check(*given, "facilities.slurm.container=/images/x.sif")
+    own.write_text("made for another machine")
+    check(*given)
+    own.unlink()  # on the compute nodes alone
+    check(*given)
