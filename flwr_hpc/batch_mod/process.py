@@ -17,6 +17,7 @@ from typing import Any
 
 from flwr_hpc.batch_mod.app import AppRef, call, import_app
 from flwr_hpc.batch_mod.carry import Failure, check_versions, load, save
+from flwr_hpc.batch_mod.randomness import ImportSeeds
 from flwr_hpc.worker.entry import die_with
 
 LOOK_S = 0.25  # how often a wait looks up
@@ -126,6 +127,8 @@ def _main(
     for number in SIGNALS:  # the rank's process decides; a handler is not inherited, unlike SIG_IGN
         signal.signal(number, lambda *_: None)
     os.environ.update(env)
+    seeds = ImportSeeds(app.folder, app.ref.partition(".")[0])
+    seeds.watch()
     try:
         check_versions(versions)
         client_app = import_app(app)
@@ -138,6 +141,7 @@ def _main(
             request, target = connection.recv()
         except EOFError:
             return
+        seeds.restore()
         reply = call(client_app, *load(request))
         if target is not None:
             save(target, reply)

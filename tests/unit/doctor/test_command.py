@@ -146,7 +146,10 @@ def documented() -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", documented(), ids=" ".join)
 def test_documented_commands(
-    arguments: list[str], scheduler: FakeScheduler, tmp_path: Path
+    arguments: list[str],
+    scheduler: FakeScheduler,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Protects readers from commands that are refused."""
     own = tmp_path / "my-conf" / "facility" / "mycluster.yaml"
