@@ -20,6 +20,7 @@ from flwr_hpc.schedulers.registry import check_facility
 
 FACILITY = tuple(f.name for f in fields(FacilityConfig))
 ALLOCATION = tuple(f.name for f in fields(AllocationConfig))
+RUN_CHECK_S = 60.0
 IN_JOB = ("submitit", "flwr")  # what the worker imports there
 
 
@@ -34,7 +35,8 @@ def settle(given: Mapping[str, Any]) -> Settings:
         )
     changes = {k: v for k, v in given.items() if k not in OWN}
     # A job that was submitted ahead could start when the run is long over.
-    overrides = [f"+facility={name}", 'allocation.renew_ahead="off"']
+    own = ['allocation.renew_ahead="off"', "allocation.replace_cancelled=false"]
+    overrides = [f"+facility={name}", *own]
     overrides += [f"{_place(k, name)}={_text(v)}" for k, v in _flat(changes)]
     try:
         config = compose_config(overrides, given.get("config_dir"))
@@ -45,7 +47,10 @@ def settle(given: Mapping[str, Any]) -> Settings:
     except UserError as exc:
         raise UserError(_explain(str(exc), name)) from None
     facility = replace(facility, account=account.name)
-    return Settings(name, facility, config.allocation, str(given.get("app", "")), str(account))
+    return Settings(
+        name, facility, config.allocation, str(given.get("app", "")), str(account),
+        float(given.get("run_check_s", RUN_CHECK_S)),
+    )  # fmt: skip
 
 
 def _one_rank(facility: FacilityConfig, changes: Mapping[str, Any]) -> FacilityConfig:

@@ -5,10 +5,12 @@ What runs here, in the ClientApp's process at the login node, imports no torch b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +21,12 @@ from flwr_hpc.batch_mod.app import Next, copy_app, find_app, rest
 from flwr_hpc.batch_mod.cache import settings_of
 from flwr_hpc.batch_mod.carry import load, save, take_over, versions
 from flwr_hpc.batch_mod.job_settings import JobSettings
+from flwr_hpc.batch_mod.run_status import RunWatch, flower_says
 from flwr_hpc.batch_mod.settings import HERE, Settings, gather
 from flwr_hpc.batch_mod.worker import run
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.protocol import Order, Status
+from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.site.manager import AllocationManager
 from flwr_hpc.spool import Spool
@@ -82,8 +86,8 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
     with _raising_on_sigterm():
         status = site.submit(order, None)
         if status.result is None:
-            log = _Log(settings.name)
-            status = site.wait(lambda: log(site.collect(order.id)), None, {"done", "failed"})
+            watch = RunWatch(context.run_id, settings.run_check_s, flower_says)
+            status = _wait(site, order.id, message, settings.name, watch)
     if status.state == "failed":
         raise BatchError(f"{settings.name}: {status.error}")
     reply = load(folder.reply)
@@ -92,6 +96,30 @@ def _in_job(message: Message, context: Context, settings: Settings, caller: str)
         raise reply.failure.exception()
     answer: Message = reply.message
     return answer
+
+
+def _wait(
+    site: AllocationManager, order_id: str, message: Message, name: str, watch: RunWatch
+) -> Status:
+    """Wait for the result as long as somebody wants the reply."""
+    about, log = message.metadata, _Log(name)
+
+    def poll() -> Status:
+        if state := watch.ended():
+            with contextlib.suppress(SchedulerUnavailableError):  # tried again the next time
+                site.cancel_all()
+                raise BatchError(f"{name}: the run is {state}; its jobs here are cancelled")
+        return log(site.collect(order_id))
+
+    left_s = max(0.0, about.created_at + about.ttl - time.time())
+    status = site.wait(poll, left_s, {"done", "failed"})
+    if status.result is None and status.state != "failed":
+        site.withdraw(order_id)
+        raise BatchError(
+            f"{name}: no job answered within the message's time to live of "
+            f"{about.ttl:.0f} s, after which Flower takes no reply. Give messages a longer ttl"
+        )
+    return status
 
 
 def _site(context: Context, settings: Settings, caller: str) -> AllocationManager:

@@ -16,7 +16,7 @@ from flwr_hpc.config.schema import AllocationConfig
 
 PREFIX = "flwr-hpc."  # of our keys in Flower's run and node config
 HERE = "none"  # the facility that stands for: no job, run in the ClientApp's process
-OWN = ("facility", "app", "config_dir")
+OWN = ("facility", "app", "config_dir", "run_check_s")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Settings:
     allocation: AllocationConfig
     app: str = ""  # ``module:attribute`` of the ClientApp; empty: as its ``pyproject.toml`` says
     account: str = ""  # The facility's, and where it is from
+    run_check_s: float = 0.0  # How often Flower is asked whether the run goes on (0: never)
 
     def root(self, context: Context) -> Path:
         """Return the folder on the shared file system of this run, node and shape of job."""

@@ -122,6 +122,9 @@ class AllocationConfig:
     # took before, hangs and is replaced; six times as long before anything is measured. 0: never.
     progress_timeout_s: float = 600.0
     retries: int = 2  # How often a job that died is replaced while the same order waits
+    # Whether a job that somebody cancelled is replaced like one that died; false: there is none
+    # at this site any more, and what would need one fails.
+    replace_cancelled: bool = True
 
 
 @dataclass

@@ -16,7 +16,7 @@ from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.config.schema import AllocationConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.protocol import Order, Status
+from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.schedulers.base import (
     JobInfo,
     NotYetError,
@@ -29,6 +29,7 @@ from flwr_hpc.site.monitor import Monitor, Submitted, View
 from flwr_hpc.site.renewal import Renewal
 from flwr_hpc.site.retries import (
     check_disk,
+    fail_if_cancelled,
     fail_if_retries_are_spent,
     repeated_startup_failure,
     reset_order,
@@ -154,6 +155,13 @@ class AllocationManager:
         """Poll until the state is one of `until`, at most `wait_s` seconds (None: no limit)."""
         return long_poll.wait(poll, wait_s, until, self.clock, self.scheduler.poll_s)
 
+    def withdraw(self, order_id: str) -> None:
+        """Take back an order that nobody waits for; a job that has begun may finish it."""
+        with self.spool.lock():
+            for alloc in self._open():
+                if order_id in alloc.inbox() and self._update(alloc).state == "queued":
+                    alloc.unassign(order_id)
+
     def release(self) -> Status:
         """Let allocations end once idle; those still queued are cancelled."""
         with self.spool.lock():
@@ -215,7 +223,7 @@ class AllocationManager:
             assigned = self._assigned(order_id)
             result = self.spool.order(order_id).result()  # after the look at its allocation
             if result is None and assigned is None:
-                result = fail_if_retries_are_spent(self.spool, order_id, self._config.retries)
+                result = self._fail_without_job(order_id)
             if result is not None:
                 current = self._current()
                 ready = current if current and current[1].state == "ready" else None
@@ -227,6 +235,12 @@ class AllocationManager:
             if current is not None and self._must_wait_for_handover(*current):
                 return self._status.of_allocation(*current, order_id=order_id)
             self._assign(current[0] if current else self._create(), order_id)
+
+    def _fail_without_job(self, order_id: str) -> Result | None:
+        """Return a failed result if no other job may be submitted for the order."""
+        if not self._config.replace_cancelled and (r := fail_if_cancelled(self.spool, order_id)):
+            return r
+        return fail_if_retries_are_spent(self.spool, order_id, self._config.retries)
 
     def _assigned(self, order_id: str) -> Living | None:
         """Return the allocation that has the order, if that will do."""

@@ -14,6 +14,7 @@ NO_STEP = (
     "long enough for the evaluation before it, one step, and the time kept for writing"
 )
 
+STAYS_CANCELLED = "It is not replaced: no more jobs are submitted for this run at this site"
 # After a worker that could not write its folder: no small file tells whether a large one fits.
 DISK_PAUSE_S, LONGEST_DISK_PAUSE_S = 60.0, 1800.0
 
@@ -71,6 +72,17 @@ def fail_if_retries_are_spent(spool: Spool, order_id: str, retries: int) -> Resu
     text = reason if final else f"gave up after {lost} allocations. The last one: {reason}"
     fatal = final and bad[-1].consequence == "fatal"
     result = Result(order_id, "failed", error=text, fatal=fatal)
+    spool.order(order_id).write_result(result)
+    return result
+
+
+def fail_if_cancelled(spool: Spool, order_id: str) -> Result | None:
+    """Write and return a failed result if somebody cancelled the site's last job, else None."""
+    allocations = spool.allocations()
+    verdict = allocations[-1].verdict.read() if allocations else None
+    if verdict is None or verdict.why != "removed":
+        return None
+    result = Result(order_id, "failed", error=f"{verdict.reason}\n{STAYS_CANCELLED}")
     spool.order(order_id).write_result(result)
     return result
 

@@ -286,3 +286,38 @@ def test_allocations_that_leave_without_a_step(world: World) -> None:
     assert (status.state, status.fatal) == ("failed", False)
     assert "the walltime has to be long enough" in status.error
     assert len(world.scheduler.jobs) == 3
+
+
+def test_a_cancelled_job_can_stay_cancelled(world: World) -> None:
+    """Protects a user who cancels the job of the batch mod from a new one, now or later."""
+    world.restart(replace_cancelled=False)
+    world.site.submit(order(1), None)
+    world.up(0)
+    world.job(0, "ended", outcome="cancelled", reason="CANCELLED by 1000")
+    for number in (1, 2):
+        world.site.submit(order(number), None)
+        status = world.restart().collect(order(number).id)
+        assert status.state == "failed"
+        assert "cancelled, and not by this run: CANCELLED by 1000 (job 1)" in status.error
+        assert "no more jobs are submitted" in status.error
+    assert list(world.scheduler.jobs) == ["run-fac-a0000"]
+
+
+@pytest.mark.parametrize("outcome", ["preempted", "node_fail", "lost"])
+def test_other_losses_are_still_replaced(world: World, outcome: str) -> None:
+    """Protects runs whose jobs are cancelled by nobody."""
+    world.restart(replace_cancelled=False)
+    world.site.submit(order(), None)
+    world.job(0, "ended", outcome=outcome)
+    assert world.site.collect(order().id).allocation == "a0001"
+
+
+def test_a_withdrawn_order_is_not_begun(world: World) -> None:
+    """Protects the budget from work that nobody waits for; what has begun is left alone."""
+    world.site.submit(order(), None)
+    world.restart().withdraw(order().id)
+    assert world.alloc(0).inbox() == []
+    world.up(0)
+    world.site.submit(order(2), None)
+    world.site.withdraw(order(2).id)
+    assert world.alloc(0).inbox() == [order(2).id]
