@@ -26,7 +26,6 @@ from flwr_hpc.schedulers.base import (
     SchedulerUnavailableError,
     heal_pickle,
 )
-from flwr_hpc.schedulers.executor import ScriptExecutor
 from flwr_hpc.schedulers.rules import Rules
 
 NOT_FOUND = 127
@@ -156,6 +155,8 @@ class CommandScheduler(ABC):
 
     def submit(self, spec: JobSpec) -> dict[str, Any]:
         """Submit once: without an answer the job may have been taken."""
+        from flwr_hpc.schedulers.executor import ScriptExecutor  # submitit: few messages submit
+
         executor = ScriptExecutor(spec, self.script(spec), lambda path: self._submit(spec, path))
         submitted = executor.submit(spec.function, *spec.args)
         return self._job(spec, submitted.job_id, self._wall())

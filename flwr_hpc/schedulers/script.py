@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 import flwr_hpc
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
 from flwr_hpc.schedulers.base import JobSpec, checkout
@@ -31,6 +29,9 @@ def render(template_name: str, fields: Mapping[str, Any], beside: str = "") -> s
     beside : str
         Folder of a batch system that brings its own template.
     """
+    # Not at the top: every message to a site starts a process, and few of them submit a job.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     env = Environment(
         loader=FileSystemLoader([_templates(), *([beside] if beside else [])]),
         undefined=StrictUndefined,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -18,7 +18,7 @@ from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.server import flower
 from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
-from flwr_hpc.server.progress import DiskWatch, SpoolProgress
+from flwr_hpc.server.progress import DiskWatch, SlowStarts, SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
@@ -160,9 +160,11 @@ def _follow(
 ) -> SessionOutcome:
     """Show the run's events until it ends, or one of its processes does."""
     started, disk = time.monotonic(), DiskWatch(run.path)
+    slow = SlowStarts({f: run.logs / f"{flower.supernode_name(f)}.log" for f in progress.sites})
     while True:
         gone = processes.tend()
         server = _server_state(run)
+        _emit(run, slow.poll())
         events = follower.poll()  # after the looks above, so that no last word is missed
         view.update([*events, *progress.poll()])
         if news := disk.poll():
@@ -182,6 +184,14 @@ def _follow(
             words = f"the ServerApp did not start within {start_s:.0f} s"
             return SessionOutcome("lost", f"{words}:\n{tail}")
         time.sleep(POLL_S)
+
+
+def _emit(run: RunDir, events: Sequence[Event]) -> None:
+    """Put what the driver has seen into the run's events."""
+    if events:
+        with suppress(OSError), EventLog(run.events, join=True) as log:
+            for event in events:
+                log.emit(**event)
 
 
 def _finished(event: Event, processes: Processes) -> SessionOutcome:

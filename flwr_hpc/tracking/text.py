@@ -175,6 +175,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "site_online": lambda e: f"{e.get('facility')}: site online",
     "site_offline": lambda e: f"{e.get('facility')}: site offline",
     "site_trouble": lambda e: f"{e.get('facility')}: {e.get('reason') or 'goes on'}",
+    "client_app_lost": lambda e: f"{e.get('facility')}: {e.get('reason')}",
     "reply_lost": lambda e: f"{e.get('facility')}: no reply to {e.get('kind')}: {e.get('reason')}",
     "disk_trouble": lambda e: str(e.get("reason")),
     "site_excluded": lambda e: f"{e.get('facility')}: left out of the run: {e.get('reason')}",

@@ -27,6 +27,9 @@ from strategies.parts.rules import tensors
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
+# A site that is offline for so long does not evaluate the last version: Flower has not seen it for
+# two minutes then, and a SuperNode that is started again is back sooner.
+ABSENT_S = 60.0
 KEPT_METRICS = 1000  # versions: a run may make many more, and saves them with every order
 
 log = logging.getLogger("strategies")
@@ -359,12 +362,26 @@ class EventLoop:
                     replies.append(event.message)
                 waiting.discard(event.facility)
                 engine.settle(event.facility)
+            waiting -= self._gone(waiting)
         for facility in waiting:
             log.warning("%s did not evaluate the last version in time", facility)
             engine.abandon(facility)
         engine.settle()
         engine.commit()
         return replies
+
+    def _gone(self, waiting: set[str]) -> set[str]:
+        """Give up the sites that have been away for a while; nobody is waited for in vain."""
+        reachable = {
+            site.facility
+            for site in self.engine.sites.values()
+            if site.reachable(self.engine.now(), ABSENT_S)
+        }
+        gone = waiting - reachable
+        for facility in sorted(gone):
+            log.warning("%s went offline before it evaluated the last version", facility)
+            self.engine.abandon(facility)
+        return gone
 
 
 def _evaluates(order: Order, version: int) -> bool:

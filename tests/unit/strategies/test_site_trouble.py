@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+from flwr.app import ConfigRecord
 from worlds.bench import ready_bench
-from worlds.grid import FakeSite
+from worlds.grid import FakeGrid, FakeSite, initial_arrays
 
 from flwr_hpc.protocol import TRAIN, Status
-from strategies import SiteResult
+from strategies import HpcStrategy, Runtime, Settings, SiteResult, run_strategy
 
 
 def test_a_blocked_site_is_waited_for():
@@ -43,3 +45,26 @@ def test_a_reply_that_the_site_knows_to_be_lost_is_asked_for_again():
     assert told == [{"facility": "a", "kind": TRAIN, "reason": "its ClientApp died"}]
     failed = [f["reason"] for _, event, f in bench.log if event == "order_failed"]
     assert failed == ["no reply: its ClientApp died"]
+
+
+@pytest.mark.parametrize("back_after_s", [None, 40.0])
+def test_the_last_evaluation_does_not_wait_for_who_is_gone(back_after_s):
+    """Protects the end of a run: a site that is away for a minute is left out, one that is back
+    sooner is not."""
+    grid = FakeGrid([FakeSite("a"), FakeSite("b", step_s=90.0)])
+    ended_at: list[float] = []
+
+    def emit(event, **fields):
+        if event == "aggregated":
+            now = grid.clock.now()
+            ended_at.append(now)
+            grid.away("b", now + 20.0, now + 20.0 + (back_after_s or float("inf")))
+
+    runtime = Runtime(clock=grid.clock, emit=emit, settings=Settings(final_evaluation_s=600.0))
+    result = run_strategy(
+        HpcStrategy(), grid, initial_arrays(), 1,
+        train_config=ConfigRecord({"steps": 1}), runtime=runtime,
+    )  # fmt: skip
+    assert result.evaluate_metrics_clientapp
+    waited = grid.clock.now() - ended_at[0]
+    assert (80.0 <= waited < 90.0) if back_after_s is None else (90.0 <= waited < 110.0)
