@@ -47,7 +47,7 @@ def test_slurmctld_dies_in_the_middle_of_a_submission(
         killers[k].join()
         assert ours.collect(order).state != "failed"
         slurm.start("slurmctld")
-        status = ours.result(order, 120)
+        status = ours.result(order)
         assert (status.state, status.allocation) == ("done", "a0000"), status.error
         assert ours.trained() == [order]
         ours.end()
