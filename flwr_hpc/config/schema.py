@@ -159,6 +159,9 @@ class FederationConfig:
     # How often the driver starts Flower anew, from the last aggregation, when SuperLink or
     # the ServerApp died.
     restarts: int = 2
+    # Start also where this system does not say whose a connection is: whoever can log in to this
+    # host can then run code as you. Nothing changes where it does.
+    shared_host: bool = False
 
 
 @dataclass

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -17,7 +17,7 @@ from flwr_hpc.files import read_json
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.server import flower
 from flwr_hpc.server.bundle import write_bundle
-from flwr_hpc.server.processes import Child, Processes, free_port, ignore_signals
+from flwr_hpc.server.processes import Child, Processes, ignore_signals, reserve_port
 from flwr_hpc.server.progress import DiskWatch, SlowStarts, SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
@@ -129,18 +129,26 @@ def _session(
 ) -> SessionOutcome:
     """Start Flower, follow the run, and end every process."""
     run.server_file.unlink(missing_ok=True)
-    port = free_port()
-    app = write_bundle(run.flower, f"127.0.0.1:{port}")
     sites = {facility: write_site(run, config, facility) for facility in config.facilities}
-    with Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line) as processes:
-        superlink = Child("superlink", lambda: flower.superlink(port), helper=flower.SUPEREXEC)
+    shared = config.federation.shared_host
+    with ExitStack() as stack:
+
+        def reserve() -> int:
+            return stack.enter_context(reserve_port())
+
+        port = reserve()
+        app = write_bundle(run.flower, f"127.0.0.1:{port}")
+        processes = stack.enter_context(
+            Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line)
+        )
+        superlink = flower.superlink(port, shared)
         processes.start(superlink)
         if config.tracking.wandb:
             processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
         try:
             flower.wait_until_up(superlink, port, run.logs / "superlink.log", start_s)
             for facility, site in sites.items():
-                processes.start(flower.supernode(facility, port, site))
+                processes.start(flower.supernode(facility, port, reserve, site, shared))
             processes.run(flower.flwr_run(app, run), start_s)
         except (RuntimeError, subprocess.TimeoutExpired) as exc:  # killed, or slow
             return SessionOutcome("lost", str(exc))

@@ -6,11 +6,12 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.server.processes import Child, free_port
+from flwr_hpc.server.processes import Child
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.settings import to_node_config
 
@@ -24,26 +25,35 @@ FLOWER_ENV = {
 }
 
 
-def superlink(port: int) -> list[str]:
-    """Return the command of the server's SuperLink."""
-    return [
-        _program("flower-superlink"),
-        "--insecure",  # loopback only
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--disable-runtime-dependency-installation",
-    ]
-
-
-def supernode(facility: str, port: int, site: Path) -> Child:
-    """Return the process of a facility's site, started from its site file."""
+def superlink(port: int, shared_host: bool) -> Child:
+    """Return the process of the server's SuperLink, on a reserved port."""
 
     def command() -> list[str]:
         return [
-            _program("flower-supernode"),
+            *_gated("flower-superlink", shared_host),
+            "--insecure",  # loopback only
+            "--host=127.0.0.1",
+            f"--port={port}",
+            "--disable-runtime-dependency-installation",
+        ]
+
+    return Child("superlink", command, helper=SUPEREXEC)
+
+
+def supernode(
+    facility: str, superlink: int, reserve: Callable[[], int], site: Path, shared_host: bool
+) -> Child:
+    """Return the process of a facility's site, started from its site file.
+
+    Each start gets a port of its own: what is left of the one before must not speak to it.
+    """
+
+    def command() -> list[str]:
+        return [
+            *_gated("flower-supernode", shared_host),
             "--insecure",
-            f"--superlink=127.0.0.1:{port}",
-            f"--port={free_port()}",
+            f"--superlink=127.0.0.1:{superlink}",
+            f"--port={reserve()}",
             f"--node-config={to_node_config(site)}",
         ]
 
@@ -82,6 +92,12 @@ def environment(run: RunDir) -> dict[str, str]:
         "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(own)),
     }
+
+
+def _gated(program: str, shared_host: bool) -> list[str]:
+    """Return the start of a command that serves nobody but this user, on a reserved port."""
+    options = ["--reserved-port", *["--shared-host"] * shared_host]
+    return [sys.executable, "-m", "flwr_hpc.gate", *options, program]
 
 
 def _program(name: str) -> str:

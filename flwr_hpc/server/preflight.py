@@ -16,6 +16,7 @@ from flwr_hpc.data import sources
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import make_store
+from flwr_hpc.gate import peers
 from flwr_hpc.schedulers.interpreter import check_interpreter
 from flwr_hpc.server.strategy_factory import build_strategy
 
@@ -27,6 +28,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 def check(config: Config) -> None:
     """Check strategy, packages, models and data as far as they can be seen from here."""
+    peers.check(config.federation.shared_host)
     _check_nodes(build_strategy(config.strategy), len(config.facilities))
     if config.tracking.wandb and find_spec("wandb") is None:
         raise UserError(

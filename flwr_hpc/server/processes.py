@@ -27,11 +27,17 @@ LOOK_S, LACKING_S = 2.0, 6.0  # for a helper that has ended, and is not there ag
 HELPER_START_S = 300.0  # for the first helper
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback interface that is free right now."""
+@contextmanager
+def reserve_port() -> Iterator[int]:
+    """Keep a TCP port of the loopback interface for processes of this user.
+
+    It is bound but not listened to. Another user cannot take it, not even when the server on it
+    dies and its clients, which would run what they are sent, come back to it.
+    """
     with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+        yield int(s.getsockname()[1])
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from worlds.runs import ROOT
 
 from flwr_hpc.server.bundle import CONNECTION
 from flwr_hpc.server.flower import FLOWER_ENV
-from flwr_hpc.server.processes import free_port
 
 NODES = 2
 RUN = "num-server-rounds=2 fraction-evaluate=0.0"
@@ -49,8 +49,13 @@ def train_and_ask(grid: Grid, context: Context) -> None:
 """
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 class Flower:
-    """SuperLink and SuperNodes in a folder."""
+    """SuperLink and SuperNodes in a folder, behind the gate as docs/batch.md has it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -70,7 +75,8 @@ class Flower:
 
     def start(self, name: str, *arguments: str) -> None:
         with open(self.folder / f"{name}.log", "wb") as log:
-            command = [str(self.bin / arguments[0]), "--insecure", *arguments[1:]]
+            gate = [sys.executable, "-m", "flwr_hpc.gate"]
+            command = [*gate, arguments[0], "--insecure", *arguments[1:]]
             self.processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=self.env, cwd=self.folder)
             )

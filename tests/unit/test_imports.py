@@ -20,6 +20,7 @@ LAYERS = {
     "clock": 0,
     "spool": 1,
     "config": 2,
+    "gate": 2,
     "worker": 3,
     "schedulers": 4,
     "exchange": 4,
@@ -44,6 +45,7 @@ LIGHT = [
     "flwr_hpc.doctor.__main__",
     "flwr_hpc.doctor.probe",
     "flwr_hpc.site.client_app",
+    "flwr_hpc.gate.__main__, flwr_hpc.gate.door",
     "flwr_hpc.server.server_app",
     ", ".join(
         f"flwr_hpc.worker.{p.stem}" for p in (ROOT / "flwr_hpc" / "worker").glob("[a-z]*.py")

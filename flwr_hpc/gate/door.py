@@ -1,0 +1,109 @@
+"""The gate itself: uvicorn, patched so that it serves connections of this user only.
+
+Flower's programs hand uvicorn an application; nothing of Flower is touched. The peer is looked up
+once, when its connection is accepted, and the answer dies with the connection: no request is read
+before it, none can pretend to come from elsewhere, a port that is used again is looked up again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from flwr_hpc.gate.peers import is_mine
+
+logger = logging.getLogger("uvicorn.error")
+
+LINGER_S = 2.0  # for a refused peer to read the refusal
+REASON = b"this server belongs to another user of this host\n"
+REFUSAL = (
+    b"HTTP/1.1 403 Forbidden\r\ncontent-type: text/plain\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(REASON), REASON)
+)
+
+
+class Door(asyncio.Protocol):
+    """Looks who is there, then hands the connection to uvicorn's own protocol, or refuses it.
+
+    Takes what uvicorn gives its protocols.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        protocol = AutoHTTPProtocol(**self._options) if _admitted(transport) else Refusal()
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+
+
+class Refusal(asyncio.Protocol):
+    """Answers 403, whatever was asked, and reads nothing of it."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        transport.write(REFUSAL)
+        if transport.can_write_eof():
+            transport.write_eof()  # closing now would reset what the peer has not yet read
+        asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
+
+
+def _admitted(transport: asyncio.Transport) -> bool:
+    """Tell whether a connection is of this user; what cannot be told is not."""
+    try:
+        peer, here = (transport.get_extra_info(end)[:2] for end in ("peername", "sockname"))
+        if is_mine(peer, here):
+            return True
+    except (TypeError, ValueError):  # no TCP connection, or gone already
+        peer = None
+    logger.warning("refused a connection that is not of this user: %s", peer)
+    return False
+
+
+class Config(uvicorn.Config):
+    """uvicorn's, with the gate at the door."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        # Headers would say that the peer is another one; nobody stands between.
+        super().__init__(app, **{**options, "http": Door, "proxy_headers": False})
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, on sockets of ours: one for this host; others may stand beside it."""
+
+    reserved = False  # Whether another process of this user keeps the port for us
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(sockets or [self._listen()])
+
+    def _listen(self) -> socket.socket:
+        host, port = self.config.host, self.config.port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            return socket.create_server((host, port), family=family, reuse_port=self.reserved)
+        except OSError as exc:
+            raise SystemExit(f"{host}:{port}: {exc}") from None
+
+
+def run(app: Any, **options: Any) -> None:
+    """Serve an application until the end, like `uvicorn.run`."""
+    server = Server(Config(app, **options))
+    server.run()
+    if not server.started:
+        raise SystemExit(1)
+
+
+def install(reserved: bool = False) -> None:
+    """Put the gate into uvicorn; programs that are loaded later get it.
+
+    Parameters
+    ----------
+    reserved : bool
+        Whether the port is reserved by `flwr_hpc.server.processes.reserve_port`.
+    """
+    Server.reserved = reserved
+    uvicorn.Config, uvicorn.Server, uvicorn.run = Config, Server, run  # type: ignore[assignment,misc]
