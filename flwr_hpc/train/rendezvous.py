@@ -1,22 +1,22 @@
-"""How the ranks of an allocation find each other: a file, a TCP store, process groups."""
+"""How the ranks of an allocation find each other: a file, a meeting, process groups."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
@@ -28,6 +28,7 @@ from flwr_hpc.worker.lifeline import (
     PeerLostError,
     cause_of,
 )
+from flwr_hpc.worker.meeting import SECRET_BYTES, Host, Values, listening_address, proof
 from flwr_hpc.worker.ranks import Ranks
 
 T = TypeVar("T")
@@ -65,6 +66,7 @@ class Group:
     # that failed must not meet the others inside another collective.
     verdict: dist.ProcessGroup
     lifeline: Lifeline
+    store: RankStore  # torch keeps no reference to what of it is Python
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's `value` on every rank."""
@@ -163,9 +165,10 @@ def join(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     path = AllocationDir(folder).rendezvous(ranks.attempt)
     meet = _host if ranks.rank == 0 else _visit
-    store, peers = meet(path, ranks, timeout_s)
+    values, peers, secret = meet(path, ranks, timeout_s)
     lifeline = Lifeline(peers, on_silent=on_silent)
     device = _device(ranks)
+    store = RankStore(values, timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -176,7 +179,9 @@ def join(
     )
     control = dist.new_group(backend="gloo", timeout=FOREVER)
     verdict = dist.new_group(backend="gloo", timeout=COLLECTIVE)
-    return Group(ranks, device, control, verdict, lifeline)
+    for group in (None, control, verdict):  # None: all ranks' own
+        _prove(group, ranks, secret, timeout_s)
+    return Group(ranks, device, control, verdict, lifeline, store)
 
 
 def _device(ranks: Ranks) -> torch.device:
@@ -192,74 +197,107 @@ def _loopback() -> str:
     return next((name for name in names if name.startswith("lo")), "lo")
 
 
-Meeting = tuple[TCPStore, dict[int, socket.socket]]
+Meeting = tuple[Values, dict[int, socket.socket], bytes]
 
 
 def _host(path: Path, ranks: Ranks, timeout_s: float) -> Meeting:
-    """Rank 0: open the store, publish where it is, let everybody connect."""
-    host = "127.0.0.1" if ranks.nodes == 1 else socket.gethostname()
-    token = secrets.token_hex(16)
-    with socket.create_server(("127.0.0.1" if ranks.nodes == 1 else "", 0)) as door:
-        store = TCPStore(
-            host, 0, ranks.world_size, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-        )  # fmt: skip
-        address = {
-            "host": host, "store": store.port, "lifeline": door.getsockname()[1], "token": token,
-        }  # fmt: skip
-        publish(path, json.dumps(address))
-        path.chmod(0o600)
-        return store, _welcome(door, token, ranks.world_size, timeout_s)
-
-
-def _welcome(
-    door: socket.socket, token: str, world_size: int, timeout_s: float
-) -> dict[int, socket.socket]:
-    deadline = time.monotonic() + timeout_s
-    peers: dict[int, socket.socket] = {}
-    while len(peers) < world_size - 1:
-        door.settimeout(max(0.01, deadline - time.monotonic()))
-        try:
-            connection, _ = door.accept()
-        except TimeoutError:
-            missing = sorted(set(range(1, world_size)) - set(peers))
-            raise TimeoutError(f"ranks {missing} did not start in {timeout_s:.0f} s") from None
-        connection.settimeout(5.0)
-        try:
-            said, _, rank = connection.makefile("r").readline().strip().partition(" ")
-        except OSError:
-            said, rank = "", ""
-        if not secrets.compare_digest(said, token):
-            connection.close()  # not one of ours
-            continue
-        connection.sendall(b"!")
-        peers[int(rank)] = connection
-    return peers
+    """Rank 0: say where it listens, to those who may read the file, and let everybody connect."""
+    secret = os.urandom(SECRET_BYTES)
+    host = Host(listening_address(ranks.nodes), secret)
+    publish(path, json.dumps({"address": host.address, "secret": secret.hex()}))
+    return Values(host.address, secret), host.peers(ranks.world_size, timeout_s), secret
 
 
 def _visit(path: Path, ranks: Ranks, timeout_s: float) -> Meeting:
     """Another rank: find rank 0, whose file may be left over from a start that died."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        address = read_json(path)
-        connection = _knock(address, ranks.rank) if address else None
-        if address and connection:
-            store = TCPStore(
-                address["host"], address["store"], ranks.world_size, is_master=False,
-                wait_for_workers=False, timeout=timedelta(seconds=timeout_s),
-            )  # fmt: skip
-            return store, {0: connection}
+        if invitation := read_json(path):
+            secret = bytes.fromhex(invitation["secret"])
+            host, port = invitation["address"]
+            values = Values((host, port), secret)
+            with suppress(OSError):
+                return values, {0: values.connect("peer", str(ranks.rank))}, secret
         time.sleep(0.05)
     raise TimeoutError(f"rank 0 did not publish its address in {path} in {timeout_s:.0f} s")
 
 
-def _knock(address: dict[str, Any], rank: int) -> socket.socket | None:
-    try:
-        connection = socket.create_connection((address["host"], address["lifeline"]), timeout=10)
-        connection.sendall(f"{address['token']} {rank}\n".encode())
-        if connection.recv(1) == b"!":
-            return connection
-        connection.close()
-    except OSError:
-        return None
-    return None
+class RankStore(dist.Store):  # type: ignore[name-defined, misc]
+    """The values that rank 0 keeps, as torch's process groups want them."""
+
+    def __init__(self, values: Values, timeout_s: float) -> None:
+        super().__init__()
+        self._values = values
+        self.set_timeout(timedelta(seconds=timeout_s))
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._values.ask("set", *_bytes(key, value))
+
+    def get(self, key: str) -> bytes:
+        return self.multi_get([key])[0]
+
+    def add(self, key: str, value: int) -> int:
+        return int(self._values.ask("add", *_bytes(key, str(value)))[0])
+
+    def append(self, key: str, value: str | bytes) -> None:
+        self._values.ask("append", *_bytes(key, value))
+
+    def compare_set(self, key: str, expected: str | bytes, value: str | bytes) -> bytes:
+        return self._values.ask("compare_set", *_bytes(key, expected, value))[0]
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._values.ask("check", *_bytes(*keys))[0])
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._wait(keys, self.timeout if timeout is None else timeout)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._wait(keys, self.timeout)
+
+    def multi_set(self, keys: list[str], values: list[str | bytes]) -> None:
+        self._values.ask("set", *_bytes(*chain(*zip(keys, values, strict=True))))
+
+    def delete_key(self, key: str) -> bool:
+        return bool(self._values.ask("delete", *_bytes(key))[0])
+
+    def num_keys(self) -> int:
+        return int(self._values.ask("count")[0])
+
+    # As torch's own code calls them.
+    deleteKey, getNumKeys = delete_key, num_keys  # noqa: N815
+
+    def has_extended_api(self) -> bool:
+        return True
+
+    def clone(self) -> RankStore:
+        return self  # any number of threads may use it
+
+    def _wait(self, keys: list[str], timeout: timedelta) -> list[bytes]:
+        answer = self._values.ask("wait", *_bytes(str(timeout.total_seconds()), *keys))
+        if not answer:
+            raise dist.DistStoreError(f"waited {timeout} in vain for {', '.join(keys)}")
+        return answer[1:]
+
+
+def _bytes(*words: str | bytes) -> list[bytes]:
+    return [word.encode() if isinstance(word, str) else word for word in words]
+
+
+def _prove(group: dist.ProcessGroup | None, ranks: Ranks, secret: bytes, timeout_s: float) -> None:
+    """Make sure that at the other end of each of gloo's connections is the rank it should be.
+
+    gloo takes whoever connects first, and what comes over these groups is unpickled. So before
+    anything else each rank shows each other that it knows the secret.
+    """
+
+    def proofs(pairs: list[tuple[int, int]]) -> torch.Tensor:
+        said = [proof(secret, b"%d to %d" % pair) for pair in pairs]
+        return torch.frombuffer(bytearray(b"".join(said)), dtype=torch.uint8)
+
+    me, everybody = ranks.rank, range(ranks.world_size)
+    sent, expected = proofs([(me, k) for k in everybody]), proofs([(k, me) for k in everybody])
+    received = torch.zeros_like(expected)
+    work = dist.all_to_all_single(received, sent, group=group, async_op=True)
+    work.wait(timedelta(seconds=timeout_s))
+    if not torch.equal(received, expected):
+        raise RuntimeError("a process that is not of this allocation took the place of a rank")
