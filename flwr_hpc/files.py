@@ -51,6 +51,33 @@ def disk_trouble(folder: Path) -> str:
     return ""
 
 
+def keep_files_private() -> None:
+    """Let nobody else read what this process and its children write from here on."""
+    os.umask(0o077)
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Do so for a while, in a process that is not ours."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder, or take one that is there, which nobody else may enter; return it.
+
+    Says so itself: where the parent has a default ACL, the umask counts for nothing.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = path.stat().st_mode & 0o7777
+    if mode & 0o077:
+        path.chmod(mode & ~0o077)  # and setgid stays: some centres' quotas go by group
+    return path
+
+
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:
     """Yield a temporary name that is synced and becomes `path` if the block succeeds."""
@@ -69,6 +96,7 @@ def draft(path: Path) -> Iterator[Path]:
 def publish(path: Path, data: str | bytes) -> None:
     """Write a file so that it is seen whole or not at all, and survives a crash."""
     with draft(path) as temporary:
+        temporary.touch(mode=0o600)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 

@@ -60,6 +60,8 @@ def copy_app(app: AppRef, target: Path) -> AppRef:
     if not target.exists():
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         shutil.copytree(app.folder, draft, ignore=_not_bundled, dirs_exist_ok=True)
+        for path in (draft, *draft.rglob("*")):  # copied with their modes
+            path.chmod(path.stat().st_mode & 0o700)
         try:
             draft.rename(target)
         except OSError:  # another process was faster

@@ -25,6 +25,7 @@ from flwr_hpc.batch_mod.run_status import RunWatch, flower_says
 from flwr_hpc.batch_mod.settings import HERE, Settings, gather
 from flwr_hpc.batch_mod.worker import run
 from flwr_hpc.clock import SystemClock
+from flwr_hpc.files import private_files, private_folder
 from flwr_hpc.protocol import Order, Status
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.schedulers.registry import make_scheduler
@@ -71,7 +72,8 @@ def batch(facility: str | None = None, **settings: Any) -> Mod:
         given = gather({"facility": facility, **settings}, context)
         if given.get("facility") == HERE:
             return call_next(message, context)
-        return _in_job(message, context, settings_of(given, context), caller)
+        with private_files():
+            return _in_job(message, context, settings_of(given, context), caller)
 
     return mod
 
@@ -123,9 +125,7 @@ def _wait(
 
 
 def _site(context: Context, settings: Settings, caller: str) -> AllocationManager:
-    root = settings.root(context)
-    root.mkdir(parents=True, exist_ok=True)
-    spool = Spool(root)
+    spool = Spool(private_folder(settings.root(context)))
     app = copy_app(find_app(caller, settings.app), spool.app)
     in_job = JobSettings(app.folder, app.ref, versions(), settings.allocation.idle_timeout_s)
     return AllocationManager(

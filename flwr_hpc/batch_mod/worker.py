@@ -13,6 +13,7 @@ from flwr_hpc.batch_mod.carry import Failure, Reply, save
 from flwr_hpc.batch_mod.crew import RankGroup, follow
 from flwr_hpc.batch_mod.job_settings import JobSettings
 from flwr_hpc.batch_mod.process import AppProcess, Stopped
+from flwr_hpc.files import keep_files_private
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import AllocationDir, OrderDir
 from flwr_hpc.worker.deadline import Deadline
@@ -32,6 +33,7 @@ def run(allocation_dir: str) -> None:
     RuntimeError
         If the app cannot be imported.
     """
+    keep_files_private()
     allocation, ranks = AllocationDir(Path(allocation_dir)), Ranks.detect()
     settings = JobSettings.read(allocation)
     deadline = Deadline.detect(reserve_most_s=RESERVED_MOST_S)

@@ -31,6 +31,7 @@ from flwr_hpc.doctor.findings import skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError, exit_code
+from flwr_hpc.files import keep_files_private
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    keep_files_private()
     config = _configure(args)
     queue_s = _timeout_s(args.timeout)
     clock = SystemClock()

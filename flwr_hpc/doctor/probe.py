@@ -20,7 +20,7 @@ from typing import Any
 
 import flwr_hpc
 from flwr_hpc.doctor.outside import reach, versions
-from flwr_hpc.files import publish, read_json
+from flwr_hpc.files import keep_files_private, publish, read_json
 from flwr_hpc.worker.ranks import Ranks
 
 PACKAGES = (
@@ -35,6 +35,7 @@ MEGABYTES = 64
 
 def run(folder: str) -> None:
     """Be one rank of the probe job; `folder` is on the shared file system."""
+    keep_files_private()
     here, ranks = Path(folder), Ranks.detect()
     asked = read_json(here / "ask.json") or {}
     said = _place(ranks) | {"token": asked.get("token")}

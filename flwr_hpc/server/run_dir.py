@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
-from flwr_hpc.files import publish, read_json, try_lock
+from flwr_hpc.files import private_folder, publish, read_json, try_lock
 
 LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
 _held: dict[Path, int] = {}
@@ -124,8 +124,8 @@ class RunDir:
             )
         run = cls(path)
         try:
-            for folder in (run.logs, run.jobs, run.flower):
-                folder.mkdir(parents=True, exist_ok=True)
+            for folder in (path, run.logs, run.jobs, run.flower):
+                private_folder(folder)
             key = f"{now.replace('_', '-')}-{secrets.token_hex(2)}"
             run.write_config(config)
             publish(path / "run.json", json.dumps({"run_key": key, "created": now}))
@@ -142,6 +142,7 @@ class RunDir:
                 f"{run.path} is not a run directory (no run.json and config.yaml there). "
                 "Name the folder that the run printed, e.g. resume=runs/2026-01-31_12-00-00"
             )
+        private_folder(run.path)
         return run
 
     @contextmanager

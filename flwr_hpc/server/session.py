@@ -15,7 +15,7 @@ from rich.table import Table
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
-from flwr_hpc.files import publish, read_json
+from flwr_hpc.files import keep_files_private, publish, read_json
 from flwr_hpc.schedulers.accounts import Account
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import preflight
@@ -45,6 +45,7 @@ def show_plan(config: Config, accounts: Mapping[str, Account]) -> int:
 def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
     """Run the federation and return the command's exit code."""
     preflight.check(config)
+    keep_files_private()
     run_dir = RunDir.open(str(config.resume)) if resumed else RunDir.create(config)
     console = _Console()
     with run_dir.lock():

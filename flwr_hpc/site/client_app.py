@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 
 from flwr_hpc import protocol
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.files import keep_files_private
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.site.launcher import SESSION_MARK, Launcher, make_launcher
 from flwr_hpc.site.long_poll import once_writable
@@ -161,6 +162,7 @@ def _collect(launcher: Launcher, order_id: str, message: Message) -> Status:
 def _answer(message: Message, context: Context, work: Callable[[Launcher], Status]) -> Message:
     """Run `work` on this site and wrap the status it returns into a reply."""
     signal.signal(signal.SIGTERM, _terminate)
+    keep_files_private()
     began, meta = time.monotonic(), message.metadata
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
 

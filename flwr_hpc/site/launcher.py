@@ -9,6 +9,7 @@ from flwr_hpc.clock import SystemClock
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import make_store
+from flwr_hpc.files import private_folder
 from flwr_hpc.schedulers.base import JobSpec
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.site import submission
@@ -46,7 +47,7 @@ def make_site(settings: SiteSettings) -> AllocationManager:
 
     scheduler, clock = make_scheduler(settings.facility), SystemClock()
     return AllocationManager(
-        spool=Spool(Path(settings.root)),
+        spool=Spool(private_folder(Path(settings.root))),
         run_key=settings.run_key,
         facility_name=settings.name,
         facility=settings.facility,

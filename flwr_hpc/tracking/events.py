@@ -72,7 +72,7 @@ class EventLog:
         if last and join and _is_number(last.get("t")):
             start += max(0.0, wall() - float(last["t"]))
         self._offset = start - clock()
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def seconds(self) -> float:
         """Seconds of the run so far."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flwr_hpc.files import keep_files_private
+
 # Known by name alone: jobs do not depend on training, nor login nodes on torch.
 WORKER = "flwr_hpc.train.worker"
 
@@ -23,6 +25,7 @@ def work(allocation_dir: str) -> None:
     The environment holds ``FLWR_HPC_T0``, when the job began in monotonic seconds of the first
     node, and ``FLWR_HPC_WALLTIME_S``, the seconds the scheduler grants from there on.
     """
+    keep_files_private()
     importlib.import_module(WORKER).run(Path(allocation_dir))
 
 

@@ -15,6 +15,8 @@
 #SBATCH --exclusive
 #SBATCH --mem=494000M
 
+umask 077
+export SLURM_UMASK=0077  # of the ranks and their logs
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
 export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export HF_HUB_OFFLINE=1

@@ -1,4 +1,6 @@
 #!/bin/bash
+
+umask 077
 ulimit -c 0
 export SUBMITIT_EXECUTOR=local
 export SUBMITIT_LOCAL_COMMAND='/opt/venv/bin/python -u -m submitit.core._submit '"'"'/scratch/me/run 1/allocations/a0000/job'"'"''

@@ -9,6 +9,7 @@
 #PBS -r y
 #PBS -j oe
 
+umask 077
 exec >>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.out 2>>/scratch/me/run/allocations/a0000/job/"$PBS_JOBID"_0_log.err
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
 export FLWR_HPC_ATTEMPT=$(date +%s.%N)

@@ -11,6 +11,8 @@
 #SBATCH --output=/scratch/me/run/allocations/a0000/job/%j_0_log.out
 #SBATCH --error=/scratch/me/run/allocations/a0000/job/%j_0_log.err
 
+umask 077
+export SLURM_UMASK=0077  # of the ranks and their logs
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
 export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export HF_HUB_OFFLINE=1

@@ -12,6 +12,8 @@
 #SBATCH --output='/scratch/me/run 1/allocations/a0000/job/%j_0_log.out'
 #SBATCH --error='/scratch/me/run 1/allocations/a0000/job/%j_0_log.err'
 
+umask 077
+export SLURM_UMASK=0077  # of the ranks and their logs
 export FLWR_HPC_T0=$(cut -d" " -f1 /proc/uptime)
 export FLWR_HPC_END_S=${SLURM_JOB_END_TIME:-}
 export OMP_NUM_THREADS=1

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flwr_hpc.files import draft, lock, publish, read_json, try_lock
+from flwr_hpc.files import (
+    draft,
+    lock,
+    private_files,
+    private_folder,
+    publish,
+    read_json,
+    try_lock,
+)
 
 HOLD = """
 import sys, time
@@ -21,6 +31,39 @@ with lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)
 """
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    assert os.umask(before) == 0o022
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_published_files_and_folders_are_their_owners_alone(tmp_path: Path) -> None:
+    """Protects secrets and weights from other users, whatever umask the user has."""
+    publish(tmp_path / "a.json", "{}")
+    assert mode(tmp_path / "a.json") == 0o600
+    with private_files():
+        publish(tmp_path / "folder" / "b.json", "{}")
+        (tmp_path / "c").touch()
+    assert [mode(tmp_path / name) for name in ("folder", "c")] == [0o700, 0o600]
+
+
+@pytest.mark.usefixtures("open_umask")
+def test_a_folder_that_was_there_is_closed_and_keeps_its_group(tmp_path: Path) -> None:
+    """Protects runs in folders that the user made, and quotas that go by a folder's group."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new").chmod(0o2775)
+    assert mode(private_folder(tmp_path / "new")) == 0o2700
+    assert mode(private_folder(tmp_path / "deep" / "er")) == 0o700
+    (tmp_path / "odd").mkdir(mode=0o500)
+    assert mode(private_folder(tmp_path / "odd")) == 0o500
 
 
 def test_a_failed_draft_leaves_what_was_there(tmp_path: Path) -> None:
