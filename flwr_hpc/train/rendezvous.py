@@ -180,7 +180,7 @@ def join(
     control = dist.new_group(backend="gloo", timeout=FOREVER)
     verdict = dist.new_group(backend="gloo", timeout=COLLECTIVE)
     for group in (None, control, verdict):  # None: all ranks' own
-        _prove(group, ranks, secret, timeout_s)
+        prove(group, ranks, secret, timeout_s)
     return Group(ranks, device, control, verdict, lifeline, store)
 
 
@@ -231,22 +231,22 @@ class RankStore(dist.Store):  # type: ignore[name-defined, misc]
         self.set_timeout(timedelta(seconds=timeout_s))
 
     def set(self, key: str, value: str | bytes) -> None:
-        self._values.ask("set", *_bytes(key, value))
+        self._ask("set", *_bytes(key, value))
 
     def get(self, key: str) -> bytes:
         return self.multi_get([key])[0]
 
     def add(self, key: str, value: int) -> int:
-        return int(self._values.ask("add", *_bytes(key, str(value)))[0])
+        return int(self._ask("add", *_bytes(key, str(value)))[0])
 
     def append(self, key: str, value: str | bytes) -> None:
-        self._values.ask("append", *_bytes(key, value))
+        self._ask("append", *_bytes(key, value))
 
     def compare_set(self, key: str, expected: str | bytes, value: str | bytes) -> bytes:
-        return self._values.ask("compare_set", *_bytes(key, expected, value))[0]
+        return self._ask("compare_set", *_bytes(key, expected, value))[0]
 
     def check(self, keys: list[str]) -> bool:
-        return bool(self._values.ask("check", *_bytes(*keys))[0])
+        return bool(self._ask("check", *_bytes(*keys)))
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self._wait(keys, self.timeout if timeout is None else timeout)
@@ -255,13 +255,13 @@ class RankStore(dist.Store):  # type: ignore[name-defined, misc]
         return self._wait(keys, self.timeout)
 
     def multi_set(self, keys: list[str], values: list[str | bytes]) -> None:
-        self._values.ask("set", *_bytes(*chain(*zip(keys, values, strict=True))))
+        self._ask("set", *_bytes(*chain(*zip(keys, values, strict=True))))
 
     def delete_key(self, key: str) -> bool:
-        return bool(self._values.ask("delete", *_bytes(key))[0])
+        return bool(self._ask("delete", *_bytes(key)))
 
     def num_keys(self) -> int:
-        return int(self._values.ask("count")[0])
+        return int(self._ask("count")[0])
 
     # As torch's own code calls them.
     deleteKey, getNumKeys = delete_key, num_keys  # noqa: N815
@@ -272,8 +272,14 @@ class RankStore(dist.Store):  # type: ignore[name-defined, misc]
     def clone(self) -> RankStore:
         return self  # any number of threads may use it
 
+    def _ask(self, verb: str, *words: bytes) -> list[bytes]:
+        try:
+            return self._values.ask(verb, *words)
+        except OSError as exc:
+            raise dist.DistNetworkError(f"rank 0 of this allocation is gone: {exc}") from exc
+
     def _wait(self, keys: list[str], timeout: timedelta) -> list[bytes]:
-        answer = self._values.ask("wait", *_bytes(str(timeout.total_seconds()), *keys))
+        answer = self._ask("wait", *_bytes(str(timeout.total_seconds()), *keys))
         if not answer:
             raise dist.DistStoreError(f"waited {timeout} in vain for {', '.join(keys)}")
         return answer[1:]
@@ -283,7 +289,7 @@ def _bytes(*words: str | bytes) -> list[bytes]:
     return [word.encode() if isinstance(word, str) else word for word in words]
 
 
-def _prove(group: dist.ProcessGroup | None, ranks: Ranks, secret: bytes, timeout_s: float) -> None:
+def prove(group: dist.ProcessGroup | None, ranks: Ranks, secret: bytes, timeout_s: float) -> None:
     """Make sure that at the other end of each of gloo's connections is the rank it should be.
 
     gloo takes whoever connects first, and what comes over these groups is unpickled. So before
@@ -300,4 +306,4 @@ def _prove(group: dist.ProcessGroup | None, ranks: Ranks, secret: bytes, timeout
     work = dist.all_to_all_single(received, sent, group=group, async_op=True)
     work.wait(timedelta(seconds=timeout_s))
     if not torch.equal(received, expected):
-        raise RuntimeError("a process that is not of this allocation took the place of a rank")
+        raise PeerLostError("a process that is not of this allocation took the place of a rank")
