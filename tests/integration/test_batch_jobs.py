@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from worlds.batch_app import Node, make_app, make_context, make_message
 from worlds.jobs import until
+from worlds.stranger import open_to_others
 
 from flwr_hpc.batch_mod.carry import AppError
 from flwr_hpc.batch_mod.mod import BatchError
@@ -87,6 +88,16 @@ def test_one_warm_job_answers(node: Node) -> None:
     assert after["pid"] != first["pid"]
     assert node.module.CALLS == []
     assert len(list(node.workdir.glob("flwr-hpc-batch/11/7/*/allocations/*"))) == 1
+
+
+def test_what_a_message_leaves_is_its_owners_alone(node: Node) -> None:
+    """Protects messages, replies and logs from other users; the app's umask is its own after it."""
+    before = os.umask(0o022)
+    try:
+        node.send()
+    finally:
+        assert os.umask(before) == 0o022
+    assert open_to_others(node.workdir / "flwr-hpc-batch") == {}
 
 
 def test_a_message_sent_again_is_answered_once(node: Node) -> None:

@@ -13,6 +13,7 @@ import pytest
 from worlds import worker as fake_worker
 from worlds.jobs import facility, install_fake_pbs, processes_of, until
 from worlds.runs import SMALL, Run
+from worlds.stranger import open_to_others
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.schema import AllocationConfig
@@ -129,3 +130,4 @@ def test_whole_run_on_pbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     jobs = [json.loads(p.read_text()) for p in (tmp_path / "fake").glob("*.json")]
     assert [(job["state"], job["substate"]) for job in jobs] == [("F", 92)]
     assert run.left_behind() == []
+    assert open_to_others(run.dir) == {}

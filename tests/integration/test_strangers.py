@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 from worlds.jobs import command_line
 from worlds.runs import Run
-from worlds.stranger import AS_NOBODY, NOBODY, needs_another_user
+from worlds.stranger import AS_NOBODY, NOBODY, needs_another_user, open_to_others
 
 from flwr_hpc.server.bundle import CONNECTION, PYPROJECT
 
@@ -110,7 +110,7 @@ def _look_around(seen: Visit) -> dict[int, str]:
             seen.addresses.add(connection.laddr.ip)
             line = command_line(process)
             if "-m flwr_hpc.gate" in line:
-                gates[connection.laddr.port] = "superlink" if "superlink" in line else "supernode"
+                gates[connection.laddr.port] = line.split("flower-")[1].split()[0]
             elif "submitit" not in line:  # a rank's listeners: see test_rendezvous
                 seen.ungated.append(line)
     return gates
@@ -200,7 +200,4 @@ def test_every_file_of_a_run_is_its_owners_alone(visit: Visit) -> None:
     for site in sites:
         assert list(site.glob("allocations/*/job/*_log.err")), "no job wrote there"
         assert list(site.glob("orders/*/result.json"))
-    folders = (visit.run.dir, base / "shared" / "flwr-hpc")
-    paths = [path for folder in folders for path in (folder, *folder.rglob("*"))]
-    modes = {path: path.lstat().st_mode & 0o777 for path in paths if not path.is_symlink()}
-    assert {str(path): oct(mode) for path, mode in modes.items() if mode & 0o077} == {}
+    assert open_to_others(visit.run.dir, base / "shared" / "flwr-hpc") == {}

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from lab.cluster import Cluster
 from worlds.slurm_site import SlurmSite
+from worlds.stranger import open_to_others
 
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import private_files
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 
 pytestmark = pytest.mark.slurm
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.slurm
 def test_an_allocation_on_a_real_cluster(slurm: Cluster, tmp_path: Path) -> None:
     """Protects the whole path: sbatch, 2 nodes x 2 ranks by srun, an order, accounting, release."""
     ours = SlurmSite(slurm, tmp_path, nodes=2, ranks_per_node=2)
-    order = ours.submit()
+    with private_files():  # as sites submit
+        order = ours.submit()
     status = ours.result(order)
     assert status.state == "done", status.error
     assert status.allocation == "a0000"
@@ -28,6 +31,7 @@ def test_an_allocation_on_a_real_cluster(slurm: Cluster, tmp_path: Path) -> None
     assert info.queue_s is not None
     assert ours.trained() == [order]
     assert len(list(Path(job["folder"]).glob("*_log.out"))) == 4
+    assert open_to_others(Path(job["folder"])) == {}
 
 
 def test_a_refused_job(slurm: Cluster, tmp_path: Path) -> None:
