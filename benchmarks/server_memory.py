@@ -167,7 +167,7 @@ def client(folder: Path, node: int) -> dict[str, Any]:
     received = exchange.receive(content, "arrays", site)
     sha256 = run("trainer", str(received), str(site / "trained.safetensors"), str(node))
     reply = RecordDict()
-    exchange.send(reply, "arrays", site / "trained.safetensors", sha256, f"site{node}")
+    exchange.send(reply, "arrays", site / "trained.safetensors", sha256, node)
     assert received is not None
     received.unlink()
     return {**{k: dict(r) for k, r in reply.items()}, "peak_mb": peak_mb()}

@@ -79,15 +79,20 @@ def private_folder(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """Yield a temporary name that is synced and becomes `path` if the block succeeds."""
+def draft(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary name that is synced and becomes `path` if the block succeeds.
+
+    What is not `durable` need not survive a crash, and is not synced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
-        sync_dir(path.parent)
+        if durable:
+            sync_dir(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -77,6 +77,13 @@ class Order:
         """Reproducible from the strategy's checkpoint."""
         return f"{self.run_key}-{self.facility}-{self.seq:06d}"
 
+    @property
+    def asks_for(self) -> tuple[str, ...]:
+        """Keys of the arrays that its reply may carry."""
+        if self.kind == "evaluate":
+            return ()
+        return (ARRAYS, GRADIENT) if self.options.get(MEAN_GRADIENT) else (ARRAYS,)
+
 
 @dataclass(frozen=True)
 class Result:

@@ -98,6 +98,8 @@ class ExchangeConfig:
     # of a class of your own.
     codec: str = "full"
     inline_below_mb: float = 1.0  # Smaller payloads travel inside the Flower message
+    # A site's payload of which nothing has come for so many seconds is given up: its order failed.
+    stall_s: float = 300.0
 
 
 @dataclass

@@ -23,7 +23,7 @@ POSITIVE = (
     *("train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
-    *("federation.min_sites", "federation.max_failed_rounds"),
+    *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.records import RecordTensors, inline
-from flwr_hpc.exchange.store import PREFIX, SHA256, Reference, Store
+from flwr_hpc.exchange.store import PREFIX, SHA256, Reference, Store, node_folder
 from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
-from flwr_hpc.exchange.tensors import BadPayload, Tensors
-from flwr_hpc.protocol import STATUS
+from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, Tensors
 
 INLINE = "inline-"  # begins the names of files whose arrays came inside a message
 
@@ -69,7 +66,7 @@ class SiteExchange:
         key: str,
         weights: Path,
         sha256: str,
-        owner: str = "",
+        node_id: int,
         base: Path | None = None,
     ) -> None:
         """Add a file of weights to a message, as a reference or, if small, inline.
@@ -84,9 +81,8 @@ class SiteExchange:
             A published safetensors file, which must not be written to again.
         sha256 : str
             Of that file.
-        owner : str
-            Folder in the store; default: the facility that the content's status names. Folders
-            keep sites apart, since the server deletes what it has received.
+        node_id : int
+            This node's, by which the server knows what it may fetch, and delete afterwards.
         base : Path or None
             What `receive` made of the weights that the site started from, where it still is.
 
@@ -96,8 +92,8 @@ class SiteExchange:
             If the file is malformed or, sent inline, not what `sha256` says.
         """
         if weights.stat().st_size >= self.inline_below_mb * 1e6:
-            folder = f"from-{owner or _facility(content)}"
-            content[PREFIX + key] = self._put(weights, sha256, folder, base).to_record()
+            ref = self._put(weights, sha256, node_folder(node_id), base)
+            content[PREFIX + key] = ref.to_record()
             return
         if (found := sha256_of(weights)) != sha256:
             raise BadPayload(f"{weights.name} has the sha256 {found}, expected {sha256}")
@@ -114,11 +110,11 @@ class SiteExchange:
         return path
 
     def _put(self, weights: Path, sha256: str, folder: str, base: Path | None) -> Reference:
-        known = self._base(base)
+        file, known = TensorFile(weights, sha256), self._base(base)
         with _scratch(weights.parent) as payload:
-            digest = self.codec.encode(TensorFile(weights, sha256), payload, known)
+            digest = self.codec.encode(file, payload, known)
             ref = self.store.put(payload, folder, digest)
-        return Reference(ref.key, ref.sha256, ref.bytes, base.stem if base and known else "")
+        return replace(ref, base=base.stem if base and known else "", dtype=_half(file))
 
     def _base(self, path: Path | None) -> Tensors | None:
         """Open what the server knows by the name of its file, if the codec wants it."""
@@ -137,7 +133,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _facility(content: RecordDict) -> str:
-    status = content.get(STATUS)
-    fields = json.loads(str(status["json"])) if isinstance(status, ConfigRecord) else {}
-    return re.sub(r"[^A-Za-z0-9_-]", "_", str(fields.get("facility") or "site"))
+def _half(tensors: Tensors) -> str:
+    """Return the half precision that floats are in, which has to be declared; else nothing."""
+    dtypes = {info.dtype for info in tensors.layout.values()} & set(FLOATS)
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(HALVES) else ""

@@ -13,6 +13,7 @@ from flwr_hpc.exchange.tensors import BadPayload, TensorInfo, Tensors
 
 NUMPY = "numpy.ndarray"  # Flower's own serialization type
 RAW = "safetensors"  # ours, for what numpy lacks: the bits of one tensor
+NUMPY_HEADER = 10_240  # bytes, more than numpy reads of one
 
 
 class LazyArray(Array):
@@ -75,6 +76,8 @@ class RecordTensors(Tensors):
         array, info = self._record[name], self.layout[name]
         if isinstance(array, LazyArray):
             return array.source.raw(array.name)
+        if len(array.data) > info.nbytes + NUMPY_HEADER:
+            raise BadPayload(f"tensor '{name}' has {len(array.data)} bytes, expected {info.nbytes}")
         try:
             if array.stype == RAW:
                 bits = np.frombuffer(array.data, info.stored).reshape(info.shape)

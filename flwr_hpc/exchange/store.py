@@ -1,7 +1,8 @@
 """Where payloads lie. A store is one class in `stores/`; payloads are named by their sha256.
 
 A name says what is in the file, so that putting it twice is harmless and a reader can tell
-whether it got what was meant.
+whether it got what was meant. It begins with the folder of who put it there: the server's, or that
+of a node, and from a node nothing but what lies in its own is taken.
 """
 
 from __future__ import annotations
@@ -10,19 +11,30 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from flwr.app import ConfigRecord
 
 from flwr_hpc.exchange import registry, stores
-from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.exchange.tensorfile import sha256_of
+from flwr_hpc.exchange.tensors import HALVES, BadPayload
+from flwr_hpc.exchange.transfer import Transfer, copy_exactly
 from flwr_hpc.files import draft
 
 PREFIX = "exchange."  # in a message, a reference to the arrays of key K lies under PREFIX + K
+GLOBAL = "global"  # the server's folder
+FOLDER = "file"  # takes plain paths
 DEFAULT = "fsspec"  # takes every URL whose scheme no other store is named after
 
+REFERENCE_TEXTS = {"key": None, "sha256": None, "base": "", "dtype": ""}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # No leading dot and one folder only: a key from another site cannot leave the store.
 KEY = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,150}}/({SHA256.pattern})\.payload")
+
+
+def node_folder(node_id: int) -> str:
+    """Return the folder of a node: Flower vouches for the id, nobody for a facility's name."""
+    return f"node-{node_id}"
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Reference:
     sha256: str  # Hex digest
     bytes: int  # Size of the file
     base: str = ""  # sha256 of the payload that it is relative to, if any
+    dtype: str = ""  # Of the floats in it, where they are in half precision
 
     def __post_init__(self) -> None:
         match = KEY.fullmatch(self.key)
@@ -40,6 +53,8 @@ class Reference:
             raise BadPayload(f"not a reference to a payload: {self.key[:200]!r}")
         if self.base and not SHA256.fullmatch(self.base):
             raise BadPayload(f"not the sha256 of a payload: {self.base[:200]!r}")
+        if self.dtype not in ("", *HALVES):
+            raise BadPayload(f"dtype {self.dtype[:20]!r} cannot be declared: {', '.join(HALVES)}")
 
     @classmethod
     def of(cls, folder: str, sha256: str, size: int) -> Reference:
@@ -60,10 +75,12 @@ class Reference:
         """Read what another site sent; BadPayload if it is anything else."""
         if not isinstance(record, ConfigRecord):
             raise BadPayload("a reference to a payload must be a ConfigRecord")
-        key, sha256, size = (record.get(k) for k in ("key", "sha256", "bytes"))
-        if not (isinstance(key, str) and isinstance(sha256, str) and isinstance(size, int)):
+        texts = [record.get(k, d) for k, d in REFERENCE_TEXTS.items()]
+        size = record.get("bytes")
+        if not (all(isinstance(t, str) for t in texts) and type(size) is int):
             raise BadPayload("a reference to a payload lacks key, sha256 or bytes")
-        return cls(key, sha256, size, str(record.get("base", "")))
+        key, sha256, base, dtype = map(str, texts)
+        return cls(key, sha256, size, base, dtype)
 
 
 class Store(ABC):
@@ -97,29 +114,49 @@ class Store(ABC):
             Of the file, if known.
         """
 
-    def get(self, ref: Reference, target: Path) -> None:
+    def get(
+        self, ref: Reference, target: Path, *, own: bool = False, transfer: Transfer | None = None
+    ) -> None:
         """Fetch a payload, verify it, and let it appear at `target` whole.
 
         BadPayload if it is not there or not what the reference says; OSError if it cannot be
         read, or `target` not written.
+
+        Parameters
+        ----------
+        ref : Reference
+        target : Path
+        own : bool
+            Make a copy that whoever put the payload cannot write to, for this process alone;
+            else it may be linked, and survives a crash.
+        transfer : Transfer or None
+            Counts the bytes, and may end it.
         """
         size = self.size(ref)
         if size is None:
             raise BadPayload(f"payload {ref.key} is not in the store {self.url}")
         if size != ref.bytes:
             raise BadPayload(f"payload {ref.key} has {size} bytes, expected {ref.bytes}")
-        with draft(target) as temporary:
-            digest = self.fetch(ref, temporary)
+        with draft(target, durable=not own) as temporary:
+            if not own and self.link(ref, temporary):
+                digest = sha256_of(temporary)
+            else:
+                with self.open(ref) as source, open(temporary, "xb+") as f:
+                    digest = copy_exactly(source, f, ref.bytes, transfer or Transfer())
             if digest != ref.sha256:
                 raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
 
     @abstractmethod
     def size(self, ref: Reference) -> int | None:
-        """Return the bytes of a payload as it lies there, None if it does not."""
+        """Return the bytes of a payload as it lies there, None if there is no such file."""
 
     @abstractmethod
-    def fetch(self, ref: Reference, target: Path) -> str:
-        """Copy or link a payload to `target`; return the sha256 of what came."""
+    def open(self, ref: Reference) -> IO[bytes]:
+        """Open a payload to be read; BadPayload if it is not there, or no regular file."""
+
+    def link(self, ref: Reference, target: Path) -> bool:
+        """Have `target` be the payload itself, where that works; tell whether it does."""
+        return False
 
     @abstractmethod
     def delete(self, ref: Reference) -> None:
@@ -140,7 +177,7 @@ def store_names() -> list[str]:
 
 def make_store(url: str) -> Store:
     """Return the store that ``exchange.store`` names: by the scheme of the URL, else fsspec's."""
-    scheme = url.partition("://")[0] if "://" in url else ""
+    scheme = url.partition("://")[0] if "://" in url else FOLDER
     own = scheme in store_names() or "." in scheme
     made: Store = registry.find("exchange.store", scheme if own else DEFAULT, stores, Store)(url)
     return made

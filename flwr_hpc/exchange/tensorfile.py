@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +22,19 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from flwr_hpc.exchange.tensors import STORED, BadPayload, Layout, TensorInfo, Tensors
+from flwr_hpc.exchange.tensors import (
+    STORED,
+    BadPayload,
+    Layout,
+    TensorInfo,
+    Tensors,
+    size_range,
+)
 from flwr_hpc.files import draft
 
 FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
-MAX_HEADER = 32 << 20  # bytes; some 250,000 tensors
+MAX_HEADER = 8 << 20  # bytes; some 60,000 tensors
+ENTRY, METADATA = 128, 4096  # bytes of a header, at most: for a tensor but its name; for the rest
 PIECE = 1 << 20  # bytes copied at a time
 
 
@@ -42,6 +50,8 @@ class TensorFile(Tensors):
     path : Path
     sha256 : str or None
         Of the file, where known; else computed when first asked for.
+    layout : Layout or None
+        Names and shapes that are expected: no larger header than theirs is read.
 
     Raises
     ------
@@ -49,11 +59,12 @@ class TensorFile(Tensors):
         If the file is not a whole, valid safetensors file.
     """
 
-    def __init__(self, path: Path, sha256: str | None = None) -> None:
+    def __init__(self, path: Path, sha256: str | None = None, layout: Layout | None = None) -> None:
         self.path = path
         self._sha256 = sha256
         self._file = open(path, "rb")  # noqa: SIM115 - stays open as long as the object lives
-        self.layout, self._starts = _read_header(self._file, path)
+        limit = MAX_HEADER if layout is None else max_header(layout)
+        self.layout, self._starts = _read_header(self._file, path, limit)
 
     @property
     def sha256(self) -> str:
@@ -181,6 +192,18 @@ def aligned(layout: Layout) -> dict[str, TensorInfo]:
     return dict(sorted(layout.items(), key=lambda item: -item[1].stored.itemsize))
 
 
+def max_header(layout: Layout) -> int:
+    """Return how long the header of a layout's file is at most, whoever wrote it."""
+    entries = (len(json.dumps(name)) + ENTRY + 24 * len(i.shape) for name, i in layout.items())
+    return METADATA + sum(entries)
+
+
+def file_size_range(layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
+    """Return how many bytes a layout's file has; its floats may have the dtypes in `accept`."""
+    low, high = size_range(layout, accept)
+    return 8 + low, 8 + max_header(layout) + high
+
+
 def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
     while count > 0:
         piece = source.read(min(count, PIECE))
@@ -209,11 +232,13 @@ def _header(layout: Layout) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_header(f: IO[bytes], path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+def _read_header(
+    f: IO[bytes], path: Path, limit: int
+) -> tuple[dict[str, TensorInfo], dict[str, int]]:
     """Return layout and absolute offsets; the library judges whether they are valid."""
     length = int.from_bytes(f.read(8), "little")
-    if length > MAX_HEADER:
-        raise BadPayload(f"{path.name}: the header claims {length} bytes")
+    if length > limit:
+        raise BadPayload(f"{path.name}: the header claims {length} bytes, expected {limit} at most")
     try:
         with safe_open(path, framework="numpy"):
             header = json.loads(f.read(length))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ STORED: dict[str, np.dtype[Any]] = {
 }
 NAMES = {stored: name for name, stored in STORED.items() if name != "BF16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
+HALVES = ("F16", "BF16")
 CHUNK = 1 << 20  # numbers looked at, at a time
 
 
@@ -62,7 +63,7 @@ class TensorInfo:
     @property
     def widened(self) -> np.dtype[Any]:
         """Dtype to calculate in: half precisions become float32."""
-        return np.dtype(np.float32) if self.dtype in ("F16", "BF16") else self.stored
+        return np.dtype(np.float32) if self.dtype in HALVES else self.stored
 
     @property
     def size(self) -> int:
@@ -97,14 +98,23 @@ class Tensors(ABC):
         return sum(info.nbytes for info in self.layout.values())
 
 
-def check(tensors: Tensors, layout: Layout | None = None) -> None:
+def check(
+    tensors: Tensors,
+    layout: Layout | None = None,
+    accept: Collection[str] = (),
+    passed: Callable[[int], object] = lambda count: None,
+) -> None:
     """Refuse tensors that must not touch the model.
 
     Parameters
     ----------
     tensors : Tensors
     layout : Layout or None
-        What is expected, see `check_layout`. None: only that all numbers are finite.
+        The model's. None: only that all numbers are finite.
+    accept : collection of str
+        Dtypes that may stand for a float of the model, besides its own.
+    passed : callable
+        ``passed(count)``: told how many bytes have been looked at, tensor by tensor.
 
     Raises
     ------
@@ -112,37 +122,68 @@ def check(tensors: Tensors, layout: Layout | None = None) -> None:
         Naming the first tensor that is wrong and what is wrong with it.
     """
     if layout is not None:
-        check_layout(tensors.layout, layout)
+        check_layout(tensors.layout, layout, accept)
     for name, info in tensors.layout.items():
-        check_finite(name, tensors.raw(name), info)
+        check_values(name, tensors.raw(name), info, info if layout is None else layout[name])
+        passed(info.nbytes)
 
 
-def check_finite(name: str, bits: NDArray[Any], info: TensorInfo) -> None:
-    """Refuse NaN and infinity in one tensor, as stored."""
+def check_values(name: str, bits: NDArray[Any], info: TensorInfo, model: TensorInfo) -> None:
+    """Refuse one tensor, as stored, whose values the model's dtype cannot calculate with.
+
+    NaN, infinity, what becomes infinite in that dtype, and what becomes so as soon as two such
+    values are subtracted and squared: an outer step with one of them would end the run.
+    """
     if info.dtype not in FLOATS:
         return
+    largest = float(np.sqrt(np.finfo(model.widened).max)) / 4
     values = bits.reshape(-1)
     for start in range(0, values.size, CHUNK):
-        if not np.isfinite(_widen(values[start : start + CHUNK], info.dtype)).all():
-            raise BadPayload(f"tensor '{name}' has a value that is not finite")
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = _cast(_widen(values[start : start + CHUNK], info.dtype), model)
+            low, high = float(cast.min()), float(cast.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise BadPayload(f"tensor '{name}' has a value that is not finite in {model.dtype}")
+        if max(-low, high) > largest:
+            raise BadPayload(
+                f"tensor '{name}' has a value of {max(-low, high):.1e}: above {largest:.1e} "
+                "the squares of differences are not finite"
+            )
 
 
-def check_layout(found: Layout, expected: Layout) -> None:
-    """Refuse other names, shapes or dtypes, except that any float may stand for any other."""
+def check_layout(found: Layout, expected: Layout, accept: Collection[str] = ()) -> None:
+    """Refuse other names, shapes or dtypes; a float may have one of the dtypes in `accept`."""
     for names, what in (
         (expected.keys() - found.keys(), "missing"),
         (found.keys() - expected.keys(), "unknown"),
     ):
         if names:
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            shown = ", ".join(sorted(names)[:3])[:200] + (", ..." if len(names) > 3 else "")
             raise BadPayload(f"{len(names)} tensors are {what} ({shown})")
     for name, want in expected.items():
         have = found[name]
         if have.shape != want.shape:
             raise BadPayload(f"tensor '{name}' has shape {have.shape}, expected {want.shape}")
-        both_float = have.dtype in FLOATS and want.dtype in FLOATS
-        if have.dtype != want.dtype and not both_float:
+        if have.dtype != want.dtype and have.dtype not in _others(want, accept):
             raise BadPayload(f"tensor '{name}' has dtype {have.dtype}, expected {want.dtype}")
+
+
+def size_range(layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
+    """Return how many bytes tensors of a layout take, at least and at most."""
+    sizes = [
+        [info.size * STORED[dtype].itemsize for dtype in (info.dtype, *_others(info, accept))]
+        for info in layout.values()
+    ]
+    return sum(map(min, sizes)), sum(map(max, sizes))
+
+
+def _others(info: TensorInfo, accept: Collection[str]) -> Collection[str]:
+    return accept if info.dtype in FLOATS else ()
+
+
+def _cast(values: NDArray[Any], model: TensorInfo) -> NDArray[Any]:
+    """Return values as the model holds them; float32 has bfloat16's range."""
+    return values.astype(model.widened if model.dtype == "BF16" else model.stored, copy=False)
 
 
 def _widen(bits: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -19,12 +19,11 @@ from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.schema import Config, FederationConfig
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.executors import DaemonThreads
 from flwr_hpc.exchange.grid import ExchangeGrid
-from flwr_hpc.exchange.records import tensors
 from flwr_hpc.exchange.store import make_store
-from flwr_hpc.exchange.tensorfile import write_stream
 from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, publish
-from flwr_hpc.protocol import ARRAYS, GRADIENT
+from flwr_hpc.server.model_dir import publish_files, write_model
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.site_signs import SiteSigns
 from flwr_hpc.server.strategy_factory import build_strategy
@@ -88,8 +87,18 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
         make_codec(config.exchange.codec),
         run.flower / "replies",
         inline_below_mb=config.exchange.inline_below_mb,
+        stall_s=config.exchange.stall_s,
         emit=events.emit,
+        executor=DaemonThreads(),
     )
+    try:
+        _train(run, config, exchange, events)
+        exchange.close()
+    finally:
+        exchange.stop()
+
+
+def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog) -> None:
     checkpoints, clock = FileCheckpoints(run.checkpoints), SystemClock()
     runtime = Runtime(
         clock=clock,
@@ -114,12 +123,10 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     )
     _wait_for_sites(engine, list(config.facilities))
     initial = _initial(run, engine, checkpoints)
-    for key in (ARRAYS, GRADIENT):
-        exchange.expect(initial, key)
+    exchange.expect(initial)
     final = _start(strategy, exchange, initial, config, runtime, engine)
     write_model(run.model, final)
     engine.release()
-    exchange.close()
 
 
 def _signs(run: RunDir, config: Config, clock: Clock) -> SiteSigns:
@@ -175,16 +182,8 @@ def _initial(run: RunDir, engine: Engine, checkpoints: FileCheckpoints) -> Array
     if engine.restored is not None:
         return checkpoints.get(global_name(int(engine.restored["version"])))
     arrays, files = engine.initialize()
-    for name, text in files.items():
-        publish(run.model / Path(name).name, text)
+    publish_files(run.model, files)
     return arrays
-
-
-def write_model(folder: Path, arrays: ArrayRecord) -> None:
-    """Complete a Hugging Face directory (a model's or an adapter's) with its weights."""
-    adapter = (folder / "adapter_config.json").exists()
-    name = "adapter_model.safetensors" if adapter else "model.safetensors"
-    write_stream(folder / name, tensors(arrays))
 
 
 def engine_settings(config: FederationConfig) -> Settings:

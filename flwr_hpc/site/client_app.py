@@ -168,7 +168,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
 
     def attempt() -> tuple[Status, RecordDict]:
         status = work(launcher)
-        return status, _payload(launcher, status.result)
+        return status, _payload(launcher, status.result, meta.dst_node_id)
 
     spool, clock = launcher.site.spool, launcher.site.clock
     with Presence(spool, meta.message_id, meta.message_type):
@@ -181,7 +181,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     return Message(content, reply_to=message)
 
 
-def _payload(launcher: Launcher, result: Result | None) -> RecordDict:
+def _payload(launcher: Launcher, result: Result | None, node_id: int) -> RecordDict:
     """Return what goes with a finished order: metrics and arrays."""
     content = RecordDict()
     if result is None or result.state != "done":
@@ -193,7 +193,7 @@ def _payload(launcher: Launcher, result: Result | None) -> RecordDict:
     if result.weights:
         files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
     for key, (path, sha256) in files.items():
-        launcher.exchange.send(content, key, path, sha256, launcher.settings.name, base)
+        launcher.exchange.send(content, key, path, sha256, node_id, base)
     return content
 
 

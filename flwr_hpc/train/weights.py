@@ -10,7 +10,14 @@ from torch import Tensor
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensorfile import TensorFile, write_safetensors
-from flwr_hpc.exchange.tensors import BadPayload, Layout, TensorInfo, check_finite, check_layout
+from flwr_hpc.exchange.tensors import (
+    FLOATS,
+    BadPayload,
+    Layout,
+    TensorInfo,
+    check_layout,
+    check_values,
+)
 
 
 def layout_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, TensorInfo]:
@@ -34,9 +41,9 @@ def read_weights(path: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     except (OSError, BadPayload) as exc:
         raise UserError(f"weights {path} cannot be read: {exc}") from None
     try:
-        check_layout(file.layout, layout)
+        check_layout(file.layout, layout, FLOATS)
         for name in layout:
-            check_finite(name, file.raw(name), file.layout[name])
+            check_values(name, file.raw(name), file.layout[name], layout[name])
             yield name, torch.from_numpy(file.tensor(name))
     except BadPayload as exc:
         raise UserError(

@@ -42,11 +42,20 @@ def test_a_payload_decodes_to_what_was_encoded(codec, base, tmp_path):
     sent = tensors(1)
     sha256 = codec.encode(sent, tmp_path / "payload", base)
     assert sha256 == sha256_of(tmp_path / "payload")
-    received = codec.decode(tmp_path / "payload", base)
-    check(received, sent.layout)
+    received = codec.decode(tmp_path / "payload", base, sent.layout)
+    check(received, sent.layout, codec.dtypes)
     for name in sent.layout:
         close = {"rtol": codec.tolerance, "atol": codec.tolerance}
         np.testing.assert_allclose(received.tensor(name), sent.tensor(name), **close)
+
+
+def test_a_payload_is_of_the_size_that_its_layout_implies(codec, base, tmp_path):
+    """Nothing else is fetched, so what a codec writes must be within; and not much more is."""
+    sent = tensors(1)
+    codec.encode(sent, tmp_path / "payload", base)
+    low, high = codec.size_range(sent.layout, codec.dtypes)
+    assert 0 < low <= (tmp_path / "payload").stat().st_size <= high
+    assert high < sent.nbytes + 10_000
 
 
 def test_a_codec_that_is_not_relative_needs_no_base(codec, tmp_path):

@@ -17,11 +17,8 @@ DATA = b"weights" * 400_000
 
 # A new store needs a row here: places, as ``exchange.store`` names them and as fsspec does.
 PLACES = {
-    "fsspec": [
-        ("{folder}", "{folder}"),
-        ("file://{folder}", "{folder}"),
-        ("memory://{name}", "memory://{name}"),
-    ]
+    "file": [("{folder}", "{folder}"), ("file://{folder}", "{folder}")],
+    "fsspec": [("memory://{name}", "memory://{name}")],
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.store import Reference, Store
 from flwr_hpc.exchange.tensorfile import TensorFile, aligned, sha256_of, write_safetensors
-from flwr_hpc.exchange.tensors import TensorInfo, Tensors
+from flwr_hpc.exchange.tensors import Layout, TensorInfo, Tensors
 from flwr_hpc.files import draft
 
 
@@ -18,6 +19,7 @@ class Half(Codec):
     """Every number in float16."""
 
     tolerance = 1e-3
+    dtypes = ("F16",)
 
     def encode(self, tensors: Tensors, target: Path, base: Tensors | None = None) -> str:
         layout = {name: TensorInfo("F16", info.shape) for name, info in tensors.layout.items()}
@@ -25,8 +27,10 @@ class Half(Codec):
             target, ((n, tensors.tensor(n).astype(np.float16)) for n in layout), layout
         )
 
-    def decode(self, path: Path, base: Tensors | None = None) -> Tensors:
-        return TensorFile(path)
+    def decode(
+        self, path: Path, base: Tensors | None = None, layout: Layout | None = None
+    ) -> Tensors:
+        return TensorFile(path, layout=layout)
 
 
 class Xor(Codec):
@@ -38,8 +42,10 @@ class Xor(Codec):
         layout = aligned(tensors.layout)
         return write_safetensors(target, ((n, _xor(tensors, base, n)) for n in layout), layout)
 
-    def decode(self, path: Path, base: Tensors | None = None) -> Tensors:
-        return _Xored(TensorFile(path), base)
+    def decode(
+        self, path: Path, base: Tensors | None = None, layout: Layout | None = None
+    ) -> Tensors:
+        return _Xored(TensorFile(path, layout=layout), base)
 
 
 class _Xored(Tensors):
@@ -74,9 +80,8 @@ class Drawer(Store):
         path = self._path(ref)
         return path.stat().st_size if path.exists() else None
 
-    def fetch(self, ref: Reference, target: Path) -> str:
-        shutil.copy(self._path(ref), target)
-        return sha256_of(target)
+    def open(self, ref: Reference) -> IO[bytes]:
+        return self._path(ref).open("rb")
 
     def delete(self, ref: Reference) -> None:
         self._path(ref).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.records import RecordTensors
-from flwr_hpc.exchange.store import PREFIX, make_store
+from flwr_hpc.exchange.store import PREFIX, make_store, node_folder
 from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
 from flwr_hpc.exchange.tensors import BadPayload
 
@@ -96,9 +96,9 @@ class Site:
         save(RecordTensors(ArrayRecord(result)), path)
         path = self.spoil(node, path, content)
         try:
-            self.exchange.send(content, "arrays", path, sha256_of(path), f"{node}", start)
+            self.exchange.send(content, "arrays", path, sha256_of(path), node, start)
         except BadPayload:  # this site sends it all the same
-            ref = self.exchange.store.put(path, f"from-{node}")
+            ref = self.exchange.store.put(path, node_folder(node))
             content[f"{PREFIX}arrays"] = ref.to_record()
         return content
 
@@ -118,7 +118,9 @@ def plain_site(message):
 class Federation:
     """An exchange grid over simulated sites."""
 
-    def __init__(self, folder: Path, inline_below_mb=0.0, codec="full", store=None, **site):
+    def __init__(
+        self, folder: Path, inline_below_mb=0.0, codec="full", store=None, grid=None, **site
+    ):
         self.store, codec = make_store(store or str(folder / "store")), make_codec(codec)
         exchange = SiteExchange(self.store, codec, inline_below_mb)
         self.site = Site(exchange, folder / "sites", **site)
@@ -132,6 +134,7 @@ class Federation:
             folder / "server",
             inline_below_mb=inline_below_mb,
             emit=lambda event, **fields: self.events.append((event, fields)),
+            **grid or {},
         )
 
     def files(self, part):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from flwr_hpc.exchange.codec import Codec
-from flwr_hpc.exchange.tensorfile import TensorFile, save
-from flwr_hpc.exchange.tensors import Tensors
+from flwr_hpc.exchange.tensorfile import TensorFile, file_size_range, save
+from flwr_hpc.exchange.tensors import Layout, Tensors
 
 
 class FullWeights(Codec):
@@ -15,5 +16,10 @@ class FullWeights(Codec):
     def encode(self, tensors: Tensors, target: Path, base: Tensors | None = None) -> str:
         return save(tensors, target)
 
-    def decode(self, path: Path, base: Tensors | None = None) -> TensorFile:
-        return TensorFile(path)
+    def decode(
+        self, path: Path, base: Tensors | None = None, layout: Layout | None = None
+    ) -> TensorFile:
+        return TensorFile(path, layout=layout)
+
+    def size_range(self, layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
+        return file_size_range(layout, accept)

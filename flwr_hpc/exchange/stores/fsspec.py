@@ -1,19 +1,18 @@
-"""Every place that fsspec reaches: a folder, S3, SFTP, ..."""
+"""Every place that fsspec reaches: S3, SFTP, ..."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.exchange.store import KEY, Reference, Store
-from flwr_hpc.exchange.tensorfile import link_or_copy, sha256_of
-from flwr_hpc.files import draft
+from flwr_hpc.exchange.tensorfile import sha256_of
+from flwr_hpc.exchange.tensors import BadPayload
 
 PIECE = 1 << 20  # bytes moved at a time
 BLOCK = 8 << 20  # bytes a remote file system may gather before it uploads
@@ -22,13 +21,10 @@ BLOCK = 8 << 20  # bytes a remote file system may gather before it uploads
 class FsspecStore(Store):
     """A folder of payloads at an fsspec URL.
 
-    On a local (or shared) file system payloads are hard links where that works: nothing is
-    copied, so a file that was put must not be written to again.
-
     Parameters
     ----------
     url : str
-        ``file:///path``, a plain path, ``s3://bucket/path``, ``sftp://``, ``memory://``, ...
+        ``s3://bucket/path``, ``sftp://host/path``, ``memory://path``, ...
     """
 
     @cached_property
@@ -39,10 +35,9 @@ class FsspecStore(Store):
         return fs, root.rstrip("/")
 
     def check(self) -> None:
-        scheme, separator, _ = self.url.partition("://")
-        if not separator or scheme == "file":
-            return
-        import fsspec  # not needed where weights lie in a folder
+        import fsspec
+
+        scheme = self.url.partition("://")[0]
 
         for protocol in scheme.split("::"):
             known = fsspec.available_protocols()
@@ -64,10 +59,6 @@ class FsspecStore(Store):
         ref = Reference.of(folder, digest, path.stat().st_size)
         if self.size(ref) == ref.bytes:
             return ref
-        if local := self._local(ref):
-            with draft(local) as temporary:
-                link_or_copy(path, temporary)
-            return ref
         fs, _ = self._place
         fs.makedirs(self._path(ref).rsplit("/", 1)[0], exist_ok=True)
         with open(path, "rb") as source, fs.open(self._path(ref), "wb", block_size=BLOCK) as f:
@@ -82,11 +73,12 @@ class FsspecStore(Store):
         except FileNotFoundError:
             return None
 
-    def fetch(self, ref: Reference, target: Path) -> str:
-        if local := self._local(ref):
-            link_or_copy(local, target)
-            return sha256_of(target)
-        return self._download(ref, target)
+    def open(self, ref: Reference) -> IO[bytes]:
+        try:
+            opened: IO[bytes] = self._place[0].open(self._path(ref), "rb", block_size=BLOCK)
+        except FileNotFoundError:
+            raise BadPayload(f"payload {ref.key} is not in the store {self.url}") from None
+        return opened
 
     def delete(self, ref: Reference) -> None:
         with _gone_is_fine():
@@ -102,20 +94,6 @@ class FsspecStore(Store):
 
     def _path(self, ref: Reference) -> str:
         return f"{self._place[1]}/{ref.key}"
-
-    def _local(self, ref: Reference) -> Path | None:
-        protocol = self._place[0].protocol
-        local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
-        return Path(self._path(ref)) if local else None
-
-    def _download(self, ref: Reference, target: Path) -> str:
-        digest = hashlib.sha256()
-        fs, _ = self._place
-        with fs.open(self._path(ref), "rb", block_size=BLOCK) as source, open(target, "wb") as f:
-            while piece := source.read(PIECE):
-                f.write(piece)
-                digest.update(piece)
-        return digest.hexdigest()
 
 
 @contextmanager

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
@@ -38,7 +36,7 @@ def weights(tmp_path):
 def test_what_one_side_sends_the_other_receives(store, weights, tmp_path, inline_below_mb):
     """Inline or by reference, the file arrives bit by bit, and again without harm."""
     content, site = RecordDict(), exchange(store, inline_below_mb)
-    site.send(content, "arrays", weights, sha256_of(weights), owner="a")
+    site.send(content, "arrays", weights, sha256_of(weights), node_id=7)
     assert bool(content.array_records) is (inline_below_mb > 0)
     for _ in range(2):
         path = site.receive(content, "arrays", tmp_path / "site")
@@ -57,7 +55,7 @@ def test_no_arrays_is_no_file(store, tmp_path):
 def test_an_order_sent_again_fetches_nothing_again(store, weights, tmp_path):
     """The weights may be gone from the store when the site has them already."""
     content, site = RecordDict(), exchange(store, 0.0)
-    site.send(content, "arrays", weights, sha256_of(weights), owner="a")
+    site.send(content, "arrays", weights, sha256_of(weights), node_id=7)
     path = site.receive(content, "arrays", tmp_path)
     store.sweep()
     assert site.receive(content, "arrays", tmp_path) == path
@@ -66,17 +64,20 @@ def test_an_order_sent_again_fetches_nothing_again(store, weights, tmp_path):
         site.receive(content, "arrays", tmp_path)
 
 
-def test_the_owner_is_the_facility_of_the_status(store, weights):
+def test_a_payload_lies_in_the_folder_of_its_node(store, weights):
     """Sites that send the same weights do not share the payload that the server deletes."""
-    content = RecordDict({"status": ConfigRecord({"json": json.dumps({"facility": "jülich/1"})})})
-    exchange(store, 0.0).send(content, "arrays", weights, sha256_of(weights))
-    assert str(content["exchange.arrays"]["key"]).startswith("from-j_lich_1/")
+    keys = []
+    for node_id in (7, 2**63 + 1):
+        content = RecordDict()
+        exchange(store, 0.0).send(content, "arrays", weights, sha256_of(weights), node_id)
+        keys.append(str(content["exchange.arrays"]["key"]).partition("/")[0])
+    assert keys == ["node-7", f"node-{2**63 + 1}"]
 
 
 def test_a_file_that_changed_is_not_sent_inline(store, weights):
     """What the worker wrote and hashed is what goes out."""
     with pytest.raises(BadPayload, match="sha256"):
-        exchange(store).send(RecordDict(), "arrays", weights, "0" * 64)
+        exchange(store).send(RecordDict(), "arrays", weights, "0" * 64, 7)
 
 
 def test_received_files_are_lazy_readable(store, weights, tmp_path):

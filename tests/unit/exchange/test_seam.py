@@ -10,6 +10,7 @@ from worlds.exchange import Federation, InProcess, initial, plain_site, values
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import PREFIX, make_store
+from flwr_hpc.exchange.stores.file import FileStore
 from flwr_hpc.exchange.stores.fsspec import FsspecStore
 
 
@@ -74,7 +75,7 @@ def test_a_base_that_is_not_published_is_refused(tmp_path):
     federation.inner.site = elsewhere
     (reply,) = federation.train(11)
     assert "not published" in reply.error.reason
-    assert not list((tmp_path / "store" / "from-11").iterdir())
+    assert not list((tmp_path / "store" / "node-11").iterdir())
 
 
 def test_a_store_of_ones_own_is_used_on_both_ways(tmp_path):
@@ -86,10 +87,18 @@ def test_a_store_of_ones_own_is_used_on_both_ways(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("url", ["/folder", "file:///folder", "memory://x", "s3://bucket/x"])
-def test_any_other_place_is_fsspecs(url):
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("/folder", FileStore),
+        ("file:///folder", FileStore),
+        ("memory://x", FsspecStore),
+        ("s3://bucket/x", FsspecStore),
+    ],
+)
+def test_any_other_place_is_fsspecs(url, kind):
     """A folder needs no scheme, and a bucket no class."""
-    assert type(make_store(url)) is FsspecStore
+    assert type(make_store(url)) is kind
 
 
 @pytest.mark.parametrize(

@@ -202,13 +202,63 @@ def test_check_names_what_is_wrong(tmp_path, change, says):
         check(TensorFile(tmp_path / "i"), layout_of(ARRAYS))
 
 
-def test_check_accepts_any_float_dtype_and_notes_missing_tensors(tmp_path):
-    """A site may send half precision for full; it may not leave tensors out."""
+def test_check_accepts_declared_dtypes_and_notes_missing_tensors(tmp_path):
+    """A site may say that it sends half precision for full; it may not leave tensors out."""
     write(tmp_path / "j", ARRAYS | {"single": ARRAYS["single"].astype(np.float16)})
-    check(TensorFile(tmp_path / "j"), layout_of(ARRAYS))
+    check(TensorFile(tmp_path / "j"), layout_of(ARRAYS), ["F16"])
+    for accept in ((), ["BF16"]):
+        with pytest.raises(BadPayload, match="dtype F16, expected F32"):
+            check(TensorFile(tmp_path / "j"), layout_of(ARRAYS), accept)
+    write(tmp_path / "ints", ARRAYS | {"count": ARRAYS["count"].astype(np.float16)})
+    with pytest.raises(BadPayload, match="dtype F16, expected I64"):
+        check(TensorFile(tmp_path / "ints"), layout_of(ARRAYS), ["F16"])
     write(tmp_path / "k", {"count": ARRAYS["count"]})
     with pytest.raises(BadPayload, match="missing"):
         check(TensorFile(tmp_path / "k"), layout_of(ARRAYS))
+
+
+@pytest.mark.parametrize(
+    ("sent", "model", "value", "says"),
+    [
+        ("F64", "F32", 1e300, "not finite in F32"),
+        ("F32", "F16", 1e5, "not finite in F16"),
+        ("BF16", "F16", 1e38, "not finite in F16"),
+        ("F32", "F32", 3e38, "squares of differences"),
+        ("F64", "F64", 1e300, "squares of differences"),
+        ("F32", "F32", 1e15, None),
+        ("F64", "F64", 1e100, None),
+        ("BF16", "F32", 1.0, None),
+    ],
+)
+def test_values_must_be_finite_in_the_dtype_of_the_model(tmp_path, sent, model, value, says):
+    """Neither the cast nor an outer step's arithmetic may make the next version infinite."""
+    array = np.zeros(5, np.float64 if sent == "F64" else np.float32)
+    array[3] = -value
+    if sent == "BF16":
+        array = (array.view(np.uint32) >> 16).astype(np.uint16)
+    write_safetensors(tmp_path / "v", [("w", array)], {"w": TensorInfo(sent, (5,))})
+    layout = {"w": TensorInfo(model, (5,))}
+    if says is None:
+        check(TensorFile(tmp_path / "v"), layout, [sent])
+    else:
+        with pytest.raises(BadPayload, match=says):
+            check(TensorFile(tmp_path / "v"), layout, [sent])
+
+
+def test_a_header_is_no_longer_than_the_layout_needs(tmp_path):
+    """20 MB of table of contents for a tiny model would cost 300 MB to read."""
+    write(tmp_path / "fits", ARRAYS)
+    assert TensorFile(tmp_path / "fits", layout=layout_of(ARRAYS)).layout == layout_of(ARRAYS)
+    many = {f"{i:040}": entry(shape=[0], offsets=[0, 0]) for i in range(200_000)}
+    raw_file(tmp_path / "long", many)
+    assert (tmp_path / "long").stat().st_size > 20_000_000
+    tracemalloc.start()
+    for layout in (layout_of(ARRAYS), None):
+        with pytest.raises(BadPayload, match="the header claims"):
+            TensorFile(tmp_path / "long", layout=layout)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_a_nan_in_bfloat16_and_beyond_the_first_chunk_is_found(tmp_path):

@@ -1,0 +1,136 @@
+"""What a site sent, made into checked lazy records. Runs beside the server's loop, in many threads.
+
+Taken is what was asked for, from the sender's own folder of the store, of the size that the layout
+implies, and as a copy of the server's own: nothing can change between the check and the use.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import uuid
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from flwr_hpc.exchange.codec import Codec
+from flwr_hpc.exchange.expected import Expected
+from flwr_hpc.exchange.records import RecordTensors, lazy_record
+from flwr_hpc.exchange.store import PREFIX, Reference, Store
+from flwr_hpc.exchange.tensors import HALVES, BadPayload, Layout, Tensors, check
+from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.protocol import METRICS, WEIGHT_KEY
+
+DISK_SHARE = 0.5  # of what is free: a payload whose layout is not known may take so much
+
+
+class Receiver:
+    """Fetches and checks replies.
+
+    Parameters
+    ----------
+    store : Store
+    codec : Codec
+    folder : Path
+        For fetched payloads; a file goes with the last lazy array over it.
+    published : callable
+        ``published(sha256)``: the reference of a version that the sites have.
+    """
+
+    def __init__(
+        self, store: Store, codec: Codec, folder: Path, published: Callable[[str], Reference]
+    ) -> None:
+        self._store = store
+        self._codec = codec
+        self._folder = folder
+        self._published = published
+
+    def take(self, content: RecordDict, expected: Expected, transfer: Transfer) -> RecordDict:
+        """Return what was asked for of a reply; BadPayload or OSError if that is not good."""
+        self._drop_unasked(content, expected)
+        taken = {key: record for key, record in content.items() if _plain(key, record)}
+        for key, layout in expected.layouts.items():
+            if PREFIX + key in content:
+                ref = Reference.from_record(content[PREFIX + key])
+                taken[key] = self._fetch(ref, layout, expected, transfer)
+            elif isinstance(record := content.get(key), ArrayRecord) and record:
+                taken[key] = self._inline(record, layout, transfer)
+        _check_weight(taken.get(METRICS))
+        return RecordDict(taken)
+
+    def _inline(
+        self, record: ArrayRecord, layout: Layout | None, transfer: Transfer
+    ) -> ArrayRecord:
+        tensors = RecordTensors(record)
+        check(tensors, layout, (*HALVES, *self._codec.dtypes), transfer.advance)
+        half = any(info.dtype == "BF16" for info in tensors.layout.values())
+        return lazy_record(tensors) if half else record
+
+    def _fetch(
+        self, ref: Reference, layout: Layout | None, expected: Expected, transfer: Transfer
+    ) -> ArrayRecord:
+        if ref.folder != expected.folder:
+            raise BadPayload(f"payload {ref.key} is another's: its own lie in {expected.folder}/")
+        accept = (*self._codec.dtypes, *([ref.dtype] if ref.dtype else []))
+        try:
+            self._check_size(ref, layout, accept)
+            tensors = self._open(ref, layout, transfer)
+        except BadPayload:
+            self._store.delete(ref)  # else the same bytes would be found there for ever
+            raise
+        self._store.delete(ref)
+        check(tensors, layout, accept, transfer.advance)
+        return lazy_record(tensors, layout)
+
+    def _open(self, ref: Reference, layout: Layout | None, transfer: Transfer) -> Tensors:
+        """Fetch a payload; its file goes with the last array over it."""
+        base = None
+        if ref.base and self._codec.relative:
+            base = self._open(self._published(ref.base), None, transfer)
+        path = self._folder / uuid.uuid4().hex
+        try:
+            self._store.get(ref, path, own=True, transfer=transfer)
+            tensors = self._codec.decode(path, base, layout)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        weakref.finalize(tensors, path.unlink, missing_ok=True)
+        return tensors
+
+    def _check_size(self, ref: Reference, layout: Layout | None, accept: tuple[str, ...]) -> None:
+        """Refuse a payload that cannot be what was asked for, and could only fill the disk."""
+        if layout is None:
+            low, high = 1, int(DISK_SHARE * shutil.disk_usage(self._folder).free)
+        else:
+            low, high = self._codec.size_range(layout, accept)
+        if not low <= ref.bytes <= high:
+            raise BadPayload(f"the payload has {ref.bytes} bytes, expected {low} to {high}")
+
+    def _drop_unasked(self, content: RecordDict, expected: Expected) -> None:
+        """Have the store rid of payloads of the sender's that nobody will fetch."""
+        for name, record in content.items():
+            if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in expected.layouts:
+                try:
+                    ref = Reference.from_record(record)
+                except BadPayload:
+                    continue
+                if ref.folder == expected.folder:
+                    self._store.delete(ref)
+
+
+def _plain(key: str, record: object) -> bool:
+    """Whether a record is one that every reply may have, and Flower's strategies one of."""
+    return key == METRICS or (isinstance(record, ConfigRecord) and not key.startswith(PREFIX))
+
+
+def _check_weight(metrics: object) -> None:
+    """Refuse weights of a reply that would spoil the average."""
+    if metrics is None:
+        return
+    if not isinstance(metrics, MetricRecord):
+        raise BadPayload(f"'{METRICS}' is a {type(metrics).__name__}, expected a MetricRecord")
+    value = metrics.get(WEIGHT_KEY, 1)
+    if isinstance(value, list) or not math.isfinite(value) or value < 0:
+        raise BadPayload(f"{WEIGHT_KEY} is {value}, expected a finite number >= 0")

@@ -1,0 +1,53 @@
+"""The model as a Hugging Face directory: small files that a site makes, and the weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.app import ArrayRecord
+
+from flwr_hpc.exchange.records import tensors
+from flwr_hpc.exchange.tensorfile import write_stream
+from flwr_hpc.files import publish
+
+# What transformers, tokenizers and peft save as text. No code: who loads the model would run it.
+SMALL_FILES = (
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "README.md",
+    "special_tokens_map.json",
+    "spiece.vocab",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+MOST_BYTES = 64 << 20  # of a file; tokenizers of 250,000 words have 20 to 35 million
+
+log = logging.getLogger("flwr_hpc")
+
+
+def publish_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the small files that a site sent, as far as a model has such files."""
+    for name, text in files.items():
+        if name not in SMALL_FILES:
+            log.warning("left out of %s: '%s' is no file of a model", folder, name[:100])
+        elif len(data := text.encode(errors="replace")) > MOST_BYTES:
+            log.warning("left out of %s: %s has %d bytes", folder, name, len(data))
+        else:
+            publish(folder / name, data)
+
+
+def write_model(folder: Path, arrays: ArrayRecord) -> None:
+    """Complete a Hugging Face directory (a model's or an adapter's) with its weights."""
+    adapter = (folder / "adapter_config.json").exists()
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    write_stream(folder / name, tensors(arrays))
