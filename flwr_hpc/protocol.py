@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -32,6 +35,9 @@ METRICS = "metrics"  # MetricRecord of a finished order
 ORDER = "order"  # ConfigRecord {"json": Order}
 STATUS = "status"  # ConfigRecord {"json": Status}
 WAIT = "wait"  # ConfigRecord {"wait_s": float}; absent: block until done
+
+MAX_STATUS = 256 << 20  # characters of a status, with a tokenizer's files in it
+MAX_NUMBER = 1e300  # of what a site says: sums of such numbers are finite, too
 
 WEIGHT_KEY = "num-examples"  # Flower's own name for the weight of a reply
 
@@ -177,6 +183,58 @@ class Status:
 def to_json(record: Any) -> str:
     """Encode a dataclass as strict JSON (NaN and infinity are refused)."""
     return json.dumps(dataclasses.asdict(record), allow_nan=False, sort_keys=True)
+
+
+def read_status(text: str) -> Status:
+    """Decode what a site says of itself: every field of its type, every number finite.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else, or longer than a status with a model's small files is.
+    """
+    if len(text) > MAX_STATUS:
+        raise ValueError(f"a status of {len(text)} characters")
+    try:
+        status = from_json(Status, text)
+        _check_types(status, "status")
+    except RecursionError:
+        raise ValueError("a status nested too deeply") from None
+    return status
+
+
+def _check_types(value: Any, name: str) -> None:
+    """Refuse a record, or JSON in it, that is not what its annotations say."""
+    for f, hint in _hints(type(value)).items():
+        found = getattr(value, f)
+        if not _fits(found, hint):
+            raise ValueError(f"{name}.{f} is {str(found)[:80]!r}, expected {hint}")
+        if dataclasses.is_dataclass(found):
+            _check_types(found, f"{name}.{f}")
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
+    if hint is Any:  # JSON
+        if isinstance(value, dict):
+            return all(_fits(v, Any) for v in value.values())
+        if isinstance(value, list):
+            return all(_fits(v, Any) for v in value)
+        return not isinstance(value, float) or math.isfinite(value)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= MAX_NUMBER
+    return type(value) is hint and (hint is not int or abs(value) <= MAX_NUMBER)
 
 
 def from_json(cls: type[T], text: str) -> T:

@@ -158,6 +158,9 @@ class FederationConfig:
     backoff_s: float = 30.0
     backoff_max_s: float = 900.0
     partial_work: bool = True  # A result of fewer steps than were ordered counts
+    # Refuse an update whose norm is above so many times the median of its site's last ones
+    # (e.g. 10); reads both models once more for every result. None: no limit.
+    update_norm_limit: float | None = None
     # How often the driver starts Flower anew, from the last aggregation, when SuperLink or
     # the ServerApp died.
     restarts: int = 2

@@ -24,6 +24,7 @@ POSITIVE = (
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
     *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
+    "federation.update_norm_limit",
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),

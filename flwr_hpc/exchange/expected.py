@@ -53,7 +53,7 @@ class Expectations:
         node, order = message.metadata.dst_node_id, order_in(message)
         if order is not None:
             model = self._sent.get((node, ARRAYS), self._model)
-            keys = dict.fromkeys(order.asks_for, model)
+            keys: dict[str, Layout | None] = dict.fromkeys(order.asks_for, model)
             if ARRAYS in keys:
                 keys[ARRAYS] = _part(model, order)
             return Expected(node, keys)

@@ -161,6 +161,7 @@ class Engine:
         return {
             "seq": dict(m.seq),
             "evaluated": dict(m.evaluated),
+            "norms": dict(m.norms),
             "orders": [dict(vars(order)) for order in m.orders.values()],
         }
 
@@ -342,6 +343,7 @@ class Engine:
         saved = state.pop("engine", {})
         self._memory.seq.update(saved.get("seq", {}))
         self._memory.evaluated.update(saved.get("evaluated", {}))
+        self._memory.norms.update(saved.get("norms", {}))
         orders = [Order(**order) for order in saved.get("orders", [])]
         self._memory.orders.update({order.id: order for order in orders})
         self._tracker.loose.update(self._memory.orders)

@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr_hpc.protocol import WEIGHT_KEY, Order, OrderKind
 from strategies.base.persistence import load_strategy, save_strategy
 from strategies.engine import messages
+from strategies.engine.alike import make_alike, weight_key_of
 from strategies.engine.engine import Engine
 from strategies.engine.loop import History
 from strategies.engine.runtime import RunFailed
@@ -55,16 +56,14 @@ class _Exchange:
         """Return whether nobody is left to wait for."""
         return len(self.replies) + len(self.reasons) == len(self.sent)
 
-    def answers(self) -> list[Message]:
-        """Return one reply per facility, by name; who failed or is late answers with an error.
-
-        Metrics that not all replies have are dropped.
-        """
+    def answers(self, layers: Iterable[Strategy], *, trained: bool) -> list[Message]:
+        """Return one reply per facility, by name; who failed or is late answers with an error."""
         for name, message in self.sent.items():
             if name not in self.replies:
                 reason = self.reasons.setdefault(name, "not done by the round's deadline")
                 self.replies[name] = messages.error_reply(message, reason)
-        return messages.with_common_metrics([self.replies[name] for name in sorted(self.replies)])
+        replies = [self.replies[name] for name in sorted(self.replies)]
+        return make_alike(replies, weight_key_of(layers), trained=trained)
 
 
 class FlowerHooks:
@@ -276,7 +275,7 @@ class FlowerHooks:
         )
 
     def _aggregate_train(self, exchange: _Exchange | None) -> NewWeights | None:
-        replies = exchange.answers() if exchange else []
+        replies = exchange.answers(self._layers(), trained=True) if exchange else []
         self._reasons = exchange.reasons if exchange else {}
         good = [r for r in replies if r.has_content()]
         self.round, self.trained = self.round + 1, True
@@ -297,7 +296,9 @@ class FlowerHooks:
     def _aggregate_evaluate(self, exchange: _Exchange | None) -> None:
         self.trained = False
         if exchange is not None:
-            metrics = self.strategy.aggregate_evaluate(self.round, exchange.answers())
+            metrics = self.strategy.aggregate_evaluate(
+                self.round, exchange.answers(self._layers(), trained=False)
+            )
             if metrics is not None:
                 self._history.result.evaluate_metrics_clientapp[self.round] = metrics
         self._history.evaluate(self.round, self.arrays)

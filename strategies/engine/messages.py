@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from flwr_hpc.protocol import Order, Status
 from strategies.parts.rules import normalised
 
 CONFIG = "config"  # Flower's own key of a train config
+
+log = logging.getLogger("strategies")
 
 
 def query(
@@ -89,9 +92,21 @@ def read_status(message: Message) -> Status | None:
     if not isinstance(record, ConfigRecord) or "json" not in record:
         return None
     try:
-        return protocol.from_json(Status, str(record["json"]))
-    except ValueError:
+        return protocol.read_status(str(record["json"]))
+    except ValueError as exc:
+        log.warning("a site's status cannot be read: %s", exc)
         return None
+
+
+def asked_only(content: RecordDict, order: Order) -> RecordDict:
+    """Return what an order asks for of a launcher's reply; it sends nothing else by itself."""
+    kept: dict[str, Any] = {k: r for k, r in content.items() if isinstance(r, ConfigRecord)}
+    if isinstance(metrics := content.get(protocol.METRICS), MetricRecord):
+        kept[protocol.METRICS] = metrics
+    for key in order.asks_for:
+        if isinstance(arrays := content.get(key), ArrayRecord):
+            kept[key] = arrays
+    return RecordDict(kept)
 
 
 def arrays_of(message: Message) -> ArrayRecord | None:
@@ -125,21 +140,3 @@ def mean_metrics(metrics: Sequence[Mapping[str, float]]) -> MetricRecord | None:
 def error_reply(sent: Message, reason: str) -> Message:
     """Return the error a strategy sees in place of a reply that did not come."""
     return Message(Error(0, reason), reply_to=sent)
-
-
-def with_common_metrics(replies: list[Message]) -> list[Message]:
-    """Drop the metrics that not every reply has: Flower's strategies demand equal keys."""
-    good = [r for r in replies if r.has_content() and len(r.content.metric_records) == 1]
-    if not good:
-        return replies
-    common = set.intersection(*(set(_metrics(r)[1]) for r in good))
-    for reply in good:
-        name, record = _metrics(reply)
-        if set(record) != common:
-            kept = MetricRecord({k: v for k, v in record.items() if k in common})
-            reply.content = RecordDict({**reply.content, name: kept})
-    return replies
-
-
-def _metrics(reply: Message) -> tuple[str, MetricRecord]:
-    return next(iter(reply.content.metric_records.items()))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from flwr_hpc.protocol import Order, Status
 from strategies.engine import messages
+from strategies.engine.norms import NormLimit
 from strategies.engine.requests import RequestTracker
 from strategies.engine.runtime import Runtime
 from strategies.engine.state import InFlight, Memory, Request, SiteResult, SiteState
@@ -31,6 +32,7 @@ class ReplyReader:
         self._settings = runtime.settings
         self._now = runtime.clock.now
         self._memory = memory
+        self._norms = NormLimit(runtime.settings.update_norm_limit, memory.norms)
 
     def read(self, site: SiteState, flight: InFlight, message: Message) -> None:
         """Take a reply; one to a request that is forgotten tells of the allocation only."""
@@ -107,8 +109,11 @@ class ReplyReader:
     ) -> None:
         order = request.order
         assert order is not None  # only a submitted request is answered so
+        if site.launcher:
+            message.content = messages.asked_only(message.content, order)
         arrays = messages.arrays_of(message)
         wrong = reply_fault(request, message, arrays, status, site.launcher, self._runtime.check)
+        wrong = wrong or self._norm_fault(request, arrays)
         if wrong:
             self._telemetry.rejected(order, wrong)
             self._tracker.fail(request, f"rejected: {wrong}")
@@ -126,6 +131,12 @@ class ReplyReader:
                 order, request.base, arrays, metrics, message, status, took_s, request.resumed
             )
         )
+
+    def _norm_fault(self, request: Request, arrays: ArrayRecord | None) -> str | None:
+        checked = request.kind == "train" and request.plan.checked
+        if not checked or arrays is None or request.base is None:
+            return None
+        return self._norms.fault(request.facility, request.base, arrays)
 
     def _evaluated(self, site: SiteState, order: Order, metrics: Mapping[str, float]) -> None:
         loss = metrics.get("held_out_loss")

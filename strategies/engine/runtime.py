@@ -129,6 +129,9 @@ class Settings:
     backoff_s: float = 30.0
     backoff_max_s: float = 900.0
     partial_work: bool = True  # A result of fewer steps than were ordered counts
+    # Refuse an update whose norm is above so many times the median of its site's last ones; see
+    # `strategies.engine.norms`.
+    update_norm_limit: float | None = None
 
 
 def _no_event(event: str, **fields: Any) -> None:
@@ -141,16 +144,24 @@ def _nothing_known(facility: str, message_id: str, sent_at: float) -> str:
 
 
 def weights_fault(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with trained weights (names, shapes, finiteness), or None."""
+    """Say what is wrong with trained weights (names, shapes, finite as the model's), or None."""
     if set(base) != set(trained):
         odd = sorted(set(base) ^ set(trained))[:3]
         return f"names of tensors differ from the model's, e.g. {', '.join(odd)}"
     for name, array in base.items():
-        tensor = trained[name].numpy()
+        try:
+            tensor = trained[name].numpy()
+        except Exception as exc:  # whatever numpy says to bytes from elsewhere
+            return f"{name} cannot be read: {exc}"
         if tuple(tensor.shape) != tuple(array.shape):
             return f"{name} has shape {tuple(tensor.shape)}, expected {tuple(array.shape)}"
-        if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
-            return f"{name} is not finite"
+        if tensor.dtype.kind not in "biuf":
+            return f"{name} has dtype {tensor.dtype}"
+        if tensor.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                cast = tensor.astype(array.dtype, copy=False)
+            if not np.isfinite(cast).all():
+                return f"{name} is not finite in {array.dtype}"
     return None
 
 

@@ -211,3 +211,4 @@ class Memory:
     seq: dict[str, int] = field(default_factory=dict)
     evaluated: dict[str, int] = field(default_factory=dict)
     orders: dict[str, Order] = field(default_factory=dict)
+    norms: dict[str, list[float]] = field(default_factory=dict)  # of a facility's last updates

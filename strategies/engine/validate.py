@@ -65,6 +65,8 @@ def _claims(request: Request, message: Message, status: Status | None) -> str | 
     result = status.result if status else None
     if result is not None:
         claims += [result.examples, result.tokens, result.steps]
+        if request.order is not None and result.order_id != request.order.id:
+            return f"it is the result of order '{result.order_id[:100]}'"
         if request.order is not None and 0 < request.order.steps < result.steps:
             return f"it claims {result.steps} steps of {request.order.steps}"
     for claim in claims:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from worlds.grid import FakeSite, as_numpy, with_nan
 from worlds.strategies import World, each, ends_well, long, sites
 
-from flwr_hpc.protocol import ARRAYS, METRICS, STATUS, TRAIN, WEIGHT_KEY, Status
+from flwr_hpc.protocol import ARRAYS, GRADIENT, METRICS, STATUS, TRAIN, WEIGHT_KEY, Status
 from strategies import AsyncStrategy, RunFailed, Settings
 
 # ---- silence ------------------------------------------------------------------------------------
@@ -203,6 +205,41 @@ def _many_steps(content: RecordDict) -> None:
     content[STATUS] = ConfigRecord({"json": json.dumps(status)})
 
 
+def _status(change: Callable[[dict[str, Any]], object]) -> Callable[[RecordDict], None]:
+    """Return a spoiler of what a site says of itself."""
+
+    def spoil(content: RecordDict) -> None:
+        status = json.loads(str(content[STATUS]["json"]))
+        change(status)
+        content[STATUS] = ConfigRecord({"json": json.dumps(status)})
+
+    return spoil
+
+
+def _double(content: RecordDict) -> None:
+    """Finite as it is sent, infinite as the model's float32."""
+    tensors = as_numpy(content[ARRAYS])
+    huge = {k: np.full(x.shape, 1e300) for k, x in tensors.items()}
+    content[ARRAYS] = ArrayRecord({k: Array(x) for k, x in huge.items()})
+
+
+def _unreadable(content: RecordDict) -> None:
+    """Say that bytes are an array, which they are not."""
+    arrays = content[ARRAYS]
+    broken = {k: Array(a.dtype, tuple(a.shape), a.stype, b"x") for k, a in arrays.items()}
+    content[ARRAYS] = ArrayRecord(broken)
+
+
+def _more_than_asked(content: RecordDict) -> None:
+    """Add records of every kind."""
+    wrong = ArrayRecord({"w": Array(np.full(3, np.nan))})
+    content["further"] = wrong
+    if GRADIENT not in content:  # else it was asked for
+        content[GRADIENT] = wrong
+    content["figures"] = MetricRecord({WEIGHT_KEY: 10**9, "loss": 0.0})
+    content["notes"] = ConfigRecord({"json": "{"})
+
+
 def _nan_metrics(content: RecordDict) -> None:
     content[METRICS]["train_loss"] = float("nan")
 
@@ -215,6 +252,12 @@ GARBAGE = {
     "json": _no_json,
     "weight": _less_than_nothing,
     "steps": _many_steps,
+    "double": _double,
+    "unreadable": _unreadable,
+    "another order's": _status(lambda status: status["result"].update(order_id="k-a-000000")),
+    "types": _status(lambda status: status.update(walltime_left_s="soon")),
+    "infinite": _status(lambda status: status["result"]["metrics"].update(loss=float("inf"))),
+    "jobs": _status(lambda status: status.update(jobs={"a": "b"})),
 }
 
 
@@ -227,6 +270,15 @@ def test_sites_that_return_garbage(make):
     assert world.events("order_failed")
     for name in GARBAGE:
         assert world.arrived(name) == world.merged(name) == [], name
+
+
+@each
+def test_records_that_nobody_asked_for(make):
+    """They are dropped; the reply counts as what it was asked for."""
+    world = World(sites())
+    world.sites[1].spoil = _more_than_asked
+    ends_well(world, make)
+    assert world.events("order_rejected") == []
 
 
 @each
