@@ -205,7 +205,8 @@ def read_status(text: str) -> Status:
 
 def _check_types(value: Any, name: str) -> None:
     """Refuse a record, or JSON in it, that is not what its annotations say."""
-    for f, hint in _hints(type(value)).items():
+    kind: Any = type(value)
+    for f, hint in _hints(kind).items():
         found = getattr(value, f)
         if not _fits(found, hint):
             raise ValueError(f"{name}.{f} is {str(found)[:80]!r}, expected {hint}")

@@ -11,12 +11,12 @@ from flwr.app import ArrayRecord, Message
 
 from flwr_hpc.protocol import Order, Status
 from strategies.engine import messages
-from strategies.engine.norms import NormLimit
 from strategies.engine.requests import RequestTracker
 from strategies.engine.runtime import Runtime
 from strategies.engine.state import InFlight, Memory, Request, SiteResult, SiteState
 from strategies.engine.transport import NODE_UNAVAILABLE
 from strategies.engine.validate import reply_fault
+from strategies.parts.norms import NormLimit
 
 WARM = ("ready", "running", "done")
 KNOWN = ("queued", "starting", "ready", "running", "done")  # the site has the order

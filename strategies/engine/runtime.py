@@ -130,7 +130,7 @@ class Settings:
     backoff_max_s: float = 900.0
     partial_work: bool = True  # A result of fewer steps than were ordered counts
     # Refuse an update whose norm is above so many times the median of its site's last ones; see
-    # `strategies.engine.norms`.
+    # `strategies.parts.norms`.
     update_norm_limit: float | None = None
 
 

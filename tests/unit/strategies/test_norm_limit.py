@@ -9,9 +9,9 @@ from worlds.grid import FakeSite, _array, as_numpy
 from worlds.strategies import World, ends_well
 
 from flwr_hpc.protocol import ARRAYS
-from strategies.engine.norms import ENOUGH, WINDOW, NormLimit, update_norm
 from strategies.engine.runtime import Settings
 from strategies.fedavg import FedAvg
+from strategies.parts.norms import ENOUGH, WINDOW, NormLimit, update_norm
 
 
 def record(*values):
