@@ -143,6 +143,7 @@ def _session(
         )
         superlink = flower.superlink(port, shared)
         processes.start(superlink)
+        processes.start(flower.fork_server(run))
         if config.tracking.wandb:
             processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
         try:

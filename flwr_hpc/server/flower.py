@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import publish
 from flwr_hpc.server.processes import Child
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.settings import to_node_config
+from flwr_hpc.site.start import program
 
 START_S = 90.0  # for Flower's processes to come up; twice as long at each further try
 SUPEREXEC = "flower-superexec"  # SuperLink and SuperNode start theirs by a bare Popen
@@ -65,6 +69,25 @@ def supernode_name(facility: str) -> str:
     return f"supernode-{facility}"
 
 
+def fork_server(run: RunDir) -> Child:
+    """Return the process that ClientApps are forks of, and let SuperNodes find its program.
+
+    Without it they start on their own.
+    """
+    # In a folder of this host: shared ones may have no sockets, and long names.
+    path = Path(tempfile.mkdtemp(prefix="flwr-hpc-")) / "socket"
+    words = [sys.executable, "-S", "-E", program.__file__, str(path), _program("flwr-clientapp")]
+    script = _own_programs(run) / "flwr-clientapp"
+    publish(script, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o700)
+    command = [sys.executable, "-m", "flwr_hpc.site.start.fork_server", str(path)]
+    return Child("fork-server", lambda: command, needed=False)
+
+
+def _own_programs(run: RunDir) -> Path:
+    return run.flower / "bin"
+
+
 def wandb_follower(run: RunDir) -> list[str]:
     """Return the command that sends the event log to Weights & Biases."""
     return [sys.executable, "-m", "flwr_hpc.server.wandb_follow", str(run.path)]
@@ -85,11 +108,11 @@ def environment(run: RunDir) -> dict[str, str]:
     paths = [Path(p or ".").absolute() for p in sys.path]
     installed = (Path(sys.prefix), Path(sys.base_prefix))
     own = [str(p) for p in paths if not any(p.is_relative_to(i) for i in installed)]
-    programs = str(Path(sys.executable).parent)
+    programs = [_own_programs(run), Path(sys.executable).parent]
     return {
         **FLOWER_ENV,
         "FLWR_HOME": str(run.flower),
-        "PATH": os.pathsep.join([programs, os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([*map(str, programs), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(own)),
     }
 

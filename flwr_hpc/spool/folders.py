@@ -291,7 +291,9 @@ class Spool:
 
     def allocations(self) -> list[AllocationDir]:
         """All allocations ever asked for, oldest first."""
-        return [self.allocation(name) for name in _names(self.root / "allocations")]
+        named = (self.allocation(name) for name in _names(self.root / "allocations"))
+        # On a full disk there may be a folder without settings.
+        return [alloc for alloc in named if alloc.settings_file.exists()]
 
     def new_allocation(self) -> AllocationDir:
         """Name one more; it counts once its settings are written."""

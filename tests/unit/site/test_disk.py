@@ -56,6 +56,15 @@ def test_what_cannot_be_written_is_waited_for(disk: SmallDisk, how: str) -> None
     clock.at[32.0] = lambda: mend(disk, how)
     assert once_writable(world.site.acquire, None, clock, disk.path).state == "queued"
     assert len(world.scheduler.jobs) == 1
+    assert world.alloc(0).settings() == {"model": "tiny"}
+
+
+def test_no_job_without_its_settings(tmp_path: Path) -> None:
+    """Protects from a disk that fills up between an allocation's folder and its settings."""
+    world = World(tmp_path / "site")
+    world.alloc(0).path.mkdir(parents=True)
+    assert world.site.acquire().allocation == "a0000"
+    assert world.alloc(0).settings() == {"model": "tiny"}
 
 
 @BAD

@@ -1,0 +1,1 @@
+"""ClientApps that start as forks of one warm process."""
