@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from flwr_hpc.gate.peers import is_mine
+from flwr_hpc.gate.peers import owner
 
 logger = logging.getLogger("uvicorn.error")
+
+_refused: set[int | None] = set()
 
 LINGER_S = 2.0  # for a refused peer to read the refusal
 REASON = b"this server belongs to another user of this host\n"
@@ -56,11 +59,15 @@ def _admitted(transport: asyncio.Transport) -> bool:
     """Tell whether a connection is of this user; what cannot be told is not."""
     try:
         peer, here = (transport.get_extra_info(end)[:2] for end in ("peername", "sockname"))
-        if is_mine(peer, here):
-            return True
+        user = owner(peer, here)
     except (TypeError, ValueError):  # no TCP connection, or gone already
-        peer = None
-    logger.warning("refused a connection that is not of this user: %s", peer)
+        user = None
+    if user == os.getuid():
+        return True
+    if user not in _refused:  # once each: nobody fills this user's disk
+        _refused.add(user)
+        whose = "nobody known (it left, or is of another host)" if user is None else f"user {user}"
+        logger.warning("refused a connection of %s; further ones are not logged", whose)
     return False
 
 

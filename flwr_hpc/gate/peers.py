@@ -42,11 +42,6 @@ def owner(peer: Address, here: Address, proc_net: Path = PROC_NET) -> int | None
     return None
 
 
-def is_mine(peer: Address, here: Address) -> bool:
-    """Tell whether the other end of a connection is a socket of this user."""
-    return owner(peer, here) == os.getuid()
-
-
 def can_tell(proc_net: Path = PROC_NET) -> bool:
     """Try on a connection to ourselves whether owners can be told here."""
     with suppress(OSError):  # not Linux, then

@@ -32,7 +32,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
                            /inbox/<order>     launcher: this allocation works on it
                            /release           launcher: end when idle
                            /state.json        worker: `WorkerState`, about once a second
-                           /rendezvous-<attempt>.json    worker: where rank 0 listens
+                           /rendezvous-<attempt>.json    worker: where rank 0 listens, its secret
                            /turn.json         batch mod's worker: what its ranks do
 """
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import logging
+import os
 import socket
 import struct
 import subprocess
@@ -95,17 +97,17 @@ def test_the_owner_is_asked_once_per_connection(app: App, monkeypatch: pytest.Mo
     """Protects the server's time: a table with many rows is read once, not at every request; and a
     port that is used again is looked up again."""
     asked = []
-    mine = True
-    monkeypatch.setattr(door, "is_mine", lambda *ends: asked.append(ends) or mine)
+    users = [os.getuid(), os.getuid() + 1]
+    monkeypatch.setattr(door, "owner", lambda *ends: asked.append(ends) or users[len(asked) - 1])
     with socket.socket() as client:
         client.bind(("127.0.0.1", 0))
         port = client.getsockname()[1]
-    for mine, status in ((True, 200), (False, 403)):
+    for status in (200, 403):
         here = ("127.0.0.1", app.port)
         connection = http.client.HTTPConnection(*here, source_address=("127.0.0.1", port))
         connection.connect()  # and its port is free at once after it:
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        for _ in range(3 if mine else 1):
+        for _ in range(3 if status == 200 else 1):
             connection.request("GET", "/")
             answer = connection.getresponse()
             answer.read()
@@ -117,9 +119,20 @@ def test_the_owner_is_asked_once_per_connection(app: App, monkeypatch: pytest.Mo
 def test_what_cannot_be_told_is_refused(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects against connections whose owner the system does not know."""
 
-    def unknown(*_: object) -> bool:
+    def unknown(*_: object) -> int:
         raise ValueError("not an address")
 
-    monkeypatch.setattr(door, "is_mine", unknown)
+    monkeypatch.setattr(door, "owner", unknown)
     assert ask(app) == [403] * len(PATHS)
     assert app.paths == []
+
+
+def test_refusals_are_logged_once_per_user(
+    app: App, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Protects the owner's disk from a stranger who knocks all day."""
+    monkeypatch.setattr(door, "_refused", set())
+    monkeypatch.setattr(door, "owner", lambda *_: os.getuid() + 1)
+    with caplog.at_level(logging.WARNING, logger="uvicorn.error"):
+        assert ask(app) == [403] * len(PATHS)
+    assert len([r for r in caplog.records if "refused" in r.message]) == 1

@@ -9,6 +9,7 @@ import pytest
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.errors import UserError
+from flwr_hpc.gate import peers
 from flwr_hpc.server import preflight
 
 FEDAVG = "strategy._target_=flwr.serverapp.strategy.FedAvg"
@@ -88,6 +89,15 @@ def test_another_cache_may_be_named_for_the_job(tmp_path: Path) -> None:
     check(*one, f"facilities.local_a.env.HF_HUB_CACHE={tmp_path / 'own'}")
     check(*one, "facilities.local_a.setup=['export HF_HOME=/elsewhere']")
     fault(*one)
+
+
+def test_a_host_that_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects users where the system does not tell whose a connection is: they decide first."""
+    monkeypatch.setattr(peers, "can_tell", lambda *_: False)
+    said = fault("+facility=local_a")
+    assert "run code as you" in said
+    assert "federation.shared_host=true" in said
+    check("+facility=local_a", "federation.shared_host=true")
 
 
 def test_what_lies_at_a_remote_facility_is_not_judged(tmp_path: Path) -> None:
