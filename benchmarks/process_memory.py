@@ -24,6 +24,7 @@ from flwr_hpc.exchange.tensorfile import TensorFile
 CLIENT_LIMIT_MB = 200
 PROGRAMS = {
     "flwr-clientapp": "ClientApp",
+    "site.start.fork_server": "ClientApp",  # which ClientApps are forks of
     "flwr-serverapp": "ServerApp",
     "flower-superlink": "SuperLink",
     "flower-supernode": "SuperNode",

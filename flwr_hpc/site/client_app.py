@@ -172,7 +172,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
 
     spool, clock = launcher.site.spool, launcher.site.clock
     with Presence(spool, meta.message_id, meta.message_type):
-        answer = once_writable(attempt, _wait_s(message), clock, spool.root)
+        answer = once_writable(attempt, _patience_s(message), clock, spool.root)
     status, content = (answer, RecordDict()) if isinstance(answer, Status) else answer
     seconds = time.monotonic() - began
     status = replace(status, seconds=seconds, facility=launcher.settings.name)
@@ -215,6 +215,13 @@ def _flower_metrics(result: Result) -> MetricRecord:
 def _wait_s(message: Message) -> float | None:
     value = _option(message, "wait_s")
     return None if value is None else float(value)
+
+
+def _patience_s(message: Message) -> float | None:
+    """Return how long a full disk may hold a message; a question without a limit not at all."""
+    wait_s = _wait_s(message)
+    asks = message.metadata.message_type.startswith("query")
+    return 0.0 if wait_s is None and asks else wait_s
 
 
 def _option(message: Message, key: str) -> Any:

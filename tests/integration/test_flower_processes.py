@@ -57,3 +57,17 @@ def test_the_superexec_of_the_superlink(tmp_path: Path) -> None:
     assert "starting again" in run.said()
     assert run.summary()["facilities"]["local_a"]["steps"] == 300
     assert run.left_behind() == []
+
+
+def test_clientapps_are_forks(tmp_path: Path) -> None:
+    """Protects a busy machine from importing Flower for every message; and a run whose fork server
+    dies, whose ClientApps then start on their own."""
+    run = Run(tmp_path / "run", "train.steps=60")
+    (server,) = run.until(lambda: run.children("site.start.fork_server"))
+    assert run.until(lambda: [p for p in server.children() if p.status() != "zombie"])
+    run.until_training()
+    server.kill()
+    run.until_training(version=1)
+    assert run.end() == 0, run.said()
+    assert run.summary()["facilities"]["local_a"]["steps"] == 120
+    assert run.left_behind() == []

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from worlds.clock import FakeClock
 from worlds.disk import SmallDisk, small_disk
+from worlds.grid import name_this_process
 from worlds.site import Killed, World, order
 
+from flwr_hpc import protocol
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.files import disk_trouble, is_disk_trouble
 from flwr_hpc.protocol import Status
 from flwr_hpc.server.progress import DISK_EVERY_S, DiskWatch
+from flwr_hpc.site import client_app
 from flwr_hpc.site.long_poll import once_writable
 
 
@@ -152,3 +156,18 @@ def test_quota_is_disk_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Path, "write_bytes", over)
     assert "Disk quota exceeded" in disk_trouble(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "wait", "patience"), [
+    ("query.describe", None, 0.0), ("query.release", {"cancel": True}, 0.0),
+    ("query.acquire", {"wait_s": 20.0}, 20.0), ("train", {"wait_s": 0.0}, 0.0),
+    ("train", None, None), ("evaluate", None, None),
+])  # fmt: skip
+def test_how_long_a_message_is_held(
+    kind: str, wait: dict[str, float] | None, patience: float | None
+) -> None:
+    """Protects the server from a site that cannot even say what it is; a strategy that knows
+    nothing of long polls waits."""
+    name_this_process()
+    content = RecordDict({} if wait is None else {protocol.WAIT: ConfigRecord(wait)})
+    assert client_app._patience_s(Message(content, 1, kind)) == patience
