@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import psutil
 
@@ -47,11 +47,16 @@ def listening_address(nodes: int) -> str:
     else:
         host = socket.gethostname()
         found = [str(a[4][0]) for a in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
-        found = [a for a in found if not ip_address(a.partition("%")[0]).is_loopback]
+        found = [address for address in found if not _ip(address).is_loopback]
         problem = f"the name of this node, {host}, stands for no address that other nodes reach"
     if not found:
         raise RuntimeError(f"{problem}. Name the interface: env.GLOO_SOCKET_IFNAME of the facility")
-    return str(found[0])
+    # Addresses of one link alone, which some resolvers list too, come last.
+    return str(min(found, key=lambda a: _ip(a).is_link_local))
+
+
+def _ip(address: str) -> IPv4Address | IPv6Address:
+    return ip_address(address.partition("%")[0])  # without the name of an interface
 
 
 def _is_inet(family: int) -> bool:

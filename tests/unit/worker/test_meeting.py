@@ -128,3 +128,12 @@ def test_a_name_that_means_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     with pytest.raises(RuntimeError, match=r"localhost.*env\.GLOO_SOCKET_IFNAME"):
         listening_address(nodes=2)
+
+
+def test_an_address_that_other_nodes_reach_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects jobs of several nodes whose resolver lists every address of the node."""
+    listed = ["127.0.1.1", "fe80::1%eth0", "10.1.2.3", "10.9.9.9"]
+    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in listed]
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
+    assert listening_address(nodes=2) == "10.1.2.3"
