@@ -22,8 +22,8 @@ def todo(job):
     file = HOME / f"{job['number']}.do"
     if not file.exists():
         return ""
-    word = file.read_text()
-    file.unlink()
+    if word := file.read_text():  # else it is just being written
+        file.unlink()
     return word
 
 
