@@ -86,6 +86,7 @@ def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int
     if outcome.status == "finished":
         kind = "AutoPeftModelForCausalLM" if _is_adapter(run_dir) else "AutoModelForCausalLM"
         model = repr(str(_short(run_dir.model)))
+        lines += _left_out(run_dir)
         lines.append(f"finished: {path}   load the model with {kind}.from_pretrained({model})")
         code = 0
     elif outcome.fatal:
@@ -104,6 +105,13 @@ def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int
 def _is_complete(run_dir: RunDir, config: Config) -> bool:
     summary = read_json(run_dir.summary) or {}
     return summary.get("status") == "finished" and summary.get("versions", 0) >= config.rounds
+
+
+def _left_out(run_dir: RunDir) -> list[str]:
+    """Return who had no part in a run that has finished, and why."""
+    facilities = (read_json(run_dir.summary) or {}).get("facilities", {})
+    reasons = {name: f["excluded"] for name, f in facilities.items() if f.get("excluded")}
+    return [f"without {name}: {reason}" for name, reason in sorted(reasons.items())]
 
 
 def _is_adapter(run_dir: RunDir) -> bool:
