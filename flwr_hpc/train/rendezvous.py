@@ -169,6 +169,15 @@ def join(
     lifeline = Lifeline(peers, on_silent=on_silent)
     device = _device(ranks)
     store = RankStore(values, timeout_s)
+    _open_process_group(store, ranks, device)
+    control = dist.new_group(backend="gloo", timeout=FOREVER)
+    verdict = dist.new_group(backend="gloo", timeout=COLLECTIVE)
+    for group in (None, control, verdict):  # None: all ranks' own
+        prove(group, ranks, secret, timeout_s)
+    return Group(ranks, device, control, verdict, lifeline, store)
+
+
+def _open_process_group(store: RankStore, ranks: Ranks, device: torch.device) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -177,11 +186,6 @@ def join(
         timeout=COLLECTIVE,
         device_id=device if device.type == "cuda" else None,
     )
-    control = dist.new_group(backend="gloo", timeout=FOREVER)
-    verdict = dist.new_group(backend="gloo", timeout=COLLECTIVE)
-    for group in (None, control, verdict):  # None: all ranks' own
-        prove(group, ranks, secret, timeout_s)
-    return Group(ranks, device, control, verdict, lifeline, store)
 
 
 def _device(ranks: Ranks) -> torch.device:
