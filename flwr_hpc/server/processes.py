@@ -66,6 +66,7 @@ class Child:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     started_at: float = 0.0
     quick_ends: int = 0
+    present_helper: psutil.Process | None = field(default=None, repr=False)
     _helper_seen_at: float = 0.0  # 0: not since this start
     _looked_at: float = 0.0
 
@@ -77,7 +78,11 @@ class Child:
         if not self.helper or self.process is None or now - self._looked_at < LOOK_S:
             return False
         self._looked_at = now
-        if any(self.helper in _command_line(p) for p in _descendants(self.process.pid)):
+        if self.present_helper is None or not _lives(self.present_helper):
+            # Costs a look at every process of the host.
+            family = _descendants(self.process.pid)
+            self.present_helper = next((p for p in family if self.helper in _command_line(p)), None)
+        if self.present_helper is not None:
             self._helper_seen_at = now
             return False
         if self._helper_seen_at > self.started_at:
@@ -100,6 +105,13 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return list(psutil.Process(pid).children(recursive=True))
     except psutil.Error:
         return []
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _command_line(process: psutil.Process) -> str:
@@ -167,7 +179,7 @@ class Processes:
                 env=self._env,
                 start_new_session=True,
             )
-        child.started_at = time.monotonic()
+        child.started_at, child.present_helper = time.monotonic(), None
         if child not in self._children:
             self._children.append(child)
 
