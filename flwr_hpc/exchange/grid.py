@@ -44,6 +44,7 @@ class _Awaited:
     expected: Expected
     transfer: Transfer = field(default_factory=Transfer)
     task: Future[RecordDict | Error | None] | None = None
+    looks: int = 0  # at the task, that found it not done
     done: int = -1  # bytes, when it was last seen to move
     moved_at: float = 0.0
 
@@ -112,6 +113,13 @@ class ExchangeGrid(Grid):
         A resumed run collects orders of the session before it.
         """
         self._expectations.set_model(arrays)
+
+    def receiving(self, message_id: str) -> bool:
+        """Return whether a reply is on its way, Flower's part of it or ours: it is not lost."""
+        awaited = self._awaited.get(message_id)
+        if awaited is None or awaited.task is None or awaited.task.done():
+            return False
+        return awaited.transfer.begun or awaited.looks > 1  # else it has only been asked for
 
     def stop(self) -> None:
         """End what is under way; replies that come later are not taken."""
@@ -202,7 +210,9 @@ class ExchangeGrid(Grid):
         awaited = self._awaited[message_id]
         if awaited.task is None:
             awaited.task = self._executor.submit(self._bring, message_id, awaited)
+            awaited.looks = 0
         if not awaited.task.done():
+            awaited.looks += 1
             return self._stalled(awaited)
         exc = awaited.task.exception()
         if exc is None:

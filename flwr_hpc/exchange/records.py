@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from flwr_hpc.exchange.tensors import BadPayload, TensorInfo, Tensors
@@ -82,12 +84,24 @@ class RecordTensors(Tensors):
             if array.stype == RAW:
                 bits = np.frombuffer(array.data, info.stored).reshape(info.shape)
             else:
-                bits = array.numpy()
+                bits = _read_npy(array.data, info)
         except Exception as exc:  # whatever numpy says to bytes from another site
             raise BadPayload(f"tensor '{name}' cannot be read: {exc}") from None
         if bits.shape != info.shape or bits.dtype.newbyteorder("<") != info.stored:
             raise BadPayload(f"tensor '{name}' is {bits.dtype} {bits.shape}, expected {info}")
         return bits
+
+
+def _read_npy(data: bytes, info: TensorInfo) -> NDArray[Any]:
+    """Read an array in numpy's format; numpy would first make room for all that it claims."""
+    stream = io.BytesIO(data)
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if shape != info.shape or dtype.newbyteorder("<") != info.stored:
+        raise BadPayload(f"it claims to be {dtype} {shape}")
+    values = np.frombuffer(data, dtype, info.size, stream.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def _info(name: str, array: Array) -> TensorInfo:

@@ -74,11 +74,15 @@ class MessageTransport:
     ) -> list[tuple[InFlight, str]]:
         """Forget and return the messages whose replies are taken for lost, and why.
 
-        ``lost(message id, flight)`` says what is known of one before its time is up.
+        ``lost(message id, flight)`` says what is known of one before its time is up. A grid that
+        fetches beside the loop knows of more: ``receiving(message id)``, where it has that.
         """
+        receiving = getattr(self.grid, "receiving", lambda message_id: False)
         limit = self.clock.now() - self.settings.wait_s - self.settings.reply_grace_s
         reachable = set(online) & launchers
-        flying = [(i, f) for i, f in self._flights.items() if f.node_id in reachable]
+        flying = [
+            (i, f) for i, f in self._flights.items() if f.node_id in reachable and not receiving(i)
+        ]
         late = "the message or its answer was lost"
         reasons = {i: lost(i, f) or (late if f.sent_at < limit else "") for i, f in flying}
         return [(self._flights.pop(i), reason) for i, reason in reasons.items() if reason]

@@ -78,13 +78,11 @@ class FileStore(Store):
             os.unlink(_name(ref), dir_fd=folder)
 
     def sweep(self) -> None:
-        if not self._root.is_dir():
-            return
-        for folder in self._root.iterdir():
-            if folder.is_dir() and not folder.is_symlink():
-                for path in folder.iterdir():
-                    if KEY.fullmatch(f"{folder.name}/{path.name}"):
-                        path.unlink(missing_ok=True)
+        for name in os.listdir(self._root) if self._root.is_dir() else ():
+            with suppress(NotADirectoryError), self._folder(name) as folder:
+                for file in os.listdir(folder):
+                    if KEY.fullmatch(f"{name}/{file}"):
+                        os.unlink(file, dir_fd=folder)
 
     @contextmanager
     def _folder(self, name: str) -> Iterator[int]:

@@ -125,6 +125,25 @@ def test_a_stalled_site_has_failed_and_a_slow_one_has_not(tmp_path):
     assert [p.name for p in slow.federation.files("server") if p.name.startswith(".")] == []
 
 
+def test_a_reply_on_its_way_is_not_lost(tmp_path):
+    """The engine's deadlines are for silence; merely asking for a reply says nothing."""
+    slow = Slow(tmp_path)
+    ids = slow.push(12)
+    pull, asking = slow.federation.inner.pull_messages, Gate()
+    slow.federation.inner.pull_messages = lambda i: asking.enter() or pull(i)
+    slow.pull(ids)
+    assert not slow.federation.grid.receiving(ids[0])
+    slow.pull(ids)  # Flower has not answered since the last poll: it waits for objects
+    assert slow.federation.grid.receiving(ids[0])
+    asking.let()
+    assert slow.gate.arrived.acquire(timeout=60)
+    assert slow.federation.grid.receiving(ids[0])
+    slow.gate.let(1000)
+    wait(slow.threads.tasks)
+    assert not slow.federation.grid.receiving(ids[0])
+    assert slow.reply(ids).has_content()
+
+
 def test_stopping_ends_what_is_under_way(tmp_path):
     """A thread that moves again finds that it is over; no later reply is taken."""
     slow = Slow(tmp_path)

@@ -47,6 +47,17 @@ def test_a_reply_that_the_site_knows_to_be_lost_is_asked_for_again():
     assert failed == ["no reply: its ClientApp died"]
 
 
+def test_a_reply_that_is_being_fetched_is_not_lost():
+    """Protects large models on slow lines: the grid sees to it that a transfer moves."""
+    bench = ready_bench(FakeSite("a", step_s=1.0), reply_grace_s=10, wait_s=60)
+    bench.grid.receiving = lambda message_id: bench.engine.now() < 500
+    bench.grid.lose[TRAIN] = 1
+    bench.train(steps=10)
+    assert isinstance(bench.run(), SiteResult)
+    assert bench.engine.now() > 500
+    assert [event for _, event, _ in bench.log].count("reply_lost") == 1
+
+
 @pytest.mark.parametrize("back_after_s", [None, 40.0])
 def test_the_last_evaluation_does_not_wait_for_who_is_gone(back_after_s):
     """Protects the end of a run: a site that is away for a minute is left out, one that is back
