@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import uuid
 
@@ -169,6 +170,34 @@ def test_without_hard_links_payloads_are_copied(payload, tmp_path, monkeypatch):
     store.get(store.put(payload), tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == DATA
     assert (tmp_path / "target").stat().st_ino != payload.stat().st_ino
+
+
+def test_a_folder_of_another_user_is_not_used(payload, tmp_path):
+    """What is published there would be theirs to replace."""
+    store = make_store(str(tmp_path / "store"))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "store" / "global").symlink_to(tmp_path / "theirs")
+    with pytest.raises(PermissionError, match="belongs to"):
+        store.put(payload, "global")
+    assert list((tmp_path / "theirs").iterdir()) == []
+    if os.geteuid() == 0:
+        (tmp_path / "store" / "shared").mkdir()
+        os.chown(tmp_path / "store" / "shared", 65534, 65534)
+        with pytest.raises(PermissionError, match="65534"):
+            store.put(payload)
+
+
+def test_sweep_and_delete_follow_no_link(payload, tmp_path):
+    """A site's link to another run's store must not have its payloads deleted."""
+    ours, theirs = (make_store(str(tmp_path / name)) for name in ("ours", "theirs"))
+    ref = theirs.put(payload, "node-7")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "node-7").symlink_to(tmp_path / "theirs" / "node-7")
+    ours.sweep()
+    ours.delete(ref)
+    assert ours.size(ref) is None
+    assert theirs.size(ref) == ref.bytes
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(payload, tmp_path, monkeypatch):
