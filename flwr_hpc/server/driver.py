@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 import psutil
@@ -138,12 +140,15 @@ def _session(
 
         port = reserve()
         app = write_bundle(run.flower, f"127.0.0.1:{port}")
+        own = stack.enter_context(
+            TemporaryDirectory(prefix="flwr-hpc-", ignore_cleanup_errors=True)
+        )
         processes = stack.enter_context(
             Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line)
         )
         superlink = flower.superlink(port, shared)
         processes.start(superlink)
-        processes.start(flower.fork_server(run))
+        processes.start(flower.fork_server(run, Path(own)))
         if config.tracking.wandb:
             processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
         try:

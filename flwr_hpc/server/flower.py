@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,13 +68,13 @@ def supernode_name(facility: str) -> str:
     return f"supernode-{facility}"
 
 
-def fork_server(run: RunDir) -> Child:
+def fork_server(run: RunDir, folder: Path) -> Child:
     """Return the process that ClientApps are forks of, and let SuperNodes find its program.
 
-    Without it they start on their own.
+    Without it they start on their own. Its socket lies in `folder`, which is this host's: shared
+    file systems may have no sockets, and long names.
     """
-    # In a folder of this host: shared ones may have no sockets, and long names.
-    path = Path(tempfile.mkdtemp(prefix="flwr-hpc-")) / "socket"
+    path = folder / "socket"
     words = [sys.executable, "-S", "-E", program.__file__, str(path), _program("flwr-clientapp")]
     script = _own_programs(run) / "flwr-clientapp"
     publish(script, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
