@@ -121,10 +121,10 @@ def _torch() -> Any:
 
 
 def _torch_now() -> tuple[int, bytes]:
-    """Return seed and state of torch's generator, ``(0, b"")`` before it is imported."""
+    """Return seed and state of torch's generator, ``(-1, b"")`` before it is imported."""
     torch = _torch()
     if not hasattr(torch, "get_rng_state"):
-        return 0, b""
+        return -1, b""
     return torch.initial_seed(), torch.get_rng_state().numpy().tobytes()
 
 

@@ -29,6 +29,27 @@ CLIENT = """
 @app.query("fail")
 def fail(message: Message, context: Context) -> Message:
     raise LookupError("asked to")
+
+
+@app.query("stay")
+def stay(message: Message, context: Context) -> Message:
+    import time
+
+    while True:
+        time.sleep(1)
+"""
+# Added in its turn: asks a question that is never answered.
+ASK_TO_STAY = """
+
+app = ServerApp()
+
+
+@app.main()
+def ask_to_stay(grid: Grid, context: Context) -> None:
+    from flwr.app import Message, RecordDict
+
+    questions = [Message(RecordDict(), n, "query.stay") for n in grid.get_node_ids()]
+    grid.send_and_receive(questions, timeout=36000)
 """
 SERVER = """
 
@@ -88,6 +109,7 @@ class Flower:
         until(lambda: self._answers())
         for k in range(NODES):
             config = f"partition-id={k} flwr-hpc.cpus-per-rank=1 flwr-hpc.idle-timeout-s=3600"
+            config += " flwr-hpc.run-check-s=2"
             port = f"--port={free_port()}"
             node = f"--node-config={config}"
             self.start(f"node{k}", "flower-supernode", f"--superlink={address}", port, node)
@@ -102,6 +124,23 @@ class Flower:
         for name in ("errors.json", "final_model.pt"):
             (self.folder / name).rename(self.folder / f"{facility}-{name}")
 
+    def submit(self, facility: str) -> str:
+        """Begin a run and return its id."""
+        settings = f'{RUN} flwr-hpc.facility="{facility}"'
+        begun = self.flwr("run", "app", "flwr-hpc", "-c", settings, "--format=json")
+        return str(json.loads(begun)["run-id"])
+
+    def flwr(self, *arguments: str) -> str:
+        command = [str(self.bin / "flwr"), *arguments]
+        return subprocess.check_output(command, env=self.env, cwd=self.folder, text=True)
+
+    def jobs(self) -> list[psutil.Process]:
+        """Return the processes of jobs of this folder."""
+        found = psutil.process_iter(["environ", "status"])
+        mine = str(self.folder / "flwr-hpc-batch")
+        living = [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
+        return [p for p in living if mine in (p.info["environ"] or {}).get("FLWR_HPC_JOB_DIR", "")]
+
     def result(self, facility: str) -> tuple[dict[str, torch.Tensor], list[str]]:
         errors = json.loads((self.folder / f"{facility}-errors.json").read_text())
         return torch.load(self.folder / f"{facility}-final_model.pt"), errors
@@ -112,10 +151,8 @@ class Flower:
             family += [*psutil.Process(process.pid).children(recursive=True), process]
         for member in family:
             member.kill()
-        jobs = str(self.folder / "flwr-hpc-batch")
-        for process in psutil.process_iter(["environ"]):
-            if jobs in (process.info["environ"] or {}).get("FLWR_HPC_JOB_DIR", ""):
-                process.kill()
+        for process in self.jobs():
+            process.kill()
 
     def _answers(self) -> bool:
         listening = psutil.Process(self.processes[0].pid).net_connections("tcp")
@@ -150,3 +187,19 @@ def test_the_same_result_from_warm_jobs(flower: Flower) -> None:
         assert [p.name for p in (site / "allocations").iterdir()] == ["a0000"]
         assert len(list(site.glob("orders/*/result.json"))) == 3
     assert "LookupError: asked to" in (flower.folder / "node0.log").read_text()
+
+
+def test_a_stopped_run_ends_its_jobs(flower: Flower) -> None:
+    """Protects the budget after `flwr stop`: jobs and ClientApps end, nodes are free again."""
+    server = flower.folder / "app" / "tiny_torch" / "server_app.py"
+    server.write_text(server.read_text() + ASK_TO_STAY)
+    run_id = flower.submit("local_a")
+    states = "flwr-hpc-batch/*/*/*/allocations/a0000/state.json"
+    until(
+        lambda: sum('"running"' in f.read_text() for f in flower.folder.glob(states)) == NODES,
+        flower.folder,
+    )
+    flower.flwr("stop", run_id, "flwr-hpc")
+    until(lambda: not flower.jobs(), flower.folder)
+    logs = [flower.folder / f"node{k}.log" for k in range(NODES)]
+    until(lambda: all("finished:stopped" in log.read_text() for log in logs), flower.folder)

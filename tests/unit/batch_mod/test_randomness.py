@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-import pytest
+from typing import Any
 
 from flwr_hpc.batch_mod.randomness import ImportSeeds
 
@@ -34,16 +29,19 @@ import random, numpy as np
 {top}
 OWN, PYTHON = np.random.default_rng({own}), random.Random(7)
 """
+WARM = """
+import importlib
+from flwr_hpc.batch_mod.randomness import ImportSeeds
+seeds = ImportSeeds("{app.folder}", {app.name!r})
+seeds.watch()
+module = importlib.import_module({app.name!r})
+drawn = []
+for _ in range({messages}):
+    seeds.restore()
+    drawn.append(module.draw())
+print(json.dumps(drawn))
+"""
 SEEDED = "random.seed(1); np.random.seed(42); random.random()"
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    finders, python, numpy = list(sys.meta_path), random.getstate(), np.random.get_state()
-    yield
-    sys.meta_path[:] = finders
-    random.setstate(python)
-    np.random.set_state(numpy)
 
 
 class App:
@@ -58,47 +56,32 @@ class App:
         (package / "late.py").write_text(LATE.format(late=late))
 
     def warm(self, messages: int) -> list[list[float]]:
-        seeds = ImportSeeds(str(self.folder), self.name)
-        seeds.watch()
-        module = importlib.import_module(self.name)
-        drawn = []
-        for _ in range(messages):
-            seeds.restore()
-            drawn.append(module.draw())
+        """Draw in one process, which has not imported torch before."""
+        drawn: list[list[float]] = self._draw(WARM.format(app=self, messages=messages))
         return drawn
 
     def fresh(self) -> list[float]:
-        code = f"import json, {self.name} as m; print(json.dumps(m.draw()))"
-        out = subprocess.check_output([sys.executable, "-c", code], cwd=self.folder)
-        drawn: list[float] = json.loads(out)
+        """Draw in a process of its own, as plain Flower does."""
+        drawn: list[float] = self._draw(f"import {self.name} as m; print(json.dumps(m.draw()))")
         return drawn
 
-
-def app(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, top: str, late: str = "", own: str = ""
-) -> App:
-    monkeypatch.syspath_prepend(folder)
-    return App(folder, top, late, own)
+    def _draw(self, code: str) -> Any:
+        command = [sys.executable, "-c", f"import json\n{code}"]
+        return json.loads(subprocess.check_output(command, cwd=self.folder))
 
 
-def test_seeds_at_import_count_for_every_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeds_at_import_count_for_every_message(tmp_path: Path) -> None:
     """Protects the numbers of plain Flower, seeded at once, in a late import, or in a variable."""
-    seeded = app(
-        tmp_path, monkeypatch, SEEDED, "random.random(); torch.manual_seed(3); torch.rand(2)", "5"
-    )
+    seeded = App(tmp_path, SEEDED, "random.random(); torch.manual_seed(0); torch.rand(2)", "5")
     first, second, third = seeded.warm(3)
     assert first == second == third == seeded.fresh()
     assert round(first[1], 4) == 0.3745
 
 
-def test_what_is_not_seeded_is_new_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_not_seeded_is_new_each_time(tmp_path: Path) -> None:
     """Protects apps without a seed from the same shuffles and dropouts in every round."""
     drawing = "random.random(); np.random.rand(5000)"
-    free = app(tmp_path, monkeypatch, drawing, "torch.rand(5000)")
+    free = App(tmp_path, drawing, "torch.rand(5000)", "")
     first, second, third = free.warm(3)
     drawn = list(zip(first, second, third, strict=True))
     assert [len(set(numbers)) for numbers in drawn] == [3, 3, 3, 3, 1]  # Random(7) is seeded

@@ -16,7 +16,7 @@ KEY = "facilities.here.account"
 # on 2026-11-21, and its exit code: one association, two of them, none, a cluster without slurmdbd,
 # a slurmdbd that is away.
 ONE = ("others\n", "", 0)
-TWO = ("capped\nlab\n", "", 0)
+TWO = ("lab\ncapped\n", "", 0)
 NO_ASSOCIATION = ("", "", 0)
 NO_SLURMDBD = (
     "",
@@ -27,7 +27,7 @@ NO_SLURMDBD = (
 AWAY = (
     "",
     "sacctmgr: error: slurm_persist_conn_open_without_init: failed to open persistent connection "
-    "to host:n0-login:6819: Connection refused\n"
+    "to host:198.18.7.1:6819: Connection refused\n"
     "sacctmgr: error: Sending PersistInit msg: Connection refused\n",
     1,
 )
@@ -96,7 +96,7 @@ def test_the_cluster_is_asked(answer: tuple[str, str, int], words: str, tmp_path
 @pytest.mark.parametrize(
     ("scheduler", "answer", "words"),
     [
-        ("slurm", TWO, ["several accounts: capped, lab", f"Add to the command: {KEY}=capped"]),
+        ("slurm", TWO, ["several accounts: lab, capped", f"Add to the command: {KEY}=lab"]),
         ("slurm", AWAY, [f"{KEY} must be given", "Connection refused", f"{KEY}=NAME"]),
         ("slurm", None, ["SBATCH_ACCOUNT and SLURM_ACCOUNT not set", "not found on this host"]),
         ("pbs", None, [f"{KEY} must be given: PBS_ACCOUNT not set", f"{KEY}=null where"]),
