@@ -181,7 +181,7 @@ def test_the_same_result_from_warm_jobs(flower: Flower) -> None:
     there, errors_there = flower.result("local_a")
     assert all(torch.equal(here[name], there[name]) for name in here)
     assert errors_there == errors_here == NODES * ["<class 'LookupError'>:<'asked to'>"]
-    sites = list(flower.folder.glob("flwr-hpc-batch/*/*/*"))
+    sites = [s for s in flower.folder.glob("flwr-hpc-batch/*/*/*") if s.is_dir()]
     assert len(sites) == NODES
     for site in sites:
         assert [p.name for p in (site / "allocations").iterdir()] == ["a0000"]
