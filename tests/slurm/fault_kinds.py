@@ -25,6 +25,7 @@ from worlds.runs import Run
 from flwr_hpc.spool import Spool
 
 T = TypeVar("T")
+FORK_SERVER = "flwr_hpc.site.start.fork_server"  # and each ClientApp, which is a fork of it
 
 
 class Missed(Exception):
@@ -147,7 +148,7 @@ class Scene:
 def _program(process: psutil.Process) -> str:
     """Return the name of a Flower program, whoever interprets or wraps it."""
     words = [Path(word).name for word in process.cmdline()]
-    return next((word for word in words if word.startswith(("flower-", "flwr-"))), "")
+    return next((w for w in words if w.startswith(("flower-", "flwr-")) or w == FORK_SERVER), "")
 
 
 def _mount(*arguments: str) -> None:
@@ -186,7 +187,15 @@ def server_app(scene: Scene) -> Harm:
 
 
 def client_app(scene: Scene) -> Harm:
+    return _kill(scene.session(FORK_SERVER, FORK_SERVER))
+
+
+def program_of_client_app(scene: Scene) -> Harm:
     return _kill(scene.session("flwr-clientapp"))
+
+
+def fork_server(scene: Scene) -> Harm:
+    return _kill(scene.session(FORK_SERVER, "flwr_hpc.run"))
 
 
 # ---- processes of a job --------------------------------------------------------------------------
@@ -308,9 +317,10 @@ KINDS: dict[str, Callable[[Scene], Harm]] = {
     function.__name__.replace("_", " "): function
     for function in (
         driver, superlink, supernode, superexec_of_superlink, superexec_of_supernode, server_app,
-        client_app, rank_0, other_rank, srun, slurmstepd, rank_pauses, rank_hangs, slurmctld,
-        slurmd, slurmdbd, munge, node_loses_power, node_is_down, node_drains, partition_is_down,
-        cancelled, requeued, suspended, walltime_is_over, full_disk, read_only_disk,
+        client_app, program_of_client_app, fork_server, rank_0, other_rank, srun, slurmstepd,
+        rank_pauses, rank_hangs, slurmctld, slurmd, slurmdbd, munge, node_loses_power,
+        node_is_down, node_drains, partition_is_down, cancelled, requeued, suspended,
+        walltime_is_over, full_disk, read_only_disk,
     )
 }  # fmt: skip
 
