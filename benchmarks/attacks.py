@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from _machine import record
 from worlds.attacks import Attacks
 
-COUNT = 20_000
+COUNT = 10_000
 GROWTH_LIMIT_MB, CASE_LIMIT_S = 50, 5.0
 
 

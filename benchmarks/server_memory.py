@@ -82,7 +82,7 @@ class Facilities(Grid):
         identity.task_id, identity.run_id, identity.node_id = 1, 1, 1
         self.count, self.folder, self.exchange = count, folder, exchange
         self.client_peaks: list[float] = []
-        self._ids = itertools.count()
+        self._ids, self._pushed = itertools.count(), dict[str, Message]()
 
     def set_run(self, run: Any) -> None:
         """Take no notice."""
@@ -97,12 +97,15 @@ class Facilities(Grid):
         raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Unused by FedAvg."""
-        raise NotImplementedError
+        """Keep the messages until their replies are asked for."""
+        for message in messages:
+            message_id = message.metadata.__dict__["_message_id"] = str(next(self._ids))
+            self._pushed[message_id] = message
+            yield message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Unused by FedAvg."""
-        raise NotImplementedError
+        """Let one facility after the other answer."""
+        return [self._answer(self._pushed.pop(i)) for i in message_ids if i in self._pushed]
 
     def get_node_ids(self) -> Iterable[int]:
         """Number the facilities from 1."""
@@ -111,11 +114,10 @@ class Facilities(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Let one facility after the other answer."""
-        return [self._answer(message) for message in messages]
+        """Push and pull."""
+        return self.pull_messages(list(self.push_messages(messages)))
 
     def _answer(self, message: Message) -> Message:
-        message.metadata.__dict__["_message_id"] = str(next(self._ids))
         node = message.metadata.dst_node_id
         content = RecordDict({"metrics": MetricRecord({"num-examples": node})})
         if message.metadata.message_type == "train" and self.exchange:

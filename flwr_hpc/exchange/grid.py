@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from flwr_hpc.exchange.transfer import Transfer
 REJECTED = 1000  # code of the error that a bad reply becomes
 TTL_S = 30 * 86400.0  # a job may queue for days; deadlines are the strategy's business
 POLL_S = 1.0  # pause of `send_and_receive`
+ANSWER_S = 0.05  # what is there at once is seen at this poll, and not only at the next
 OPEN = 64  # messages per node whose replies are waited for: older ones are given up
 
 log = logging.getLogger("flwr_hpc")
@@ -170,7 +171,9 @@ class ExchangeGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that are whole by now; a bad one becomes an error message."""
-        found = ((i, self._outcome(i)) for i in message_ids if i in self._awaited)
+        waiting = [i for i in message_ids if i in self._awaited]
+        wait([task for i in waiting if (task := self._ask(i))], timeout=ANSWER_S)
+        found = ((i, self._outcome(i)) for i in waiting)
         return [self._reply(i, outcome) for i, outcome in found if outcome is not None]
 
     def send_and_receive(
@@ -205,12 +208,19 @@ class ExchangeGrid(Grid):
 
     # --- pull -----------------------------------------------------------------------------
 
+    def _ask(self, message_id: str) -> Future[RecordDict | Error | None] | None:
+        """Begin to bring a reply, and return that task, unless one is under way."""
+        awaited = self._awaited[message_id]
+        if awaited.task is not None:
+            return None
+        awaited.task = self._executor.submit(self._bring, message_id, awaited)
+        awaited.looks = 0
+        return awaited.task
+
     def _outcome(self, message_id: str) -> RecordDict | Error | None:
         """Return what a reply has come to, None while it is not whole."""
         awaited = self._awaited[message_id]
-        if awaited.task is None:
-            awaited.task = self._executor.submit(self._bring, message_id, awaited)
-            awaited.looks = 0
+        assert awaited.task is not None  # it has just been asked for
         if not awaited.task.done():
             awaited.looks += 1
             return self._stalled(awaited)

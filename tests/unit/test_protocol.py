@@ -59,7 +59,7 @@ def test_what_a_site_writes_is_read_as_it_was():
         {"result": {"order_id": "x", "state": "done", "files": {"config.json": {}}}},
         {"forecast": {"quantile": None}},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_a_field_of_another_type_is_refused(change):
     """Each of them would end the run where it is calculated with, or saved."""

@@ -74,6 +74,8 @@ class Attacks:
         """Make one attack; AssertionError if it succeeds. Returns which one it was."""
         rng = random.Random(seed)
         attack = rng.choice(self.kinds)
+        self.federation.inner.pushed.clear()  # these two are the test's, and grow
+        self.federation.events.clear()
         shutil.rmtree(self.mine, ignore_errors=True)
         self.mine.unlink(missing_ok=True)
         self.mine.mkdir(parents=True)
