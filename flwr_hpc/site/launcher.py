@@ -9,7 +9,7 @@ from flwr_hpc.clock import SystemClock
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import make_store
-from flwr_hpc.files import private_folder
+from flwr_hpc.files import is_disk_trouble, private_folder
 from flwr_hpc.schedulers.base import JobSpec
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.site import submission
@@ -47,7 +47,7 @@ def make_site(settings: SiteSettings) -> AllocationManager:
 
     scheduler, clock = make_scheduler(settings.facility), SystemClock()
     return AllocationManager(
-        spool=Spool(private_folder(Path(settings.root))),
+        spool=Spool(_root(settings)),
         run_key=settings.run_key,
         facility_name=settings.name,
         facility=settings.facility,
@@ -57,6 +57,17 @@ def make_site(settings: SiteSettings) -> AllocationManager:
         clock=clock,
         forecast=Forecaster(settings.name, job_spec(settings), scheduler, clock),
     )
+
+
+def _root(settings: SiteSettings) -> Path:
+    """Return the site's folder, made where it can be: what is done in it says if it cannot."""
+    root = Path(settings.root)
+    try:
+        return private_folder(root)
+    except OSError as exc:
+        if not is_disk_trouble(exc):
+            raise
+        return root
 
 
 def job_spec(settings: SiteSettings) -> JobSpec:

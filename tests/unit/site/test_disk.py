@@ -15,10 +15,14 @@ from worlds.site import Killed, World, order
 
 from flwr_hpc import protocol
 from flwr_hpc.clock import SystemClock
+from flwr_hpc.config.compose import compose_config
 from flwr_hpc.files import disk_trouble, is_disk_trouble
 from flwr_hpc.protocol import Status
 from flwr_hpc.server.progress import DISK_EVERY_S, DiskWatch
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.server.sites import site_settings
 from flwr_hpc.site import client_app
+from flwr_hpc.site.launcher import make_site
 from flwr_hpc.site.long_poll import once_writable
 
 
@@ -171,3 +175,17 @@ def test_how_long_a_message_is_held(
     name_this_process()
     content = RecordDict({} if wait is None else {protocol.WAIT: ConfigRecord(wait)})
     assert client_app._patience_s(Message(content, 1, kind)) == patience
+
+
+@BAD
+def test_a_site_is_there_without_its_folder(disk: SmallDisk, how: str) -> None:
+    """Protects what a site can do without writing: say that it is blocked, and cancel jobs."""
+    config = compose_config(["+facility=local_a", f"facilities.local_a.workdir={disk.path}"])
+    settings = site_settings(RunDir(disk.path / "run"), config, "local_a", "key")
+    disk.fill()
+    spoil(disk, how)
+    site = make_site(settings)
+    site.cancel_all()
+    if how == "ro":
+        answer = once_writable(site.status, 0.0, FakeClock(), disk.path)
+        assert answer.state == "blocked"
