@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from lab.cluster import Cluster
-from lab.fixtures import FAULTY, Lab
+from lab.fixtures import Lab
 from lab.plan import Shape
 
 from flwr_hpc.config.facility import FacilityConfig
@@ -39,5 +39,5 @@ def test_the_accounts_of_a_user(lab: Lab) -> None:
 
 def test_a_cluster_without_accounting(lab: Lab) -> None:
     """Protects clusters without slurmdbd from a question that has no answer."""
-    cluster = lab.cluster(FAULTY)
+    cluster = lab.cluster(Shape(nodes=1, cpus=1, accounting=False))
     assert _find(cluster, "nobody") == "none (the cluster keeps none, says sacctmgr)"
