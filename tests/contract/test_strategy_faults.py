@@ -117,7 +117,7 @@ def test_late_replies(make):
 def test_all_replies_of_a_window_are_late(make):
     """One site closes the window; then the others', all of them, come from the network's hole."""
     three = [FakeSite(n, float(k), step_s=1.0 + k) for k, n in enumerate("abc")]
-    world = World(three, Settings(round_deadline_s=100.0))
+    world = World(three, Settings(round_deadline_s=100.0), rounds=8)
     for name in "abc":
         world.grid.away(name, 19.0, 200.0)
     ends_well(world, make, failed_rounds=True)
