@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def test_mistakes_are_told_in_terms_of_the_mod(
     monkeypatch.setenv("PATH", "/bin")
     if "python" in given:
         stub = tmp_path / "python"
-        stub.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no site-packages
+        stub.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')
         stub.chmod(0o755)
         given = given | {"python": str(stub)}
     with pytest.raises(UserError) as caught:

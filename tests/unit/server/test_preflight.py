@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -107,8 +108,8 @@ def test_what_lies_at_a_remote_facility_is_not_judged(tmp_path: Path) -> None:
 
 def test_a_python_that_lacks_what_jobs_need(tmp_path: Path) -> None:
     """Protects users from waits in the queue for a job that cannot start."""
-    own = tmp_path / "python"
-    own.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    own = tmp_path / "python"  # without site-packages
+    own.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')
     own.chmod(0o755)
     given = ["+facility=slurm", "facilities.slurm.account=p1", f"facilities.slurm.python={own}"]
     said = fault(*given)
