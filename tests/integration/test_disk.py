@@ -30,7 +30,7 @@ def test_a_full_disk_while_orders_are_trained(tmp_path: Path) -> None:
     """Protects a run whose folder fills up: the worker's order is not failed, nothing is lost."""
     with small_disk(tmp_path / "disk", 64) as disk:
         run = Run(tmp_path / "run", f"facilities.local_a.workdir={disk.path}", "train.steps=60")
-        run.until_training("local_a")
+        run.until_training("local_a", workdir=disk.path)
         disk.fill()
         run.until(lambda: [e for e in run.events("site_trouble") if e["reason"]])
         disk.empty()

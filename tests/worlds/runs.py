@@ -108,11 +108,13 @@ class Run:
 
         return until(look, self.dir, explain=self.said)
 
-    def until_training(self, facility: str = "local_a", version: int = 0) -> str:
+    def until_training(
+        self, facility: str = "local_a", version: int = 0, workdir: Path | None = None
+    ) -> str:
         """Wait until training from a version is under way; return the order's id."""
 
         def running() -> str | None:
-            for folder in (self.dir / "facilities" / facility).glob("orders/*"):
+            for folder in (workdir or self.dir).glob(f"**/{facility}/orders/*"):
                 if (folder / "progress.json").exists() and not (folder / "result.json").exists():
                     order = json.loads((folder / "order.json").read_text())["order"]
                     if (order["kind"], order["version"]) == ("train", version):
