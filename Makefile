@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" --numprocesses=2 --dist=worksteal
 
 test-slow: $(VENV)/.dev
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow --numprocesses=2 --dist=worksteal
 
 test-fast: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" tests/unit tests/contract
