@@ -31,7 +31,7 @@ class Site:
     def __init__(self, group: Group, folder: Path, **options: Any) -> None:
         self.group, self.folder = group, folder
         trainer = tiny_trainer(group, **options)
-        reporter: Any = SimpleNamespace(set_progress=lambda *_: None)
+        reporter: Any = SimpleNamespace(set_progress=lambda *_: None, progressed=lambda: None)
         self.runner = OrderRunner(
             trainer=trainer, checkpoints=Checkpoints(folder / "checkpoints", group), files={},
             train=TRAIN, meter=Meter(PhaseTimer(), reporter, group, TRAIN, DataConfig(), 1.0),
