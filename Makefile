@@ -11,10 +11,10 @@ demo: $(VENV)/.train
 	$(PY) -m flwr_hpc.run
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -m "not slow" --numprocesses=2 --dist=worksteal
+	$(PY) -m pytest -m "not slow" --numprocesses=3 --dist=worksteal
 
 test-slow: $(VENV)/.dev
-	$(PY) -m pytest -m slow --numprocesses=2 --dist=worksteal
+	$(PY) -m pytest -m slow --numprocesses=3 --dist=worksteal
 
 test-fast: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" tests/unit tests/contract

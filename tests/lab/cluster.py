@@ -66,10 +66,11 @@ class Cluster:
 
     @classmethod
     def _boot(cls, name: str, folder: Path, shape: Shape, keep: bool) -> Cluster:
-        for part in ("munge", "run", "log", "state", "spool", "ssh", "dev", "db"):
+        parts = ("munge", "run", "log", "state", "spool", "ssh", "dev", "db")
+        for part in parts:
             (folder / part).mkdir()
-        for public in (HOME, folder, folder / "munge"):  # for other users' jobs, whatever the umask
-            public.chmod(0o755)
+        for public in (HOME, folder, *(folder / part for part in parts)):
+            public.chmod(0o755)  # for other users' jobs, whatever the umask
         key = folder / "munge" / "key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
@@ -81,6 +82,7 @@ class Cluster:
         for path, text in files(layout).items():
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.chmod(0o755)
             target.write_text(text)
             target.chmod(0o600 if path == "slurmdbd.conf" else 0o644)
         (folder / "layout.json").write_text(

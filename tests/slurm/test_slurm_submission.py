@@ -16,7 +16,7 @@ from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 
 pytestmark = pytest.mark.slurm
 
-TIMES = 6
+TIMES = 3
 
 
 class Killer:
