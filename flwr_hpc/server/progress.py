@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from flwr_hpc.clock import Clock, SystemClock
@@ -85,7 +86,9 @@ class DiskWatch:
         if now < self._next:
             return ""
         self._next = now + DISK_EVERY_S
-        before, self._trouble = self._trouble, disk_trouble(self._folder)
+        before = self._trouble
+        with suppress(OSError):  # away for a moment: nothing is learnt by this look
+            self._trouble = disk_trouble(self._folder)
         if self._trouble == before:
             return ""
         return self._trouble or f"{self._folder} can be written again"

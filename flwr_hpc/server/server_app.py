@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -48,7 +47,9 @@ def main(grid: Grid, context: Context) -> None:
     publish(run.server_file, json.dumps({"pid": os.getpid()}))
     with EventLog(run.events) as events:
         try:
-            _once_writable(run, events, lambda: train(run, run.config(), grid, events))
+            _once_writable(
+                run, events, SystemClock(), lambda: train(run, run.config(), grid, events)
+            )
         except RunFailed as exc:
             log.error("%s", exc)
             fatal = isinstance(exc, FatalSiteError)
@@ -61,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
             events.emit("run_finished", status="finished", error="")
 
 
-def _once_writable(run: RunDir, events: EventLog, work: Callable[[], None]) -> None:
+def _once_writable(run: RunDir, events: EventLog, clock: Clock, work: Callable[[], None]) -> None:
     """Train; when the disk fails wait for it, and go on from the newest checkpoint."""
     while True:
         try:
@@ -72,9 +73,9 @@ def _once_writable(run: RunDir, events: EventLog, work: Callable[[], None]) -> N
             reason = explain_disk_trouble(exc, run.path)
         events.emit("disk_trouble", reason=reason)
         log.error("%s", reason)
-        time.sleep(DISK_PAUSE_S)  # also where a small file fits, and a large one does not
+        clock.sleep(DISK_PAUSE_S)  # also where a small file fits, and a large one does not
         while disk_trouble(run.path):
-            time.sleep(DISK_PAUSE_S)
+            clock.sleep(DISK_PAUSE_S)
 
 
 def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:

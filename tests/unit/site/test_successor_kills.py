@@ -63,14 +63,19 @@ def live_through_two(world: World) -> None:
     worker(world, 0, "running", walltime_left_s=50.0)
     again(world, "collect", order().id)
     again(world, "collect", order().id)
+    hand_over(world)
+    assert world.alloc(1).inbox() == [order().id]
+    again(world, "release")
+
+
+def hand_over(world: World) -> None:
+    """Let the successor start, and the first allocation end."""
     world.job(1, "running")
     worker(world, 1, "ready", walltime_left_s=3600.0)
     again(world, "collect", order().id)
     worker(world, 0, "closed")
     status = again(world, "collect", order().id)
     assert (status.state, status.allocation) == ("running", "a0001")  # type: ignore[attr-defined]
-    assert world.alloc(1).inbox() == [order().id]
-    again(world, "release")
 
 
 def live_through_a_chain(world: World) -> None:
@@ -82,10 +87,5 @@ def live_through_a_chain(world: World) -> None:
     world.job(0, "running")
     worker(world, 0, "ready", walltime_left_s=3000.0)
     again(world, "submit", order(), None)
-    world.job(1, "running")
-    worker(world, 1, "ready", walltime_left_s=3600.0)
-    again(world, "collect", order().id)
-    worker(world, 0, "closed")
-    status = again(world, "collect", order().id)
-    assert (status.state, status.allocation) == ("running", "a0001")  # type: ignore[attr-defined]
+    hand_over(world)
     again(world, "release")
