@@ -190,7 +190,7 @@ class Pool:
             return
         if self._room(a) < 1 or (a.released and not a.inbox):
             self._close(a)
-        task.finished = True
+        task.finished = not task.failed
         self.orders += 1
         if a.state == "ready":
             self._work(a)

@@ -225,6 +225,8 @@ class SimulatedSite:
             self.steps += steps
             task.loss_sum += loss * steps
             task.done += steps
+            if not math.isfinite(task.loss_sum):
+                task.failed, task.refused = "training diverged", True
         elif task.order.kind == "initialize":
             task.weights = self.learner.initial()
 
@@ -235,7 +237,8 @@ class SimulatedSite:
             metrics["local_update_share"] = task.share
             metrics["local_update_seq"] = float(task.own_seq)
         if order.kind == "evaluate":
-            metrics["held_out_loss"] = self.learner.evaluate(task.weights)
+            loss = self.learner.evaluate(task.weights)
+            metrics |= {"held_out_loss": loss} if math.isfinite(loss) else {}
         seconds = {"train": done * self.facility.step_s}
         result = Result(
             order.id, "done", done, done, max(1, done), metrics, "weights", seconds=seconds

@@ -88,6 +88,20 @@ def test_an_order_whose_jobs_fail_again_and_again():
     assert again.trained == (500, 500.0)
 
 
+def test_training_that_diverges(monkeypatch):
+    """Is refused like the trainer refuses it, and ends nothing else; evaluated, it has no loss."""
+    site, nan = Site(), float("nan")
+    monkeypatch.setattr(site.learner, "train", lambda i, weights, *_: (weights, nan))
+    monkeypatch.setattr(site.learner, "evaluate", lambda weights: nan)
+    reply = site.train(500)
+    site.clock.advance(3000.0)
+    assert (reply.status.state, reply.status.error) == ("failed", "training diverged")
+    assert reply.status.result.refused
+    asked = site.ask(protocol.EVALUATE, Order("k", "x", 7, "evaluate", 0, 0))
+    site.clock.advance(6000.0)
+    assert (asked.status.state, asked.status.result.metrics) == ("done", {})
+
+
 def test_an_outage():
     """What runs is lost, the site is not to be reached, and nothing starts until it is back."""
     site = Site(0.0, outages=((200.0, 5000.0),))
