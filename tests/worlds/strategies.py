@@ -247,3 +247,15 @@ def ends_well(
         assert all(n == 1 for n in site.trained.values()), "an order was trained twice"
         assert len(world.merged(site.name)) <= len(ids) or site.plain
     return as_numpy(result.arrays)
+
+
+def run_scripted(strategy, *sites, rounds=1, log=None, **settings):
+    """Run over scripted sites, by default one."""
+    grid = FakeGrid(sites or [FakeSite("a", 1.0)])
+    emit = (lambda event, **f: log.append((event, f))) if log is not None else Runtime().emit
+    runtime = Runtime(clock=grid.clock, settings=Settings(**settings), emit=emit)
+    config = ConfigRecord({"steps": 5})
+    grid.clock.limit = 100_000.0
+    return run_strategy(
+        strategy, grid, initial_arrays(), rounds, train_config=config, runtime=runtime
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +10,6 @@ from worlds.site import Killed, World, order
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.site.outcomes import RULES, SCHEDULER_OUTCOMES
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "site")
 
 
 def closed(world: World) -> None:

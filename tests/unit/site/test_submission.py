@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from worlds.site import Killed, World, order
 
 from flwr_hpc.schedulers.base import NotYetError, SchedulerUnavailableError
 from flwr_hpc.spool import SubmissionMark
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "site")
 
 
 @pytest.mark.parametrize("trouble", [Killed(), SchedulerUnavailableError("timed out")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 from worlds.site import Killed, World, order
@@ -11,11 +10,6 @@ from worlds.site import Killed, World, order
 from flwr_hpc.errors import UserError
 
 HOUR = 3600.0
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "site")
 
 
 def near_its_end(world: World, left_s: float = 50.0) -> None:

@@ -7,22 +7,20 @@ import json
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAdam as FlowerFedAdam
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from worlds.driven import Driven
-from worlds.grid import NAMES, FakeGrid, FakeSite, VirtualClock, as_numpy, initial_arrays, with_nan
-from worlds.strategies import ANY_NUMBER, Killed, World
+from worlds.grid import FakeGrid, FakeSite, VirtualClock, as_numpy, initial_arrays, with_nan
+from worlds.strategies import ANY_NUMBER, Killed, World, run_scripted
 
 from flwr_hpc.protocol import DESCRIBE, Status
 from strategies import (
-    AsyncStrategy,
     Engine,
     HpcStrategy,
     RunFailed,
     Runtime,
     Settings,
-    WindowStrategy,
     run_strategy,
 )
 from strategies.async_diloco import AsyncDiLoCo
@@ -32,174 +30,6 @@ from strategies.fedbackfill import FedBackfill
 from strategies.fedbuff import FedBuff
 from strategies.fedcompass import FedCompass
 
-# ---- what becomes a version ---------------------------------------------------------------------
-
-
-def broken(how, tensors):
-    """Return weights with one thing wrong."""
-    first, *others = tensors.items()
-    name, tensor = first
-    return {
-        "missing": dict(others),
-        "unknown": {**tensors, "more": tensor},
-        "shape": {**tensors, name: tensor[:1]},
-        "nan": {**tensors, name: tensor * np.float32("nan")},
-        "overflow": {**tensors, name: tensor.astype(np.float64) + 1e300},
-        "no pairs": [name, others[0][0]],
-        "nothing": {},
-        "twice": [first, first, *others],
-    }[how]
-
-
-class Gives(AsyncStrategy):
-    """Returns what it is told to, made of the newest weights."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def on_result(self, result, staleness):
-        return self.make({k: a.numpy() for k, a in self.arrays.items()})
-
-
-class Merges(WindowStrategy):
-    """The same for a window."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def merge(self, updates, weights):
-        return self.make({k: a.numpy() for k, a in self.arrays.items()})
-
-
-class Aggregates(HpcStrategy):
-    """The same for a round."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def aggregate(self, server_round, trained, weights):
-        return self.make({k: a.numpy() for k, a in self.arrays.items()})
-
-
-class OfFlower(FlowerFedAvg):
-    """The same for a strategy of Flower's."""
-
-    def __init__(self, make):
-        super().__init__(**ANY_NUMBER)
-        self.make = make
-
-    def aggregate_train(self, server_round, replies):
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        made = self.make(as_numpy(arrays))
-        return ArrayRecord({k: Array(w) for k, w in dict(made).items()}), metrics
-
-
-KINDS = [Gives, Merges, Aggregates, OfFlower]
-each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def run(strategy, *sites, rounds=1, log=None, **settings):
-    """Run over scripted sites."""
-    grid = FakeGrid(sites or [FakeSite("a", 1.0)])
-    emit = (lambda event, **f: log.append((event, f))) if log is not None else Runtime().emit
-    runtime = Runtime(clock=grid.clock, settings=Settings(**settings), emit=emit)
-    config = ConfigRecord({"steps": 5})
-    grid.clock.limit = 100_000.0
-    return run_strategy(
-        strategy, grid, initial_arrays(), rounds, train_config=config, runtime=runtime
-    )
-
-
-FAULTS = {
-    "missing": "layer.weight is missing",
-    "unknown": "'more', which the model has not",
-    "shape": "shape",
-    "nan": "not finite",
-    "overflow": "too large",
-    "nothing": "missing",
-}
-
-
-@each_kind
-@pytest.mark.parametrize("how", FAULTS)
-def test_weights_that_are_no_version_end_the_run(kind, how):
-    """A tensor that is missing, unknown, misshapen or no number never becomes the model."""
-    if kind is OfFlower and how in ("nothing", "overflow"):
-        return  # no weights at all are a failed round, and Flower has only its own float32
-
-    def make(tensors):
-        return broken(how, tensors)
-
-    with pytest.raises(RunFailed, match=FAULTS[how]) as told:
-        run(kind(make))
-    assert kind is OfFlower or kind.__name__ in str(told.value)
-
-
-@pytest.mark.parametrize("how", ["no pairs", "twice"])
-@pytest.mark.parametrize("kind", [Gives, Merges, Aggregates])
-def test_pairs_that_are_none(kind, how):
-    """What is yielded are pairs of name and tensor, each name once."""
-    with pytest.raises(RunFailed, match=r"pair of a name|twice"):
-        run(kind(lambda tensors: broken(how, tensors)))
-
-
-@each_kind
-def test_versions_have_the_models_dtype(kind):
-    """float64 from numpy's arithmetic must not make the model twice as large."""
-
-    def double(tensors):
-        return {k: w.astype(np.float64) + 1.0 for k, w in tensors.items()}
-
-    result = run(kind(double), rounds=2)
-    assert {a.numpy().dtype for a in result.arrays.values()} == {np.dtype(np.float32)}
-
-
-@pytest.mark.parametrize("kind", [Gives, Merges, Aggregates])
-def test_a_mapping_or_pairs(kind):
-    """Both are new weights."""
-    results = [
-        as_numpy(run(kind(make)).arrays)
-        for make in (
-            lambda tensors: {k: w + 1 for k, w in tensors.items()},
-            lambda tensors: ((k, w + 1) for k, w in tensors.items()),
-        )
-    ]
-    for name in NAMES:
-        np.testing.assert_array_equal(results[0][name], results[1][name])
-
-
-def test_a_generator_is_never_none():
-    """`return None` in a function with `yield` says something else than its author means."""
-
-    class Waits(AsyncStrategy):
-        def on_result(self, result, staleness):
-            if result.order.seq == 0:
-                return None
-            yield from ((k, a.numpy()) for k, a in self.arrays.items())
-
-    with pytest.raises(RunFailed, match=r"Waits.on_result yielded nothing.*generator"):
-        run(Waits())
-
-
-def test_nothing_is_committed_of_refused_weights():
-    """The version before is what a resumed run goes on from."""
-
-    class Spoils(Gives):
-        def on_result(self, result, staleness):
-            new = super().on_result(result, staleness)
-            return broken("nan", new) if self.version == 1 else new
-
-    grid = FakeGrid([FakeSite("a", 1.0)])
-    runtime = Runtime(clock=grid.clock)
-    config = ConfigRecord({"steps": 5})
-    with pytest.raises(RunFailed):
-        run_strategy(Spoils(dict), grid, initial_arrays(), 3, train_config=config, runtime=runtime)
-    assert runtime.checkpoints.restore()["version"] == 1
-
-
 # ---- runs that come to nothing ------------------------------------------------------------------
 
 
@@ -208,7 +38,7 @@ def test_a_run_without_a_version_has_failed(make):
     """Nothing but NaN: the initial weights are not a result."""
     spoilt = [FakeSite(name, spoil=with_nan) for name in "ab"]
     with pytest.raises(RunFailed, match=r"a: .*not finite.*b: .*not finite"):
-        run(make(), *spoilt)
+        run_scripted(make(), *spoilt)
 
 
 @pytest.mark.parametrize("make", [HpcStrategy, FedBackfill, FedCompass, FedAvg])
@@ -243,7 +73,7 @@ def test_the_living_fail():
 def test_sites_that_train_nothing_for_ever():
     """Orders without a single step are no progress either."""
     with pytest.raises(RunFailed, match="a: it trained no step"):
-        run(FedBuff(), FakeSite("a", most_steps=0))
+        run_scripted(FedBuff(), FakeSite("a", most_steps=0))
 
 
 # ---- what weighs --------------------------------------------------------------------------------
@@ -254,7 +84,7 @@ def test_partial_work_is_a_switch(partial, facilities):
     """Off, a result of 3 of 5 steps does not count."""
     log: list = []
     sites = FakeSite("a"), FakeSite("b", most_steps=3)
-    run(FedAvg(), *sites, log=log, partial_work=partial)
+    run_scripted(FedAvg(), *sites, log=log, partial_work=partial)
     assert [f["facilities"] for e, f in log if e == "aggregated"] == [facilities]
 
 
@@ -264,7 +94,7 @@ def test_back_off_is_a_switch():
     for backoff_s in (0.0, 60.0):
         log: list = []
         sites = FakeSite("a", step_s=20.0), FakeSite("b", fail=Status("failed", error="no"))
-        run(FedBuff(), *sites, rounds=1, log=log, backoff_s=backoff_s, retries=0)
+        run_scripted(FedBuff(), *sites, rounds=1, log=log, backoff_s=backoff_s, retries=0)
         failures.append(sum(event == "order_failed" for event, _ in log))
     assert failures[0] > 3 * failures[1] > 0
 
@@ -405,7 +235,7 @@ def test_a_wrapped_strategy_says_how_many_sites_it_needs():
     """Else Flower's sampling would wait for the third for ever."""
     sites = [FakeSite("a"), FakeSite("b")]
     with pytest.raises(RunFailed, match="needed 3"):
-        run(private(), *sites, rounds=3, offline_grace_s=20.0)
+        run_scripted(private(), *sites, rounds=3, offline_grace_s=20.0)
 
 
 # ---- idle sites ---------------------------------------------------------------------------------

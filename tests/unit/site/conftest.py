@@ -1,0 +1,13 @@
+"""A site of its own for every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from worlds.site import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "site")
