@@ -14,8 +14,9 @@ from types import FrameType
 
 import psutil
 
+from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.schema import Config
-from flwr_hpc.files import read_json
+from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, read_json
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.server import flower
 from flwr_hpc.server.bundle import write_bundle
@@ -29,6 +30,7 @@ from flwr_hpc.tracking.live import LiveView
 POLL_S = 0.3
 RELEASE_S = 15.0  # for a released job to end
 WANDB_S = 30.0  # to upload what is left
+DISK_PAUSE_S = 15.0  # between two looks at a disk that could not be written
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,48 @@ def drive(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
     return outcome
 
 
-def _sessions(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
+def _sessions(
+    run: RunDir, config: Config, view: LiveView, clock: Clock | None = None
+) -> SessionOutcome:
+    """Give Flower several tries; one that the disk has ended is none, and the disk waited for."""
     follower = follow(run.events)
     view.restore(follower.poll())
-    outcome = _session(run, config, follower, view, flower.START_S)
-    for attempt in range(1, config.federation.restarts + 1):
-        if outcome.status != "lost":
-            break
+    failed = 0
+    while True:
+        outcome, trouble = _session_or_trouble(run, config, follower, view, 2**failed)
+        if outcome.status == "finished" or outcome.fatal:
+            return outcome
+        if trouble:
+            view.print_line(f"{outcome.error}; {trouble}")
+            _wait_for_disk(run.path, clock or SystemClock())
+            view.print_line(f"{run.path} can be written again; starting from the last aggregation")
+            continue
+        failed += 1
+        if outcome.status != "lost" or failed > config.federation.restarts:
+            return outcome
         view.print_line(f"{outcome.error}; starting again from the last aggregation")
-        outcome = _session(run, config, follower, view, flower.START_S * 2**attempt)
-    return outcome
+
+
+def _session_or_trouble(
+    run: RunDir, config: Config, follower: Follower, view: LiveView, patience: int
+) -> tuple[SessionOutcome, str]:
+    """Run a session; return also what is wrong with the disk, if it did not finish."""
+    try:
+        outcome = _session(run, config, follower, view, flower.START_S * patience)
+    except OSError as exc:
+        if not is_disk_trouble(exc):
+            raise
+        trouble = explain_disk_trouble(exc, Path(exc.filename or run.path))
+        return SessionOutcome("lost", "Flower could not be started"), trouble
+    with suppress(OSError):  # away for a moment: nothing is learnt by this look
+        return outcome, disk_trouble(run.path)
+    return outcome, ""
+
+
+def _wait_for_disk(folder: Path, clock: Clock) -> None:
+    clock.sleep(DISK_PAUSE_S)  # also where a small file fits, and a large one does not
+    while disk_trouble(folder):
+        clock.sleep(DISK_PAUSE_S)
 
 
 def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: SessionOutcome) -> None:

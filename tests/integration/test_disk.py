@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from worlds.disk import small_disk
-from worlds.runs import Run
+from worlds.runs import Run, kill
 
 SHORT = ("rounds=1", "train.steps=30")
 
@@ -35,4 +35,18 @@ def test_a_full_disk_while_orders_are_trained(tmp_path: Path) -> None:
         run.until(lambda: [e for e in run.events("site_trouble") if e["reason"]])
         disk.empty()
         assert run.end() == 0, run.said()
+        assert run.summary()["facilities"]["local_a"]["steps"] == 120
+
+
+def test_a_full_disk_while_a_session_is_started_anew(tmp_path: Path) -> None:
+    """Protects a run whose disk is full when Flower has to be started again: it waits for it."""
+    with small_disk(tmp_path / "disk", 64) as disk:
+        run = Run(disk.path / "run", "train.steps=60", output=tmp_path / "said")
+        run.until_training("local_a")
+        disk.fill()
+        kill(run.children("flower-superlink")[0].pid)
+        run.until(lambda: f"superlink ended; {run.dir} cannot be written" in run.said())
+        disk.empty()
+        assert run.end() == 0, run.said()
+        assert "starting from the last aggregation" in run.said()
         assert run.summary()["facilities"]["local_a"]["steps"] == 120

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from worlds.clock import FakeClock
 
 from flwr_hpc.config.schema import Config, FederationConfig
 from flwr_hpc.server import driver, flower
@@ -54,3 +56,44 @@ def test_tries_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     outcome, patience, _ = _sessions(monkeypatch, tmp_path, [slow] * 9, 1)
     assert outcome == slow
     assert len(patience) == 2
+
+
+@pytest.mark.parametrize("ended", ["raised", "lost", "failed"])
+def test_a_session_that_a_full_disk_ends_is_begun_anew_once_there_is_space(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ended: str
+) -> None:
+    """Protects a run whose disk fills up while Flower is started: no try is used up, and it says
+    what it waits for."""
+    disk, clock = ["full"], FakeClock()
+    clock.at[100.0] = disk.clear
+    monkeypatch.setattr(driver, "disk_trouble", lambda folder: "".join(disk))
+    moments: list[float] = []
+
+    def session(*args: Any) -> SessionOutcome:
+        moments.append(clock.time)
+        if not disk:
+            return SessionOutcome("finished")
+        if ended == "raised":
+            raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "flower"))
+        return SessionOutcome(ended, "superlink ended")
+
+    monkeypatch.setattr(driver, "_session", session)
+    view, out = _view()
+    config = Config(federation=FederationConfig(restarts=0))
+    assert driver._sessions(RunDir(tmp_path), config, view, clock).status == "finished"
+    assert moments == [0.0, 105.0]
+    assert out.getvalue().count("can be written again") == 1
+    assert ("No space left" if ended == "raised" else "full") in out.getvalue()
+
+
+def test_what_no_disk_explains_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Protects from waiting for ever: another error ends the session, and is told."""
+
+    def session(*args: Any) -> SessionOutcome:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(driver, "_session", session)
+    with pytest.raises(OSError, match="Permission denied"):
+        driver._sessions(RunDir(tmp_path), Config(), _view()[0], FakeClock())
