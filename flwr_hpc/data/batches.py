@@ -69,7 +69,7 @@ class Corpus:
             rows[i] = _epoch_order(self.seed, self.facility, epoch, len(self.train))[place]
         return _batch(self.train, rows)
 
-    def held_out(self, rank: int, rank_count: int, sequences: int = 8) -> Iterator[Batch]:
+    def held_out(self, rank: int, rank_count: int, sequences: int) -> Iterator[Batch]:
         """Yield this rank's share of the held-out sequences, `sequences` at a time.
 
         Over all ranks every chosen sequence comes once. All ranks yield equally many batches,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
+CHUNK_BYTES = 2**28  # Of float32 logits that exist at a time
 
 
 def count_tokens(labels: Tensor) -> int:
@@ -17,23 +25,76 @@ def count_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross entropy of every next token, in nats.
+def next_tokens(labels: Tensor) -> Tensor:
+    """Return what each position has to predict, from unshifted labels; nothing for the last."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum the cross entropy of every target, in nats.
 
     Parameters
     ----------
-    logits : Tensor (sequences, seq_len, vocabulary)
+    logits : Tensor (sequences, positions, vocabulary)
         Any floating-point type; the loss is taken in float32.
-    labels : Tensor (sequences, seq_len), int64
-        Not shifted: ``labels[i] = input_ids[i]``, or -100 where no loss is taken.
+    targets : Tensor (sequences, positions), int64
+        The next token of each position, or -100 where no loss is taken: see `next_tokens`.
 
     Returns
     -------
     Tensor (), float32
     """
     return cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]).to(torch.float32),
-        labels[:, 1:].reshape(-1),
+        logits.flatten(0, 1).to(torch.float32),
+        targets.flatten(),
         ignore_index=IGNORED,
         reduction="sum",
     )
+
+
+def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor]:
+    """Return what takes ``(input_ids, labels)`` through a causal model to the summed loss.
+
+    Of long sequences or large vocabularies the logits are larger than the model. So the head
+    runs chunk by chunk of the positions, and once more in the backward pass.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, with or without peft, sharded or not.
+    chunk_bytes : int
+    """
+
+    def loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        targets = next_tokens(labels)
+        output = causal.base_model(input_ids=input_ids)
+        sequences, length = input_ids.shape
+        vocabulary = causal.get_output_embeddings().weight.shape[0]
+        size = max(1, chunk_bytes // (4 * sequences * vocabulary))
+
+        def head(hidden: Tensor, targets: Tensor) -> Tensor:
+            with _decoded(causal.base_model, output, hidden):
+                return summed_loss(causal.forward(input_ids=input_ids).logits, targets)
+
+        hidden = torch.split(output.last_hidden_state, size, dim=1)
+        chunks = zip(hidden, targets.split(size, 1), strict=True)  # type: ignore[no-untyped-call]
+        if size >= length:
+            return head(*next(chunks))
+        return torch.stack([checkpoint(head, *c, use_reentrant=False) for c in chunks]).sum()
+
+    model.summed_loss = MethodType(loss, model)
+    register_fsdp_forward_method(model, "summed_loss")
+    bound: Callable[..., Tensor] = model.summed_loss
+    return bound
+
+
+@contextmanager
+def _decoded(decoder: nn.Module, output: Any, hidden: Tensor) -> Iterator[None]:
+    """Have the decoder answer with `hidden`: what follows the head (a soft cap) is the model's."""
+    answer = type(output)(**{**output, "last_hidden_state": hidden})
+    decoder.forward = lambda *_, **__: answer
+    try:
+        yield
+    finally:
+        del decoder.forward

@@ -16,7 +16,7 @@ from flwr_hpc.data.batches import Batch, Corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.algorithms.control_variates import ControlVariates
-from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
+from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
@@ -40,6 +40,8 @@ class Trainer:
     group : Group
     one_unit_below : int
         See `parallel.shard`.
+    chunk_bytes : int
+        See `loss.add_loss`.
 
     Attributes
     ----------
@@ -57,6 +59,7 @@ class Trainer:
         total_steps: int,
         group: Group,
         one_unit_below: int = ONE_UNIT_BELOW,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.step = 0
         self.lr_scale = 1.0
@@ -66,6 +69,7 @@ class Trainer:
         self._total_steps = total_steps
         self._group = group
         shard(built.model, group.ranks.world_size, group.device, config.precision, one_unit_below)
+        self._summed_loss = add_loss(built.model, chunk_bytes)
         tensors = exchanged(built.model)
         self._exchanged = {file: tensors[name] for name, file in built.names.items()}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
@@ -229,8 +233,9 @@ class Trainer:
 
     def _loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         device = self._group.device
-        output = self._model(input_ids=input_ids.to(device, non_blocking=True))
-        return summed_loss(output.logits, labels.to(device, non_blocking=True))
+        return self._summed_loss(
+            input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        )
 
     def _account(self, done: OrderProgress, stats: list[Tensor], last_tokens: int) -> None:
         if not stats:
@@ -254,7 +259,9 @@ class Trainer:
         if self._held_out is None:
             # Equally many on every rank: a forward pass gathers parameters from all of them.
             ranks = self._group.ranks
-            self._held_out = list(self._corpus.held_out(ranks.rank, ranks.world_size))
+            self._held_out = list(
+                self._corpus.held_out(ranks.rank, ranks.world_size, self._config.micro_batch)
+            )
         self._model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in self._held_out:

@@ -167,6 +167,17 @@ def test_activation_checkpointing_changes_nothing(pair: Team, tmp_path: Path) ->
     assert_same(saving["weights"], plain["weights"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_in_chunks_changes_nothing(
+    pair: Team, tmp_path: Path, kind: dict[str, bool]
+) -> None:
+    """The head is computed again in the backward pass, on gathered weights."""
+    whole = pair.run(scenario.trained, tmp_path / "1", **kind)
+    chunks = pair.run(scenario.trained, tmp_path / "2", chunk_bytes=4096, **kind)
+    np.testing.assert_allclose(chunks["losses"], whole["losses"], rtol=1e-6)
+    assert_same(chunks["weights"], whole["weights"])
+
+
 def test_bf16_trains_float32_weights(pair: Team, tmp_path: Path) -> None:
     """Mixed precision follows fp32 to bf16's accuracy; what is exchanged stays float32."""
     exact = pair.run(scenario.trained, tmp_path / "1")

@@ -16,7 +16,7 @@ import torch
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.data.batches import Batch
-from flwr_hpc.train.loss import IGNORED
+from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED
 from flwr_hpc.train.model import Built, build
 from flwr_hpc.train.rendezvous import Group, join
 from flwr_hpc.train.trainer import Trainer
@@ -75,7 +75,7 @@ class TinyCorpus:
         first = (step * rank_count + rank) * sequences_per_rank
         return self._sequences(first, sequences_per_rank)
 
-    def held_out(self, rank: int, rank_count: int) -> Iterator[Batch]:
+    def held_out(self, rank: int, rank_count: int, sequences: int) -> Iterator[Batch]:
         """Five batches, so that of two ranks one gets a batch without a label."""
         for i in range(rank, rank + -(-5 // rank_count) * rank_count, rank_count):
             batch = self._sequences(10_000 + 3 * i, 3)
@@ -102,6 +102,7 @@ def tiny_trainer(
     tied: bool = True,
     lora: bool = False,
     one_unit_below: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
     path: str | None = None,
     model: dict[str, Any] | None = None,
     **train: Any,
@@ -109,7 +110,7 @@ def tiny_trainer(
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
     config = dataclasses.replace(TRAIN, **train)
     built = tiny_model(tied, lora, path, config.activation_checkpointing, model)
-    return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below)
+    return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes)
 
 
 @dataclass

@@ -16,7 +16,6 @@ from worlds.torch_ranks import SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
-from flwr_hpc.train.loss import IGNORED, count_tokens, summed_loss
 from flwr_hpc.train.metrics import flops_per_token, mfu
 from flwr_hpc.train.model import build, exchanged, layers
 from flwr_hpc.train.optim import learning_rate, schedule_steps
@@ -37,29 +36,6 @@ def test_schedule_spans_the_run() -> None:
     assert rates[50] == pytest.approx(0.1)
     assert learning_rate(10**6, TRAIN, total) == pytest.approx(0.1)
     assert schedule_steps(dataclasses.replace(TRAIN, schedule_steps=7), rounds=5) == 7
-
-
-def test_loss_is_that_of_transformers() -> None:
-    """Shifted once, ignoring -100, and additive over sequences."""
-    model = tiny_model().model
-    ids = torch.randint(0, VOCABULARY, (3, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[0, :5] = labels[2, 9:] = IGNORED
-    output = model(input_ids=ids, labels=labels)
-    summed = summed_loss(output.logits, labels)
-    assert float(summed) / count_tokens(labels) == pytest.approx(float(output.loss), rel=1e-6)
-    apart = sum(float(summed_loss(output.logits[i : i + 1], labels[i : i + 1])) for i in range(3))
-    assert apart == pytest.approx(float(summed), rel=1e-6)
-
-
-def test_a_sequence_without_labels_costs_nothing() -> None:
-    """No NaN from a division by zero."""
-    logits = torch.randn(1, 4, 5, requires_grad=True)
-    loss = summed_loss(logits, torch.full((1, 4), IGNORED))
-    loss.backward()
-    assert float(loss) == 0
-    assert logits.grad is not None
-    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("orderly", [True, False])
