@@ -150,7 +150,7 @@ def _open_lock(folder: Path) -> IO[bytes]:
         return open(folder / "lock", "rb")
 
 
-def try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[Any]) -> bool:
     """Lock an open file if nobody holds it; a file system without locks counts as free."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flwr.app import ConfigRecord
 
@@ -132,11 +132,7 @@ class Store(ABC):
         transfer : Transfer or None
             Counts the bytes, and may end it.
         """
-        size = self.size(ref)
-        if size is None:
-            raise BadPayload(f"payload {ref.key} is not in the store {self.url}")
-        if size != ref.bytes:
-            raise BadPayload(f"payload {ref.key} has {size} bytes, expected {ref.bytes}")
+        self.check_size(ref, self.size(ref))
         with draft(target, durable=not own) as temporary:
             if not own and self.link(ref, temporary):
                 digest = sha256_of(temporary)
@@ -145,6 +141,13 @@ class Store(ABC):
                     digest = copy_exactly(source, f, ref.bytes, transfer or Transfer())
             if digest != ref.sha256:
                 raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
+
+    def check_size(self, ref: Reference, size: int | None) -> None:
+        """Raise a BadPayload if a payload is not there, or of another size."""
+        if size is None:
+            raise BadPayload(f"payload {ref.key} is not in the store {self.url}")
+        if size != ref.bytes:
+            raise BadPayload(f"payload {ref.key} has {size} bytes, expected {ref.bytes}")
 
     @abstractmethod
     def size(self, ref: Reference) -> int | None:
@@ -175,9 +178,17 @@ def store_names() -> list[str]:
     return registry.names(stores)
 
 
-def make_store(url: str) -> Store:
-    """Return the store that ``exchange.store`` names: by the scheme of the URL, else fsspec's."""
+def make_store(url: str, **options: Any) -> Store:
+    """Return the store that ``exchange.store`` names: by the scheme of the URL, else fsspec's.
+
+    Parameters
+    ----------
+    url : str
+    **options
+        ``credential`` (a file) and ``stall_s`` for a server's store; others take none.
+    """
     scheme = url.partition("://")[0] if "://" in url else FOLDER
     own = scheme in store_names() or "." in scheme
-    made: Store = registry.find("exchange.store", scheme if own else DEFAULT, stores, Store)(url)
+    kind = registry.find("exchange.store", scheme if own else DEFAULT, stores, Store)
+    made: Store = kind(url, **options)
     return made

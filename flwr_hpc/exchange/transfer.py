@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import threading
 from contextlib import suppress
 from typing import IO
 
@@ -25,21 +26,26 @@ class Transfer:
     ----------
     done : int
         Bytes moved or checked so far.
+    total : int
+        Bytes there are, 0 while that is not known.
     begun : bool
         Whether there is something to move.
     """
 
     def __init__(self) -> None:
         self.done = 0
+        self.total = 0
         self.begun = False
         self._cancelled = False
+        self._lock = threading.Lock()  # a payload may come in several streams
 
     def advance(self, count: int) -> None:
         """Count bytes; Cancelled if nobody waits for them."""
         if self._cancelled:
             raise Cancelled
         self.begun = True
-        self.done += count
+        with self._lock:
+            self.done += count
 
     def cancel(self) -> None:
         """End it at its next piece."""

@@ -6,9 +6,11 @@ import hashlib
 import os
 import threading
 import uuid
+from contextlib import ExitStack
 
 import pytest
 from fsspec.core import url_to_fs
+from worlds.exchange_server import ExchangeServer, write_credential
 
 from flwr_hpc.exchange.store import Reference, make_store, store_names
 from flwr_hpc.exchange.tensors import BadPayload
@@ -16,21 +18,30 @@ from flwr_hpc.exchange.tensors import BadPayload
 DATA = b"weights" * 400_000
 
 
+FOLDER = "node-7"  # of the site whose credential a server's store is given
+
 # A new store needs a row here: places, as ``exchange.store`` names them and as fsspec does.
 PLACES = {
     "file": [("{folder}", "{folder}"), ("file://{folder}", "{folder}")],
     "fsspec": [("memory://{name}", "memory://{name}")],
+    "https": [("{server}", "{folder}")],
+    "http": [("{server}", "{folder}")],
 }
 
 
 @pytest.fixture(params=[(name, i) for name in store_names() for i in range(len(PLACES[name]))])
 def store(request, tmp_path):
     name, i = request.param
-    names = {"folder": tmp_path / "store", "name": uuid.uuid4().hex}
-    url, place = (text.format(**names) for text in PLACES[name][i])
-    made = make_store(url)
-    made.place = url_to_fs(place)
-    return made
+    names, options = {"folder": tmp_path / "store", "name": uuid.uuid4().hex}, {}
+    with ExitStack() as servers:
+        if name in ("http", "https"):
+            server = servers.enter_context(ExchangeServer(tmp_path, tls=name == "https"))
+            names["server"] = server.url
+            options["credential"] = write_credential(tmp_path / "credential")
+        url, place = (text.format(**names) for text in PLACES[name][i])
+        made = make_store(url, **options)
+        made.place = url_to_fs(place)
+        yield made
 
 
 @pytest.fixture
@@ -50,25 +61,25 @@ def spoil(store, ref, data):
 
 def test_a_payload_comes_back_as_it_was(store, payload, tmp_path):
     """The bytes, the hash and the size survive."""
-    ref = store.put(payload, "site_a")
+    ref = store.put(payload, FOLDER)
     assert ref.sha256 == hashlib.sha256(DATA).hexdigest()
-    assert (ref.bytes, ref.folder) == (len(DATA), "site_a")
+    assert (ref.bytes, ref.folder) == (len(DATA), FOLDER)
     store.get(ref, tmp_path / "new" / "target")
     assert (tmp_path / "new" / "target").read_bytes() == DATA
 
 
 def test_putting_and_getting_again_changes_nothing(store, payload, tmp_path):
     """An order that is sent again puts its result again."""
-    assert store.put(payload) == store.put(payload)
+    assert store.put(payload, FOLDER) == store.put(payload, FOLDER)
     for _ in range(2):
-        store.get(store.put(payload), tmp_path / "target")
+        store.get(store.put(payload, FOLDER), tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == DATA
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_missing_payload_is_a_bad_payload(store, payload, tmp_path):
     """Deleted is deleted, also a second time; the reader is told, and no target appears."""
-    ref = store.put(payload)
+    ref = store.put(payload, FOLDER)
     store.delete(ref)
     store.delete(ref)
     with pytest.raises(BadPayload, match="not in the store"):
@@ -83,7 +94,7 @@ def test_a_missing_payload_is_a_bad_payload(store, payload, tmp_path):
 )
 def test_what_is_not_what_was_put_is_refused(store, payload, tmp_path, spoiled, says):
     """A flipped bit or a cut transfer never reaches the target."""
-    ref = store.put(payload)
+    ref = store.put(payload, FOLDER)
     spoil(store, ref, spoiled)
     with pytest.raises(BadPayload, match=says):
         store.get(ref, tmp_path / "target")
@@ -93,15 +104,15 @@ def test_what_is_not_what_was_put_is_refused(store, payload, tmp_path, spoiled, 
 
 def test_a_half_uploaded_payload_is_put_again(store, payload, tmp_path):
     """A killed upload does not stand in the way of the next."""
-    ref = store.put(payload)
+    ref = store.put(payload, FOLDER)
     spoil(store, ref, DATA[:100])
-    store.get(store.put(payload), tmp_path / "target")
+    store.get(store.put(payload, FOLDER), tmp_path / "target")
 
 
 def test_sweep_removes_payloads_and_nothing_else(store, payload):
     """A new session starts with an empty store, and leaves foreign files alone."""
     store.sweep()
-    ref = store.put(payload, "global")
+    ref = store.put(payload, FOLDER)
     fs, root = store.place
     with fs.open(f"{root}/README", "wb") as f:
         f.write(b"mine")
@@ -112,12 +123,12 @@ def test_sweep_removes_payloads_and_nothing_else(store, payload):
 
 def test_concurrent_puts_of_the_same_content_are_fine(store, payload, tmp_path):
     """Two sites may send the same weights at once."""
-    threads = [threading.Thread(target=store.put, args=(payload,)) for _ in range(8)]
+    threads = [threading.Thread(target=store.put, args=(payload, FOLDER)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    store.get(store.put(payload), tmp_path / "target")
+    store.get(store.put(payload, FOLDER), tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == DATA
 
 

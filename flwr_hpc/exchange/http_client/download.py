@@ -1,0 +1,171 @@
+"""A payload from the server, in chunks over a few lines, each byte fetched once whatever happens.
+
+Beside the file that grows lies another that says how much of every chunk is in it, so that a later
+process goes on with the rest. Both are found by the payload's sha256, and go when it is whole, or
+wrong, or nobody has come back to them for a week.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from flwr_hpc.exchange.http_client.connection import Connection, Interrupted
+from flwr_hpc.exchange.store import Reference
+from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.files import try_lock
+
+CHUNK = 8 << 20
+STREAMS = 4
+PIECE = 1 << 20  # bytes moved or hashed at a time
+AGE_S, COUNT = 7 * 86400.0, 8  # of partial files in a folder: older and more are removed
+PART, MARKS = ".part", ".marks"
+MARK = struct.Struct("<I")  # bytes of a chunk that are here
+
+
+def download(
+    connection: Connection, ref: Reference, folder: Path, target: Path, transfer: Transfer
+) -> None:
+    """Fetch a payload into `target`, and check it; what there is of it in `folder` counts.
+
+    BadPayload if it is not what the reference says, OSError if it cannot be had or written.
+    """
+    transfer.total = ref.bytes
+    sweep(folder)
+    with _partial(folder, ref) as (data, marks):
+        part = _Part(connection, ref, data, marks, transfer)
+        digest = part.fetch()
+        if digest != ref.sha256:
+            part.discard()
+            raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
+        os.unlink(marks.name)
+        os.replace(data.name, target)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what interrupted downloads have left there for too long."""
+    parts = sorted(folder.glob(f".*{PART}"), key=lambda path: -path.stat().st_mtime)
+    for i, path in enumerate(parts):
+        if i >= COUNT or path.stat().st_mtime < time.time() - AGE_S:
+            path.with_suffix(MARKS).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial(folder: Path, ref: Reference) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open what there is of a payload, for this process alone."""
+    with ExitStack() as stack:
+        name = f".{ref.sha256}"
+        marks = stack.enter_context(_open(folder / f"{name}{MARKS}"))
+        if not try_lock(marks):  # another process fetches the same: leave it its own
+            name = f"{name}.{os.getpid()}"
+            marks = stack.enter_context(_open(folder / f"{name}{MARKS}"))
+        yield stack.enter_context(_open(folder / f"{name}{PART}")), marks
+
+
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "r+b", 0, opener=lambda name, how: os.open(name, how | os.O_CREAT, 0o600))
+
+
+class _Linked(Transfer):
+    """Part of another transfer: ends with that, or alone."""
+
+    def __init__(self, whole: Transfer) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def advance(self, count: int) -> None:
+        super().advance(count)
+        self._whole.advance(count)
+
+
+class _Part:
+    """A payload of which some chunks are here."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        ref: Reference,
+        data: IO[bytes],
+        marks: IO[bytes],
+        transfer: Transfer,
+    ) -> None:
+        self._connection, self._ref, self._transfer = connection, ref, _Linked(transfer)
+        self._data, self._marks = data, marks
+
+    def fetch(self) -> str:
+        """Fetch what is missing, and return the sha256, computed as the chunks come in order."""
+        count = -(-self._ref.bytes // CHUNK)
+        if os.fstat(self._data.fileno()).st_size != self._ref.bytes:
+            os.ftruncate(self._marks.fileno(), 0)  # they are of a file that is gone
+        marks = os.pread(self._marks.fileno(), count * MARK.size, 0).ljust(count * MARK.size, b"\0")
+        os.ftruncate(self._data.fileno(), self._ref.bytes)
+        digest = hashlib.sha256()
+        pool = ThreadPoolExecutor(STREAMS, thread_name_prefix="exchange")
+        try:
+            here = [n for (n,) in MARK.iter_unpack(marks)]
+            coming = [pool.submit(self._chunk, i, n) for i, n in enumerate(here)]
+            for i, chunk in enumerate(coming):
+                chunk.result()
+                self._hash(i, digest)
+        except BaseException:
+            self._transfer.cancel()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return digest.hexdigest()
+
+    def discard(self) -> None:
+        """Remove what turned out to be wrong."""
+        for file in (self._marks, self._data):
+            os.unlink(file.name)
+
+    def _hash(self, i: int, digest: hashlib._Hash) -> None:
+        at, end = self._span(i)
+        while at < end:
+            piece = os.pread(self._data.fileno(), min(PIECE, end - at), at)
+            digest.update(piece)
+            at += len(piece)
+
+    def _chunk(self, i: int, count: int) -> None:
+        """Fetch a chunk of which `count` bytes are here, and note how far it is."""
+        first, end = self._span(i)
+        at = min(first + count, end)
+        self._transfer.advance(at - first)
+
+        def attempt() -> None:
+            nonlocal at
+            headers = {"Range": f"bytes={at}-{end - 1}"}
+            with self._connection.request("GET", self._ref.key, headers) as response:
+                expected = f"bytes {at}-{end - 1}/{self._ref.bytes}"
+                if response.headers.get("Content-Range") != expected:
+                    raise BadPayload(f"the server sends other bytes of {self._ref.key} than asked")
+                for piece in response.raw.stream(PIECE, decode_content=False):
+                    at = self._write(at, end, piece)
+                    os.pwrite(self._marks.fileno(), MARK.pack(at - first), i * MARK.size)
+            if at < end:
+                raise Interrupted(f"{end - at} bytes of a chunk are missing")
+
+        if at < end:
+            self._connection.persist(attempt, self._transfer)
+
+    def _write(self, at: int, end: int, piece: bytes) -> int:
+        if at + len(piece) > end:
+            raise BadPayload(f"the server sends more bytes of {self._ref.key} than asked")
+        left = memoryview(piece)
+        while left:
+            written = os.pwrite(self._data.fileno(), left, at)
+            at, left = at + written, left[written:]
+        self._transfer.advance(len(piece))
+        return at
+
+    def _span(self, i: int) -> tuple[int, int]:
+        return i * CHUNK, min((i + 1) * CHUNK, self._ref.bytes)

@@ -1,0 +1,136 @@
+"""The exchange's server with TLS on loopback, in a thread or as a process that can be killed."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from flwr_hpc.exchange.http_server import Limits, exchange_app
+
+SITES = {"token-7": "node-7", "token-8": "node-8"}
+
+
+@cache
+def key_and_certificate() -> tuple[str, str]:
+    """Return a throw-away key and the certificate of 127.0.0.1 that it signs, as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    today = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(today - datetime.timedelta(days=1))
+        .not_valid_after(today + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = serialization.Encoding.PEM
+    return key.private_bytes(pem, *form).decode(), certificate.public_bytes(pem).decode()
+
+
+def write_credential(path: Path, token: str = "token-7", certificate: str | None = None) -> Path:
+    """Write what a site is given with its invitation."""
+    certificate = certificate or key_and_certificate()[1]
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"token": token, "certificate": certificate}))
+    return path
+
+
+class ExchangeServer:
+    """A real uvicorn; `url` is where it listens.
+
+    Parameters
+    ----------
+    folder : Path
+        Of this server: its store is ``folder / "store"``.
+    tls : bool
+    authorize : callable or None
+    limits : Limits or None
+    """
+
+    def __init__(self, folder, tls=True, authorize=None, limits=None, clock=None):
+        self.root = folder / "store"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._app = exchange_app(self.root, authorize or SITES.get, limits, clock)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http{'s' * tls}://127.0.0.1:{self.port}"
+        self._server = uvicorn.Server(config(self._app, folder, tls))
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+
+
+def config(app, folder: Path, tls: bool) -> uvicorn.Config:
+    options = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    if tls:
+        for name, text in zip(("key", "certificate"), key_and_certificate(), strict=True):
+            (folder / name).write_text(text)
+        options |= {"ssl_keyfile": folder / "key", "ssl_certfile": folder / "certificate"}
+    return uvicorn.Config(app, **options)
+
+
+@contextmanager
+def server_process(
+    folder: Path, port: int, limits: Limits | None = None
+) -> Iterator[subprocess.Popen]:
+    """Run one, without TLS, on a port; killed with -9 at the end, or before."""
+    (folder / "store").mkdir(parents=True, exist_ok=True)
+    fields = json.dumps(asdict(limits or Limits()))
+    command = [sys.executable, __file__, str(folder), str(port), fields]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": f"{root}:{root}/tests"}) as run:
+        try:
+            while run.poll() is None and not _listens(port):
+                pass
+            yield run
+        finally:
+            run.kill()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def main(folder: str, port: str, fields: str) -> None:
+    limits = replace(Limits(), **json.loads(fields))
+    app = exchange_app(Path(folder) / "store", SITES.get, limits)
+    server = uvicorn.Server(config(app, Path(folder), tls=False))
+    server.run([socket.create_server(("127.0.0.1", int(port)))])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
