@@ -11,14 +11,21 @@ other gets 403. The rest of the command line is the program's own, e.g.
 from __future__ import annotations
 
 import argparse
+import json
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.files import keep_files_private
 from flwr_hpc.gate import peers
+from flwr_hpc.gate.credentials import Guests
+
+if TYPE_CHECKING:
+    from flwr_hpc.gate.door import Outside
 
 PROGRAMS = ("flower-superlink", "flower-supernode")
 
@@ -33,7 +40,9 @@ def _run(args: argparse.Namespace) -> int:
     if peers.check(args.shared_host):
         from flwr_hpc.gate.door import install
 
-        install(args.reserved_port)
+        install(args.reserved_port, _outside(args))
+    elif args.public:
+        raise UserError("--public needs the gate, which this system cannot give: use Linux")
     else:
         print(
             "no gate (--shared-host): other users of this host can run code as you", file=sys.stderr
@@ -43,6 +52,29 @@ def _run(args: argparse.Namespace) -> int:
     sys.argv = [args.program, *args.arguments]
     program()
     return 0
+
+
+def _outside(args: argparse.Namespace) -> Outside | None:
+    """Return the public socket, if one is asked for."""
+    if not args.public:
+        return None
+    from flwr_hpc.gate.door import Outside
+    from flwr_hpc.gate.outside import App, PublicApp
+
+    host, _, port = args.public.rpartition(":")
+    host = host.strip("[]")
+    guests = Guests(Path(args.credentials))
+
+    def wrap(flower: App) -> App:
+        return PublicApp(flower, guests, None, json.loads(args.welcome))
+
+    every = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if every or ":" in host else socket.AF_INET
+    try:
+        door = socket.create_server((host, int(port)), family=family, dualstack_ipv6=every)
+    except OSError as exc:
+        raise UserError(f"serve.listen={args.public}: {exc.strerror or exc}") from None
+    return Outside(door, wrap)
 
 
 def _program(name: str) -> Callable[[], Any]:
@@ -67,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "this host can then run code as you",
     )
     parser.add_argument("--reserved-port", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--public", metavar="HOST:PORT", help="a second socket, for sites of a run")
+    parser.add_argument("--credentials", metavar="FILE", help="who may come in there")
+    parser.add_argument("--welcome", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
     return parser

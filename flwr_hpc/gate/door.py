@@ -1,5 +1,8 @@
 """The gate itself: uvicorn, patched so that it serves connections of this user only.
 
+A second socket may be there for the world, see `flwr_hpc.gate.listener`; which socket a connection
+came in at decides what it gets, and nothing that it says.
+
 Flower's programs hand uvicorn an application; nothing of Flower is touched. The peer is looked up
 once, when its connection is accepted, and the answer dies with the connection: no request is read
 before it, none can pretend to come from elsewhere, a port that is used again is looked up again.
@@ -11,11 +14,15 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from flwr_hpc.gate.listener import Listener
+from flwr_hpc.gate.outside import App
 from flwr_hpc.gate.peers import owner
 
 logger = logging.getLogger("uvicorn.error")
@@ -76,16 +83,34 @@ class Config(uvicorn.Config):
 
     def __init__(self, app: Any, **options: Any) -> None:
         # Headers would say that the peer is another one; nobody stands between.
-        super().__init__(app, **{**options, "http": Door, "proxy_headers": False})
+        mine = {"http": Door, "ws": "none", "proxy_headers": False}
+        super().__init__(app, **{**options, **mine})
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The public socket, and what is put around the application for it."""
+
+    door: socket.socket
+    wrap: Callable[[App], App]
 
 
 class Server(uvicorn.Server):
     """uvicorn's, on sockets of ours: one for this host; others may stand beside it."""
 
     reserved = False  # Whether another process of this user keeps the port for us
+    outside: Outside | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         await super().serve(sockets or [self._listen()])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.outside is None or not self.started:
+            return
+        app = self.outside.wrap(self.config.loaded_app)
+        listener = Listener(self.config, self.server_state, app, self.lifespan.state)
+        self.servers.append(await listener.listen(self.outside.door))
 
     def _listen(self) -> socket.socket:
         host, port = self.config.host, self.config.port
@@ -104,13 +129,15 @@ def run(app: Any, **options: Any) -> None:
         raise SystemExit(1)
 
 
-def install(reserved: bool = False) -> None:
+def install(reserved: bool = False, outside: Outside | None = None) -> None:
     """Put the gate into uvicorn; programs that are loaded later get it.
 
     Parameters
     ----------
     reserved : bool
         Whether the port is reserved by `flwr_hpc.server.processes.reserve_port`.
+    outside : Outside or None
+        What is served to the world; None: nothing.
     """
-    Server.reserved = reserved
+    Server.reserved, Server.outside = reserved, outside
     uvicorn.Config, uvicorn.Server, uvicorn.run = Config, Server, run  # type: ignore[assignment,misc]

@@ -1,0 +1,158 @@
+"""What the public socket serves: a few paths, to the sites of the run, and nothing to others.
+
+An ASGI application around Flower's own. What is not on the list is refused before Flower sees a
+byte of it; of what is, only the headers have been read when it is decided who asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr_hpc.gate.credentials import Guests
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# The raw path, to the letter: what is encoded, doubled or climbs is none of these.
+FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
+EXCHANGE = re.compile(rb"/v1/exchange(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
+JOIN = b"/v1/join"
+PUBLIC_KEY = b"flwr-public-key"  # by which a SuperNode of Flower's shows who it is
+MAX_HEADERS = 16 << 10  # bytes
+MAX_FLEET_BYTES = 64 << 20  # Flower sends arrays in pieces of 5 MB
+BODY_S = 120.0  # A request's body of which nothing comes for so long is given up
+
+
+@dataclass(frozen=True)
+class Refused(Exception):
+    """What a request is answered that is not served."""
+
+    status: int
+    reason: str
+
+
+class PublicApp:
+    """Serves Flower's Fleet API to registered nodes, and the exchange to sites with their token.
+
+    Parameters
+    ----------
+    flower : App
+    guests : Guests
+    exchange : App or None
+        Serves ``/v1/exchange/``; None: there is none.
+    welcome : dict
+        What a site is told that asks, with its token, what it joins.
+    """
+
+    def __init__(
+        self, flower: App, guests: Guests, exchange: App | None, welcome: dict[str, Any]
+    ) -> None:
+        self._flower, self._guests, self._exchange = flower, guests, exchange
+        self._welcome = welcome
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        try:
+            app = self._app(scope)
+        except Refused as refused:
+            await _answer(send, refused.status, refused.reason.encode() + b"\n")
+            return
+        await app(scope, _impatient(receive), send)
+
+    def _app(self, scope: Scope) -> App:
+        """Return what serves a request; raise `Refused`."""
+        path = scope["raw_path"] if scope["type"] == "http" else b""
+        if sum(len(name) + len(value) for name, value in scope.get("headers", ())) > MAX_HEADERS:
+            raise Refused(431, f"at most {MAX_HEADERS} bytes of headers")
+        headers = _headers(scope)
+        if FLEET.fullmatch(path):
+            self._check_node(scope["method"], headers)
+            return self._flower
+        if path == JOIN and scope["method"] == "GET":
+            return self._join(self._site(headers))
+        if EXCHANGE.fullmatch(path) and self._exchange is not None:
+            self._site(headers)
+            return self._exchange
+        raise Refused(404, "there is nothing here")
+
+    def _check_node(self, method: str, headers: dict[bytes, list[bytes]]) -> None:
+        """Refuse who is no node of this run; that it has the key, too, Flower checks."""
+        if method != "POST":
+            raise Refused(405, "POST only")
+        keys, lengths = headers.get(PUBLIC_KEY, []), headers.get(b"content-length", [])
+        try:
+            (encoded,) = keys
+            site = self._guests.site_of_key(base64.b64decode(encoded, validate=True))
+        except (ValueError, binascii.Error):
+            site = None
+        if site is None:
+            raise Refused(401, "no node of this run, or its site was revoked")
+        framed = len(lengths) == 1 and lengths[0].isdigit()
+        if not framed or b"transfer-encoding" in headers:
+            raise Refused(411, "content-length must be given")
+        if len(lengths[0]) > 12 or int(lengths[0]) > MAX_FLEET_BYTES:
+            raise Refused(413, f"at most {MAX_FLEET_BYTES} bytes")
+
+    def _site(self, headers: dict[bytes, list[bytes]]) -> str:
+        """Return the site whose token a request bears."""
+        values = headers.get(b"authorization", [])
+        scheme, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
+        site = self._guests.site_of_token(token.decode("ascii", "replace").strip())
+        if scheme.lower() != b"bearer" or site is None:
+            raise Refused(401, "the token is not known here, or it was revoked")
+        return site
+
+    def _join(self, site: str) -> App:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            body = json.dumps({**self._welcome, "site": site}).encode()
+            await _answer(send, 200, body, b"application/json")
+
+        return app
+
+
+def _headers(scope: Scope) -> dict[bytes, list[bytes]]:
+    headers: dict[bytes, list[bytes]] = {}
+    for name, value in scope.get("headers", []):
+        headers.setdefault(name, []).append(value)
+    return headers
+
+
+def _impatient(receive: Receive) -> Receive:
+    """Take a body that stands still for a connection that was closed."""
+    complete = False
+
+    async def received() -> Message:
+        nonlocal complete
+        if complete:  # what comes now is the end of the connection, which may take its time
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), BODY_S)
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        complete = not message.get("more_body", False)
+        return message
+
+    return received
+
+
+async def _answer(
+    send: Send, status: int, body: bytes, kind: bytes = b"text/plain; charset=utf-8"
+) -> None:
+    """Answer and close: what else the peer sends is not read."""
+    headers = [
+        (b"content-type", kind),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
