@@ -95,8 +95,11 @@ class ExchangeConfig:
     # directory.
     store: str | None = None
     # What the bytes of a payload are: a file of flwr_hpc/exchange/codecs, or the import path
-    # of a class of your own.
-    codec: str = "full"
+    # of a class of your own; or several, of which each takes the values that the one before it
+    # selects: ``[topk,int2]``.
+    codec: Any = "full"
+    # Share of what a lossy codec left out of a site's update that goes with its next one (0: none).
+    feedback: float = 0.95
     inline_below_mb: float = 1.0  # Smaller payloads travel inside the Flower message
     # A site's payload of which nothing has come for so many seconds is given up: its order failed.
     stall_s: float = 300.0

@@ -37,6 +37,7 @@ NOT_NEGATIVE = (
 INTERVALS = {
     "seed": "[0, 9e18]",  # what both numpy and torch take
     "train.min_lr_ratio": "[0, 1]",
+    "exchange.feedback": "[0, 1]",
     "allocation.renew_quantile": "(0, 1)",
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",

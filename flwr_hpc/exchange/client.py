@@ -11,6 +11,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, RecordDict
 
 from flwr_hpc.exchange.codec import Codec
+from flwr_hpc.exchange.compression.feedback import Feedback
 from flwr_hpc.exchange.records import RecordTensors, inline
 from flwr_hpc.exchange.store import PREFIX, SHA256, Reference, Store, node_folder
 from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
@@ -26,6 +27,7 @@ class SiteExchange:
     store: Store
     codec: Codec
     inline_below_mb: float = 1.0
+    feedback: Feedback | None = None  # Of what the codec leaves out
 
     def receive(self, content: RecordDict, key: str, folder: Path) -> Path | None:
         """Write the arrays of a message to a verified safetensors file.
@@ -68,7 +70,8 @@ class SiteExchange:
         sha256: str,
         node_id: int,
         base: Path | None = None,
-    ) -> None:
+        order_id: str = "",
+    ) -> dict[str, float]:
         """Add a file of weights to a message, as a reference or, if small, inline.
 
         Parameters
@@ -85,6 +88,14 @@ class SiteExchange:
             This node's, by which the server knows what it may fetch, and delete afterwards.
         base : Path or None
             What `receive` made of the weights that the site started from, where it still is.
+        order_id : str
+            Of the order that these are the trained weights of.
+
+        Returns
+        -------
+        dict
+            ``sent_share``: the payload's bytes as a share of the file's. ``codec_error``: the norm
+            of what the codec left out, as a share of the update's.
 
         Raises
         ------
@@ -92,12 +103,13 @@ class SiteExchange:
             If the file is malformed or, sent inline, not what `sha256` says.
         """
         if weights.stat().st_size >= self.inline_below_mb * 1e6:
-            ref = self._put(weights, sha256, node_folder(node_id), base)
+            ref, metrics = self._put(weights, sha256, node_folder(node_id), base, order_id)
             content[PREFIX + key] = ref.to_record()
-            return
+            return metrics
         if (found := sha256_of(weights)) != sha256:
             raise BadPayload(f"{weights.name} has the sha256 {found}, expected {sha256}")
         content[key] = inline(TensorFile(weights, sha256))
+        return {}
 
     def _fetch(self, ref: Reference, folder: Path) -> Path:
         path = folder / f"{ref.sha256}.safetensors"
@@ -109,12 +121,21 @@ class SiteExchange:
             save(self.codec.decode(payload), path)
         return path
 
-    def _put(self, weights: Path, sha256: str, folder: str, base: Path | None) -> Reference:
+    def _put(
+        self, weights: Path, sha256: str, folder: str, base: Path | None, order_id: str
+    ) -> tuple[Reference, dict[str, float]]:
         file, known = TensorFile(weights, sha256), self._base(base)
+        feedback = self.feedback if known else None
+        meant = feedback.corrected(order_id, file) if feedback else file
         with _scratch(weights.parent) as payload:
-            digest = self.codec.encode(file, payload, known)
+            digest = self.codec.encode(meant, payload, known)
+            metrics = {"sent_share": payload.stat().st_size / weights.stat().st_size}
+            if feedback and known:
+                sent = self.codec.decode(payload, known, file.layout)
+                metrics["codec_error"] = feedback.keep(order_id, meant, sent, known)
             ref = self.store.put(payload, folder, digest)
-        return replace(ref, base=base.stem if base and known else "", dtype=_half(file))
+        named = replace(ref, base=base.stem if base and known else "", dtype=_half(file))
+        return named, metrics
 
     def _base(self, path: Path | None) -> Tensors | None:
         """Open what the server knows by the name of its file, if the codec wants it."""

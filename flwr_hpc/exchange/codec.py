@@ -7,9 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
 
+from flwr_hpc.errors import UserError
 from flwr_hpc.exchange import codecs, registry
 from flwr_hpc.exchange.tensorfile import file_size_range
 from flwr_hpc.exchange.tensors import Layout, Tensors
+
+KEY = "exchange.codec"
 
 
 class Codec(ABC):
@@ -22,7 +25,8 @@ class Codec(ABC):
     """
 
     relative: ClassVar[bool] = False  # Makes use of a base
-    tolerance: ClassVar[float] = 0.0  # By how much of its size a value may change on the way
+    # By how much of its norm an update may change on the way (without a base: the weights).
+    tolerance: ClassVar[float] = 0.0
     dtypes: ClassVar[tuple[str, ...]] = ()  # Of decoded floats, besides the model's own
 
     @abstractmethod
@@ -51,7 +55,35 @@ def codec_names() -> list[str]:
     return registry.names(codecs)
 
 
-def make_codec(name: str) -> Codec:
-    """Return the codec that ``exchange.codec`` names."""
-    made: Codec = registry.find("exchange.codec", name, codecs, Codec)()
+def stages(setting: object) -> list[str]:
+    """Return the names in ``exchange.codec``: one, or several in a list."""
+    names = [setting] if isinstance(setting, str) else setting
+    if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        raise UserError(
+            f"{KEY}={setting} must be a name or a list of names, e.g. {KEY}=[topk,int2]. "
+            f"Valid: {', '.join(codec_names())}"
+        )
+    return names
+
+
+def make_codec(setting: object) -> Codec:
+    """Return the codec that ``exchange.codec`` names.
+
+    Of several names each takes the values that the one before it selects.
+    """
+    *selecting, last = stages(setting)
+    made: Codec = registry.find(KEY, last, codecs, Codec)()
+    for name in reversed(selecting):
+        made = _followed(registry.find(KEY, name, codecs, Codec), name, made)
     return made
+
+
+def _followed(found: type[Codec], name: str, values: Codec) -> Codec:
+    """Return a codec whose values another one packs."""
+    if not getattr(found, "selective", False) or not values.relative:
+        raise UserError(
+            f"{KEY}: nothing can follow '{name}' but what packs the values that a codec selects. "
+            f"Example: {KEY}=[topk,int2]"
+        )
+    composed: Codec = found(values)  # type: ignore[call-arg]
+    return composed

@@ -84,14 +84,19 @@ class Receiver:
         check(tensors, layout, accept, transfer.advance)
         return lazy_record(tensors, layout)
 
-    def _open(self, ref: Reference, layout: Layout | None, transfer: Transfer) -> Tensors:
-        """Fetch a payload; its file goes with the last array over it."""
+    def _open(
+        self, ref: Reference, layout: Layout | None, transfer: Transfer, own: bool = True
+    ) -> Tensors:
+        """Fetch a payload; its file goes with the last array over it.
+
+        `own`: as a copy that its sender cannot write to; what the server put need not be.
+        """
         base = None
         if ref.base and self._codec.relative:
-            base = self._open(self._published(ref.base), None, transfer)
+            base = self._open(self._published(ref.base), None, transfer, own=False)
         path = self._folder / uuid.uuid4().hex
         try:
-            self._store.get(ref, path, own=True, transfer=transfer)
+            self._store.get(ref, path, own=own, transfer=transfer)
             tensors = self._codec.decode(path, base, layout)
         except BaseException:
             path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.schema import Config
+from flwr_hpc.exchange.codec import stages
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.launcher import make_site
 from flwr_hpc.site.manager import AllocationManager
@@ -20,7 +21,8 @@ def site_settings(run: RunDir, config: Config, facility: str, run_key: str) -> S
         name=facility,
         root=str(run.site_root(config, facility, run_key)),
         store=run.store_url(config, run_key),
-        codec=config.exchange.codec,
+        codec=stages(config.exchange.codec),
+        feedback=config.exchange.feedback,
         inline_below_mb=config.exchange.inline_below_mb,
         facility=config.facilities[facility],
         allocation=config.allocation,

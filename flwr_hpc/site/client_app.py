@@ -167,8 +167,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
 
     def attempt() -> tuple[Status, RecordDict]:
-        status = work(launcher)
-        return status, _payload(launcher, status.result, meta.dst_node_id)
+        return _with_payload(launcher, work(launcher), meta.dst_node_id)
 
     spool, clock = launcher.site.spool, launcher.site.clock
     with Presence(spool, meta.message_id, meta.message_type):
@@ -181,20 +180,23 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     return Message(content, reply_to=message)
 
 
-def _payload(launcher: Launcher, result: Result | None, node_id: int) -> RecordDict:
-    """Return what goes with a finished order: metrics and arrays."""
-    content = RecordDict()
+def _with_payload(launcher: Launcher, status: Status, node_id: int) -> tuple[Status, RecordDict]:
+    """Return what goes with a finished order, metrics and arrays, and what that came to."""
+    content, result = RecordDict(), status.result
     if result is None or result.state != "done":
-        return content
+        return status, content
     content[protocol.METRICS] = _flower_metrics(result)
-    folder = launcher.site.spool.order(result.order_id)
-    base = folder.order()[1] if launcher.exchange.codec.relative else None
-    files = {key: (folder.arrays(key), sha256) for key, sha256 in result.extra_arrays.items()}
-    if result.weights:
-        files[protocol.ARRAYS] = folder.path / result.weights, result.sha256
-    for key, (path, sha256) in files.items():
-        launcher.exchange.send(content, key, path, sha256, node_id, base)
-    return content
+    exchange, folder = launcher.exchange, launcher.site.spool.order(result.order_id)
+    for key, sha256 in result.extra_arrays.items():
+        exchange.send(content, key, folder.arrays(key), sha256, node_id)
+    if not result.weights:
+        return status, content
+    weights, base = folder.path / result.weights, folder.order()[1]
+    sent = exchange.send(
+        content, protocol.ARRAYS, weights, result.sha256, node_id, base, result.order_id
+    )
+    result = replace(result, metrics={**result.metrics, **sent})
+    return replace(status, result=result), content
 
 
 def _flower_metrics(result: Result) -> MetricRecord:

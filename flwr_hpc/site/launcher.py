@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.compression.feedback import Feedback
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import is_disk_trouble, private_folder
 from flwr_hpc.schedulers.base import JobSpec
@@ -35,10 +36,16 @@ def make_launcher(settings: SiteSettings) -> Launcher:
     return Launcher(
         settings,
         make_site(settings),
-        SiteExchange(
-            make_store(settings.store), make_codec(settings.codec), settings.inline_below_mb
-        ),
+        _exchange(settings),
     )
+
+
+def _exchange(settings: SiteSettings) -> SiteExchange:
+    """Build a site's half of the exchange."""
+    codec, gamma = make_codec(settings.codec), settings.feedback
+    lossy = gamma > 0 and codec.tolerance > 0
+    feedback = Feedback(Spool(_root(settings)).feedback, gamma) if lossy else None
+    return SiteExchange(make_store(settings.store), codec, settings.inline_below_mb, feedback)
 
 
 def make_site(settings: SiteSettings) -> AllocationManager:

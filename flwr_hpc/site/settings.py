@@ -24,7 +24,8 @@ class SiteSettings:
     name: str  # The facility's
     root: str  # The site's folder on the facility's shared file system
     store: str  # URL
-    codec: str
+    codec: list[str]
+    feedback: float
     inline_below_mb: float
     facility: FacilityConfig
     allocation: AllocationConfig

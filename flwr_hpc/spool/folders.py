@@ -308,6 +308,11 @@ class Spool:
         """Where received weights lie."""
         return self.root / "weights"
 
+    @property
+    def feedback(self) -> Path:
+        """Where lies what a lossy codec left out of the last update."""
+        return self.root / "feedback"
+
     def received_weights(self) -> list[Path]:
         """All files of received weights, newest first."""
         found = self.weights_folder.glob("*.safetensors")

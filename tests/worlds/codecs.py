@@ -11,20 +11,25 @@ import numpy as np
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.store import Reference, Store
 from flwr_hpc.exchange.tensorfile import TensorFile, aligned, sha256_of, write_safetensors
-from flwr_hpc.exchange.tensors import Layout, TensorInfo, Tensors
+from flwr_hpc.exchange.tensors import FLOATS, Layout, TensorInfo, Tensors
 from flwr_hpc.files import draft
 
 
 class Half(Codec):
-    """Every number in float16."""
+    """Every float in float16."""
 
     tolerance = 1e-3
     dtypes = ("F16",)
 
     def encode(self, tensors: Tensors, target: Path, base: Tensors | None = None) -> str:
-        layout = {name: TensorInfo("F16", info.shape) for name, info in tensors.layout.items()}
+        layout = aligned(
+            {
+                name: TensorInfo("F16", info.shape) if info.dtype in FLOATS else info
+                for name, info in tensors.layout.items()
+            }
+        )
         return write_safetensors(
-            target, ((n, tensors.tensor(n).astype(np.float16)) for n in layout), layout
+            target, ((n, tensors.tensor(n).astype(i.stored)) for n, i in layout.items()), layout
         )
 
     def decode(

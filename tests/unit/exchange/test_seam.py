@@ -108,7 +108,7 @@ def test_any_other_place_is_fsspecs(url, kind):
         ("nowhere.to.Be", "exchange.codec=nowhere.to.Be cannot be imported"),
         ("worlds.codecs.Nothing", "cannot be imported"),
         ("worlds.codecs.Drawer", "there is no such codec"),
-        ("", "Valid: full"),
+        ("", "Valid: bf16, full"),
     ],
 )
 def test_what_is_no_codec_is_refused_with_the_valid_names(name, says):

@@ -1,0 +1,141 @@
+"""Updates in fewer bytes: how many, what is refused, and what error feedback brings along."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.compression.feedback import STATE, Feedback
+from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.tensorfile import TensorFile, save
+from flwr_hpc.exchange.tensors import BadPayload, check
+
+TOPK2 = ["topk", "int2"]
+
+
+def model(seed, scale=1.0, size=100_000):
+    rng = np.random.default_rng(seed)
+    values = scale * rng.standard_normal(size, dtype=np.float32)
+    return RecordTensors(
+        ArrayRecord({"w": Array(values.reshape(100, -1)), "n": Array(values[:70])})
+    )
+
+
+def moved(base, seed, by=0.01):
+    """Weights a step away from others."""
+    step = model(seed, by, base.layout["w"].size)
+    sums = {n: Array(base.tensor(n) + step.tensor(n)) for n in base.layout}
+    return RecordTensors(ArrayRecord(sums))
+
+
+@pytest.mark.parametrize(
+    ("codec", "share"), [("bf16", 0.501), ("int8", 0.26), ("int4", 0.135), (TOPK2, 0.01)]
+)
+def test_the_bytes_of_an_update(codec, share, tmp_path):
+    """The shares that the documentation gives, of the bytes of float32."""
+    base = model(0, size=1_000_000)
+    make_codec(codec).encode(moved(base, 1), tmp_path / "payload", base)
+    assert (tmp_path / "payload").stat().st_size <= share * base.nbytes
+
+
+def test_topk_keeps_the_largest(tmp_path):
+    """Of each block; the others stay as they are in the base."""
+    base = RecordTensors(ArrayRecord({"w": Array(np.zeros(5000, np.float32))}))
+    new = np.linspace(-1, 1, 5000, dtype=np.float32)
+    codec = make_codec("topk")
+    codec.encode(RecordTensors(ArrayRecord({"w": Array(new)})), tmp_path / "p", base)
+    received = codec.decode(tmp_path / "p", base).tensor("w")
+    kept = np.flatnonzero(received)
+    assert len(kept) == 64 + 15  # of 4096, and as large a share of 904
+    np.testing.assert_array_equal(received[kept], new[kept])
+    dropped = np.setdiff1d(np.arange(4096), kept)
+    assert np.abs(new[kept[kept < 4096]]).min() >= np.abs(new[dropped]).max()
+
+
+@pytest.mark.parametrize("codec", [["int8", "topk"], ["topk", "full"], ["full", "int8"], [], 3])
+def test_codecs_that_do_not_go_together(codec):
+    """Said before anything starts."""
+    with pytest.raises(UserError, match=r"exchange\.codec.*topk"):
+        make_codec(codec)
+
+
+@pytest.mark.parametrize("codec", ["topk", TOPK2])
+@pytest.mark.parametrize("where", [[4095, 4095], [9, 3]], ids=["twice", "falling"])
+def test_positions_that_are_none(codec, where, tmp_path):
+    """No value is added twice, and none beside its tensor."""
+    base, made = model(0), make_codec(codec)
+    made.encode(moved(base, 1), tmp_path / "p", base)
+    payload = TensorFile(tmp_path / "p")
+    spoilt = {n: payload.raw(n).copy() for n in payload.layout}
+    spoilt["w"][:4] = np.array(where, "<u2").view(np.uint8)
+    save(RecordTensors(ArrayRecord({n: Array(a) for n, a in spoilt.items()})), tmp_path / "bad")
+    with pytest.raises(BadPayload, match="positions"):
+        made.decode(tmp_path / "bad", base, base.layout).tensor("w")
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "int2", "topk", TOPK2], ids=str)
+def test_any_bytes_are_an_update_or_refused(codec, tmp_path):
+    """A thousand payloads with random bytes in them, each well-formed as a file."""
+    base, made, rng = model(0, size=4400), make_codec(codec), np.random.default_rng(3)
+    made.encode(moved(base, 1), tmp_path / "p", base)
+    data = bytearray((tmp_path / "p").read_bytes())
+    start = len(data) - sum(i.nbytes for i in TensorFile(tmp_path / "p").layout.values())
+    refused = 0
+    for _ in range(1000):
+        spoilt = bytearray(data)
+        first = int(rng.integers(start, len(data)))
+        noise = rng.bytes(int(rng.integers(1, 64)))[: len(data) - first]
+        spoilt[first : first + len(noise)] = noise
+        (tmp_path / "bad").write_bytes(spoilt)
+        try:
+            check(made.decode(tmp_path / "bad", base, base.layout), base.layout)
+        except BadPayload:
+            refused += 1
+    assert refused > 0 or codec == "int2"  # its scales are few; the others' had NaNs among them
+
+
+def test_what_is_left_out_comes_later(tmp_path):
+    """With gamma = 1 all that was sent and the last error are all that was trained."""
+    codec, feedback = make_codec(TOPK2), Feedback(tmp_path / "error", 1.0)
+    base, trained, total = model(0), None, 0.0
+    sent = {n: np.zeros(i.shape) for n, i in base.layout.items()}
+    for order in range(5):
+        trained = moved(base, 10 + order)
+        meant = feedback.corrected(f"o{order}", trained)
+        codec.encode(meant, tmp_path / "p", base)
+        received = codec.decode(tmp_path / "p", base)
+        share = feedback.keep(f"o{order}", meant, received, base)
+        assert 0.5 < share < 1.0
+        total = total + (trained.tensor("w") - base.tensor("w")).astype(np.float64)
+        sent["w"] += received.tensor("w") - base.tensor("w")
+    error = TensorFile(tmp_path / "error" / "o4.safetensors").tensor("w")
+    np.testing.assert_allclose(sent["w"] + error, total, atol=1e-5)
+
+
+def test_an_order_that_is_sent_again_is_the_same(tmp_path):
+    """A site that was killed after it kept the error sends the same bytes, and no error twice."""
+    codec, feedback = make_codec("int4"), Feedback(tmp_path / "error")
+    base, digests = model(0), []
+    for order in ("a", "b", "b", "c"):
+        meant = feedback.corrected(order, moved(base, ord(order)))
+        digests.append(codec.encode(meant, tmp_path / "p", base))
+        feedback.keep(order, meant, codec.decode(tmp_path / "p", base), base)
+    assert digests[1] == digests[2]
+    assert len(set(digests)) == 3
+    assert json.loads((tmp_path / "error" / STATE).read_text()) == {"order": "c", "before": "b"}
+    files = {path.stem for path in (tmp_path / "error").glob("*.safetensors")}
+    assert files == {"b", "c"}  # a bounded number, whatever the number of orders
+
+
+def test_an_error_that_is_damaged_is_let_go(tmp_path):
+    """The site goes on without it."""
+    feedback, base = Feedback(tmp_path), model(0)
+    feedback.keep("a", moved(base, 1), base, base)
+    (tmp_path / "a.safetensors").write_bytes(b"nonsense")
+    trained = moved(base, 2)
+    assert feedback.corrected("b", trained) is trained
