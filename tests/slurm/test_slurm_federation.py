@@ -62,6 +62,22 @@ def test_two_clusters(lab: Lab, tmp_path: Path, small: list[str]) -> None:
     assert len(list(job.glob("*_log.out"))) == 4
 
 
+def test_one_of_two_clusters_refuses(lab: Lab, tmp_path: Path, small: list[str]) -> None:
+    """Protects one centre's work from another's refusal: it is left out, and says why."""
+    well, refuses = lab.cluster(ONE_NODE), lab.cluster(ONE_NODE, 1)
+    own = [f"data.paths.{well.name}=[json]", f"data.paths.{refuses.name}=[logging]"]
+    ranks = [f"facilities.{c.name}.ranks_per_node=1" for c in (well, refuses)]
+    wrong = f"facilities.{refuses.name}.account=nowhere"
+    where = facilities(tmp_path / "conf", well, refuses)
+    run = Run(tmp_path / "run", *where, *own, *ranks, wrong, "train.steps=10", settings=small)
+    ends_well(run, well)
+    sites = run.summary()["facilities"]
+    assert sites[well.name]["steps"] > 0
+    assert sites[well.name]["excluded"] is None
+    assert "Invalid account" in sites[refuses.name]["excluded"]
+    assert f"without {refuses.name}: Slurm refused the job" in run.said()
+
+
 def test_training_goes_on_beyond_the_walltime(lab: Lab, tmp_path: Path, small: list[str]) -> None:
     """Protects long training from short walltimes: partial results, and a successor that takes
     over the trainer's state, so that not one step is lost or done twice."""
