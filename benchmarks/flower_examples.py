@@ -4,6 +4,8 @@
   pip install flwr-datasets pillow tensorboard
   python benchmarks/flower_examples.py --checkout flower --config-dir DIR --facility NAME [NAMES]
 
+FlowerTune wants a Python environment with the versions that it pins, and with this package.
+
 Through Flower's own SuperLink and two SuperNodes. What is changed in a copy of an example: the line
 with `flwr_hpc.batch`, a seed in the package's `__init__.py` (without which two runs of plain Flower
 differ as well), and random data in folders of the data sets' names, which `load_dataset` takes for
@@ -32,6 +34,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from safetensors.torch import load_file
 
 from flwr_hpc.server.bundle import CONNECTION
 from flwr_hpc.server.flower import FLOWER_ENV
@@ -57,6 +60,7 @@ class Example:
     before: str = "app = ClientApp()\n"  # What the line with the mod takes the place of
     plain: str = ""  # What it takes the place of in plain Flower, if not itself
     batch: str = ONE_LINE
+    model: str = "final_model.pt"  # What it leaves, where its ServerApp ran
 
 
 LOCAL_DP = "{}from flwr.clientapp.mod import LocalDpMod\n"
@@ -64,8 +68,8 @@ LOCAL_DP += "app = ClientApp(mods=[{}LocalDpMod(1, 0.1, 1, 0.1)])\n"
 QUICKSTART = "num-server-rounds=2 fraction-evaluate=1.0"
 EXAMPLES = {
     "quickstart-pytorch": Example("quickstart-pytorch", "pytorchexample", QUICKSTART),
-    "local-dp": Example(
-        "quickstart-pytorch", "pytorchexample", QUICKSTART,
+    "local-dp": Example(  # no evaluation: `LocalDpMod` refuses replies without weights
+        "quickstart-pytorch", "pytorchexample", "num-server-rounds=2 fraction-evaluate=0.0",
         plain=LOCAL_DP.format("", ""),
         batch=LOCAL_DP.format("import flwr_hpc\n", "flwr_hpc.batch(), "),
     ),
@@ -78,6 +82,12 @@ EXAMPLES = {
     "quickstart-huggingface": Example(
         "quickstart-huggingface", "huggingface_example",
         'num-server-rounds=2 fraction-train=1.0 fraction-evaluate=1.0 model-name="./bert"',
+    ),
+    "flowertune-llm": Example(
+        "flowertune-llm", "flowertune_llm",
+        'num-server-rounds=2 strategy.fraction-train=1.0 model.name="./llama" '
+        "train.training-arguments.per-device-train-batch-size=2",
+        model="results/*/peft_2/adapter_model.*",
     ),
 }  # fmt: skip
 
@@ -98,15 +108,21 @@ def write_data(folder: Path) -> None:
         return {"text": [" ".join(random.choice(words, 20)) for _ in range(rows)],
                 "label": [i % 2 for i in range(rows)]}  # fmt: skip
 
+    def orders(rows: int) -> dict[str, list[Any]]:
+        said = texts(rows)["text"]
+        return {"instruction": said, "input": [""] * rows, "output": said}
+
     for split, rows in (("train", 160), ("test", 40)):
         for name, columns in (
             ("uoft-cs/cifar10", images(rows, "img", 32, 32, 3)),
             ("zalando-datasets/fashion_mnist", images(rows, "image", 28, 28)),
             ("stanfordnlp/imdb", texts(rows)),
+            ("vicgalle/alpaca-gpt4", orders(rows)),
         ):
             (folder / name).mkdir(parents=True, exist_ok=True)
             Dataset.from_dict(columns).to_parquet(folder / name / f"{split}.parquet")
     write_bert(folder / "bert")
+    write_llama(folder / "llama")
 
 
 def write_bert(folder: Path) -> None:
@@ -121,6 +137,25 @@ def write_bert(folder: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(words), intermediate_size=32, **sizes)
     BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def write_llama(folder: Path) -> None:
+    """Write a tiny Llama of random weights, and a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: k for k, word in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(words), intermediate_size=128, **sizes)
+    ).save_pretrained(folder)
 
 
 def copy_example(example: Example, checkout: Path, target: Path, line: str) -> None:
@@ -172,22 +207,25 @@ class Flower:
             port, node = f"--port={free_port()}", f"--node-config={config}"
             self._start(f"node{k}", "flower-supernode", f"--superlink={address}", port, node)
 
-    def run(self, app: Path, config: str) -> dict[str, Any]:
+    def run(self, app: Path, example: Example) -> dict[str, Any]:
         """Run an app to its end and return its model."""
-        model = self.folder / "final_model.pt"
-        model.unlink(missing_ok=True)
-        command = [str(self._bin / "flwr"), "run", str(app), "flwr-hpc", "--stream", "-c", config]
+        for old in self.folder.glob(example.model):
+            old.unlink()
+        command = [str(self._bin / "flwr"), "run", str(app), "flwr-hpc", "--stream"]
+        command += ["-c", example.config]
         done = subprocess.run(
             command, env=self._env, cwd=self.folder, capture_output=True, text=True, check=False
         )
         (app / "run.log").write_text(done.stdout + done.stderr)
-        if not model.exists():
+        model = next(self.folder.glob(example.model), None)
+        if model is None:
             raise RuntimeError(
                 f"no model. {app}/run.log ends:\n{(done.stdout + done.stderr)[-2000:]}"
             )
         if "and 0 failures" not in done.stdout or re.search(r"and [1-9]\d* failures", done.stdout):
             raise RuntimeError(f"messages failed: see {app}/run.log and {self.folder}/node0.log")
-        loaded: dict[str, Any] = torch.load(model)
+        loaded: dict[str, Any]
+        loaded = load_file(model) if model.suffix == ".safetensors" else torch.load(model)
         return loaded
 
     def jobs(self) -> int:
@@ -243,7 +281,7 @@ def compare(name: str, servers: Flower, checkout: Path) -> dict[str, Any]:
         app = servers.folder / name / way
         copy_example(example, checkout, app, line)
         began = time.monotonic()
-        models.append(servers.run(app, example.config))
+        models.append(servers.run(app, example))
         seconds.append(round(time.monotonic() - began))
     plain, batch = models
     same = plain.keys() == batch.keys() and all(torch.equal(plain[k], batch[k]) for k in plain)

@@ -1,7 +1,7 @@
 """A process that has imported Flower's ``flwr-clientapp`` and our ClientApp, and forks for each.
 
 Run as ``python -m flwr_hpc.site.start.fork_server SOCKET``. Importing takes more than a second of
-CPU and 120 MB; on a busy machine longer than Flower waits for a ClientApp to say that it lives. A
+CPU and 110 MB; on a busy machine longer than Flower waits for a ClientApp to say that it lives. A
 fork takes milliseconds and shares that memory. No thread runs here, so forking is safe.
 """
 
