@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from flwr_hpc import __version__
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.schema import Config
+from flwr_hpc.config.validate import check_trainable
 from flwr_hpc.errors import exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     config, resumed = _configure(args.overrides, args.config_dir)
     check_facilities(config.facilities)
+    check_trainable(config.model.config)
     if args.cfg:
         print(shown(config), end="")
         return 0

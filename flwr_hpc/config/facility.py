@@ -29,6 +29,16 @@ class QueueConfig:
 
 
 @dataclass
+class BandwidthConfig:
+    """What collectives reach at a facility, as measured there."""
+
+    # A group of `size` ranks that lie `inner` apart: 1 for neighbours.
+    inner: int = 1
+    size: int = 2
+    gb_s: float = 0.0  # Through each member of the group (nccl-tests' bus bandwidth)
+
+
+@dataclass
 class FacilityConfig:
     """One HPC centre as data: how to get an allocation there and what it is made of."""
 
@@ -88,6 +98,13 @@ class FacilityConfig:
     mpi: str = "mpich"
     peak_tflops: float | None = None  # Peak dense bf16 TFLOP/s of one device, for MFU
     gpu_memory_gb: float | None = None  # Memory of one device
+    gpu_power_w: float | None = None  # Rated power of one device, for energy
+    # One direction, of one device to all others of its node together, in GB/s.
+    gpu_link_gb_s: float | None = None
+    # A switch joins the devices of a node: any two of them reach `gpu_link_gb_s`.
+    gpu_switch: bool = False
+    # Bandwidths of collectives where they were measured, for plans.
+    bandwidths: list[BandwidthConfig] = field(default_factory=list)
     # Injection bandwidth of a node into the interconnect, in GB/s.
     network_gb_s: float | None = None
     # CPUs of a node that jobs may use, as the scheduler counts them.

@@ -42,14 +42,16 @@ INTERVALS = {
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",
 }
+# Which the trainer does not take yet.
+ENCODER_DECODERS = ("mt5", "t5")
 # What models call their sizes: transformers' usual name, and those of GPT-2 and its like.
 SIZES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
-    "intermediate_size": ("n_inner", "ffn_dim"),
+    "intermediate_size": ("n_inner", "ffn_dim", "d_ff"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "num_key_value_heads": (),
-    "head_dim": (),
+    "head_dim": ("d_kv",),
     "vocab_size": (),
     "max_position_embeddings": ("n_positions", "max_seq_len"),
 }
@@ -125,6 +127,15 @@ def _check_model(c: Any) -> None:
     _check_sizes(c.model.config, c.data.seq_len)
 
 
+def check_trainable(sizes: Mapping[str, Any]) -> None:
+    """Refuse a model that can be planned for, but not trained yet."""
+    if (kind := sizes.get("model_type")) in ENCODER_DECODERS:
+        raise UserError(
+            f"model_type={kind} is an encoder-decoder, which the trainer does not take yet: give a "
+            "causal language model, e.g. model=llama3_1b. python -m flwr_hpc.plan plans both kinds"
+        )
+
+
 def size_key(sizes: Mapping[str, Any], size: str) -> str:
     """Return under which of its names a model's configuration gives a size, or its usual one."""
     return next((key for key in (size, *SIZES[size]) if sizes.get(key) is not None), size)
@@ -153,7 +164,7 @@ def _check_sizes(sizes: dict[str, Any], seq_len: int) -> None:
 def _check_heads(sizes: Mapping[str, Any], keys: Mapping[str, str]) -> None:
     width_key, heads_key = keys["hidden_size"], keys["num_attention_heads"]
     width, heads, groups = (sizes.get(k) for k in (width_key, heads_key, "num_key_value_heads"))
-    if width and heads and width % heads and not sizes.get("head_dim"):
+    if width and heads and width % heads and not sizes.get(keys["head_dim"]):
         raise UserError(
             f"model.config.{width_key}={width} cannot be shared by {heads_key}={heads}. "
             f"Add to the command: model.config.{width_key}={-(-width // heads) * heads}"

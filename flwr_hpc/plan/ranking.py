@@ -1,0 +1,49 @@
+"""From settings to the ranking of a facility's plans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.plan.config import PlanConfig, checkpoint_config
+from flwr_hpc.plan.machine import machine
+from flwr_hpc.plan.search import candidates, global_batch
+from flwr_hpc.plan.shape import ModelShape, model_shape
+from flwr_hpc.plan.show import Ranking
+
+BYTE_VOCABULARY = 259  # Of the tokenizer ``byte``: 256 and three special tokens
+
+
+def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Ranking:
+    """Rank the plans of one facility."""
+    facility = config.facilities[name]
+    shape = shape_of(config)
+    seq_len = min(config.data.seq_len, shape.longest or config.data.seq_len)
+    if seq_len < config.data.seq_len and any("data.seq_len=" in o for o in overrides):
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} is longer than the model takes. "
+            f"Add to the command: data.seq_len={shape.longest}"
+        )
+    options = config.plan
+    made, assumed = machine(
+        facility, config.nodes or facility.nodes, config.train.precision, options.efficiency,
+        options.overlap,
+    )  # fmt: skip
+    sequences = global_batch(options.batch_tokens, seq_len, made.ranks)
+    ranked = candidates(shape, made, sequences, seq_len)
+    model = next((o.partition("=")[2] for o in overrides if o.startswith("model=")), None)
+    return Ranking(
+        name, model or config.model.path or shape.model_type, shape, made, seq_len,
+        options.tokens, ranked, assumed,
+    )  # fmt: skip
+
+
+def shape_of(config: PlanConfig) -> ModelShape:
+    """Return the shape of the configured model, from its checkpoint's ``config.json`` if any."""
+    model: Mapping[str, Any] = config.model.config
+    if config.model.path:
+        model = json.loads(checkpoint_config(config.model.path).read_text())
+    byte = BYTE_VOCABULARY if config.data.tokenizer == "byte" else None
+    return model_shape(model, byte)

@@ -1,0 +1,94 @@
+"""How long an optimizer step of a plan takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from flwr_hpc.plan.axonn import Grid, layer_volumes
+from flwr_hpc.plan.machine import Machine
+from flwr_hpc.plan.parallel import FULL, NONE, SELECTIVE, ParallelPlan
+from flwr_hpc.plan.shape import Block, ModelShape, Projection
+
+OPTIMIZER_BYTES = 40  # Per parameter: clipping and AdamW read and write float32 arrays ten times
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step: communication is what is left of it after overlap."""
+
+    compute: float
+    tensor: float  # All-reduces within layers; nothing hides them
+    shard: float  # Gathering and scattering shards
+    replicate: float  # Summing gradients over replicas
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, f.name) for f in fields(self)))
+
+
+def step_time(shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Machine) -> StepTime:
+    """Predict a step's time.
+
+    Per micro batch the all-gathers and reduce-scatters of shards hide behind the computing of
+    neighbouring layers; the all-reduce over replicas, once a step, behind the last backward pass.
+    """
+    compute = _compute(shape, plan, seq_len, machine)
+    tensor, shard, replicate = _communication(shape, plan, seq_len, machine)
+    hidden = machine.overlap * compute
+    own = shape.parameters / (plan.shard * plan.tensor)
+    return StepTime(
+        compute=plan.accumulation * compute,
+        tensor=plan.accumulation * tensor,
+        shard=plan.accumulation * max(0.0, shard - hidden),
+        replicate=max(0.0, replicate - hidden * 2 / 3),
+        optimizer=own * OPTIMIZER_BYTES / (machine.memory_gb_s * 1e9) + machine.step_overhead_s,
+    )
+
+
+def _compute(shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Machine) -> float:
+    """Seconds of a micro batch: forward once, backward twice, what is recomputed once more."""
+    tokens = plan.micro_batch * seq_len
+    again = {NONE: 0.0, SELECTIVE: 0.0, FULL: 1.0}[plan.checkpointing]
+    rate = machine.peak_flops * machine.efficiency
+    seconds = 0.0
+    for block in shape.blocks:
+        products = 2 * sum(p.active * p.weights for p in block.projections)
+        attention = 2 * block.attention_width * seq_len  # causal: half of all pairs
+        flops = tokens * (products + attention) * (3 + again) / plan.tensor
+        seconds += block.count * max(flops / rate, machine.layer_overhead_s * (3 + again) / 3)
+    chunked = tokens * shape.vocabulary * 4 > 2**28  # then the head runs once more
+    head = 2 * tokens * shape.vocabulary * shape.hidden * (4 if chunked else 3) / plan.tensor
+    return seconds + head / rate
+
+
+def _communication(
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Machine
+) -> tuple[float, float, float]:
+    """Seconds of a micro batch's tensor and shard collectives, and of a step's over replicas."""
+    grid = Grid(rows=plan.tensor, depth=plan.shard, data=plan.replicate)
+    tokens = plan.copies * plan.micro_batch * seq_len
+    head = Projection(shape.hidden, shape.vocabulary)
+    rows = depth = data = 0.0
+    for count, projection in [*_all(shape.blocks), (1, head)]:
+        volumes = layer_volumes(
+            projection.inputs, projection.outputs, tokens, grid,
+            transposed=projection.reduces, recomputed=plan.checkpointing == FULL,
+            activation_bytes=machine.compute_bytes, gather_bytes=machine.compute_bytes,
+            scatter_bytes=4, gradient_bytes=4,
+        )  # fmt: skip
+        rows += count * projection.active * volumes.rows
+        depth += count * projection.copies * volumes.depth
+        data += count * projection.copies * volumes.data
+    layers = shape.layers + 1
+    table, inner = machine.bandwidths, plan.tensor
+    return (
+        table.seconds(1, plan.tensor, rows / 1e9, collectives=4 * layers),
+        table.seconds(inner, plan.shard, depth / 1e9, collectives=3 * layers),
+        table.seconds(inner * plan.shard, plan.replicate, data / 1e9, collectives=layers),
+    )
+
+
+def _all(blocks: tuple[Block, ...]) -> list[tuple[int, Projection]]:
+    return [(b.count, p) for b in blocks for p in b.projections]

@@ -1,0 +1,111 @@
+"""``python -m flwr_hpc.plan``: every model at every facility, the ranking, and the winner."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from flwr_hpc import run
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.folder import conf_dir
+from flwr_hpc.plan.__main__ import main
+from flwr_hpc.plan.config import PlanConfig, compose_plan
+from flwr_hpc.plan.ranking import rank
+
+MODELS = sorted(p.stem for p in (conf_dir() / "model").glob("*.yaml"))
+FACILITIES = sorted(p.stem for p in (conf_dir() / "facility").glob("*.yaml"))
+
+
+@cache
+def _everywhere() -> PlanConfig:
+    return compose_plan([f"+facility=[{','.join(FACILITIES)}]", "nodes=2"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_planned_at_every_facility(model: str) -> None:
+    """Protects the promise: no facility lacks a fact, no model a shape that a plan needs."""
+    shape = compose_plan([f"model={model}", "+facility=local_a"]).model
+    config = replace(_everywhere(), model=shape)
+    for facility in FACILITIES:
+        ranking = rank(config, facility)
+        assert ranking.ranked, facility
+        for candidate in ranking.ranked:
+            assert candidate.memory.total > 0
+            assert candidate.time.total > 0
+            assert candidate.plan.replicate * candidate.plan.shard * candidate.plan.tensor == (
+                ranking.machine.ranks
+            )
+
+
+def test_the_winner_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects the last line: it is a run that is accepted, in a queue that takes the nodes."""
+    assert main(["model=llama3_8b", "+facility=leonardo", "nodes=4"]) == 0
+    out = capsys.readouterr().out
+    command = next(line for line in out.splitlines() if line.startswith("python -m flwr_hpc.run"))
+    config = compose_config(shlex.split(command)[3:])
+    assert config.facilities["leonardo"].nodes == 4
+    assert config.facilities["leonardo"].qos is None  # the debug queue takes two nodes
+    assert config.train.activation_checkpointing in ("none", "full")
+    train = config.train
+    assert train.micro_batch * train.accumulation * 16 * config.data.seq_len == 2**20
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    """Protects users from jobs that run out of memory: 16 bytes per parameter, not sharded."""
+    ranking = rank(compose_plan(["model=llama3_8b", "+facility=polaris"]), "polaris")
+    alone = next(c for c in ranking.ranked if c.plan.shard == 1 and c.plan.tensor == 1)
+    assert not alone.fits
+    assert alone.memory.parameters + alone.memory.gradients + alone.memory.optimizer == (
+        16 * ranking.shape.parameters
+    )
+    assert re.match(r"\d+\.\d GB too much: optimizer 64\.2 GB, parameters 32\.1 GB", alone.reason)
+    fitting = [c.tokens_per_s for c in ranking.ranked if c.fits]
+    assert fitting == sorted(fitting, reverse=True)
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects the exit code, and says what to try."""
+    assert main(["model=llama3_70b", "+facility=polaris"]) == 1
+    assert "GB more per device. Try: nodes=2" in capsys.readouterr().out
+
+
+def test_plans_that_the_trainer_cannot_execute_do_not_win() -> None:
+    """Protects from settings that nothing follows: today's trainer shards over all ranks."""
+    ranking = rank(compose_plan(["model=llama3_8b", "+facility=leonardo", "nodes=4"]), "leonardo")
+    winner = ranking.winner
+    assert winner is not None
+    assert (winner.plan.replicate, winner.plan.tensor) == (1, 1)
+    assert any(c.fits and "TP" in c.plan.missing for c in ranking.ranked)
+
+
+def test_encoder_decoders_are_planned_but_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects a user's job from a model that its trainer would refuse."""
+    assert main(["model=mt5_xl", "+facility=frontier"]) == 0
+    out = capsys.readouterr().out
+    assert "takes no encoder-decoder yet" in out
+    assert "flwr_hpc.run" not in out
+    assert run.main(["model=t5_base", "dry_run=true"]) == 2
+    assert "model_type=t5 is an encoder-decoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=llama3_8b"], r"name the facility to plan for: \+facility=NAME. Known: alps,"),
+        (["+facility=alps", "nodes=0"], "nodes=0 must be greater than zero"),
+        (["+facility=alps", "plan.overlap=2"], r"plan\.overlap=2.0 must lie between 0 and 1"),
+        (["+facility=alps", "plan.token=1"], r"'plan' has no key 'token'.*tokens"),
+        (["+facility=alps", "model=gpt2", "data.seq_len=4096"], r"data\.seq_len=1024"),
+        (["+facility=alps", "model.path=/nowhere"], "config.json of a local directory"),
+    ],
+)
+def test_mistakes_are_answered(
+    overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects users from tracebacks: what is wrong, and what is valid."""
+    assert main(overrides) == 2
+    assert re.search(message, capsys.readouterr().err)

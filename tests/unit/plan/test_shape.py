@@ -1,0 +1,124 @@
+"""Parameter counts and what autograd keeps, against transformers' own models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from flwr_hpc.config.folder import conf_dir
+from flwr_hpc.config.validate import ENCODER_DECODERS
+from flwr_hpc.errors import UserError
+from flwr_hpc.plan.memory import saved_bytes
+from flwr_hpc.plan.parallel import ParallelPlan
+from flwr_hpc.plan.ranking import BYTE_VOCABULARY
+from flwr_hpc.plan.shape import model_shape
+
+MODELS = sorted((conf_dir() / "model").glob("*.yaml"), key=lambda p: p.stem)
+# As the checkpoints' model cards count them.
+PUBLISHED = {
+    "llama3_1b": 1_235_814_400,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "mistral_7b": 7_248_023_552,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen2_7b": 7_615_616_512,
+    "qwen3_8b": 8_190_735_360,
+    "gpt2": 124_439_808,
+    "gpt2_xl": 1_557_611_200,
+    "gemma_2b": 2_506_172_416,
+    "gemma2_9b": 9_241_705_984,
+    "t5_base": 222_903_552,
+}
+SMALL: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 128, "max_position_embeddings": 512,
+}  # fmt: skip
+KEEPING = {
+    "llama": SMALL,
+    "qwen3": SMALL | {"head_dim": 32},
+    "gemma": SMALL | {"head_dim": 32},
+    "gemma2": SMALL | {"head_dim": 32},
+    "mixtral": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neox": {k: v for k, v in SMALL.items() if k != "num_key_value_heads"},
+    "gpt2": {
+        "n_embd": 256, "n_head": 8, "n_positions": 512, "vocab_size": 128,
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+    },
+}  # fmt: skip
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(config, dict)
+    return dict(config["config"])
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_parameters_are_those_of_transformers(path: Path) -> None:
+    """Protects every number of a plan: all follow from the model's shape."""
+    config = _config(path)
+    shape = model_shape(config, BYTE_VOCABULARY)
+    kind = config.pop("model_type")
+    made = AutoConfig.for_model(kind, **{"vocab_size": BYTE_VOCABULARY} | config)
+    auto = AutoModelForSeq2SeqLM if kind in ENCODER_DECODERS else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(made)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.parameters == PUBLISHED.get(path.stem, shape.parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KEEPING)
+def test_activations_are_what_autograd_keeps(kind: str, dtype: torch.dtype) -> None:
+    """Protects the memory prediction: a layer more keeps as much as is predicted, within 4 %."""
+    layers = "n_layer" if kind == "gpt2" else "num_hidden_layers"
+    seq_len = 64
+    kept = [_kept(kind, KEEPING[kind] | {layers: n}, dtype, seq_len) for n in (2, 4)]
+    shape = model_shape(KEEPING[kind] | {"model_type": kind, layers: 1})
+    plan = ParallelPlan(1, 1, 1, 1, 1, "none")
+    expected = saved_bytes(shape.blocks[0], plan, seq_len, dtype.itemsize)
+    assert expected == pytest.approx((kept[1] - kept[0]) / 2, rel=0.04)
+
+
+def _kept(kind: str, config: dict[str, Any], dtype: torch.dtype, seq_len: int) -> float:
+    """Return the bytes per token that a forward pass leaves for the backward pass."""
+    made = AutoConfig.for_model(kind, **config, use_cache=False)
+    model = AutoModelForCausalLM.from_config(made, dtype=dtype).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # so that no storage's address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.base_model(torch.zeros(2, seq_len, dtype=torch.long))
+    return sum(storages.values()) / (2 * seq_len)
+
+
+def test_experts_that_rest_cost_memory_but_no_time() -> None:
+    """Protects a mixture's prediction: two of eight experts work on a token."""
+    shape = model_shape(_config(conf_dir() / "model" / "mixtral_8x7b.yaml"))
+    assert shape.parameters / 1e9 == pytest.approx(46.7, abs=0.05)
+    assert shape.multiplied / 1e9 == pytest.approx(12.7, abs=0.1)
+
+
+def test_a_family_that_is_not_known_is_refused() -> None:
+    """Protects from a plan for a shape that was guessed."""
+    with pytest.raises(UserError, match=r"model_type=mamba cannot be planned.*Known: gemma"):
+        model_shape({"model_type": "mamba"})
+
+
+def test_a_size_that_is_missing_is_named() -> None:
+    """Protects users from a plan for a default they did not choose."""
+    with pytest.raises(UserError, match=r"llama lacks num_attention_heads or n_head"):
+        model_shape({"model_type": "llama", "hidden_size": 64, "vocab_size": 9})
