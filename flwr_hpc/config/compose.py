@@ -30,6 +30,8 @@ FIXED = {
     "seed": "the order of the data is drawn from it",
     "strategy._target_": "its checkpoint holds the state of this strategy",
     "run_dir": "a run stays in its folder",
+    "serve.address": "its invitations name this address",
+    "serve.sites": "further sites are invited with: python -m flwr_hpc.serve invite NAME RUN_DIR",
 }
 FREE = (
     "What can change: rounds, train.*, data.* but the tokenizer, the strategy's arguments, fields "
@@ -38,7 +40,9 @@ FREE = (
 )
 
 
-def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> Config:
+def compose_config(
+    overrides: Sequence[str], config_dir: str | None = None, *, serve: bool = False
+) -> Config:
     """Compose `conf/` with overrides; no facility named means two local ones.
 
     Parameters
@@ -47,9 +51,11 @@ def compose_config(overrides: Sequence[str], config_dir: str | None = None) -> C
         As on the command line, e.g. ``["rounds=4", "+facility=leonardo"]``.
     config_dir : str or None
         Folder with further configuration, e.g. ``facility/mycluster.yaml``.
+    serve : bool
+        For a server without facilities of its own.
     """
     config = composed(overrides, config_dir)
-    if not config.facilities:
+    if not config.facilities and not serve:
         config = composed([*overrides, DEFAULT_FACILITIES], config_dir)
     return parse(config)
 

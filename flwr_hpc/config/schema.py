@@ -173,6 +173,37 @@ class FederationConfig:
 
 
 @dataclass
+class ServeConfig:
+    """A server for sites of other centres, see `python -m flwr_hpc.serve`."""
+
+    address: str | None = None  # ``HOST:PORT`` by which they reach it
+    # ``HOST:PORT`` where it listens; default: every interface, at the port of `address`. Behind a
+    # tunnel or a proxy that hands on TCP both differ.
+    listen: str | None = None
+    sites: list[str] = field(default_factory=list)  # Who is invited from the beginning
+
+
+@dataclass
+class LimitsConfig:
+    """What a site allows at most; None: no limit."""
+
+    node_hours: float | None = None  # All its jobs of this run together, by what they may take
+    walltime: str | None = None  # Of one job
+    nodes: int | None = None  # Of one job
+    steps: int | None = None  # Optimizer steps of one order
+
+
+@dataclass
+class SiteConfig:
+    """What a centre decides for itself."""
+
+    # Folder of a site that joins; default: sites/RUN_KEY under the current folder. Jobs read and
+    # write there, unless the facility's `workdir` says where.
+    dir: str | None = None
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides the run directory."""
 
@@ -199,6 +230,8 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    site: SiteConfig = field(default_factory=SiteConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
@@ -24,7 +25,8 @@ POSITIVE = (
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
     *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
-    "federation.update_norm_limit",
+    *("federation.update_norm_limit", "site.limits.node_hours", "site.limits.nodes"),
+    "site.limits.steps",
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
@@ -81,11 +83,47 @@ def check_values(c: Any) -> None:
         within(f"train.betas[{i}]", beta, "[0, 1)")
     for name, facility in c.facilities.items():
         check_shape(name, facility)
+    _check_limits(c)
+    _check_sites(c.serve)
     _check_paths(c)
     _check_model(c)
     if not c.strategy.get("_target_"):
         raise UserError(
             "strategy._target_ must name a Flower Strategy, e.g. strategies.diloco.DiLoCo"
+        )
+
+
+def _check_limits(c: Any) -> None:
+    """Refuse jobs larger than the site itself allows."""
+    limits = c.site.limits
+    for name, f in c.facilities.items():
+        if limits.nodes is not None and f.nodes > limits.nodes:
+            raise UserError(
+                f"facilities.{name}.nodes={f.nodes} is above site.limits.nodes={limits.nodes}"
+            )
+        if limits.walltime is not None and walltime_s(f.walltime) > walltime_s(limits.walltime):
+            raise UserError(
+                f"facilities.{name}.walltime={f.walltime} is above "
+                f"site.limits.walltime={limits.walltime}"
+            )
+
+
+def _check_sites(serve: Any) -> None:
+    for key in ("address", "listen"):
+        value = getattr(serve, key)
+        if value is not None and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]*):\d{1,5}", value):
+            raise UserError(
+                f"serve.{key}={value} must be HOST:PORT, e.g. serve.{key}=train.example.org:8443"
+            )
+    for name in serve.sites:
+        check_site_name(name)
+
+
+def check_site_name(name: str) -> None:
+    """Refuse a name that could not be that of a file, a job or a facility."""
+    if not re.fullmatch(r"[A-Za-z]\w{0,40}", name, re.ASCII):
+        raise UserError(
+            f"'{name}' cannot be the name of a site: letters, digits and _ only, e.g. leonardo"
         )
 
 

@@ -58,6 +58,7 @@ def _outside(args: argparse.Namespace) -> Outside | None:
     """Return the public socket, if one is asked for."""
     if not args.public:
         return None
+    from flwr_hpc.exchange.http_server import exchange_app
     from flwr_hpc.gate.door import Outside
     from flwr_hpc.gate.outside import App, PublicApp
 
@@ -66,7 +67,8 @@ def _outside(args: argparse.Namespace) -> Outside | None:
     guests = Guests(Path(args.credentials))
 
     def wrap(flower: App) -> App:
-        return PublicApp(flower, guests, None, json.loads(args.welcome))
+        exchange = exchange_app(Path(args.exchange), guests.folder_of_token)
+        return PublicApp(flower, guests, exchange, json.loads(args.welcome))
 
     every = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if every or ":" in host else socket.AF_INET
@@ -101,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reserved-port", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--public", metavar="HOST:PORT", help="a second socket, for sites of a run")
     parser.add_argument("--credentials", metavar="FILE", help="who may come in there")
+    parser.add_argument("--exchange", metavar="DIR", help="the run's store of payloads")
     parser.add_argument("--welcome", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")

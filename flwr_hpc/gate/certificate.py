@@ -20,7 +20,7 @@ SKEW = timedelta(days=1)  # A site's clock may be behind ours
 class KeyPair:
     """An elliptic-curve key pair (P-384), as text."""
 
-    private_pem: str
+    private_ssh: str  # In OpenSSH's form, which is what Flower reads
     public_pem: str
     public_ssh: str  # The same public key, as ``flwr supernode register`` takes it
 
@@ -46,7 +46,8 @@ def new_certificate(host: str) -> tuple[str, str]:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA384())
     )
-    return certificate.public_bytes(serialization.Encoding.PEM).decode(), _private(key)
+    pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+    return pem, _private(key, serialization.PrivateFormat.PKCS8)
 
 
 def new_key_pair() -> KeyPair:
@@ -55,18 +56,15 @@ def new_key_pair() -> KeyPair:
     public, pem, ssh = key.public_key(), serialization.Encoding.PEM, serialization.Encoding.OpenSSH
     formats = serialization.PublicFormat
     return KeyPair(
-        _private(key),
+        _private(key, serialization.PrivateFormat.OpenSSH),
         public.public_bytes(pem, formats.SubjectPublicKeyInfo).decode(),
         public.public_bytes(ssh, formats.OpenSSH).decode(),
     )
 
 
-def _private(key: ec.EllipticCurvePrivateKey) -> str:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    ).decode()
+def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> str:
+    encryption = serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, form, encryption).decode()
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -36,12 +36,18 @@ default = "flwr-hpc"
 
 [superlink.flwr-hpc]
 address = "{address}"
-insecure = true
+{trust}
 """
 
 
-def write_bundle(folder: Path, address: str) -> Path:
+def connection(address: str, certificate: Path | None = None) -> str:
+    """Return Flower's connection file; without a certificate there is no TLS."""
+    trust = "insecure = true" if certificate is None else f"root-certificates = '{certificate}'"
+    return CONNECTION.format(address=address, trust=trust)
+
+
+def write_bundle(folder: Path, address: str, certificate: Path | None = None) -> Path:
     """Write the app and Flower's connection file under `folder` (FLWR_HOME); return the app."""
-    publish(folder / "config.toml", CONNECTION.format(address=address))
+    publish(folder / "config.toml", connection(address, certificate))
     publish(folder / "app" / "pyproject.toml", PYPROJECT)
     return folder / "app"

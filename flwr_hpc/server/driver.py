@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -15,10 +16,11 @@ from types import FrameType
 import psutil
 
 from flwr_hpc.clock import Clock, SystemClock
+from flwr_hpc.config.invitation import versions
 from flwr_hpc.config.schema import Config
 from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, read_json
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
-from flwr_hpc.server import flower
+from flwr_hpc.server import flower, invitations
 from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.processes import Child, Processes, ignore_signals, reserve_port
 from flwr_hpc.server.progress import DiskWatch, SlowStarts, SpoolProgress
@@ -60,7 +62,7 @@ def drive(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
     Whatever the end, no process is left; jobs are left only if this process is killed.
     """
     outcome = SessionOutcome("failed", "the run could not be started")
-    with _signals():
+    with signals():
         try:
             outcome = _sessions(run, config, view)
         except Interrupted as exc:
@@ -121,7 +123,7 @@ def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: SessionOutco
     """End the jobs, and let the event log end as the run did."""
     if outcome.status == "finished":
         with suppress(SchedulerUnavailableError, OSError):  # then they are cancelled
-            _let_jobs_end(run, config)
+            let_jobs_end(run, config)
     if left := cancel_jobs(run, config):
         view.print_line(f"could not cancel every job; look for them yourself: {left}")
     if not outcome.logged:
@@ -143,7 +145,7 @@ def cancel_jobs(run: RunDir, config: Config) -> str:
     return "; ".join(left)
 
 
-def _let_jobs_end(run: RunDir, config: Config) -> None:
+def let_jobs_end(run: RunDir, config: Config) -> None:
     """Give released jobs a moment to end by themselves; every look is a query."""
     deadline = time.monotonic() + RELEASE_S
     waiting = [site for site in open_sites(run, config).values() if site.live_jobs()]
@@ -173,20 +175,24 @@ def _session(
             return stack.enter_context(reserve_port())
 
         port = reserve()
-        app = write_bundle(run.flower, f"127.0.0.1:{port}")
+        public = public_socket(run, config)
+        certificate = run.certificate if public else None
+        app = write_bundle(run.flower, f"127.0.0.1:{port}", certificate)
         own = stack.enter_context(
             TemporaryDirectory(prefix="flwr-hpc-", ignore_cleanup_errors=True)
         )
         processes = stack.enter_context(
             Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line)
         )
-        superlink = flower.superlink(port, shared)
+        superlink = flower.superlink(port, shared, public)
         processes.start(superlink)
         processes.start(flower.fork_server(run, Path(own)))
         if config.tracking.wandb:
             processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
         try:
             flower.wait_until_up(superlink, port, run.logs / "superlink.log", start_s)
+            if public:
+                invitations.register(run, partial(processes.run, timeout_s=start_s), anew=True)
             for facility, site in sites.items():
                 processes.start(flower.supernode(facility, port, reserve, site, shared))
             processes.run(flower.flwr_run(app, run), start_s)
@@ -196,6 +202,21 @@ def _session(
         outcome = _follow(run, processes, follower, progress, view, start_s)
         processes.wait("wandb", WANDB_S)
         return outcome
+
+
+def public_socket(run: RunDir, config: Config) -> flower.PublicSocket | None:
+    """Return where sites of other centres come in, if they may."""
+    address = config.serve.address
+    if address is None:
+        return None
+    return flower.PublicSocket(
+        listen=config.serve.listen or f":{address.rpartition(':')[2]}",
+        certificate=run.certificate,
+        certificate_key=run.certificate_key,
+        credentials=run.credentials,
+        exchange=run.path / "exchange",
+        welcome={"run_key": run.key, "versions": versions()},
+    )
 
 
 def _follow(
@@ -272,7 +293,7 @@ def _server_state(run: RunDir) -> str:
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
+def signals() -> Iterator[None]:
     """Turn the signals that ask us to stop into `Interrupted`."""
 
     def stop(number: int, _: FrameType | None) -> None:

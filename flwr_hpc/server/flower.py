@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,13 +30,43 @@ FLOWER_ENV = {
 }
 
 
-def superlink(port: int, shared_host: bool) -> Child:
+@dataclass(frozen=True)
+class PublicSocket:
+    """Where a SuperLink serves sites of other centres, and how."""
+
+    listen: str  # HOST:PORT
+    certificate: Path
+    certificate_key: Path
+    credentials: Path
+    exchange: Path  # The store of payloads
+    welcome: Mapping[str, object]  # What a site is told that asks what it joins
+
+    def gate_options(self) -> list[str]:
+        """Return the options of `python -m flwr_hpc.gate`."""
+        return [
+            f"--public={self.listen}",
+            f"--credentials={self.credentials}",
+            f"--exchange={self.exchange}",
+            f"--welcome={json.dumps(dict(self.welcome))}",
+        ]
+
+    def flower_options(self) -> list[str]:
+        """Return the options of SuperLink."""
+        return [
+            f"--ssl-certfile={self.certificate}",
+            f"--ssl-keyfile={self.certificate_key}",
+            f"--ssl-ca-certfile={self.certificate}",
+            "--enable-supernode-auth",
+        ]
+
+
+def superlink(port: int, shared_host: bool, public: PublicSocket | None = None) -> Child:
     """Return the process of the server's SuperLink, on a reserved port."""
 
     def command() -> list[str]:
         return [
-            *_gated("flower-superlink", shared_host),
-            "--insecure",  # loopback only
+            *_gated("flower-superlink", shared_host, public.gate_options() if public else ()),
+            *(public.flower_options() if public else ["--insecure"]),  # loopback only
             "--host=127.0.0.1",
             f"--port={port}",
             "--disable-runtime-dependency-installation",
@@ -61,6 +93,42 @@ def supernode(
         ]
 
     return Child(supernode_name(facility), command, restartable=True, helper=SUPEREXEC)
+
+
+def joined_supernode(
+    site: str,
+    address: str,
+    certificate: Path,
+    private_key: Path,
+    reserve: Callable[[], int],
+    settings: Path,
+    shared_host: bool,
+) -> Child:
+    """Return the process of a site whose server is elsewhere, and may be away for long."""
+
+    def command() -> list[str]:
+        return [
+            *_gated("flower-supernode", shared_host),
+            f"--root-certificates={certificate}",
+            f"--auth-supernode-private-key={private_key}",
+            f"--superlink={address}",
+            f"--port={reserve()}",
+            f"--node-config={to_node_config(settings)}",
+        ]
+
+    name = supernode_name(site)
+    return Child(name, command, restartable=True, patient=True, helper=SUPEREXEC)
+
+
+def register_node(public_key: Path, site: str) -> list[str]:
+    """Return the command that makes a SuperNode known to SuperLink, by its key."""
+    command = ["supernode", "register", str(public_key), "flwr-hpc", f"--name={site}"]
+    return [_program("flwr"), *command, "--format=json"]
+
+
+def unregister_node(node_id: int) -> list[str]:
+    """Return the command that makes SuperLink forget a SuperNode."""
+    return [_program("flwr"), "supernode", "unregister", str(node_id), "flwr-hpc", "--format=json"]
 
 
 def supernode_name(facility: str) -> str:
@@ -116,9 +184,9 @@ def environment(run: RunDir) -> dict[str, str]:
     }
 
 
-def _gated(program: str, shared_host: bool) -> list[str]:
+def _gated(program: str, shared_host: bool, more: Sequence[str] = ()) -> list[str]:
     """Return the start of a command that serves nobody but this user, on a reserved port."""
-    options = ["--reserved-port", *["--shared-host"] * shared_host]
+    options = ["--reserved-port", *["--shared-host"] * shared_host, *more]
     return [sys.executable, "-m", "flwr_hpc.gate", *options, program]
 
 

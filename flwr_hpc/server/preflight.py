@@ -29,7 +29,8 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def check(config: Config) -> None:
     """Check strategy, packages, models and data as far as they can be seen from here."""
     peers.check(config.federation.shared_host)
-    _check_nodes(build_strategy(config.strategy), len(config.facilities))
+    sites = len(config.facilities) + len(config.serve.sites)
+    _check_nodes(build_strategy(config.strategy), sites)
     if config.tracking.wandb and find_spec("wandb") is None:
         raise UserError(
             "tracking=wandb needs the package wandb. Fix it with: pip install 'flwr-hpc[wandb]'"
@@ -37,13 +38,18 @@ def check(config: Config) -> None:
     make_codec(config.exchange.codec)
     if config.exchange.store:
         make_store(config.exchange.store).check()
+    check_facilities(config, list(config.facilities))
+
+
+def check_facilities(config: Config, names: list[str]) -> None:
+    """Check what the facilities' jobs need; `names` are all that train."""
     for name, facility in config.facilities.items():
         if facility.local and facility.python is None:
             _check_packages(name)
         check_interpreter(name, facility, (*JOB_PACKAGES, *TRAIN_PACKAGES), "flwr-hpc[train]")
         if facility.local and facility.container is None:
             check_pretrained(config, name, facility)
-        sources.check(config.data, name, list(config.facilities), must_exist=facility.local)
+        sources.check(config.data, name, names, must_exist=facility.local)
 
 
 def _check_nodes(strategy: Strategy, facilities: int) -> None:

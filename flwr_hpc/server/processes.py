@@ -23,6 +23,7 @@ from flwr_hpc.site.launcher import SESSION_MARK
 RESTART_S = 3.0  # least time between two starts
 STABLE_S = 30.0  # a process that lived so long did not fail to start
 QUICK_ENDS = 5  # in a row, and it is given up
+MOST_DOUBLINGS = 4  # of the time between the starts of a patient one
 LOOK_S, LACKING_S = 2.0, 6.0  # for a helper that has ended, and is not there again by then
 HELPER_START_S = 300.0  # for the first helper
 
@@ -60,6 +61,8 @@ class Child:
     command: Callable[[], Sequence[str]]  # Returns the command line; called at each start
     # Whether it is started again when it ends, unless it keeps ending at once.
     restartable: bool = False
+    # Whether that is no reason to give it up: it comes back at ever longer intervals.
+    patient: bool = False
     needed: bool = True  # Whether the session cannot go on without it
     # A program that it starts once and never looks at again; without it this one is of no use.
     helper: str = ""
@@ -69,6 +72,10 @@ class Child:
     present_helper: psutil.Process | None = field(default=None, repr=False)
     _helper_seen_at: float = 0.0  # 0: not since this start
     _looked_at: float = 0.0
+
+    def pause_s(self) -> float:
+        """Return the least time between its last start and the next."""
+        return RESTART_S * (1 << min(self.quick_ends, MOST_DOUBLINGS) if self.patient else 1)
 
     def dead(self) -> bool:
         return self.process is None or self.process.poll() is not None
@@ -142,7 +149,7 @@ class Processes:
     def __init__(
         self, logs: Path, env: Mapping[str, str], lock: int, say: Callable[[str], None]
     ) -> None:
-        self._logs = logs
+        self.logs = logs
         self._say = say
         token = secrets.token_hex(8)
         self._env = {**os.environ, **env, SESSION_MARK: token}
@@ -170,7 +177,7 @@ class Processes:
 
     def start(self, child: Child) -> None:
         """Start a process; its output is appended to ``logs/<name>.log``."""
-        with open(self._logs / f"{child.name}.log", "ab") as log:
+        with open(self.logs / f"{child.name}.log", "ab") as log:
             child.process = subprocess.Popen(
                 child.command(),
                 stdin=subprocess.DEVNULL,
@@ -217,9 +224,9 @@ class Processes:
             if not child.dead() or not child.needed:
                 continue
             lived = time.monotonic() - child.started_at
-            if not child.restartable or child.quick_ends >= QUICK_ENDS:
+            if not child.restartable or (child.quick_ends >= QUICK_ENDS and not child.patient):
                 gone.append(child)
-            elif lived >= RESTART_S:  # a node that comes back sooner may be refused
+            elif lived >= child.pause_s():  # a node that comes back sooner may be refused
                 child.quick_ends = child.quick_ends + 1 if lived < STABLE_S else 0
                 self._say(f"{child.name} ended (see logs/{child.name}.log); starting it again")
                 self.start(child)

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json, try_lock
+from flwr_hpc.gate.credentials import read_credentials
 
 LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
 _held: dict[Path, int] = {}
@@ -35,6 +36,7 @@ class RunDir:
         jobs/           rendered job scripts           facilities/    local sites' folders
         exchange/       weights in transit             checkpoints/   server state
         flower/         FLWR_HOME and the app bundle
+        invitations/    of a server: one file per site     tls/       its certificate
     """
 
     path: Path
@@ -78,6 +80,29 @@ class RunDir:
         if raw is None:
             raise UserError(f"{self.path} is not a run directory: it holds no run.json")
         return str(raw["run_key"])
+
+    @property
+    def certificate(self) -> Path:
+        """What sites of other centres trust; its private key is beside it."""
+        return self.path / "tls" / "certificate.pem"
+
+    @property
+    def certificate_key(self) -> Path:
+        return self.certificate.with_name("private_key.pem")
+
+    @property
+    def credentials(self) -> Path:
+        """Which sites of other centres may come in, see `flwr_hpc.gate.credentials`."""
+        return self.invitations / "credentials.json"
+
+    @property
+    def invitations(self) -> Path:
+        return self.path / "invitations"
+
+    def sites(self, config: Config) -> list[str]:
+        """Return the names of all that train: own facilities, and who is invited and not out."""
+        invited = read_credentials(self.credentials)
+        return [*config.facilities, *(site for site, c in invited.items() if not c.revoked)]
 
     def config(self) -> Config:
         """Load the resolved configuration."""
@@ -163,6 +188,14 @@ class RunDir:
                 yield
             finally:
                 del _held[self.path]
+
+    def in_use(self) -> bool:
+        """Tell whether a driver, or what one has left, is at work here."""
+        path = self.path / "lock"
+        if not path.exists():
+            return False
+        with open(path, "a+") as f:
+            return not try_lock(f)
 
     def lock_fd(self) -> int:
         """Return the descriptor of the lock that this process holds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -22,6 +23,7 @@ from flwr_hpc.exchange.executors import DaemonThreads
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, publish
+from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.server.model_dir import publish_files, write_model
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.site_signs import SiteSigns
@@ -109,6 +111,7 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
         settings=engine_settings(config.federation),
         check=None,  # the exchange checks replies
         lost=_signs(run, config, clock).lost,
+        may_speak_for=lambda node_id, site: may_speak_for(run, config, node_id, site),
     )
     strategy = build_strategy(config.strategy)
     engine = Engine(exchange, runtime)
@@ -118,11 +121,11 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
         run_key=run.key,
         strategy=config.strategy["_target_"],
         rounds=config.rounds,
-        facilities=list(config.facilities),
+        facilities=run.sites(config),
         resumed=state is not None,
         version=(state or {}).get("version", 0),
     )
-    _wait_for_sites(engine, list(config.facilities))
+    _wait_for_sites(engine, run, config)
     initial = _initial(run, engine, checkpoints)
     exchange.expect(initial)
     final = _start(strategy, exchange, initial, config, runtime, engine)
@@ -134,10 +137,19 @@ def _signs(run: RunDir, config: Config, clock: Clock) -> SiteSigns:
     return SiteSigns({name: run.site_root(config, name) for name in config.facilities}, clock)
 
 
-def _wait_for_sites(engine: Engine, facilities: list[str]) -> None:
-    """Wait until every facility's site has answered."""
-    deadline = engine.now() + SITES_S
+def may_speak_for(run: RunDir, config: Config, node_id: int, site: str) -> bool:
+    """Tell whether a node is that of a site: of this host all are ours, others have keys."""
+    if not config.serve.address:
+        return True
+    credential = read_credentials(run.credentials).get(site)
+    return credential is not None and not credential.revoked and credential.node_id == node_id
+
+
+def _wait_for_sites(engine: Engine, run: RunDir, config: Config) -> None:
+    """Wait until every facility's site has answered; for those that join, as long as it takes."""
+    deadline = engine.now() + (math.inf if config.serve.address else SITES_S)
     while True:
+        facilities = run.sites(config)  # some may be invited, or revoked, meanwhile
         try:
             engine.wait_for(facilities, timeout=5.0)
         except RunFailed as exc:

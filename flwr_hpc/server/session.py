@@ -16,9 +16,10 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import keep_files_private, publish, read_json
+from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.schedulers.accounts import Account
 from flwr_hpc.schedulers.registry import make_scheduler
-from flwr_hpc.server import preflight
+from flwr_hpc.server import invitations, preflight
 from flwr_hpc.server.driver import SessionOutcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import site_settings
@@ -59,8 +60,11 @@ def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
             script = _script(run_dir, config, name, run_dir.key)
             publish(run_dir.jobs / f"{name}.sh", script)
         console.print(f"run directory: {run_dir.path}", soft_wrap=True)
+        if config.serve.address:
+            invitations.prepare(run_dir, config)
+            _print_invitations(console, run_dir)
         _print_accounts(console, config, accounts)
-        with LiveView(console, config.rounds, list(config.facilities)) as view:
+        with LiveView(console, config.rounds, run_dir.sites(config)) as view:
             outcome = drive(run_dir, config, view)
         try:
             if spent := node_hours_line(rebuild(run_dir.path)):
@@ -95,7 +99,8 @@ def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int
     else:
         see = f"   (see {_short(run_dir.logs / 'server_app.log')})" * (not outcome.signal)
         lines.append(f"{outcome.status}: {outcome.error}{see}")
-        lines.append(f"continue with: python -m flwr_hpc.run resume={path}")
+        command = "serve" if run_dir.credentials.exists() else "run"
+        lines.append(f"continue with: python -m flwr_hpc.{command} resume={path}")
         code = 128 + outcome.signal if outcome.signal else 1
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -143,6 +148,17 @@ def _plan(config: Config) -> Table:
             f"{config.data.kind} {' '.join(config.data.paths.get(name, []))}".strip(),
         )
     return table
+
+
+def _print_invitations(console: Console, run_dir: RunDir) -> None:
+    """Say what each site's person is to get, and to type."""
+    for site, credential in read_credentials(run_dir.credentials).items():
+        path = run_dir.invitations / f"{site}.json"
+        if not credential.revoked:
+            line = f"{site}: give {path} to its person alone, who types:"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            line = f"  python -m flwr_hpc.join {site}.json +facility=NAME data.paths=/PATH/TO/FILES"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_accounts(console: Console, config: Config, accounts: Mapping[str, Account]) -> None:

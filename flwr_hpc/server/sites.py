@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr_hpc.config.facility import walltime_s
@@ -14,26 +16,39 @@ from flwr_hpc.site.settings import SiteSettings
 from flwr_hpc.worker.settings import WorkerSettings
 
 
-def site_settings(run: RunDir, config: Config, facility: str, run_key: str) -> SiteSettings:
-    """Return the settings of a facility's site."""
+@dataclass(frozen=True)
+class Elsewhere:
+    """The server of a site that has joined it."""
+
+    store: str  # URL of the exchange
+    credential: Path | None
+    sites: Sequence[str]  # All that train
+
+
+def site_settings(
+    run: RunDir, config: Config, facility: str, run_key: str, server: Elsewhere | None = None
+) -> SiteSettings:
+    """Return the settings of a facility's site; `server` None: it is here."""
     return SiteSettings(
         run_key=run_key,
         name=facility,
         root=str(run.site_root(config, facility, run_key)),
-        store=run.store_url(config, run_key),
+        store=server.store if server else run.store_url(config, run_key),
+        credential=str(server.credential) if server and server.credential else None,
         codec=stages(config.exchange.codec),
         feedback=config.exchange.feedback,
         inline_below_mb=config.exchange.inline_below_mb,
         facility=config.facilities[facility],
         allocation=config.allocation,
-        worker=_worker_settings(config, facility),
+        limits=config.site.limits,
+        worker=_worker_settings(config, facility, server.sites if server else config.facilities),
     )
 
 
-def write_site(run: RunDir, config: Config, facility: str) -> Path:
+def write_site(run: RunDir, config: Config, facility: str, server: Elsewhere | None = None) -> Path:
     """Write the settings of a facility's site and return the file."""
     path = run.site_file(facility)
-    site_settings(run, config, facility, run.key).write(path)
+    site_settings(run, config, facility, run.key, server).write(path)
     return path
 
 
@@ -43,11 +58,11 @@ def open_sites(run: RunDir, config: Config) -> dict[str, AllocationManager]:
     return {f: make_site(SiteSettings.read(file)) for f, file in files.items() if file.exists()}
 
 
-def _worker_settings(config: Config, facility: str) -> WorkerSettings:
+def _worker_settings(config: Config, facility: str, sites: Iterable[str]) -> WorkerSettings:
     here = config.facilities[facility]
     return WorkerSettings(
         facility=facility,
-        facilities=list(config.facilities),
+        facilities=list(sites),
         seed=config.seed,
         rounds=config.rounds,
         model=config.model,

@@ -23,6 +23,7 @@ from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.files import keep_files_private
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.site.launcher import SESSION_MARK, Launcher, make_launcher
+from flwr_hpc.site.limits import LimitReached, check_order
 from flwr_hpc.site.long_poll import once_writable
 from flwr_hpc.site.presence import Presence
 from flwr_hpc.site.settings import NODE_CONFIG, from_node_config
@@ -80,6 +81,7 @@ def release(message: Message, context: Context) -> Message:
             launcher.site.cancel_all()
         else:
             launcher.site.release()
+            launcher.site.spool.released.touch()
         return launcher.site.status()
 
     return _answer(message, context, work)
@@ -100,6 +102,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _order(message: Message, context: Context, kind: protocol.OrderKind) -> Message:
     def work(launcher: Launcher) -> Status:
         order = _read_order(message, context, launcher, kind)
+        check_order(launcher.settings.limits, order)
         folder = launcher.site.spool.weights_folder
         folder.mkdir(parents=True, exist_ok=True)
         weights = launcher.exchange.receive(message.content, protocol.ARRAYS, folder)
@@ -167,7 +170,11 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
 
     def attempt() -> tuple[Status, RecordDict]:
-        return _with_payload(launcher, work(launcher), meta.dst_node_id)
+        try:
+            status = work(launcher)
+        except LimitReached as exc:
+            status = Status("failed", order_id=_order_id(message), error=str(exc), fatal=True)
+        return _with_payload(launcher, status, meta.dst_node_id)
 
     spool, clock = launcher.site.spool, launcher.site.clock
     with Presence(spool, meta.message_id, meta.message_type):
@@ -178,6 +185,13 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     content[protocol.STATUS] = ConfigRecord({"json": protocol.to_json(status)})
     print(f"{meta.message_type} -> {status.state} {status.order_id}", file=sys.stderr)
     return Message(content, reply_to=message)
+
+
+def _order_id(message: Message) -> str:
+    """Return the order that a message is about, if it says so itself."""
+    if protocol.ORDER not in message.content:
+        return ""
+    return protocol.from_json(Order, str(message.content[protocol.ORDER]["json"])).id
 
 
 def _with_payload(launcher: Launcher, status: Status, node_id: int) -> tuple[Status, RecordDict]:

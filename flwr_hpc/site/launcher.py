@@ -45,7 +45,9 @@ def _exchange(settings: SiteSettings) -> SiteExchange:
     codec, gamma = make_codec(settings.codec), settings.feedback
     lossy = gamma > 0 and codec.tolerance > 0
     feedback = Feedback(Spool(_root(settings)).feedback, gamma) if lossy else None
-    return SiteExchange(make_store(settings.store), codec, settings.inline_below_mb, feedback)
+    options = {"credential": Path(settings.credential)} if settings.credential else {}
+    store = make_store(settings.store, **options)
+    return SiteExchange(store, codec, settings.inline_below_mb, feedback)
 
 
 def make_site(settings: SiteSettings) -> AllocationManager:
@@ -62,6 +64,7 @@ def make_site(settings: SiteSettings) -> AllocationManager:
         scheduler=scheduler,
         settings=asdict(settings.worker),
         clock=clock,
+        limits=settings.limits,
         forecast=Forecaster(settings.name, job_spec(settings), scheduler, clock),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from flwr_hpc.clock import Clock
 from flwr_hpc.config.facility import FacilityConfig, walltime_s
-from flwr_hpc.config.schema import AllocationConfig
+from flwr_hpc.config.schema import AllocationConfig, LimitsConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.schedulers.base import (
@@ -25,6 +25,8 @@ from flwr_hpc.schedulers.base import (
 )
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
+from flwr_hpc.site.job_times import total_s
+from flwr_hpc.site.limits import LimitReached, check_spending
 from flwr_hpc.site.monitor import Monitor, Submitted, View
 from flwr_hpc.site.renewal import Renewal
 from flwr_hpc.site.retries import (
@@ -66,6 +68,8 @@ class AllocationManager:
         What every rank runs, called with the allocation's folder.
     forecast : QueueForecast or None
         None: nothing is known of the queue.
+    limits : LimitsConfig or None
+        None: it may spend what it takes.
     """
 
     def __init__(
@@ -80,11 +84,13 @@ class AllocationManager:
         clock: Clock,
         entry: Callable[[str], Any] = work,
         forecast: QueueForecast | None = None,
+        limits: LimitsConfig | None = None,
     ) -> None:
         self.spool, self.clock = spool, clock
         self.facility_name, self.scheduler = facility_name, scheduler
         self._config, self._settings = allocation, settings
         self._forecast = forecast or NoForecast()
+        self._facility, self._limits = facility, limits or LimitsConfig()
         self._submission = Submission(
             lambda name: job_spec(spool, run_key, facility_name, facility, name, entry),
             scheduler, clock, self._forecast,
@@ -315,7 +321,8 @@ class AllocationManager:
         ledgers = [self._status.account(a).ledger for a in self.spool.allocations()]
         waits = [self._queue_wait(a) for a in queued]
         if self._renewal.is_due(view.walltime_left_s, waits, ledgers):
-            self._update(self._create())
+            with contextlib.suppress(LimitReached):  # whoever needs it is told
+                self._update(self._create())
 
     def _queue_wait(self, alloc: AllocationDir) -> tuple[JobInfo | None, float]:
         """Return what the scheduler says of a job in the queue, and how long it has waited."""
@@ -329,9 +336,16 @@ class AllocationManager:
     def _create(self) -> AllocationDir:
         """Declare a new allocation; `_update` submits it."""
         check_disk(self.spool, self.clock.wall())
+        self._check_spending()
         alloc = self.spool.new_allocation()
         alloc.write_settings(self._settings)
         return alloc
+
+    def _check_spending(self) -> None:
+        allocations = self.spool.allocations()
+        closed = [a for a in allocations if a.has_job_ended or self._monitor.is_closed(a)]
+        ran_s = sum(total_s(self._status.account(a).runs) for a in closed)
+        check_spending(self._limits, self._facility, ran_s, len(allocations) - len(closed))
 
     def _update(self, alloc: AllocationDir) -> View:
         """Return an allocation's state; it is submitted if it is not."""

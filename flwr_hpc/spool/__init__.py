@@ -8,6 +8,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
 
     SITE/lock                            launcher: one at a time
         /answering.json                  launcher: `Answering`, its sign of life
+        /released                        launcher: the server said that the run is over
         /job_states.json                 launcher: `SchedulerAnswer`, asked for all jobs at once
         /weights/<sha256>.safetensors    launcher: received weights and extra arrays
         /cache/                          worker: prepared data

@@ -278,6 +278,11 @@ class Spool:
     def answering(self) -> RecordFile[Answering]:
         return RecordFile(self.root / "answering.json", Answering)
 
+    @property
+    def released(self) -> Path:
+        """There once the server has said that the run is over."""
+        return self.root / "released"
+
     def order(self, order_id: str) -> OrderDir:
         return OrderDir(self.root / "orders" / order_id)
 

@@ -175,6 +175,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "site_online": lambda e: f"{e.get('facility')}: site online",
     "site_offline": lambda e: f"{e.get('facility')}: site offline",
     "site_trouble": lambda e: f"{e.get('facility')}: {e.get('reason') or 'goes on'}",
+    "site_refused": lambda e: f"{e.get('facility')}: {e.get('reason')}",
     "client_app_lost": lambda e: f"{e.get('facility')}: {e.get('reason')}",
     "reply_lost": lambda e: f"{e.get('facility')}: no reply to {e.get('kind')}: {e.get('reason')}",
     "disk_trouble": lambda e: str(e.get("reason")),

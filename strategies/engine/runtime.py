@@ -165,6 +165,11 @@ def weights_fault(base: Mapping[str, Any], trained: Mapping[str, Any]) -> str | 
     return None
 
 
+def _anybody(node_id: int, facility: str) -> bool:
+    """Take every site's word for who it is."""
+    return True
+
+
 @dataclass
 class Runtime:
     """Surroundings of one run."""
@@ -180,5 +185,8 @@ class Runtime:
     # ``lost(facility, message id, when sent) -> why its reply will not come``, empty if it may:
     # what is known, beside Flower, of a site that works on a message.
     lost: Callable[[str, str, float], str] = _nothing_known
+    # ``may_speak_for(node id, facility)``: whether a node is who it says. Where sites have keys of
+    # their own, one must not answer in another's name.
+    may_speak_for: Callable[[int, str], bool] = _anybody
     # Once set, the loop ends with `Stopped`.
     stop: threading.Event = field(default_factory=threading.Event)

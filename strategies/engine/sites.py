@@ -12,6 +12,8 @@ from strategies.engine import messages
 from strategies.engine.runtime import Runtime
 from strategies.engine.state import Memory, SiteState
 
+TURNED_AWAY_S = 600.0
+
 log = logging.getLogger("strategies")
 
 
@@ -69,6 +71,9 @@ class SiteRegistry:
         """Take a node's answer: a launcher names its facility, an ordinary ClientApp fails."""
         status = messages.read_status(reply)
         if status is not None and status.facility:
+            if not self._runtime.may_speak_for(node_id, status.facility):
+                self._turn_away(node_id, status.facility)
+                return
             self._welcome(status.facility, True, node_id)
             return
         failures = self._failures[node_id] = self._failures.get(node_id, 0) + 1
@@ -77,6 +82,13 @@ class SiteRegistry:
             self._ask_after[node_id] = self._runtime.clock.now() + settings.retry_delay_s
             return
         self._welcome(f"node-{node_id}", False, node_id)
+
+    def _turn_away(self, node_id: int, facility: str) -> None:
+        """Let a node that poses as another site wait, and say so."""
+        self._ask_after[node_id] = self._runtime.clock.now() + TURNED_AWAY_S
+        reason = f"node {node_id} says that it is {facility}, which is not what it was invited as"
+        log.warning("%s", reason)
+        self._runtime.emit("site_refused", facility=facility, reason=reason)
 
     def _welcome(self, facility: str, launcher: bool, node_id: int) -> None:
         self.facility_of[node_id] = facility

@@ -20,7 +20,8 @@ from worlds.jobs import command_line
 from worlds.runs import Run
 from worlds.stranger import AS_NOBODY, NOBODY, needs_another_user, open_to_others
 
-from flwr_hpc.server.bundle import CONNECTION, PYPROJECT
+from flwr_hpc.server.bundle import PYPROJECT
+from flwr_hpc.server.bundle import connection as flower_connection
 
 pytestmark = needs_another_user
 
@@ -142,7 +143,7 @@ def _submit(seen: Visit, port: int) -> None:
     (home / "app" / "stranger.py").write_text(APP.format(mark=mark))
     toml = PYPROJECT.replace("flwr_hpc.server.server_app", "stranger")
     (home / "app" / "pyproject.toml").write_text(toml)
-    (home / "config.toml").write_text(CONNECTION.format(address=f"127.0.0.1:{port}"))
+    (home / "config.toml").write_text(flower_connection(f"127.0.0.1:{port}"))
     for path in (home, *home.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
     settings = {

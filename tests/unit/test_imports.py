@@ -20,7 +20,7 @@ LAYERS = {
     "clock": 0,
     "spool": 1,
     "config": 2,
-    "gate": 2,
+    "gate": 5,  # its public socket serves the exchange
     "worker": 3,
     "plan": 3,
     "schedulers": 4,
@@ -34,7 +34,9 @@ LAYERS = {
     "doctor": 7,
     "simulate": 7,
     "report": 7,
+    "join": 8,
     "run": 8,
+    "serve": 9,
 }
 REACH_STRATEGIES = ("server", "simulate")
 FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")

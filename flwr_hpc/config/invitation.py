@@ -1,0 +1,114 @@
+"""What a server gives to a site that is to join it: one file, for one person's eyes.
+
+It holds how to reach the server and to know it again, what shows who the site is, and the run's
+settings. Paths, accounts and whatever else belongs to one centre never travel, in neither way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flwr_hpc import __version__
+from flwr_hpc.config.schema import Config, decode
+from flwr_hpc.errors import UserError
+from flwr_hpc.files import publish, read_json
+
+FORMAT = 1
+RUN_KEYS = ("rounds", "seed", "model", "train", "exchange")
+DATA_KEYS = (
+    *("kind", "tokenizer", "seq_len", "held_out_fraction", "held_out_sequences"),
+    *("text_key", "prompt_key", "response_key"),
+)
+PLACES = ("model.path", "data.tokenizer")  # A folder of the server's is none of a site's
+EXACT = {"flwr_hpc": "flwr-hpc", "flwr": "flwr"}
+
+
+@dataclass
+class Invitation:
+    """One site's."""
+
+    format: int
+    site: str
+    address: str  # HOST:PORT of the server
+    certificate: str  # PEM; to be trusted, and no other
+    token: str  # For the exchange
+    private_key: str  # Of the site's SuperNode
+    run_key: str
+    sites: list[str]  # All that were invited by then
+    versions: dict[str, str]  # The server's, see `versions`
+    run: dict[str, Any]  # Settings of the run, as in its configuration
+    missing: list[str] = field(default_factory=list)  # Settings that each site gives for itself
+
+    def write(self, path: Path) -> None:
+        """Publish the file, mode 0600."""
+        publish(path, json.dumps(asdict(self), indent=1))
+
+
+def read_invitation(path: Path) -> Invitation:
+    """Read an invitation that nobody else can read."""
+    try:
+        mode = path.stat().st_mode & 0o077
+        raw = read_json(path) or {}
+    except (OSError, ValueError) as exc:
+        raise UserError(f"the invitation {path} cannot be read: {exc}") from None
+    if mode:
+        raise UserError(f"others can read the invitation {path}. Fix it with: chmod 600 {path}")
+    if raw.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{path} is of another version of flwr-hpc. {_install(raw.get('versions', {}))}"
+        )
+    return decode(Invitation, raw, str(path))
+
+
+def versions() -> dict[str, str]:
+    """Return what has to fit between server and site, and what is recorded beside it."""
+    found = {"flwr_hpc": __version__, "python": sys.version.split()[0]}
+    for package in ("flwr", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_versions(server: dict[str, str], here: dict[str, str] | None = None) -> None:
+    """Refuse a flwr-hpc or Flower that does not fit the server's; Python and torch may differ."""
+    here = versions() if here is None else here
+    same = here.get("flwr_hpc") == server.get("flwr_hpc")
+    if same and _minor(here.get("flwr", "")) == _minor(server.get("flwr", "")):
+        return
+    pairs = (
+        f"{name} {here.get(key, 'is missing')} (the server has {server.get(key)})"
+        for key, name in EXACT.items()
+    )
+    raise UserError(f"this site does not fit the server: {', '.join(pairs)}. {_install(server)}")
+
+
+def run_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Return what of a run's settings goes to its sites, and which they have to give themselves."""
+    whole: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    run = {key: whole[key] for key in RUN_KEYS}
+    run["data"] = {key: whole["data"][key] for key in DATA_KEYS}
+    missing = []
+    for place in PLACES:
+        group, key = place.split(".")
+        if run[group][key] and Path(run[group][key]).expanduser().is_dir():
+            run[group][key] = None if key == "path" else "byte"
+            missing.append(place)
+    return run, missing
+
+
+def _install(server: dict[str, str]) -> str:
+    wanted = " ".join(f"'{name}=={server[key]}'" for key, name in EXACT.items() if key in server)
+    return f"Fix it with: {sys.executable} -m pip install {wanted}"
+
+
+def _minor(text: str) -> list[str]:
+    return text.split(".")[:2]

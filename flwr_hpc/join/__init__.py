@@ -1,0 +1,1 @@
+"""A centre's part in a run whose server is elsewhere."""

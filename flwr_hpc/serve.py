@@ -1,0 +1,115 @@
+"""``python -m flwr_hpc.serve``: the server of a run whose sites join from other centres.
+
+On a machine that the sites can reach, at one TCP port. Settings are KEY=VALUE, e.g.
+
+  python -m flwr_hpc.serve serve.address=train.example.org:8443 'serve.sites=[leonardo,lumi]'
+  python -m flwr_hpc.serve serve.address=... 'serve.sites=[a,b]' strategy=fedbuff rounds=20
+  python -m flwr_hpc.serve resume=runs/2026-01-31_12-00-00
+
+It writes an invitation for each site into the run directory. While it runs:
+
+  python -m flwr_hpc.serve invite NAME RUN_DIR            a further site, or a new invitation
+  python -m flwr_hpc.serve revoke NAME RUN_DIR            a site is out, at once
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flwr_hpc import __version__
+from flwr_hpc.config.compose import compose_config, resume_config, shown
+from flwr_hpc.config.schema import Config
+from flwr_hpc.errors import UserError, exit_code
+from flwr_hpc.files import keep_files_private
+
+EXAMPLE = "serve.address=train.example.org:8443 'serve.sites=[leonardo,lumi]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["invite"], ["revoke"]):
+        return exit_code(lambda: _change(argv))
+    args = _parser().parse_intermixed_args(argv)
+    return exit_code(lambda: _serve(args))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config, resumed = _configure(args.overrides, args.config_dir)
+    if args.cfg:
+        print(shown(config), end="")
+        return 0
+    from flwr_hpc.server import session
+
+    if config.dry_run:
+        return session.show_plan(config, {})
+    return session.run(config, resumed, {})
+
+
+def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:
+    """Compose the configuration; that of a resumed run comes from its folder."""
+    resume = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
+    if resume and resume[-1] not in ("", "null"):
+        from flwr_hpc.server.run_dir import RunDir
+
+        run = RunDir.open(resume[-1])
+        changes = [o for o in overrides if not o.startswith("resume=")]
+        config = resume_config(run.path / "config.yaml", changes)
+        config.resume = str(run.path)
+    else:
+        config = compose_config(overrides, config_dir, serve=True)
+    if not config.serve.address or not config.serve.sites:
+        raise UserError(f"where sites reach the server, and who they are. Add: {EXAMPLE}")
+    if config.facilities:
+        name = next(iter(config.facilities))
+        raise UserError(
+            f"facilities belong to the sites that join, also one of this machine ({name}): "
+            f"leave +facility= away, and name it in serve.sites"
+        )
+    return config, bool(config.resume)
+
+
+def _change(argv: list[str]) -> int:
+    """Invite a site, or revoke its invitation, while the server runs or not."""
+    if len(argv) != 3:
+        raise UserError(f"usage: python -m flwr_hpc.serve {argv[0]} NAME RUN_DIR")
+    from flwr_hpc.server import invitations
+    from flwr_hpc.server.run_dir import RunDir
+
+    keep_files_private()
+    action, site, folder = argv
+    run = RunDir.open(folder)
+    config = run.config()
+    if not config.serve.address:
+        raise UserError(f"{run.path} is no server's run directory: its sites are on this machine")
+    runs = run.in_use()
+    if action == "invite":
+        path = invitations.invite(run, config, site)
+        if runs:
+            invitations.register(run, invitations.run_flower(run), anew=False)
+        print(f"{site}: give {path} to its person alone")
+        return 0
+    credential = invitations.revoke(run, site)
+    print(f"{site}: its invitation is worth nothing any more")
+    if runs and credential.node_id:
+        invitations.unregister(run, credential.node_id)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flwr_hpc.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
+    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
+    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What a site runs with: the run's settings from the invitation, its centre's own, never mixed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from flwr_hpc import __version__
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.invitation import (
+    FORMAT,
+    Invitation,
+    check_versions,
+    read_invitation,
+    run_settings,
+    versions,
+)
+from flwr_hpc.errors import UserError
+from flwr_hpc.join import __main__ as command
+from flwr_hpc.join.configure import site_config
+
+HERE = ["+facility=local_a", "data.paths=[json]"]
+
+
+def invitation(*overrides: str) -> Invitation:
+    config = compose_config(
+        ["serve.address=vm.example.org:8443", "serve.sites=[lumi,vega]", *overrides], serve=True
+    )
+    run, missing = run_settings(config)
+    return Invitation(
+        format=FORMAT, site="lumi", address="vm.example.org:8443", certificate="PEM",
+        token="secret", private_key="KEY", run_key="r1", sites=["lumi", "vega"],
+        versions=versions(), run=run, missing=missing,
+    )  # fmt: skip
+
+
+def test_the_runs_settings_come_with_it_and_the_centres_stay() -> None:
+    """Protects the training from a site's defaults, and the site from the server's."""
+    sent = invitation("train.steps=77", "seed=5", "model.config.hidden_size=96", "data.seq_len=32")
+    config = site_config(sent, [*HERE, "facilities.local_a.walltime=00:20:00"])
+    assert (config.train.steps, config.seed, config.data.seq_len) == (77, 5, 32)
+    assert config.model.config["hidden_size"] == 96
+    assert list(config.facilities) == ["lumi"]
+    assert config.facilities["lumi"].walltime == "00:20:00"
+    assert config.data.paths == {"lumi": ["json"]}
+
+
+def test_what_depends_on_a_centres_files_and_hardware_is_its_own() -> None:
+    """Protects centres whose files and GPUs differ from the others'."""
+    config = site_config(
+        invitation("data.kind=stdlib", "train.micro_batch=4"),
+        ["+facility=local_a", "data=jsonl", "data.paths=/x/*.jsonl", "train.micro_batch=2"],
+    )
+    assert (config.data.kind, config.train.micro_batch) == ("jsonl", 2)
+    assert config.data.paths == {"lumi": ["/x/*.jsonl"]}
+
+
+@pytest.mark.parametrize(
+    "override", ["rounds=9", "train.steps=3", "data.seq_len=8", "seed=1", "strategy=fedbuff",
+                 "model=tiny_gpt2", "exchange.codec=full", "serve.address=x:1", "run_dir=x"],
+)  # fmt: skip
+def test_a_site_cannot_change_what_is_the_runs(override: str) -> None:
+    """Protects all sites from one that trains something else."""
+    with pytest.raises(UserError, match="belongs to the run"):
+        site_config(invitation(), [*HERE, override])
+
+
+@pytest.mark.parametrize("facilities", [[], ["+facility=[local_a,local_b]"]])
+def test_a_site_is_one_facility(facilities: list[str]) -> None:
+    """Protects against a site of two facilities, of which one would never work."""
+    with pytest.raises(UserError, match="one facility"):
+        site_config(invitation(), [*facilities, "data.paths=[json]"])
+
+
+def test_no_path_and_no_account_of_the_server_travels(tmp_path: Path) -> None:
+    """Protects what is the server's own: its folders mean nothing elsewhere, and are not told."""
+    sent = invitation(f"model.path={tmp_path}", f"data.tokenizer={tmp_path}", f"run_dir={tmp_path}")
+    assert str(tmp_path) not in json.dumps(asdict(sent))
+    with pytest.raises(UserError, match="folder on the server's machine"):
+        site_config(sent, HERE)
+    config = site_config(sent, [*HERE, "model.path=/here/model", "data.tokenizer=/here/tok"])
+    assert (config.model.path, config.data.tokenizer) == ("/here/model", "/here/tok")
+
+
+def test_limits_are_held_against_the_sites_own_jobs() -> None:
+    """Protects a centre from a facility file that asks for more than its people agreed to."""
+    with pytest.raises(UserError, match=r"nodes=4 is above site\.limits\.nodes=2"):
+        site_config(invitation(), [*HERE, "facilities.local_a.nodes=4", "site.limits.nodes=2"])
+    with pytest.raises(UserError, match=r"above\s+site\.limits\.walltime=00:30:00"):
+        site_config(invitation(), [*HERE, "site.limits.walltime=00:30:00"])
+
+
+def test_an_invitation_is_read_back_and_only_if_it_is_private(tmp_path: Path) -> None:
+    """Protects the credential: it is refused where others can read it."""
+    path = tmp_path / "lumi.json"
+    sent = invitation()
+    sent.write(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_invitation(path) == sent
+    path.chmod(0o640)
+    with pytest.raises(UserError, match=f"chmod 600 {path}"):
+        read_invitation(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 9}', "\xff"])
+def test_a_damaged_invitation_is_no_traceback(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects whoever got half a file by mail."""
+    path = tmp_path / "lumi.json"
+    path.write_text(text, encoding="latin-1")
+    path.chmod(0o600)
+    assert command.main([str(path), *HERE]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "found"), [("flwr_hpc", "9.9.9"), ("flwr", "1.30.0"), ("flwr", "")]
+)
+def test_versions_that_do_not_fit_are_refused_with_the_command(package: str, found: str) -> None:
+    """Protects a run from sites that speak another protocol, and their people from guessing."""
+    server = {"flwr_hpc": __version__, "flwr": "1.41.0", "python": "3.11.7"}
+    with pytest.raises(UserError, match=f"pip install 'flwr-hpc=={__version__}' 'flwr==1.41.0'"):
+        check_versions(server, {**server, package: found})
+
+
+def test_python_and_torch_may_differ() -> None:
+    """Protects centres whose modules are older or newer."""
+    server = {"flwr_hpc": __version__, "flwr": "1.41.0", "python": "3.11.7", "torch": "2.6"}
+    check_versions(server, {**server, "python": "3.13.0", "torch": "2.9", "flwr": "1.41.2"})

@@ -1,0 +1,134 @@
+"""Who may join a server: what is written for whom, and what is worth nothing any more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from worlds.stranger import open_to_others
+
+from flwr_hpc import serve
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.invitation import read_invitation
+from flwr_hpc.config.schema import Config
+from flwr_hpc.files import private_files
+from flwr_hpc.gate.credentials import Guests, read_credentials
+from flwr_hpc.server import invitations
+from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.server.server_app import may_speak_for
+
+ADDRESS = "serve.address=127.0.0.1:8443"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    sites = ["serve.sites=[lumi,vega]", f"run_dir={tmp_path / 'run'}"]
+    return compose_config([ADDRESS, *sites], serve=True)
+
+
+@pytest.fixture
+def run(config: Config) -> RunDir:
+    with private_files():  # as the commands have it
+        run = RunDir.create(config)
+        invitations.prepare(run, config)
+    return run
+
+
+class Flower:
+    """Gives every node that is registered the next number."""
+
+    def __init__(self) -> None:
+        self.last = 100
+        self.asked: list[str] = []
+
+    def __call__(self, command: object) -> str:
+        assert isinstance(command, list)
+        self.asked.append(next(w for w in command if w.startswith("--name=")))
+        self.last += 1
+        return f'noise {{"success": true, "node-id": {self.last}}}\n'
+
+
+def test_each_site_gets_an_invitation_of_its_own_and_nobody_else_can_read_it(run: RunDir) -> None:
+    """Protects credentials on the server's disk, and sites from each other."""
+    lumi, vega = (read_invitation(run.invitations / f"{s}.json") for s in ("lumi", "vega"))
+    assert (lumi.site, vega.site) == ("lumi", "vega")
+    assert lumi.token != vega.token
+    assert lumi.private_key != vega.private_key
+    assert open_to_others(run.path) == {}
+    assert lumi.token not in run.credentials.read_text()
+
+
+def test_a_resumed_server_keeps_its_invitations(run: RunDir, config: Config) -> None:
+    """Protects people from having to be invited again after a reboot."""
+    before = (run.invitations / "lumi.json").read_text(), run.certificate.read_text()
+    assert invitations.prepare(run, config) == []
+    assert before == ((run.invitations / "lumi.json").read_text(), run.certificate.read_text())
+
+
+def test_nodes_are_registered_and_a_site_speaks_for_itself_alone(
+    run: RunDir, config: Config
+) -> None:
+    """Protects a site's name: a node with another's key cannot answer in it."""
+    invitations.register(run, Flower(), anew=True)
+    ids = {site: c.node_id for site, c in read_credentials(run.credentials).items()}
+    assert sorted(ids.values()) == [101, 102]
+    assert may_speak_for(run, config, ids["lumi"], "lumi")
+    assert not may_speak_for(run, config, ids["vega"], "lumi")
+    assert not may_speak_for(run, config, 999, "lumi")
+    assert not may_speak_for(run, config, ids["lumi"], "unheard_of")
+
+
+def test_a_revoked_site_is_out_and_others_stay(run: RunDir, config: Config) -> None:
+    """Protects a run after an invitation was lost."""
+    flower = Flower()
+    invitations.register(run, flower, anew=True)
+    token = read_invitation(run.invitations / "lumi.json").token
+    guests = Guests(run.credentials)
+    assert guests.folder_of_token(token)
+    gone = invitations.revoke(run, "lumi")
+    assert guests.site_of_token(token) is None
+    assert not may_speak_for(run, config, gone.node_id, "lumi")
+    assert run.sites(config) == ["vega"]
+    flower.asked.clear()
+    invitations.register(run, flower, anew=True)
+    assert flower.asked == ["--name=vega"]
+
+
+def test_a_new_invitation_makes_the_old_one_worthless(run: RunDir, config: Config) -> None:
+    """Protects against the one that was lost, also where the site stays."""
+    old = read_invitation(run.invitations / "lumi.json").token
+    invitations.register(run, Flower(), anew=True)
+    new = read_invitation(invitations.invite(run, config, "lumi")).token
+    guests = Guests(run.credentials)
+    assert (guests.site_of_token(old), guests.site_of_token(new)) == (None, "lumi")
+    flower = Flower()
+    invitations.register(run, flower, anew=False)
+    assert flower.asked == ["--name=lumi"]
+
+
+def test_a_damaged_list_lets_nobody_in(run: RunDir) -> None:
+    """Protects against a half-written file: out is the safe side."""
+    token = read_invitation(run.invitations / "lumi.json").token
+    guests = Guests(run.credentials)
+    assert guests.site_of_token(token) == "lumi"
+    run.credentials.write_text(json.dumps({"lumi": {"token": 1}}))
+    assert guests.site_of_token(token) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "serve.address=train.example.org:8443"),
+        (["serve.address=vm"], "HOST:PORT"),
+        ([ADDRESS], "serve.sites"),
+        ([ADDRESS, "serve.sites=[../x]"], "cannot be the name"),
+        ([ADDRESS, "serve.sites=[a]", "+facility=local_a"], "belong to the sites"),
+        (["invite", "lumi"], "usage: "),
+        (["revoke", "lumi", "nowhere"], "not a run directory"),
+    ],
+)
+def test_mistakes_teach(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects people at the server: what was wrong, and what to type."""
+    assert serve.main(argv) == 2
+    assert words in capsys.readouterr().err
