@@ -1,0 +1,153 @@
+"""What fewer bytes cost in loss: the demo's model under DiLoCo, with every codec.
+
+Two facilities train for 20 rounds from the same start on the demo's data, as in `learning.py`; what
+each sends goes through the codec's file and back, with error feedback and without. The
+trainer, the codecs, the feedback and the outer step are those of a real run.
+
+    python benchmarks/codecs.py [--seeds N] [--minutes M] [OVERRIDE ...]
+
+Runs that are over are in ``benchmarks/results/codecs_runs.jsonl`` and are not made again; the table
+is written to ``benchmarks/results/codecs.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from _machine import RESULTS, record
+from learning import Weights, held_out, outer_step, trainers
+from safetensors.numpy import load_file, save_file
+
+from flwr_hpc.config.compose import compose_config
+from flwr_hpc.config.schema import Config
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.compression.feedback import Feedback
+from flwr_hpc.exchange.tensorfile import TensorFile
+from flwr_hpc.exchange.tensors import Tensors
+from flwr_hpc.train.rendezvous import Group, join
+from flwr_hpc.worker.ranks import Ranks
+
+RUNS = RESULTS / "codecs_runs.jsonl"
+SETTINGS = ["rounds=20", "train.steps=20"]
+GAMMA = 0.95
+# Codec, and gamma of its error feedback.
+CASES: list[tuple[list[str], float]] = [
+    (["full"], 0.0), (["int8"], GAMMA), (["int8"], 0.0), (["int4"], GAMMA), (["int4"], 0.0),
+    (["topk", "int2"], GAMMA), (["topk", "int2"], 0.0),
+]  # fmt: skip
+
+
+class Sender:
+    """A facility's half of the exchange."""
+
+    def __init__(self, codec: list[str], gamma: float, folder: Path) -> None:
+        self._codec = make_codec(codec)
+        self._feedback = Feedback(folder, gamma) if gamma else None
+        self._payload = folder / "payload"
+        self.share = 1.0  # of the bytes of the weights
+        folder.mkdir()
+
+    def sent(self, order: str, weights: Path, base: Path) -> Weights:
+        """Return what arrives of trained weights."""
+        trained, known = TensorFile(weights), TensorFile(base)
+        feedback = self._feedback
+        meant: Tensors = feedback.corrected(order, trained) if feedback else trained
+        self._codec.encode(meant, self._payload, known)
+        received = self._codec.decode(self._payload, known, trained.layout)
+        if feedback:
+            feedback.keep(order, meant, received, known)
+        self.share = self._payload.stat().st_size / weights.stat().st_size
+        return {name: received.tensor(name).copy() for name in trained.layout}
+
+
+def run(config: Config, group: Group, folder: Path, codec: list[str], gamma: float) -> Any:
+    """Train once; return the mean held-out loss of every round and the share of the bytes."""
+    sites = trainers(config, group)
+    senders = {name: Sender(codec, gamma, folder / f"send-{name}") for name in sites}
+    where, momentum = folder / "global.safetensors", Weights()
+    next(iter(sites.values())).save_weights(where)
+    theta, losses = load_file(where), []
+    for number in range(config.rounds):
+        arrived = []
+        for name, site in sites.items():
+            site.load_weights(where)
+            site.train(config.train.steps)
+            site.save_weights(folder / f"{name}.safetensors")
+            arrived.append(senders[name].sent(f"o{number}", folder / f"{name}.safetensors", where))
+        theta = outer_step(theta, arrived, momentum, config.strategy)
+        save_file(theta, where)
+        losses.append(round(statistics.mean(held_out(sites, where).values()), 4))
+    return {"losses": losses, "share": next(iter(senders.values())).share}
+
+
+def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]:
+    """Make the runs that are missing; return all by their key."""
+    lines = RUNS.read_text().splitlines() if RUNS.exists() else []
+    over = {entry["key"]: entry["outcome"] for entry in map(json.loads, lines)}
+    until = time.monotonic() + 60.0 * minutes
+    for seed in range(seeds):
+        for codec, gamma in CASES:
+            key = _key(codec, gamma, seed, overrides)
+            if key in over or time.monotonic() > until:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                group = join(Path(scratch), Ranks())
+                config = compose_config([*SETTINGS, f"seed={seed}", *overrides])
+                over[key] = run(config, group, Path(scratch), codec, gamma)
+                group.close()
+            print(f"{key}: {over[key]['losses'][-1]} {over[key]['share']:.4f}", flush=True)
+            with open(RUNS, "a") as file:
+                file.write(json.dumps({"key": key, "outcome": over[key]}) + "\n")
+    return over
+
+
+def table(over: dict[str, Any], overrides: list[str], seeds: int) -> list[dict[str, Any]]:
+    """Return a row per case: its loss against that of whole weights with the same seed."""
+    rows = []
+    for codec, gamma in CASES:
+        runs = [(over.get(_key(codec, gamma, s, overrides)), s) for s in range(seeds)]
+        there = [(r, over.get(_key(*CASES[0], s, overrides))) for r, s in runs if r]
+        pairs = [(r["losses"][-1], full["losses"][-1]) for r, full in there if full]
+        if pairs:
+            worse = [100.0 * (loss / reference - 1.0) for loss, reference in pairs]
+            rows.append(
+                {
+                    "codec": "+".join(codec), "feedback": gamma, "seeds": len(pairs),
+                    "share": round(there[0][0]["share"], 4),
+                    "loss": round(statistics.mean(p[0] for p in pairs), 4),
+                    "percent_worse": round(statistics.mean(worse), 2),
+                    "percent_worse_at_most": round(max(worse), 2),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _key(codec: list[str], gamma: float, seed: int, overrides: list[str]) -> str:
+    return " ".join(["+".join(codec), f"gamma={gamma:g}", f"seed={seed}", *overrides])
+
+
+def main() -> None:
+    """Run, print the table, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
+    args = parser.parse_intermixed_args()
+    rows = table(complete(args.overrides, args.seeds, args.minutes), args.overrides, args.seeds)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    config = compose_config([*SETTINGS, *args.overrides])
+    used = ("rounds", "strategy", "model", "data", "train")
+    record("codecs", {"rows": rows}, {key: dataclasses.asdict(config)[key] for key in used})
+
+
+if __name__ == "__main__":
+    main()
