@@ -100,7 +100,7 @@ class ExchangeConfig:
     codec: Any = "full"
     # Share of what a lossy codec left out of a site's update that goes with its next one (0: none).
     feedback: float = 0.95
-    inline_below_mb: float = 1.0  # Smaller payloads travel inside the Flower message
+    inline_below_mb: float = 0.1  # Smaller payloads travel inside the Flower message
     # A site's payload of which nothing has come for so many seconds is given up: its order failed.
     stall_s: float = 300.0
 

@@ -26,7 +26,7 @@ class SiteExchange:
 
     store: Store
     codec: Codec
-    inline_below_mb: float = 1.0
+    inline_below_mb: float = 0.1
     feedback: Feedback | None = None  # Of what the codec leaves out
 
     def receive(self, content: RecordDict, key: str, folder: Path) -> Path | None:

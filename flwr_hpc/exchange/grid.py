@@ -87,7 +87,7 @@ class ExchangeGrid(Grid):
         codec: Codec,
         folder: Path,
         *,
-        inline_below_mb: float = 1.0,
+        inline_below_mb: float = 0.1,
         stall_s: float = 300.0,
         emit: Callable[..., object] = lambda event, **fields: None,
         executor: Executor | None = None,
