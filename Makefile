@@ -1,11 +1,11 @@
-# make demo | test | test-slow | test-fast | lint | bench | lab | lab-down; everything is installed into .venv from constraints.txt.
+# make demo | test | test-slow | test-fast | lint | bench | lab | lab-centres | lab-down; everything is installed into .venv from constraints.txt.
 PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: demo test test-slow test-fast lint bench lab lab-down clean
+.PHONY: demo test test-slow test-fast lint bench lab lab-centres lab-down clean
 
 demo: $(VENV)/.train
 	$(PY) -m flwr_hpc.run
@@ -31,6 +31,10 @@ bench: $(VENV)/.dev
 # Two throw-away Slurm clusters on this machine; needs root and a few packages, which it names.
 lab: $(VENV)/.train
 	$(PY) -m tests.lab up lab_a lab_b
+
+# A server and two Slurm centres that share nothing, on a wide-area network; prints what to type at each.
+lab-centres: $(VENV)/.train
+	$(PY) -m tests.lab up --centres
 
 lab-down: $(VENV)/.train
 	$(PY) -m tests.lab down

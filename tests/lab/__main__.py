@@ -1,4 +1,4 @@
-"""Slurm clusters for a person: ``python -m tests.lab up|down|status|exec|kill|start``, as root."""
+"""The lab for a person: ``python -m tests.lab up|down|status|exec|kill|start|link``, as root."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
+from .centres import CENTRES, Centres
 from .cluster import Cluster
 from .host import HOME, LabError, alive, missing, python, sweep
 from .plan import Shape
+from .remote import Host
 
+WAN = "wan"  # the name of the hosts that are brought up by hand
 CONF = HOME / "conf"  # a folder for --config-dir, with a facility of every cluster's name
 
 
@@ -22,7 +25,12 @@ def up(args: argparse.Namespace) -> None:
     typed = f"{python()} -m tests.lab {shlex.join(sys.argv[1:])}"
     if reason := missing("make lab" if os.environ.get("MAKELEVEL") else typed):
         raise LabError(reason)
+    if not args.centres and not args.names:
+        raise LabError("name a cluster: up lab_a; or: up --centres")
     given = {f.name: getattr(args, f.name) for f in fields(Shape) if f.name in args}
+    if args.centres:
+        up_centres(Shape(**given))
+        return
     shape = Shape(**given, user=os.environ.get("SUDO_USER", "root"))
     (CONF / "facility").mkdir(parents=True, exist_ok=True)
     for name in args.names:
@@ -42,10 +50,54 @@ Try one of these:
     )
 
 
+def up_centres(shape: Shape) -> None:
+    """Bring a server and two Slurm centres up, and say what to type at each."""
+    if alive(HOME / WAN):
+        centres = Centres.named(WAN)
+    else:
+        sites = [CENTRES[0], *(replace(site, slurm=shape) for site in CENTRES[1:])]
+        centres = Centres.up(WAN, sites, keep=True)
+    me = f"{python()} -m tests.lab"
+    print("Three hosts that share nothing; only SSH comes in at a centre. Enter them with:")
+    for host in centres.hosts.values():
+        print(f"  {me} exec {host.name} bash    # {host.user}@{host.address}, python has flwr-hpc")
+        if host.cluster:
+            print(f"    sinfo; python -m flwr_hpc.doctor --config-dir conf +facility={host.name}")
+    first, *others = centres.hosts.values()
+    print(
+        f"""Further:
+  {me} exec --user stranger {first.name} bash
+  {me} exec {first.name} ssh {others[0].name}
+  {me} link {others[0].name} --rate-mbit 20 --rtt-ms 80 --loss 0.01
+  {me} link {others[0].name} down    # up, half-open
+  {me} kill {others[0].name} all    # a reboot
+  {me} down {WAN}"""
+    )
+
+
+def link(args: argparse.Namespace) -> None:
+    """Change a host's line to the wide-area network, and show what it carried."""
+    line = Centres.named(WAN)[args.name].link
+    actions = {"up": line.up, "down": line.down, "half-open": line.half_open}
+    if args.state:
+        actions[args.state]()
+    else:
+        line.set(rate_mbit=args.rate_mbit, rtt_ms=args.rtt_ms, loss=args.loss)
+    print(line.traffic())
+
+
+def host_named(name: str) -> Host | None:
+    """Return the host of that name, if there is one."""
+    return Centres.named(WAN).hosts.get(name) if alive(HOME / WAN) else None
+
+
 def down(args: argparse.Namespace) -> None:
-    """Take clusters down; if none is named, all that were brought up by hand."""
+    """Take clusters down; if none is named, all that were brought up by hand, hosts too."""
+    if alive(HOME / WAN) and (not args.names or WAN in args.names):
+        Centres.named(WAN).down()
+        print(f"{WAN}: gone")
     for name in args.names or sorted(p.stem for p in CONF.glob("facility/*.yaml")):
-        if alive(HOME / name):
+        if name != WAN and alive(HOME / name):
             Cluster.named(name).down()
             print(f"{name}: gone")
         with contextlib.suppress(FileNotFoundError):
@@ -58,7 +110,7 @@ def down(args: argparse.Namespace) -> None:
 
 def status(args: argparse.Namespace) -> None:
     """Show what every cluster says of its nodes and jobs."""
-    for folder in sorted(p for p in HOME.glob("*") if alive(p)):
+    for folder in sorted(p.parent for p in HOME.glob("*/layout.json") if alive(p.parent)):
         cluster = Cluster.named(folder.name)
         print(f"{cluster.name}: SLURM_CONF={cluster.conf}")
         with contextlib.suppress(LabError):
@@ -66,13 +118,19 @@ def status(args: argparse.Namespace) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """Run a command on a login node or compute node."""
+    """Run a command on a host, as its user; or, as root, on a login node or compute node."""
+    if not args.node and (host := host_named(args.name)):
+        argv = host.command(*args.command, user=args.user)
+        sys.exit(subprocess.run(argv, check=False).returncode)
     argv = Cluster.named(args.name).inside(*args.command, node=args.node)
     sys.exit(subprocess.run(argv, check=False).returncode)
 
 
 def kill(args: argparse.Namespace) -> None:
-    """Kill -9 a daemon, or a node."""
+    """Kill -9 a daemon, or a node; `all` that runs on a host."""
+    if args.daemon == "all" and (host := host_named(args.name)):
+        host.kill_all()
+        return
     Cluster.named(args.name).kill(args.daemon, args.node)
 
 
@@ -88,8 +146,9 @@ def arguments() -> argparse.ArgumentParser:
     for function in (up, down):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
-        command.add_argument("names", nargs="+" if function is up else "*", metavar="NAME")
+        command.add_argument("names", nargs="*", metavar="NAME")
         if function is up:
+            command.add_argument("--centres", action="store_true", help=up_centres.__doc__)
             for name in ("nodes", "cpus", "memory_mb", "gpus", "grace_s"):
                 flag = f"--{name.replace('_', '-')}"
                 command.add_argument(flag, type=int, default=argparse.SUPPRESS)
@@ -99,8 +158,16 @@ def arguments() -> argparse.ArgumentParser:
     command = commands.add_parser("exec", help=execute.__doc__)
     command.set_defaults(function=execute)
     command.add_argument("--node", default="")
+    command.add_argument("--user", default="", help="of a host: stranger, root")
     command.add_argument("name", metavar="NAME")
     command.add_argument("command", nargs=argparse.REMAINDER)
+    command = commands.add_parser("link", help=link.__doc__)
+    command.set_defaults(function=link)
+    command.add_argument("name", metavar="HOST")
+    command.add_argument("state", nargs="?", choices=["up", "down", "half-open"])
+    command.add_argument("--rate-mbit", type=float)
+    command.add_argument("--rtt-ms", type=float, default=0.0)
+    command.add_argument("--loss", type=float, default=0.0)
     for function in (kill, start):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
 
 import pytest
 
+from .centres import Centres, missing_tun
 from .cluster import Cluster
 from .host import LabError, missing
 from .plan import Shape
 
-__all__ = ["FAULTY", "Lab", "REQUIRE", "lab", "slurm", "slurm_conf"]
+__all__ = ["FAULTY", "Lab", "REQUIRE", "centres", "lab", "slurm", "slurm_conf"]
 
+_NUMBERS = itertools.count()
 REQUIRE = "FLWR_HPC_REQUIRE_SLURM"
 # For tests of faults: notices a dead node in about 15 s, but no healthy one of a busy machine.
 FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=10, message_timeout_s=5)
@@ -51,13 +54,25 @@ class Lab:
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Clusters; skips the test, or fails it where they are required, when none can be made."""
-    if reason := missing():
-        if os.environ.get(REQUIRE) == "1":
-            pytest.fail(f"{REQUIRE}=1, but {reason}")
-        pytest.skip(f"no Slurm: {reason}")
+    _need(missing())
     lab = Lab()
     yield lab
     lab.down()
+
+
+@pytest.fixture
+def centres() -> Iterator[Centres]:
+    """Return a server and two centres that share nothing; skips or fails as `lab` does."""
+    _need(missing() or missing_tun())
+    with Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}") as centres:
+        yield centres
+
+
+def _need(reason: str) -> None:
+    if reason and os.environ.get(REQUIRE) == "1":
+        pytest.fail(f"{REQUIRE}=1, but {reason}")
+    if reason:
+        pytest.skip(f"no Slurm: {reason}")
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ A plan is a JSON object::
     hostname, folder, control    the node's name, its cluster's folder, its control socket
     remove                       whether the folder goes with the node
     step_s                       how long a daemon may take
+    reboots                      the daemons that a reboot of the host kills and starts
     steps                        [{"run": argv, "stdin": text}], or
                                  [{"start": name, "argv": ..., "log": path, "ready": probe}]
 
 where a probe is ``{"socket": path}``, ``{"tcp": [host, port]}`` or ``{"command": argv}``.
 Requests come one per connection to the control socket: ``{"do": "start" | "kill" | "alive",
-"name": ...}``, with ``signal`` for ``kill``; or ``{"do": "down"}``.
+"name": ...}``, with ``signal`` for ``kill``; ``{"do": "reboot"}`` or ``{"do": "down"}``.
 """
 
 from __future__ import annotations
@@ -146,9 +147,31 @@ class Init:
                 self.start(request["name"])
             case "kill":
                 self.kill(request["name"], request["signal"])
+            case "reboot":
+                self.reboot()
+                return True
             case "down":
                 return False
         return self.alive(request["name"])
+
+    def reboot(self) -> None:
+        """Kill what runs here, then start what starts with a host.
+
+        A cluster's daemons stay: they stand for other machines.
+        """
+        ours = self.plan.get("reboots", [])
+        stays = [p.pid for name, p in self.running.items() if name not in ours]
+        deadline = time.monotonic() + self.step_s
+        while left := _others(stays):
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.reap()
+            if time.monotonic() > deadline:
+                raise LabError(f"processes {left} do not end")
+            time.sleep(0.01)
+        for name in ours:
+            self.start(name)
 
     def end(self) -> None:
         """Kill every process of the namespace, then remove what it left on the disk."""
@@ -199,12 +222,27 @@ def _connects(family: socket.AddressFamily, address: Any) -> bool:
 
 
 def _children(pid: int) -> list[int]:
-    found = []
+    return [child for child, parent in _parents().items() if parent == pid]
+
+
+def _parents() -> dict[int, int]:
+    """Return every live process's parent; 0 for one that came in from outside."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                found[int(stat.parent.name)] = int(parent)
     return found
+
+
+def _others(roots: list[int]) -> list[int]:
+    """Return all processes but process 1 and the families of some."""
+    parents = _parents()
+    kept = {1, *roots}
+    while more := {pid for pid, parent in parents.items() if parent in kept - {1}} - kept:
+        kept |= more
+    return [pid for pid in parents if pid not in kept]
 
 
 def _tail(path: str) -> str:

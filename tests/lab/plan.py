@@ -8,18 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from .place import HERE, TEMPLATES, Place, place_files, place_steps, sshd
 
-HERE = Path(__file__).parent
 CONTROLLER, NODE, DATABASE = 6817, 6818, 6819
-
-TEMPLATES = Environment(
-    loader=FileSystemLoader(HERE / "templates"),
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
 
 
 @dataclass(frozen=True)
@@ -74,12 +65,15 @@ class Layout:
         Which of the 512 networks 198.18.0.0/24 to 198.19.255.0/24 it has; RFC 2544 keeps that
         range for laboratories.
     shape : Shape
+    place : Place, optional
+        Where the login node is a host that shares nothing with others.
     """
 
     name: str
     folder: Path
     index: int
     shape: Shape
+    place: Place | None = None
 
     def address(self, host: int) -> str:
         return f"198.{18 + self.index // 256}.{self.index % 256}.{host}"
@@ -87,6 +81,10 @@ class Layout:
     @property
     def login(self) -> str:
         return self.address(1)
+
+    @property
+    def login_name(self) -> str:
+        return self.place.name if self.place else f"{self.name}-login"
 
     @property
     def outside(self) -> str:
@@ -100,11 +98,12 @@ class Layout:
             for k in range(1, self.shape.nodes + 1)
         ]
 
-    def render(self, template: str) -> str:
+    def render(self, template: str, name: str = "") -> str:
         return TEMPLATES.get_template(template).render(
-            name=self.name,
+            name=name or self.name,
             folder=self.folder,
             login=self.login,
+            login_name=self.login_name,
             nodes=self.nodes,
             shape=self.shape,
         )
@@ -127,16 +126,24 @@ def files(layout: Layout) -> dict[str, str]:
         found |= {n: layout.render(f"{n}.j2") for n in ("sshd_config", "ssh_config")}
     for node in layout.nodes:
         found[f"{node['name']}.json"] = json.dumps(node_plan(layout, node["name"]))
+    if layout.place:
+        names = found.pop("hosts")
+        found |= place_files(layout.place)
+        found["etc/hosts"] = names + found["etc/hosts"]
     return found
 
 
 def login_plan(layout: Layout, keep: bool) -> dict[str, Any]:
     """Return what process 1 of the login node has to do."""
     folder, shape = layout.folder, layout.shape
-    steps = [
+    environment = f"SetEnv=SLURM_CONF={folder}/slurm.conf"
+    ours = [
         _run("mount", "-t", "tmpfs", "tmpfs", "/run"),
         _run("mkdir", "-p", "/run/sshd", "/run/netns"),
         _run("mount", "--bind", f"{folder}/hosts", "/etc/hosts"),
+    ]
+    steps = [
+        *(place_steps(layout.place) if layout.place else ours),
         *_network(layout),
         *_gpus(layout),
         _munged(layout),
@@ -144,15 +151,17 @@ def login_plan(layout: Layout, keep: bool) -> dict[str, Any]:
         *(_accounting(layout) if shape.accounting else []),
         _start(layout, "slurmctld", ["slurmctld", "-D"], {"tcp": [layout.login, CONTROLLER]}),
         *(_node(layout, node["name"]) for node in layout.nodes),
+        *(sshd(layout.place, "-o", environment) if layout.place else []),
     ]
     return {
-        "hostname": f"{layout.name}-login",
+        "hostname": layout.login_name,
         "folder": str(folder),
         "control": f"{folder}/control",
-        "remove": True,
+        "remove": not layout.place,  # see place_plan
         "keep": keep,
         "mounts": [f"{folder}/db"] if shape.accounting else [],
         "steps": steps,
+        "reboots": ["sshd"] if layout.place else [],
     }
 
 

@@ -9,7 +9,6 @@ import sys
 import uuid
 from pathlib import Path
 
-import psutil
 import pytest
 from lab import host
 from lab.cluster import Cluster
@@ -17,6 +16,7 @@ from lab.fixtures import Lab
 from lab.plan import Shape
 from lab.traffic import schedule
 from worlds.jobs import until
+from worlds.leftovers import left_of
 
 SMALL = Shape(accounting=False)
 
@@ -24,18 +24,6 @@ SMALL = Shape(accounting=False)
 @pytest.fixture
 def name(lab: Lab) -> str:
     return f"t{uuid.uuid4().hex[:8]}"
-
-
-def left_of(name: str, index: int) -> list[str]:
-    """Return what there is of a cluster: files, its link (and so its routes), processes."""
-    paths = [host.HOME / name, Path(f"/sys/class/net/lab{index}")]
-    found = [str(p) for p in paths if p.exists()]
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        words = [*(process.info["cmdline"] or []), *(process.info["environ"] or {}).values()]
-        if any(f"{host.HOME}/{name}/" in word for word in words):
-            found.append(f"{process.pid} {process.info['cmdline']}")
-    with open("/proc/mounts") as mounts:
-        return found + [line for line in mounts if f"/{name}/" in line]
 
 
 def reaches(cluster: Cluster, node: str, address: str, port: int) -> bool:
