@@ -120,6 +120,7 @@ class Result:
     # sha256 of further arrays that were asked for, by their key in the reply; they lie beside
     # the weights as ``KEY.safetensors``.
     extra_arrays: dict[str, str] = field(default_factory=dict)
+    note: str = ""  # What a person should know of how it was done
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Status:
     steps: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
+    note: str = ""  # As in `Result`, as soon as it is known
     # Of a finished order, without the weights, which travel as the reply's arrays.
     result: Result | None = None
     # Per allocation: seconds so far in ``queue``, ``startup``, ``load``, ``train``,

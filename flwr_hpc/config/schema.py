@@ -51,7 +51,8 @@ class DataConfig:
     # Files kept for evaluation; default: `held_out_fraction` of the training documents.
     held_out_paths: dict[str, list[str]] = field(default_factory=dict)
     held_out_fraction: float = 0.05
-    tokenizer: str = "byte"  # ``byte``, a local directory or a hub name
+    # ``byte``, a local directory or a hub name; default: that of `model.path`, else ``byte``.
+    tokenizer: str | None = None
     seq_len: int = 256  # Tokens per training sequence
     # Columns of jsonl and parquet records; a record with a prompt and a response takes the
     # loss on the response alone.
@@ -69,6 +70,9 @@ class TrainConfig:
     micro_batch: int = 4  # Sequences per rank and forward pass
     # Micro batches per optimizer step; global batch = micro_batch x accumulation x ranks.
     accumulation: int = 1
+    # Sum the gradients over the ranks after every micro batch; false: once per step, which sends
+    # less and keeps whole gradients on every rank.
+    sync_every_micro_batch: bool = True
     # Linear warm-up, then cosine to ``lr x min_lr_ratio`` at `schedule_steps` steps of this
     # facility (default: rounds x steps), over the whole run and not one round.
     lr: float = 3e-3

@@ -19,6 +19,7 @@ from flwr_hpc.data import packing, reading, sources
 from flwr_hpc.data.packing import Sequences, Tokens
 from flwr_hpc.errors import UserError
 
+BYTE = "byte"
 _BYTE_OFFSET = 3  # ByT5: pad, eos and unk come first
 
 
@@ -31,6 +32,25 @@ class Batch:
     # loss is taken on.
     input_ids: torch.Tensor
     labels: torch.Tensor
+
+
+@dataclass
+class DataCursor:
+    """A facility's place in its endless stream of sequences.
+
+    It counts sequences and not steps, so that none comes twice or never when another number of
+    ranks goes on.
+    """
+
+    sequences: int = 0  # Used up
+
+    def first(self, rank: int, per_rank: int) -> int:
+        """Return where a rank's part of the next step begins."""
+        return self.sequences + rank * per_rank
+
+    def advance(self, rank_count: int, per_rank: int) -> None:
+        """Count a step."""
+        self.sequences += rank_count * per_rank
 
 
 @dataclass(frozen=True)
@@ -54,20 +74,21 @@ class Corpus:
         """Tokens one evaluation takes the loss on, over all ranks."""
         return int(np.diff(self.held.spans[self._held_rows]).sum())
 
-    def batch(self, step: int, rank_count: int, rank: int, sequences_per_rank: int) -> Batch:
-        """Return one rank's sequences of one step.
+    def batch(self, first: int, count: int) -> Batch:
+        """Return `count` sequences from the `first` on; see `DataCursor`.
 
         The facility's sequences are reshuffled for every epoch and read one after the other
-        without end. Step s takes those from s x G to (s + 1) x G, with the global batch
-        G = rank_count x sequences_per_rank, and rank r the r-th part of them: 2 ranks of 4 see
-        together what 1 process of 8 sees.
+        without end.
         """
-        start = (step * rank_count + rank) * sequences_per_rank
-        rows = np.empty(sequences_per_rank, np.int64)
-        for i in range(sequences_per_rank):
-            epoch, place = divmod(start + i, len(self.train))
+        return _batch(self.train, self.rows(first, count))
+
+    def rows(self, first: int, count: int) -> NDArray[np.int64]:
+        """Return which sequences these are."""
+        rows = np.empty(count, np.int64)
+        for i in range(count):
+            epoch, place = divmod(first + i, len(self.train))
             rows[i] = _epoch_order(self.seed, self.facility, epoch, len(self.train))[place]
-        return _batch(self.train, rows)
+        return rows
 
     def held_out(self, rank: int, rank_count: int, sequences: int) -> Iterator[Batch]:
         """Yield this rank's share of the held-out sequences, `sequences` at a time.
@@ -113,7 +134,7 @@ def load_corpus(
         Folder for what Hugging Face ``datasets`` makes of jsonl, parquet and text files.
     """
     found = sources.resolve(data, facility, facilities)
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer or BYTE)
     train, held = reading.separate(data, found, cache)
     corpus = Corpus(
         tokenizer,
@@ -137,7 +158,7 @@ def load_tokenizer(name: str) -> Any:
     """Load the tokenizer ``byte``, one from a local directory, or one by its hub name."""
     import transformers
 
-    if name == "byte":
+    if name == BYTE:
         return transformers.ByT5Tokenizer(extra_ids=0)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -154,6 +175,22 @@ def load_tokenizer(name: str) -> Any:
             "language model"
         )
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, model: str) -> None:
+    """Refuse another vocabulary than that of the checkpoint `model`, if one came with it."""
+    import transformers
+
+    try:
+        own = transformers.AutoTokenizer.from_pretrained(model)
+    except Exception:  # many kinds; then only the sizes can be compared, when the model is built
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"data.tokenizer has another vocabulary ({len(tokenizer)} tokens) than model.path="
+            f"{model} was trained on ({len(own)}): its ids would mean other words. Leave "
+            "data.tokenizer out to take the checkpoint's own"
+        )
 
 
 def _first_line(exc: Exception) -> str:

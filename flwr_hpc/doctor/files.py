@@ -184,7 +184,8 @@ def model(here: Login) -> Finding:
         preflight.check_pretrained(config, here.name, here.facility)
     except UserError as exc:
         return failed(str(exc), "")
-    return passed(f"{config.model.path or 'from random weights'}, {config.data.tokenizer}")
+    tokenizer = config.data.tokenizer or ("its own tokenizer" if config.model.path else "byte")
+    return passed(f"{config.model.path or 'from random weights'}, {tokenizer}")
 
 
 @login("data")

@@ -16,6 +16,7 @@ from flwr_hpc.data import sources
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.store import make_store
+from flwr_hpc.files import read_json
 from flwr_hpc.gate import peers
 from flwr_hpc.schedulers.interpreter import check_interpreter
 from flwr_hpc.server.strategy_factory import build_strategy
@@ -76,6 +77,8 @@ def _check_packages(facility: str) -> None:
 
 def check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:
     """Look for model and tokenizer where a job on this machine will."""
+    if config.model.path and config.data.tokenizer == "byte":
+        _check_byte_tokenizer(config.model.path)
     for key, name in (("model.path", config.model.path), ("data.tokenizer", config.data.tokenizer)):
         if not name or (key == "data.tokenizer" and name == "byte") or Path(name).is_dir():
             continue
@@ -90,6 +93,17 @@ def check_pretrained(config: Config, facility: str, f: FacilityConfig) -> None:
                 f"{name}. Or name a folder: {key}=/path/to/folder. Or let the jobs download it: "
                 f"facilities.{facility}.internet=true"
             )
+
+
+def _check_byte_tokenizer(model: str) -> None:
+    """Find on the login node what the job would refuse: the checkpoint names its tokenizer."""
+    saved = read_json(Path(model) / "tokenizer_config.json") or {}
+    kind = str(saved.get("tokenizer_class") or "")
+    if kind and not kind.startswith("ByT5"):
+        raise UserError(
+            f"data.tokenizer=byte, but model.path={model} was trained with its own ({kind}). "
+            "Leave data.tokenizer out to take that"
+        )
 
 
 def _hub_cache(env: Mapping[str, str]) -> Path:

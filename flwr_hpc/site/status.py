@@ -12,7 +12,7 @@ from flwr_hpc.site.job_times import Span, total_s, waiting_s, waits_and_runs
 from flwr_hpc.site.monitor import Monitor, View
 from flwr_hpc.spool import AllocationDir, JobTimes, Spool
 
-PROGRESS = ("step", "steps", "loss", "tokens_per_s")
+PROGRESS = ("step", "steps", "loss", "tokens_per_s", "note")
 HIGH = 0.9  # quantile of the forecast beside the median
 FRESH_S = 30.0  # a forecast is computed anew after so long
 

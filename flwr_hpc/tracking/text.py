@@ -183,6 +183,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "allocation": _allocation,
     "order_progress": _order_progress,
     "order_done": _order_done,
+    "order_note": lambda e: f"{e.get('facility')}: {e.get('note')}",
     "order_rejected": lambda e: f"{e.get('facility')}: reply rejected: {e.get('reason')}",
     "order_failed": lambda e: f"{e.get('facility')}: order failed: {e.get('reason')}",
     "evaluated": _evaluated,

@@ -19,10 +19,19 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
 from flwr_hpc.files import publish, read_json, sync_dir
 from flwr_hpc.spool import CHECKPOINT_META, checkpoint_name
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.worker.lifeline import RankError, cause_of
+
+# torch derives the former from BaseException, so that it passes every ``except Exception``.
+FAILURES = (CheckpointException, Exception)
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint cannot be loaded and was set aside; tensors may be filled in part."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,10 @@ class Checkpoints:
         if self._group.ranks.rank == 0:
             found = [p for p in self._all() if order_id in (None, _place(p)[1])]
             if found:
-                saved = Saved(found[-1], read_json(found[-1] / CHECKPOINT_META) or {})
+                saved = Saved(found[-1], _read_meta(found[-1]))
         agreed: Saved | None = self._group.broadcast(saved)
+        if agreed and not agreed.meta:
+            raise self._set_aside(agreed, f"{CHECKPOINT_META} is missing or damaged")
         return agreed
 
     def save(self, order_id: str, step: int, tensors: dict[str, Tensor], meta: Any) -> float:
@@ -94,17 +105,46 @@ class Checkpoints:
             draft.mkdir(parents=True)
         if self._group.broadcast(exists):  # saved before by a job that died afterwards
             return time.perf_counter() - began
-        state_dict_saver.save(tensors, checkpoint_id=draft)
-        if first:
-            publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
-            draft.rename(target)
-            sync_dir(self._root)
-            self._prune()
+        try:
+            state_dict_saver.save(tensors, checkpoint_id=draft)
+            if first:
+                publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
+                draft.rename(target)
+                sync_dir(self._root)
+                self._prune()
+        except FAILURES as exc:
+            if first:
+                shutil.rmtree(draft, ignore_errors=True)
+            words = f"checkpoint {target} cannot be written: {_reason(exc)}"
+            raise RankError(words, cause=cause_of(exc)) from exc
         return time.perf_counter() - began
 
     def load(self, saved: Saved, tensors: dict[str, Tensor]) -> None:
-        """Fill `tensors` in place; a collective call."""
-        state_dict_loader.load(tensors, checkpoint_id=saved.path)
+        """Fill `tensors` in place; a collective call.
+
+        Raises
+        ------
+        DamagedCheckpointError
+            On every rank. The next newest is another.
+        """
+        try:
+            state_dict_loader.load(tensors, checkpoint_id=saved.path)
+        except FAILURES as exc:
+            if (cause := cause_of(exc)) != "work":
+                raise RankError(_reason(exc), cause=cause) from exc
+            raise self._set_aside(saved, _reason(exc)) from exc
+
+    def _set_aside(self, saved: Saved, reason: str) -> DamagedCheckpointError:
+        """Rename a damaged one, for a person to look at; only the last such one is kept."""
+        aside = saved.path.with_name(f".{saved.path.name}.damaged")
+        if self._group.ranks.rank == 0:
+            for other in self._root.glob(".*.damaged"):
+                shutil.rmtree(other, ignore_errors=True)
+            saved.path.rename(aside)
+            sync_dir(self._root)
+        return DamagedCheckpointError(
+            f"checkpoint {saved.path.name} is damaged ({reason}) and was set aside as {aside}"
+        )
 
     def _all(self) -> list[Path]:
         """Return the complete ones, oldest first."""
@@ -124,3 +164,17 @@ class Checkpoints:
 def _place(path: Path) -> tuple[int, str]:
     order_id, _, step = path.name.rpartition("@")
     return int(step), order_id
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path / CHECKPOINT_META) or {}
+    except ValueError:
+        return {}
+
+
+def _reason(error: BaseException) -> str:
+    """Say what went wrong on the first rank of those that torch names."""
+    failures = getattr(error, "failures", None)
+    cause = next(iter(failures.values()))[0] if failures else error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0][:300]}"

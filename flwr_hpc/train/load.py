@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from flwr_hpc.data.batches import load_corpus
+from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import Spool
 from flwr_hpc.train.checkpoint import Checkpoints
@@ -31,9 +33,13 @@ def load(
     """Return what carries out orders, from files to shards."""
     _check_device(settings, group.device)
     torch.set_num_threads(group.ranks.cpu_threads())
+    tokenizer = settings.data.tokenizer or settings.model.path
     corpus = load_corpus(
-        settings.data, settings.facility, settings.facilities, settings.seed, spool.cache
-    )
+        dataclasses.replace(settings.data, tokenizer=tokenizer),
+        settings.facility, settings.facilities, settings.seed, spool.cache,
+    )  # fmt: skip
+    if settings.model.path and settings.data.tokenizer:
+        check_tokenizer(corpus.tokenizer, settings.model.path)
     train = settings.train
     built = build(
         settings.model, corpus.tokenizer, settings.seed, settings.data.seq_len,

@@ -76,6 +76,11 @@ class Meter:
 
         return report
 
+    def note(self, folder: OrderDir, note: str) -> None:
+        """Report at once what a person should know of a running order."""
+        if self.group.ranks.rank == 0:
+            self.reporter.set_progress(folder, {"note": note})
+
     def metrics(self, trained: OrderProgress) -> dict[str, float]:
         """Return an order's numbers."""
         if not trained.steps:
@@ -105,7 +110,7 @@ def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:
 
     ``6 N + 6 L heads (d_qk + d_v) seq_len`` (PaLM, arXiv 2204.02311, appendix B), N the
     parameters that are multiplied with: an embedding, of words or positions, is looked up and
-    counts only when it is the head, too.
+    counts only when it is the head, too; of a mixture's experts only those a token goes to.
     Frozen parameters (LoRA) cost 4 and not 6, as they get no gradient.
     Returns 0 if the configuration does not name the shape of its attention.
     """
@@ -115,9 +120,13 @@ def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:
         for m in model.modules()
         if isinstance(m, nn.Embedding) and (head is None or m.weight is not head.weight)
     }
-    multiplied = [p for p in model.parameters() if id(p) not in looked_up]
-    trained = sum(p.numel() for p in multiplied if p.requires_grad)
-    frozen = sum(p.numel() for p in multiplied if not p.requires_grad)
+    active = active_experts(config)
+    trained = frozen = 0.0
+    for name, p in model.named_parameters():
+        if id(p) not in looked_up:
+            used = p.numel() * (active if "experts" in name.split(".") else 1.0)
+            trained += used if p.requires_grad else 0.0
+            frozen += 0.0 if p.requires_grad else used
     try:
         heads, depth = config.num_attention_heads, config.num_hidden_layers
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -125,6 +134,14 @@ def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:
         return 0.0
     attention = 12.0 * float(depth * heads * head_dim) * seq_len
     return 6.0 * trained + 4.0 * frozen + attention
+
+
+def active_experts(config: Any) -> float:
+    """Return the share of a mixture's routed experts that one token goes to; 1 without any."""
+    keys = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((n for key in keys if (n := getattr(config, key, None))), None)
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    return chosen / experts if experts and chosen else 1.0
 
 
 def mfu(tokens_per_s: float, flops: float, devices: int, peak_tflops: float | None) -> float | None:

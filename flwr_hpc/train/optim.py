@@ -69,6 +69,15 @@ def adamw(parameters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
     return optimizer
 
 
+def step_if_finite(optimizer: torch.optim.AdamW, stats: Tensor) -> None:
+    """Step, or leave weights and moments as they are if a number of `stats` is not finite.
+
+    The kernel decides, as under a gradient scaler: the device is not waited for.
+    """
+    optimizer.found_inf = (~stats.isfinite().all()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def schedule_steps(train: TrainConfig, rounds: int) -> int:
     """Return at which cumulative step the schedule ends: it spans the run, not one round."""
     return train.schedule_steps or rounds * train.steps

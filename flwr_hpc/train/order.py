@@ -6,19 +6,20 @@ import dataclasses
 import time
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr_hpc.config.schema import TrainConfig
+from flwr_hpc.data.batches import DataCursor
 from flwr_hpc.protocol import CORRECTION, GRADIENT, MEAN_GRADIENT, Order, Result
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.control_variates import ControlVariates
 from flwr_hpc.train.algorithms.local_update_share import LocalUpdate
 from flwr_hpc.train.algorithms.local_weights import LocalWeights, missing_start
-from flwr_hpc.train.checkpoint import Checkpoints, Saved
+from flwr_hpc.train.checkpoint import Checkpoints, DamagedCheckpointError, Saved
 from flwr_hpc.train.metrics import Meter
-from flwr_hpc.train.progress import OrderProgress, Proximal
+from flwr_hpc.train.progress import DivergedError, OrderProgress, Proximal
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.deadline import Deadline, Stop
 
@@ -41,6 +42,7 @@ class OrderRunner:
     _variates: ControlVariates | None = None
     _keeps: bool = False  # The weights here are the site's own, not to be lost
     _since_checkpoint: int = 0
+    _notes: list[str] = field(default_factory=list)  # What a person should know, for the result
 
     def __post_init__(self) -> None:
         self._update = LocalUpdate(self.trainer)
@@ -55,7 +57,6 @@ class OrderRunner:
     ) -> Result | None:
         """Return the result, to be published by rank 0; None if it is left to another job."""
         self.meter.begin()
-        self._variates = None
         if order.kind == "initialize":
             return self._initialize(order, folder)
         if order.kind == "evaluate":
@@ -64,13 +65,18 @@ class OrderRunner:
 
     def restore(self) -> None:
         """Go back to the newest checkpoint, or to the beginning if there is none."""
-        saved = self.checkpoints.newest()
-        if saved:
-            self._load(saved)
-        else:
-            self.trainer.reset_optimizer()
-            self.trainer.step = 0
-            self._position = 0, ""
+        while True:
+            try:
+                saved = self.checkpoints.newest()
+                self._load(saved) if saved else self._reset()
+                return
+            except DamagedCheckpointError as exc:
+                self._notes.append(str(exc))
+
+    def _reset(self) -> None:
+        self.trainer.reset_optimizer()
+        self.trainer.step, self.trainer.cursor = 0, DataCursor()
+        self._position, self._unsaved = (0, ""), None
 
     def save(self) -> None:
         """Write down a state that the last orders left unsaved; a collective call."""
@@ -106,6 +112,21 @@ class OrderRunner:
     def _train(
         self, order: Order, weights: Path | None, folder: OrderDir, correction: Path | None
     ) -> Result | None:
+        """Train, and once more from the last good state if it diverges or a checkpoint is bad."""
+        try:
+            return self._try_to_train(order, weights, folder, correction)
+        except DivergedError as exc:
+            self._notes.append(f"{exc}. Started again from the last good checkpoint")
+            self.meter.note(folder, self._notes[-1])
+        except DamagedCheckpointError as exc:
+            self._notes.append(str(exc))
+        self.restore()
+        return self._try_to_train(order, weights, folder, correction)
+
+    def _try_to_train(
+        self, order: Order, weights: Path | None, folder: OrderDir, correction: Path | None
+    ) -> Result | None:
+        self._variates = None
         # A checkpoint of this very order: the job that worked on it died.
         saved = self.checkpoints.newest(order.id)
         if saved is None:
@@ -197,8 +218,13 @@ class OrderRunner:
             order.id, "done", extra_arrays=extra_arrays,
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,
             metrics=metrics | self.meter.metrics(trained) | self.meter.memory(),
+            note=self._take_notes(),
             weights=folder.weights.name, sha256=sha256, seconds=self.meter.seconds,
         )  # fmt: skip
+
+    def _take_notes(self) -> str:
+        notes, self._notes = self._notes, []
+        return "; ".join(notes)
 
     def _held_out(self) -> tuple[dict[str, float], int]:
         with self.meter.phase("evaluate", "evaluate"):
@@ -211,7 +237,8 @@ class OrderRunner:
         self, order: Order, trained: OrderProgress, metrics: dict[str, float], finished: bool
     ) -> None:
         meta = {
-            "step": self.trainer.step, "finished": finished, "metrics": metrics,
+            "step": self.trainer.step, "sequences": self.trainer.cursor.sequences,
+            "finished": finished, "metrics": metrics,
             "trained": dataclasses.asdict(trained), "local": order.returns is not None,
         }  # fmt: skip
         self._keeps = order.returns is not None
@@ -235,6 +262,7 @@ class OrderRunner:
             self._variates = None  # nobody knows the sum any more; all steps are done
         self.checkpoints.load(saved, tensors)
         self.trainer.step = int(saved.meta["step"])
+        self.trainer.cursor = DataCursor(int(saved.meta["sequences"]))
         self._position, self._unsaved = saved.place, None
         self._keeps = bool(saved.meta.get("local"))
         self._local.forget()

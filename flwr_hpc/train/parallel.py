@@ -21,10 +21,13 @@ ONE_UNIT_BELOW = 30_000_000
 def precision_policy(precision: str, device: torch.device) -> MixedPrecisionPolicy:
     """Return what to compute in; parameters and reductions stay float32.
 
-    ``auto`` is bf16 on CUDA devices that have it and fp32 everywhere else.
+    ``auto`` is bf16 on CUDA devices that compute in it and fp32 everywhere else.
     """
     bf16 = precision == "bf16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision == "auto"
+        and device.type == "cuda"
+        # Emulated, as on a V100, it is slower than fp32.
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     if not bf16:
         return MixedPrecisionPolicy()

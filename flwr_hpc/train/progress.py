@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flwr_hpc.errors import UserError
 from flwr_hpc.worker.deadline import Stop
+
+
+class DivergedError(UserError):
+    """Loss or gradient norm of a step is not finite; the step was not taken."""
+
 
 Progress = Callable[[int, Callable[[], float]], None]
 

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,7 +52,18 @@ class Failure:
         """Only what the user can fix is fatal; anything else may work at the next try."""
         if isinstance(exc, UserError):
             return cls(str(exc), fatal=True)
+        if isinstance(exc, torch.OutOfMemoryError):
+            return cls(explain_out_of_memory(exc), fatal=True)
         return cls(f"{type(exc).__name__}: {exc}", fatal=False, cause=cause_of(exc))
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """Return what to change: the same work would need the same memory again."""
+    return (
+        f"a GPU ran out of memory: {str(error).partition('. ')[0]}. Lower train.micro_batch and "
+        "raise train.accumulation as much, or set train.activation_checkpointing=full, or lower "
+        "data.seq_len, or give the job more GPUs"
+    )
 
 
 @dataclass(frozen=True)
@@ -163,6 +174,8 @@ def join(
     if ranks.nodes == 1:
         # Loopback is always there, even on nodes without a network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
+    elif chosen := interfaces(os.environ.get("NCCL_SOCKET_IFNAME", "")):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", ",".join(chosen))
     path = AllocationDir(folder).rendezvous(ranks.attempt)
     meet = _host if ranks.rank == 0 else _visit
     values, peers, secret = meet(path, ranks, timeout_s)
@@ -196,9 +209,34 @@ def _device(ranks: Ranks) -> torch.device:
     return device
 
 
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
 def _loopback() -> str:
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in names if name.startswith("lo")), "lo")
+    return next((name for name in _interfaces() if name.startswith("lo")), "lo")
+
+
+def interfaces(nccl: str, present: Sequence[str] | None = None) -> list[str]:
+    """Return the network interfaces that ``NCCL_SOCKET_IFNAME`` chooses; gloo wants whole names.
+
+    Parameters
+    ----------
+    nccl : str
+        Names or prefixes of them; after ``=`` whole names, after ``^`` what is not to be taken.
+    present : sequence of str, optional
+        Default: this host's.
+    """
+    present = _interfaces() if present is None else present
+    if not nccl:
+        return []
+    words = nccl.lstrip("^=").split(",")
+    exact = "=" in nccl[:2]
+    prefixes = () if exact else tuple(w for w in words if w not in present)
+    matching = [n for n in present if n in words or n.startswith(prefixes)]
+    if not nccl.startswith("^"):
+        return matching
+    return [n for n in present if n not in matching and not n.startswith(("lo", "docker"))]
 
 
 Meeting = tuple[Values, dict[int, socket.socket], bytes]

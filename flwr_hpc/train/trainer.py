@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import random
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flwr_hpc.config.schema import TrainConfig
-from flwr_hpc.data.batches import Batch, Corpus
+from flwr_hpc.data.batches import Batch, Corpus, DataCursor
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.algorithms.control_variates import ControlVariates
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
-from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate
+from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate, step_if_finite
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
-from flwr_hpc.train.progress import Evaluated, OrderProgress, Progress, Proximal
+from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress, Proximal
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.weights import layout_of, read_weights, write_weights
 from flwr_hpc.worker.deadline import Stop
@@ -46,7 +47,9 @@ class Trainer:
     Attributes
     ----------
     step : int
-        Cumulative step of this facility: cursor of the data and of the schedule.
+        Cumulative step of this facility: cursor of the schedule.
+    cursor : DataCursor
+        The facility's place in its data.
     lr_scale : float
         Factor on the schedule's learning rate.
     """
@@ -62,6 +65,7 @@ class Trainer:
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.step = 0
+        self.cursor = DataCursor()
         self.lr_scale = 1.0
         self._model = built.model
         self._corpus = corpus
@@ -168,11 +172,15 @@ class Trainer:
                 break
             tokens = counted
             stats.append(self._train_step(batch, tokens, proximal, variates))
+            if len(stats) > 1:  # of the step before: the device is busy with this one
+                self._check_finite(stats[-2], steps_ago=2)
             done.steps += 1
             done.tokens += tokens
             done.sequences += len(batch.input_ids) * self._group.ranks.world_size
             report(done.steps, lambda at=tokens: float(stats[-1][0]) / max(1, at))  # type: ignore[misc]
-        self._account(done, stats, tokens)
+        if stats:
+            self._check_finite(stats[-1], steps_ago=1)
+            self._account(done, stats, tokens)
         done.seconds += time.perf_counter() - began
         return done
 
@@ -191,9 +199,8 @@ class Trainer:
         return list(self._trained.values())
 
     def _next_batch(self) -> Batch:
-        sequences = self._config.micro_batch * self._config.accumulation
-        ranks = self._group.ranks
-        return self._corpus.batch(self.step, ranks.world_size, ranks.rank, sequences)
+        count = self._config.micro_batch * self._config.accumulation
+        return self._corpus.batch(self.cursor.first(self._group.ranks.rank, count), count)
 
     def _agree(self, batch: Batch, stop: Stop) -> tuple[int, Stop]:
         """Return the tokens of the global batch, and the most urgent reason of any rank to stop."""
@@ -206,14 +213,15 @@ class Trainer:
     ) -> Tensor:
         """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
         config, device = self._config, self._group.device
-        # Dropout is drawn by the step, so that another job goes on as this one would have.
-        torch.manual_seed(self.step * self._group.ranks.world_size + self._group.ranks.rank)
+        ranks = self._group.ranks
+        _seed(self.step * ranks.world_size + ranks.rank)
         # FSDP averages over the ranks; the loss is to be averaged over all tokens.
-        scale = self._group.ranks.world_size / max(1, tokens)
+        scale = ranks.world_size / max(1, tokens)
         loss_sum = torch.zeros((), device=device)
         for i in range(config.accumulation):
             part = slice(i * config.micro_batch, (i + 1) * config.micro_batch)
-            self._model.set_requires_gradient_sync(i == config.accumulation - 1)  # type: ignore[operator]
+            sync = config.sync_every_micro_batch or i == config.accumulation - 1
+            self._model.set_requires_gradient_sync(sync)  # type: ignore[operator]
             loss = self._loss(batch.input_ids[part], batch.labels[part])
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
@@ -226,9 +234,10 @@ class Trainer:
         stats = clip(self._parameters(), config.clip, loss_sum)
         for options in self._optimizer.param_groups:
             options["lr"] = self.lr_scale * learning_rate(self.step, config, self._total_steps)
-        self._optimizer.step()
+        step_if_finite(self._optimizer, stats)
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.cursor.advance(ranks.world_size, config.micro_batch * config.accumulation)
         return stats
 
     def _loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -238,18 +247,23 @@ class Trainer:
         )
 
     def _account(self, done: OrderProgress, stats: list[Tensor], last_tokens: int) -> None:
-        if not stats:
-            return
         losses, norms = torch.stack(stats).double().cpu().unbind(1)
         done.loss_sum += float(losses.sum())
         done.last_loss = float(losses[-1]) / max(1, last_tokens)
         done.last_grad_norm = float(norms[-1])
-        if not math.isfinite(done.loss_sum) or not bool(norms.isfinite().all()):
-            raise UserError(
-                f"training diverged: loss or gradient norm is not finite within the "
-                f"{len(stats)} steps up to step {self.step}. Lower train.lr="
-                f"{self._config.lr} or train.clip={self._config.clip}."
-            )
+
+    def _check_finite(self, stats: Tensor, steps_ago: int) -> None:
+        """End training at a step that was not taken, on all ranks alike: they share its numbers."""
+        if bool(stats.isfinite().all()):
+            return
+        config = self._config
+        count = config.micro_batch * config.accumulation * self._group.ranks.world_size
+        first = self.cursor.sequences - steps_ago * count
+        raise DivergedError(
+            f"training diverged: loss or gradient norm is not finite in step "
+            f"{self.step - steps_ago + 1}, sequences {first} to {first + count - 1} of the "
+            f"facility's data. Lower train.lr={config.lr} or train.clip={config.clip}"
+        )
 
     # Evaluation
 
@@ -285,3 +299,13 @@ class Trainer:
             for key, value in self._optimizer.state[parameter].items():
                 found[f"optimizer.{name}.{key}"] = value
         return found
+
+
+def _seed(number: int) -> None:
+    """Draw dropout, and what else a model draws, by the step.
+
+    So another job goes on as this one would have, and no generator's state has to be saved.
+    """
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)

@@ -32,6 +32,7 @@ class _Told:
     worker: str = ""  # the allocation that orders are with
     reason: str = ""
     trouble: str = ""
+    note: tuple[str, str] = ("", "")  # of which order
     start_s: float | None = None  # forecast start on the engine's clock
     wait_s: float = 0.0  # as forecast then
 
@@ -66,6 +67,7 @@ class Telemetry:
 
     def progress(self, request: Request, status: Status) -> None:
         """Tell how far a running order is, if it has moved."""
+        self._note(request.facility, request.order_id, status.note)
         if status.state != "running" or status.step <= request.step:
             return
         request.step = status.step
@@ -88,6 +90,7 @@ class Telemetry:
     ) -> None:
         """Tell all there is to know of a finished order."""
         result = status.result if status else None
+        self._note(order.facility, order.id, result.note if result else "")
         self._emit(
             "order_done",
             facility=order.facility,
@@ -106,6 +109,13 @@ class Telemetry:
     def rejected(self, order: Order, reason: str) -> None:
         """Tell of weights that must not touch the model."""
         self._emit("order_rejected", facility=order.facility, order_id=order.id, reason=reason)
+
+    def _note(self, facility: str, order_id: str, note: str) -> None:
+        """Tell what a person should know of an order, once."""
+        told = self._told.setdefault(facility, _Told())
+        if note and (order_id, note) != told.note:
+            told.note = order_id, note
+            self._emit("order_note", facility=facility, order_id=order_id, note=note)
 
     def failed(self, request: Request, reason: str, *, fatal: bool = False) -> None:
         """Tell of a failed attempt."""

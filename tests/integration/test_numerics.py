@@ -160,6 +160,27 @@ def test_the_last_two_checkpoints_stay(pair: Team, tmp_path: Path) -> None:
     assert names == ["run-a-000001@0000000002", "run-a-000001@0000000003"]
 
 
+@pytest.mark.parametrize("file", ["*.distcp", ".metadata", "meta.json"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_one_loaded(
+    pair: Team, tmp_path: Path, file: str
+) -> None:
+    """One bad file does not block a site for good; it stays for a person to look at."""
+    words, step, names = pair.run(scenario.damaged, tmp_path, file)
+    assert "run-a-000001@0000000002 is damaged" in words[0]
+    assert step == 2
+    assert names == [".run-a-000001@0000000002.damaged", "run-a-000001@0000000001"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_with_words(
+    pair: Team, tmp_path: Path
+) -> None:
+    """torch's own error passes every ``except Exception``; and no half of a file is left."""
+    error, left = pair.run(scenario.failing_save, tmp_path)
+    assert error.startswith("RankError: checkpoint")
+    assert "ValueError: no" in error
+    assert left == []
+
+
 def test_activation_checkpointing_changes_nothing(pair: Team, tmp_path: Path) -> None:
     """It trades time for memory only."""
     plain = pair.run(scenario.trained, tmp_path / "1")
@@ -261,9 +282,29 @@ def test_optimizer_can_be_reset(pair: Team) -> None:
 
 def test_divergence_is_named(pair: Team) -> None:
     """Weights that are no numbers are not sent; the error says what to change."""
-    error = pair.run(scenario.diverging)
-    assert error.startswith("UserError: training diverged")
+    error, steps = pair.run(scenario.diverging)
+    assert error.startswith("DivergedError: training diverged")
     assert "train.lr" in error
+    assert steps <= 3  # at once, and not at the end of a hundred
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_without_finite_gradients_is_not_taken(
+    pair: Team, tmp_path: Path, poison: float
+) -> None:
+    """Weights, moments and step count stay as they were, on both ranks, if one rank fails."""
+    before, after, words = pair.run(scenario.poisoned, tmp_path, poison)
+    assert_same(after, before, rtol=0)
+    assert "in step 2, sequences 8 to 15" in words
+
+
+def test_two_ranks_go_on_with_the_data_of_four(pair: Team, tmp_path: Path) -> None:
+    """No sequence comes twice or never after a job of another size has taken over."""
+    four = start_team(_new(tmp_path / "team4"), 4)
+    first = four.run(scenario.seen_on_four_then_two, tmp_path / "c", two=False)
+    four.close()
+    rest = pair.run(scenario.seen_on_four_then_two, tmp_path / "c", two=True)
+    assert first + rest == list(range(2 * 8 + 2 * 4))
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as checkpoint
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
 from worlds.torch_ranks import tiny_model, tiny_trainer, weights_of
 
-from flwr_hpc.train.checkpoint import Checkpoints
+from flwr_hpc.train.checkpoint import Checkpoints, DamagedCheckpointError
+from flwr_hpc.train.optim import gradient
 from flwr_hpc.train.parallel import full
+from flwr_hpc.train.progress import DivergedError
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import write_weights
@@ -65,15 +69,15 @@ def with_variates(group: Group, folder: Path, at: int = 0, steps: int = 3, **opt
     variates, done = trainer.variates(file), None
     if at:
         done = trainer.train(at, variates=variates)
-        meta = {"step": trainer.step}
         checkpoints = Checkpoints(folder / "checkpoints", group)
-        checkpoints.save("run-a-000001", at, trainer.tensors() | variates.tensors(), meta)
+        tensors = trainer.tensors() | variates.tensors()
+        checkpoints.save("run-a-000001", at, tensors, _place(trainer))
         trainer = tiny_trainer(group, **options)
         variates = trainer.variates(file)
         saved = checkpoints.newest()
         assert saved is not None
         checkpoints.load(saved, trainer.tensors() | variates.tensors())
-        trainer.step = saved.meta["step"]
+        _go_to(trainer, saved.meta)
     trainer.train(steps, done, variates=variates)
     trainer.save_gradient(folder / "gradient.safetensors", variates, steps)
     mean = load_file(folder / "gradient.safetensors") if group.ranks.rank == 0 else {}
@@ -181,13 +185,89 @@ def saved_thrice(group: Group, folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def diverging(group: Group) -> str:
+def damaged(group: Group, folder: Path, file: str) -> tuple[list[str], int, list[str]]:
+    """Spoil the newest of two checkpoints; return what is said, the step reached and the names."""
+    trainer = tiny_trainer(group)
+    for _ in range(2):
+        trainer.train(1)
+        save(group, folder, trainer)
+    if group.ranks.rank == 0:
+        for path in (folder / "run-a-000001@0000000002").glob(file):
+            path.write_bytes(path.read_bytes()[:9])
+    words, again = [], tiny_trainer(group)
+    try:
+        restore(group, folder, again)
+    except DamagedCheckpointError as exc:
+        words.append(str(exc))
+        restore(group, folder, again)
+    again.train(1)
+    return words, again.step, sorted(p.name for p in folder.iterdir())
+
+
+def failing_save(group: Group, folder: Path) -> tuple[str, list[str]]:
+    """Save where one rank cannot write; return what is said and what is left."""
+    trainer = tiny_trainer(group)
+    trainer.train(1)
+    write = checkpoint.FileSystemWriter.write_data
+    if group.ranks.rank:
+        checkpoint.FileSystemWriter.write_data = _fail  # type: ignore[method-assign]
+    try:
+        save(group, folder, trainer)
+    except Exception as exc:
+        return f"{type(exc).__name__}: {exc}", sorted(p.name for p in folder.iterdir())
+    finally:
+        checkpoint.FileSystemWriter.write_data = write  # type: ignore[method-assign]
+    return "", []
+
+
+def _fail(*_: Any) -> Any:
+    raise ValueError("no")
+
+
+def diverging(group: Group) -> tuple[str, int]:
+    """Return how training at an infinite learning rate ends, and after how many steps."""
     trainer = tiny_trainer(group, lr=math.inf)
     try:
-        trainer.train(4)
+        trainer.train(100)
     except Exception as exc:
-        return f"{type(exc).__name__}: {exc}"
-    return ""
+        return f"{type(exc).__name__}: {exc}", trainer.step
+    return "", trainer.step
+
+
+def poisoned(group: Group, folder: Path, poison: float) -> Any:
+    """Take a step, and another whose gradients are spoilt on one rank; return both states."""
+    trainer = tiny_trainer(group)
+    trainer.train(1)
+    states = [{n: full(t).numpy() for n, t in trainer.tensors().items()}]
+    parameter = trainer._parameters()[0]
+    last = group.ranks.rank == group.ranks.world_size - 1
+    spoil: Any = SimpleNamespace(apply=lambda: gradient(parameter).mul_(poison if last else 1.0))
+    words = ""
+    try:
+        trainer.train(3, variates=spoil)
+    except DivergedError as exc:
+        words = str(exc)
+    return *states, {n: full(t).numpy() for n, t in trainer.tensors().items()}, words
+
+
+def seen_on_four_then_two(group: Group, folder: Path, two: bool) -> list[int]:
+    """Train two steps, or go on after them; return the first ids of all sequences seen."""
+    trainer = tiny_trainer(group, micro_batch=2)
+    checkpoints, seen = Checkpoints(folder, group), []
+    if two:
+        saved = checkpoints.newest()
+        assert saved is not None
+        checkpoints.load(saved, trainer.tensors())
+        _go_to(trainer, saved.meta)
+    batch = trainer._corpus.batch
+    trainer._corpus.batch = lambda first, count: (
+        seen.extend(range(first, first + count)), batch(first, count)
+    )[1]  # fmt: skip
+    trainer.train(2)
+    save(group, folder, trainer)
+    every: list[Any] = [None] * group.ranks.world_size
+    torch.distributed.all_gather_object(every, seen)
+    return sorted(number for numbers in every for number in numbers)
 
 
 def load_error(group: Group, path: Path) -> str:
@@ -221,8 +301,8 @@ def moments(group: Group) -> list[float]:
 
 
 def save(group: Group, folder: Path, trainer: Trainer) -> None:
-    meta = {"step": trainer.step}
-    Checkpoints(folder, group).save("run-a-000001", trainer.step, trainer.tensors(), meta)
+    tensors, place = trainer.tensors(), _place(trainer)
+    Checkpoints(folder, group).save("run-a-000001", trainer.step, tensors, place)
 
 
 def restore(group: Group, folder: Path, trainer: Trainer) -> None:
@@ -231,7 +311,15 @@ def restore(group: Group, folder: Path, trainer: Trainer) -> None:
     assert saved is not None
     assert saved.order_id == "run-a-000001"
     checkpoints.load(saved, trainer.tensors())
-    trainer.step = saved.meta["step"]
+    _go_to(trainer, saved.meta)
+
+
+def _place(trainer: Trainer) -> dict[str, int]:
+    return {"step": trainer.step, "sequences": trainer.cursor.sequences}
+
+
+def _go_to(trainer: Trainer, place: dict[str, int]) -> None:
+    trainer.step, trainer.cursor.sequences = place["step"], place["sequences"]
 
 
 def _signal_at(trainer: Trainer, step: int, group: Group) -> Any:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import packing
-from flwr_hpc.data.batches import Batch, Corpus, load_corpus, load_tokenizer
+from flwr_hpc.data.batches import (
+    Batch,
+    Corpus,
+    DataCursor,
+    check_tokenizer,
+    load_corpus,
+    load_tokenizer,
+)
 from flwr_hpc.errors import UserError
 
 PAD, EOS = 0, 1
@@ -185,18 +194,37 @@ def test_too_little_data_is_told_with_numbers(tmp_path: Path) -> None:
 def test_ranks_share_what_one_process_sees(corpus: Corpus) -> None:
     """2 ranks of 4 = 1 process of 8, over several epochs."""
     for step in range(5):
-        whole = corpus.batch(step, 1, 0, 8)
-        halves = [corpus.batch(step, 2, rank, 4) for rank in range(2)]
+        cursor = DataCursor(8 * step)
+        whole = corpus.batch(cursor.first(0, 8), 8)
+        halves = [corpus.batch(cursor.first(rank, 4), 4) for rank in range(2)]
         for name in ("input_ids", "labels"):
             both = torch.cat([getattr(half, name) for half in halves])
             assert torch.equal(getattr(whole, name), both)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_series_of_jobs_shows_a_sequence_twice_or_never(corpus: Corpus, seed: int) -> None:
+    """What was trained on is what one undisturbed job sees, whatever sizes and kills come."""
+    draw = random.Random(seed)
+    saved, kept = DataCursor(), Counter[int]()
+    for _ in range(30):  # jobs, each of its own size, from the last checkpoint
+        ranks, per_rank = draw.choice([1, 2, 3, 4, 8]), draw.choice([1, 2, 5])
+        cursor, seen = dataclasses.replace(saved), Counter[int]()
+        for _ in range(draw.randrange(6)):
+            for rank in range(ranks):
+                seen.update(corpus.rows(cursor.first(rank, per_rank), per_rank).tolist())
+            cursor.advance(ranks, per_rank)
+            if draw.random() < 0.5:  # a checkpoint; what comes after it is lost with a kill
+                saved, kept, seen = dataclasses.replace(cursor), kept + seen, Counter()
+    assert saved.sequences > 3 * len(corpus.train)
+    assert kept == Counter(corpus.rows(0, saved.sequences).tolist())
 
 
 def test_each_epoch_is_complete_and_reshuffled(corpus: Corpus) -> None:
     """The cursor meets every sequence once per epoch, in a new order each time."""
     count = len(corpus.train)
     assert count == 11
-    seen = [tuple(corpus.batch(s, 1, 0, 1).input_ids[0].tolist()) for s in range(2 * count)]
+    seen = [tuple(corpus.batch(s, 1).input_ids[0].tolist()) for s in range(2 * count)]
     assert len(set(seen[:count])) == count
     assert Counter(seen[:count]) == Counter(seen[count:])
     assert seen[:count] != seen[count:]
@@ -209,8 +237,8 @@ def test_order_is_pinned(corpus: Corpus) -> None:
     assert _epoch_order(0, "local_a", 0, 8).tolist() == PINNED
     again = dataclasses.replace(corpus)
     other = dataclasses.replace(corpus, seed=corpus.seed + 1)
-    assert torch.equal(corpus.batch(3, 1, 0, 8).input_ids, again.batch(3, 1, 0, 8).input_ids)
-    assert not torch.equal(corpus.batch(3, 1, 0, 8).input_ids, other.batch(3, 1, 0, 8).input_ids)
+    assert torch.equal(corpus.batch(24, 8).input_ids, again.batch(24, 8).input_ids)
+    assert not torch.equal(corpus.batch(24, 8).input_ids, other.batch(24, 8).input_ids)
 
 
 PINNED = [6, 5, 3, 1, 2, 7, 4, 0]
@@ -237,7 +265,7 @@ def test_held_out_is_bounded_and_spread(corpus: Corpus) -> None:
 
 def test_batches_are_int64_tensors(corpus: Corpus) -> None:
     """What torch's embedding and cross entropy want."""
-    batch = corpus.batch(0, 1, 0, 3)
+    batch = corpus.batch(0, 3)
     assert isinstance(batch, Batch)
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.input_ids.shape == batch.labels.shape == (3, 8)
@@ -261,6 +289,18 @@ def test_a_tokenizer_from_a_directory(tmp_path: Path) -> None:
     corpus = load("jsonl", train, held=held, seq_len=4, tokenizer=str(tmp_path / "words"))
     assert corpus.train.ids.tolist() == [[0, 3, 4, 1], [0, 3, 5, 1]]
     assert corpus.train.spans.tolist() == [[1, 4], [2, 4]]
+
+
+def test_a_checkpoint_takes_no_other_vocabulary(tmp_path: Path) -> None:
+    """A checkpoint's weights belong to ids; with another tokenizer they mean other words."""
+    byte, own, bare = load_tokenizer("byte"), tmp_path / "own", tmp_path / "bare"
+    byte.save_pretrained(own)
+    bare.mkdir()
+    check_tokenizer(byte, str(own))
+    check_tokenizer(byte, str(bare))  # nothing to compare with
+    other = transformers.ByT5Tokenizer(extra_ids=4)
+    with pytest.raises(UserError, match=r"263 tokens.*\(259\).*Leave data.tokenizer out"):
+        check_tokenizer(other, str(own))
 
 
 def test_a_missing_tokenizer_is_told(tmp_path: Path) -> None:

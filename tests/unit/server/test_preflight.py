@@ -83,6 +83,17 @@ def test_checkpoints_are_folders_or_cached(key: str, hub: Path, tmp_path: Path) 
         assert f"{key}={wrong}: there is no such folder" in fault(f"{key}={wrong}")
 
 
+def test_a_checkpoint_is_not_fed_bytes_that_it_never_saw(tmp_path: Path) -> None:
+    """Protects from training a model on ids that mean other words to it."""
+    saved = tmp_path / "tokenizer_config.json"
+    saved.write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    check(f"model.path={tmp_path}")
+    said = fault(f"model.path={tmp_path}", "data.tokenizer=byte")
+    assert "Leave data.tokenizer out" in said
+    saved.write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    check(f"model.path={tmp_path}", "data.tokenizer=byte")
+
+
 def test_another_cache_may_be_named_for_the_job(tmp_path: Path) -> None:
     """Protects facilities whose environment says where models lie."""
     (tmp_path / "own" / "models--some-org--Some-Model" / "snapshots").mkdir(parents=True)

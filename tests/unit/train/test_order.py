@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from flwr_hpc.config.schema import DataConfig, TrainConfig
+from flwr_hpc.data.batches import DataCursor
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
-from flwr_hpc.train.checkpoint import Saved
+from flwr_hpc.train.checkpoint import DamagedCheckpointError, Saved
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
-from flwr_hpc.train.progress import OrderProgress
+from flwr_hpc.train.progress import DivergedError, OrderProgress
 from flwr_hpc.worker.deadline import Deadline, Stop
 from flwr_hpc.worker.phase_timer import PhaseTimer
 
@@ -28,15 +29,20 @@ class CountingTrainer:
 
     def __init__(self) -> None:
         self.step, self.state = 0, {"moments": np.zeros(())}
+        self.cursor, self.diverges = DataCursor(), 0
         self.lr_scale = 1.0
 
     def train(
         self, steps: int, so_far: OrderProgress, should_stop: Any, *extras: Any
     ) -> OrderProgress:
         done = dataclasses.replace(so_far, stopped=Stop.NO)
+        if self.diverges:
+            self.diverges, self.step = self.diverges - 1, self.step + 1
+            raise DivergedError("training diverged: in step 1")
         while done.steps < steps and not (stop := should_stop()):
             done.steps += 1
             self.step += 1
+            self.cursor.advance(1, 4)
             self.state["moments"] += 1
             if extras[-1] is not None:
                 extras[-1].sums["gradients"] += 1
@@ -78,6 +84,7 @@ class Shelf:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[dict[str, Any], dict[str, Array]]] = {}
         self.loads = 0
+        self.damaged: set[str] = set()
 
     def save(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> float:
         self.kept[f"{order_id}@{step:010d}"] = meta, {k: v.copy() for k, v in tensors.items()}
@@ -90,6 +97,9 @@ class Shelf:
 
     def load(self, saved: Saved, tensors: dict[str, Array]) -> None:
         self.loads += 1
+        if saved.path.name in self.damaged:
+            del self.kept[saved.path.name]
+            raise DamagedCheckpointError(f"checkpoint {saved.path.name} is damaged")
         kept = self.kept[saved.path.name][1]
         for name, tensor in tensors.items():
             tensor[...] = kept[name]
@@ -221,6 +231,47 @@ def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
     died = runner(shelf).run(order, None, folder)  # ahead of its result; the sum was kept
     assert died is not None
     assert died.extra_arrays == result.extra_arrays
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_not_the_site(shelf: Shelf) -> None:
+    """Protects a site from one bad file: the older one is tried, and the result says so."""
+    for seq in range(2):
+        run(runner(shelf), seq)
+    shelf.damaged = {"run-a-000001@0000000008"}
+    after = runner(shelf)
+    result = run(after, 2)
+    assert result is not None
+    assert (result.state, moments(after)) == ("done", (8, 8))
+    assert "run-a-000001@0000000008 is damaged" in result.note
+    assert run(after, 3).note == ""  # type: ignore[union-attr]
+
+
+def test_an_order_whose_own_checkpoint_is_damaged_begins_anew(shelf: Shelf) -> None:
+    """Protects an interrupted order: without its half the whole of it is trained."""
+    made = runner(shelf)
+    made.deadline = Answers(Stop.NO, Stop.NO, Stop.LEAVE)
+    assert run(made, 0) is None
+    shelf.damaged = set(shelf.kept)
+    after = runner(shelf)
+    result = run(after, 0)
+    assert result is not None
+    assert (result.steps, moments(after)) == (4, (4, 4))
+
+
+def test_divergence_is_tried_once_more_from_the_last_good_state(shelf: Shelf) -> None:
+    """Protects an order from a fault that passes, and the site from one that does not."""
+    made = runner(shelf)
+    made.meter.note = lambda *_: None  # type: ignore[method-assign]
+    run(made, 0)
+    made.trainer.diverges = 1  # type: ignore[attr-defined]
+    result = run(made, 1)
+    assert result is not None
+    assert (result.steps, moments(made)) == (4, (8, 8))
+    assert made.trainer.cursor.sequences == 32
+    assert result.note.startswith("training diverged: in step 1. Started again")
+    made.trainer.diverges = 2  # type: ignore[attr-defined]
+    with pytest.raises(DivergedError, match="training diverged"):
+        run(made, 2)
 
 
 def merging(made: OrderRunner, seq: int, after: int) -> Result | None:

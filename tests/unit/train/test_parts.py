@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from worlds.torch_ranks import SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
+from worlds.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
@@ -170,6 +170,20 @@ def test_missing_checkpoint_is_explained(tmp_path: Path) -> None:
     """The message names the key and what it may be."""
     with pytest.raises(UserError, match=r"model\.path="):
         build(ModelConfig(path=str(tmp_path / "none")), TinyTokenizer(), 0, SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts"),
+    [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")],
+)
+def test_flops_count_the_experts_that_a_token_goes_to(kind: str, experts: str) -> None:
+    """A mixture's MFU is not four times too high: two of eight experts work on a token."""
+    sizes = {**LLAMA, "model_type": kind, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    if kind != "mixtral":
+        sizes |= {"moe_intermediate_size": 44}
+    two, eight = (tiny_model(model=sizes | {experts: n}).flops_per_token for n in (2, 8))
+    routers = 6 * 2 * (8 - 2) * 32  # a row per expert, in each of two layers
+    assert eight - two == routers
 
 
 def test_flops_follow_the_published_formula() -> None:

@@ -1,0 +1,56 @@
+"""What only a GPU or a cluster shows, with what torch 2.13 says there put in its place.
+
+Tried on no such machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flwr_hpc.train.parallel import precision_policy
+from flwr_hpc.train.rendezvous import Failure, interfaces
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, None)])
+def test_bf16_only_where_the_device_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, native: bool, dtype: Any
+) -> None:
+    """A V100 emulates bf16, slower than fp32; torch says yes unless asked to leave that out."""
+    supported = lambda including_emulation=True: including_emulation or native  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert precision_policy("auto", CUDA).param_dtype == dtype
+    assert precision_policy("bf16", CUDA).param_dtype == torch.bfloat16  # who asks for it gets it
+
+
+def test_out_of_memory_is_not_tried_again() -> None:
+    """The same order would need the same memory at every try; the words say what to lower."""
+    said = "CUDA out of memory. Tried to allocate 15.66 GiB. GPU 0 has a total capacity of 79.1 GiB"
+    failure = Failure.of(torch.OutOfMemoryError(said))
+    assert failure.fatal
+    assert "CUDA out of memory" in failure.message
+    assert "train.micro_batch" in failure.message
+
+
+HERE = ["lo", "docker0", "eth0", "eth01", "hsn0", "hsn1", "ib0"]
+
+
+@pytest.mark.parametrize(
+    ("nccl", "chosen"),
+    [
+        ("", []),
+        ("ib0", ["ib0"]),
+        ("hsn", ["hsn0", "hsn1"]),
+        ("hsn0,hsn1,hsn2", ["hsn0", "hsn1"]),
+        ("eth0", ["eth0"]),
+        ("=eth", []),
+        ("^eth,ib", ["hsn0", "hsn1"]),
+    ],
+)
+def test_gloo_takes_the_interfaces_of_nccl(nccl: str, chosen: list[str]) -> None:
+    """Control traffic goes where the facility says, and not where the host name points."""
+    assert interfaces(nccl, HERE) == chosen
