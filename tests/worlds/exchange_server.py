@@ -91,7 +91,12 @@ class ExchangeServer:
 
 
 def config(app, folder: Path, tls: bool) -> uvicorn.Config:
-    options = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    quiet = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+    options = {
+        **quiet,
+        "http": "h11",
+        "h11_max_incomplete_event_size": 16 << 10,
+    }  # as the gate does
     if tls:
         for name, text in zip(("key", "certificate"), key_and_certificate(), strict=True):
             (folder / name).write_text(text)

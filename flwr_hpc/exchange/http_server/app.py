@@ -7,7 +7,7 @@
 | ``PUT KEY``, ``Content-Range: bytes */TOTAL``, no body | 200 if the payload is whole, else 202 \
 and ``Upload-Offset``; or refused, before any byte is sent |
 | ``PUT KEY``, ``Content-Range: bytes FIRST-LAST/TOTAL`` | takes bytes: the same answers |
-| ``DELETE KEY``, ``DELETE`` of no key | 204; removes a payload, or all that the site has |
+| ``DELETE KEY``, ``DELETE own`` | 204; removes a payload, or all that the site has |
 
 Uploads go by plain ``Content-Range`` and not by tus: a payload's name is its sha256, so there is
 nothing to create and no upload URL to remember, which is most of tus; an announcement, bytes at an
@@ -44,6 +44,7 @@ PREFIX = "/v1/exchange/"
 PIECE = 1 << 19  # bytes a connection holds while as many more are written or sent
 THREADS = 8  # for files, so that no disk holds up the loop
 OFFSET = "Upload-Offset"
+OWN = "own"  # in place of a key
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,7 +131,7 @@ class _Exchange:
     async def _answer(self, request: Request, site: str) -> Response:
         path = request.scope["path"]
         key = path.removeprefix(PREFIX)
-        if path == PREFIX and request.method == "DELETE":
+        if key == OWN and request.method == "DELETE":
             await self._run(self._uploads.clear, site)
             return Response(status_code=204)
         match = KEY.fullmatch(key)

@@ -85,7 +85,7 @@ class HttpsStore(Store):
         self._forget(ref.key)
 
     def sweep(self) -> None:
-        self._forget("")
+        self._forget("own")
 
     def _forget(self, key: str) -> None:
         def attempt() -> None:
