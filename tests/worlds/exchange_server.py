@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -116,7 +117,7 @@ def server_process(
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": f"{root}:{root}/tests"}) as run:
         try:
             while run.poll() is None and not _listens(port):
-                pass
+                time.sleep(0.1)
             yield run
         finally:
             run.kill()

@@ -30,13 +30,17 @@ class TcpProxy:
         self.up = self.down = 0
         self.asked: list[str] = []
         self._connect = connect
-        self._server = port
+        self.server = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._lock = threading.Lock()
         self._lines: list[socket.socket] = []
         self._down = False  # whether the line is
         self._cut_at: list[int] = []  # bytes in all
+        self._freeze_at = float("inf")
+        self._flows = threading.Event()
+        self._flows.set()
+        self.frozen = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, *counts: int) -> None:
@@ -46,6 +50,15 @@ class TcpProxy:
             for count in counts:
                 at += count
                 self._cut_at.append(at)
+
+    def freeze_after(self, count: int) -> None:
+        """Have nothing pass after so many more bytes, until `thaw`; `frozen` says that it is so."""
+        self._freeze_at = self.up + self.down + count
+
+    def thaw(self) -> None:
+        self._freeze_at = float("inf")
+        self.frozen.clear()
+        self._flows.set()
 
     def cut(self) -> None:
         """Reset every connection, and each that is tried until `mend`."""
@@ -76,7 +89,7 @@ class TcpProxy:
                 if self._connect:
                     self._greet(client)
                 try:
-                    server = socket.create_connection(("127.0.0.1", self._server))
+                    server = socket.create_connection(("127.0.0.1", self.server))
                 except OSError:
                     _abort(client)
                     continue
@@ -95,9 +108,13 @@ class TcpProxy:
     def _pass(self, source: socket.socket, target: socket.socket, way: str) -> None:
         try:
             while data := source.recv(PIECE):
+                self._flows.wait()
                 target.sendall(data)
                 if self._count(way, len(data)):
                     self._reset()
+                if self.up + self.down >= self._freeze_at:
+                    self._flows.clear()
+                    self.frozen.set()
             target.shutdown(socket.SHUT_WR)
         except OSError:
             _abort(source)
