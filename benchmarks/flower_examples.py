@@ -36,7 +36,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from flwr_hpc.server.bundle import CONNECTION
+from flwr_hpc.server.bundle import connection
 from flwr_hpc.server.flower import FLOWER_ENV
 
 ROOT = Path(__file__).parents[1]
@@ -189,7 +189,7 @@ class Flower:
         self._env = {**os.environ, **FLOWER_ENV, **own}
         self._processes: list[subprocess.Popen[bytes]] = []
         (folder / "home").mkdir()
-        config = CONNECTION.format(address=f"127.0.0.1:{self._port}")
+        config = connection(f"127.0.0.1:{self._port}")
         (folder / "home" / "config.toml").write_text(config)
 
     def start(self) -> None:

@@ -71,20 +71,20 @@ class SiteRegistry:
         """Take a node's answer: a launcher names its facility, an ordinary ClientApp fails."""
         status = messages.read_status(reply)
         if status is not None and status.facility:
-            if not self._runtime.may_speak_for(node_id, status.facility):
-                self._turn_away(node_id, status.facility)
-                return
-            self._welcome(status.facility, True, node_id)
+            self._admit(status.facility, True, node_id)
             return
         failures = self._failures[node_id] = self._failures.get(node_id, 0) + 1
         settings = self._runtime.settings
         if reply.has_error() and failures <= settings.retries and not _no_handler(reply):
             self._ask_after[node_id] = self._runtime.clock.now() + settings.retry_delay_s
             return
-        self._welcome(f"node-{node_id}", False, node_id)
+        self._admit(f"node-{node_id}", False, node_id)
 
-    def _turn_away(self, node_id: int, facility: str) -> None:
-        """Let a node that poses as another site wait, and say so."""
+    def _admit(self, facility: str, launcher: bool, node_id: int) -> None:
+        """Welcome a node, unless it poses as another site: that one waits, and it is told."""
+        if self._runtime.may_speak_for(node_id, facility):
+            self._welcome(facility, launcher, node_id)
+            return
         self._ask_after[node_id] = self._runtime.clock.now() + TURNED_AWAY_S
         reason = f"node {node_id} says that it is {facility}, which is not what it was invited as"
         log.warning("%s", reason)

@@ -18,7 +18,7 @@ import torch
 from worlds.jobs import until
 from worlds.runs import ROOT
 
-from flwr_hpc.server.bundle import CONNECTION
+from flwr_hpc.server.bundle import connection
 from flwr_hpc.server.flower import FLOWER_ENV
 
 NODES = 2
@@ -91,7 +91,7 @@ class Flower:
         self.env = {**os.environ, **FLOWER_ENV, **own}
         self.processes: list[subprocess.Popen[bytes]] = []
         (folder / "home").mkdir()
-        config = CONNECTION.format(address=f"127.0.0.1:{self.port}")
+        config = connection(f"127.0.0.1:{self.port}")
         (folder / "home" / "config.toml").write_text(config)
 
     def start(self, name: str, *arguments: str) -> None:

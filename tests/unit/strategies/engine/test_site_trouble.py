@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from flwr.app import ConfigRecord
-from worlds.bench import ready_bench
+from worlds.bench import Bench, ready_bench
 from worlds.grid import FakeGrid, FakeSite, initial_arrays
 
 from flwr_hpc.protocol import TRAIN, Status
@@ -79,3 +79,18 @@ def test_the_last_evaluation_does_not_wait_for_who_is_gone(back_after_s):
     assert result.evaluate_metrics_clientapp
     waited = grid.clock.now() - ended_at[0]
     assert (80.0 <= waited < 90.0) if back_after_s is None else (90.0 <= waited < 110.0)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_node_that_poses_as_another_site_is_turned_away(plain: bool):
+    """Protects a site's name where sites have keys of their own: whoever answers in it from
+    another node, or says nothing of itself, gets no work; the right one does."""
+    impostor = FakeSite("anything", plain=True) if plain else FakeSite("a", step_s=1.0)
+    bench = Bench(FakeSite("a", step_s=1.0), impostor, retries=0)
+    bench.runtime.may_speak_for = lambda node_id, site: (node_id, site) == (101, "a")
+    bench.engine.wait_for(["a"], timeout=100)
+    bench.train()
+    assert isinstance(bench.run(), SiteResult)
+    assert list(bench.engine.sites) == ["a"]
+    assert not bench.grid.nodes[102].trained
+    assert bench.names().count("site_refused") == 1
