@@ -177,6 +177,8 @@ class Status:
     # successor that queues while its predecessor works keeps nobody waiting.
     queued_s: float = 0.0
     forecast: Forecast | None = None  # Answers `FORECAST`
+    # Of flwr_hpc, Flower, Python and torch at the site; answers `DESCRIBE`.
+    versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0  # How long the site took to answer, on the site's clock
     error: str = ""  # As in `Result`
     fatal: bool = False

@@ -33,6 +33,7 @@ from flwr_hpc.spool import Spool
 from flwr_hpc.tracking.live import LiveView
 
 POLL_S = 0.5
+SPENT_S = 600.0  # between two lines on what the site has spent
 ASK_S = 60.0  # between two questions whether the invitation still holds
 
 
@@ -203,7 +204,8 @@ def _session(
                 settings, shared,
             )
         )  # fmt: skip
-        _follow(processes, spool, invitation, view, SpoolProgress({name: spool.root}))
+        progress = SpoolProgress({name: spool.root})
+        _follow(processes, spool, invitation, view, progress, lambda: _spent(folder, config))
     return 0, "the run is over"
 
 
@@ -213,13 +215,17 @@ def _follow(
     invitation: Invitation,
     view: LiveView,
     progress: SpoolProgress,
+    spent: Callable[[], str],
 ) -> None:
     """Show what the site does until the server says that the run is over."""
-    asked = time.monotonic()
+    asked = told = time.monotonic()
     while not spool.released.exists():
         if gone := processes.tend():
             raise UserError(f"{gone[0].name} has ended: see its log in {processes.logs}")
         view.update(progress.poll())
+        if time.monotonic() - told > SPENT_S:
+            told = time.monotonic()
+            view.print_line(spent())
         if time.monotonic() - asked > ASK_S:
             asked = time.monotonic()
             with suppress(server_door.Away):

@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from flwr_hpc import protocol
+from flwr_hpc.config.invitation import versions
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.files import keep_files_private
 from flwr_hpc.protocol import Order, Result, Status
@@ -45,7 +46,9 @@ def _terminate(*_: Any) -> None:
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Tell which facility this is."""
-    return _answer(message, context, lambda launcher: launcher.site.status())
+    return _answer(
+        message, context, lambda launcher: replace(launcher.site.status(), versions=versions())
+    )
 
 
 @app.query("acquire")

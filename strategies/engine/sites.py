@@ -72,6 +72,9 @@ class SiteRegistry:
         status = messages.read_status(reply)
         if status is not None and status.facility:
             self._admit(status.facility, True, node_id)
+            if status.versions:
+                versions = {k[:40]: v[:40] for k, v in sorted(status.versions.items())[:10]}
+                self._runtime.emit("site_versions", facility=status.facility, versions=versions)
             return
         failures = self._failures[node_id] = self._failures.get(node_id, 0) + 1
         settings = self._runtime.settings
