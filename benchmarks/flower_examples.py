@@ -185,6 +185,7 @@ class Flower:
             "OMP_NUM_THREADS": "1", "PATH": f"{self._bin}:{os.environ['PATH']}",
             "PYTHONPATH": ":".join([p for p in paths if p] + [str(standins)]),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "WANDB_DISABLED": "true",  # else transformers takes the stand-in for the whole
         }  # fmt: skip
         self._env = {**os.environ, **FLOWER_ENV, **own}
         self._processes: list[subprocess.Popen[bytes]] = []

@@ -44,6 +44,7 @@ SETTINGS = [
 AT_ONCE = 0.35
 SESSIONS = 20  # of one run, at most
 TRIES = 5  # to repair something
+KILLED_S = 90.0  # a cancelled job's processes have ended by then, or are killed (KillWait)
 
 
 @dataclass
@@ -160,6 +161,7 @@ class Campaign:
             if not site["steps"] == trained == ROUNDS * STEPS:
                 counts = f"{site['steps']} steps by the server's count, {trained} by the trainer's"
                 outcome.twice.append(f"{facility}: {counts}, {ROUNDS * STEPS} ordered")
+        self._until_cancelled_jobs_are_gone()
         outcome.left = [f"process {line}" for line in run.left_behind()]
         outcome.left += [f"process {p.pid} of {job}" for p, job in _of_jobs(key)]
         for cluster in self.clusters.values():
@@ -174,6 +176,13 @@ class Campaign:
             outcome.equal_weights = found.keys() == self.expected.keys() and all(
                 found[name].tobytes() == tensor.tobytes() for name, tensor in self.expected.items()
             )
+
+    def _until_cancelled_jobs_are_gone(self) -> None:
+        """Let Slurm end what the run has cancelled; what is not gone by then is left behind."""
+        completing = ("squeue", "-h", "-a", "-t", "COMPLETING", "-o", "%A")
+        for cluster in self.clusters.values():
+            with suppress(LabError):
+                cluster.until(lambda c=cluster: not c.slurm(*completing), KILLED_S, "jobs' end")
 
 
 @dataclass
