@@ -29,8 +29,9 @@ def is_disk_trouble(error: BaseException) -> bool:
 
 def explain_disk_trouble(error: OSError, folder: Path) -> str:
     """Return what to do about it."""
+    where = error.filename if "://" in str(error.filename) else folder  # it may be the server's
     return (
-        f"{folder} cannot be written: {error.strerror or error}. Free some space there, or have it "
+        f"{where} cannot be written: {error.strerror or error}. Free some space there, or have it "
         "mounted for writing; the run waits, and goes on by itself"
     )
 

@@ -22,7 +22,7 @@ from flwr_hpc.exchange.stores.http import HttpStore
 from flwr_hpc.exchange.stores.https import HttpsStore
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.exchange.transfer import Cancelled, Transfer
-from flwr_hpc.files import is_disk_trouble
+from flwr_hpc.files import explain_disk_trouble, is_disk_trouble
 
 MB = 1 << 20
 OVERHEAD = 64 << 10  # bytes of headers that a test's requests may take
@@ -201,6 +201,7 @@ def test_a_disk_that_is_full_is_waited_for_by_who_sent_it(tmp_path, payload):
         with pytest.raises(OSError, match="above the quota") as caught:
             store.put(payload, "node-7")
         assert is_disk_trouble(caught.value)
+        assert explain_disk_trouble(caught.value, tmp_path).startswith(full.url)
         store.delete(ref)
         store.put(payload, "node-7")
 

@@ -121,7 +121,7 @@ class Connection:
                 timeout=(CONNECT_S, max(self._stall_s, 1.0)),
                 allow_redirects=False,
             ) as response:
-                _check(response)
+                _check(response, self._origin)
                 yield response
         except (requests.RequestException, urllib3.exceptions.HTTPError) as exc:
             self._mine.__dict__.pop("line", None)
@@ -195,7 +195,7 @@ class _Adapter(HTTPAdapter):  # type: ignore[misc]
         """Leave it to the context: no other certificates are added."""
 
 
-def _check(response: Any) -> None:
+def _check(response: Any, origin: str) -> None:
     """Make an error of an answer that is one."""
     status = response.status_code
     if status < 300:
@@ -206,7 +206,7 @@ def _check(response: Any) -> None:
     if status in (404, 422):
         raise BadPayload(words)
     if status == DISK_FULL:
-        raise OSError(errno.ENOSPC, f"the server has no room: {words}")
+        raise OSError(errno.ENOSPC, f"the server has no room: {words}", origin)
     if status == 401:
         raise PermissionError(errno.EACCES, words)
     raise OSError(errno.EPROTO, f"the server refuses: {status}: {words}")
