@@ -37,6 +37,7 @@ LAYERS = {
     "join": 8,
     "run": 8,
     "serve": 9,
+    "watch": 8,
 }
 REACH_STRATEGIES = ("server", "simulate")
 FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
@@ -45,6 +46,9 @@ LIGHT = [
     "flwr_hpc.server.session",
     "flwr_hpc.batch_mod.mod",
     "flwr_hpc.report",
+    "flwr_hpc.watch",
+    "flwr_hpc.serve, flwr_hpc.server.invitations",
+    "flwr_hpc.join.__main__, flwr_hpc.join.session",
     "flwr_hpc.plan.__main__",
     "flwr_hpc.doctor.__main__",
     "flwr_hpc.doctor.probe",

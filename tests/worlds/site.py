@@ -9,7 +9,7 @@ from typing import Any
 from worlds.clock import FakeClock
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.config.schema import AllocationConfig
+from flwr_hpc.config.schema import AllocationConfig, LimitsConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, SchedulerUnavailableError
 from flwr_hpc.site.forecast.base import NoForecast
@@ -116,6 +116,7 @@ class World:
         self.clock, self.spool = FakeClock(1000.0, epoch=1e9), Spool(root)
         self.scheduler = Scheduler(self.clock)
         self.forecast, self.config, self.beat = Foretold(), {"retries": 2}, 0
+        self.limits = LimitsConfig()
         self.restart()
 
     def restart(self, **config: Any) -> AllocationManager:
@@ -131,6 +132,7 @@ class World:
             {"model": "tiny"},
             self.clock,
             forecast=self.forecast,
+            limits=self.limits,
         )
         return self.site
 

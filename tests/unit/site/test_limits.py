@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from worlds.site import World
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import LimitsConfig
@@ -47,3 +48,19 @@ def test_a_job_that_could_exceed_the_budget_is_refused(
 def test_without_a_limit_nothing_is_refused() -> None:
     """Protects everybody who sets none."""
     check_spending(LimitsConfig(), TWO_NODE_HOURS, 1e9, 100)
+
+
+def test_no_job_is_submitted_that_could_exceed_the_budget(world: World) -> None:
+    """Protects a centre's budget across jobs and restarts: each may take its whole walltime (1 h),
+    and what is spent is read from what lies on disk."""
+    world.limits = LimitsConfig(node_hours=1.9)
+    site = world.restart()
+    assert site.acquire().state == "queued"
+    world.up(0)
+    assert site.acquire().state == "ready"
+    began = world.clock.wall()
+    world.job(0, "ended", outcome="completed", started_s=began - 3600, ended_s=began)
+    for _ in range(2):
+        with pytest.raises(LimitReached, match="node-hours"):
+            world.restart().acquire()
+    assert len(world.spool.allocations()) == 1
