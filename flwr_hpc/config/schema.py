@@ -84,6 +84,11 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    # ``cross_entropy``, or ``goldfish`` (arXiv 2406.10209), which leaves out about every
+    # `goldfish_k`-th token, chosen by a hash of the `goldfish_h` tokens before it.
+    loss: str = "cross_entropy"
+    goldfish_k: int = 4
+    goldfish_h: int = 13
     precision: str = "auto"  # ``auto`` (bf16 where the device has it), ``fp32`` or ``bf16``
     activation_checkpointing: str = "none"  # ``none`` or ``full``
     reset_optimizer: bool = False  # Forget the inner optimizer's state at every order

@@ -14,6 +14,7 @@ from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, 
 CHOICES = {
     "data.kind": ("stdlib", "text", "jsonl", "parquet"),
     "allocation.policy": ("warm", "per_round"),
+    "train.loss": ("cross_entropy", "goldfish"),
     "train.precision": ("auto", "fp32", "bf16"),
     "train.activation_checkpointing": ("none", "full"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
@@ -39,6 +40,8 @@ NOT_NEGATIVE = (
 INTERVALS = {
     "seed": "[0, 9e18]",  # what both numpy and torch take
     "train.min_lr_ratio": "[0, 1]",
+    "train.goldfish_k": "[2, 1e6]",
+    "train.goldfish_h": "[1, 1e6]",
     "exchange.feedback": "[0, 1]",
     "allocation.renew_quantile": "(0, 1)",
     "data.held_out_fraction": "(0, 1)",

@@ -17,6 +17,7 @@ from flwr_hpc.data.batches import Batch, Corpus, DataCursor
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.algorithms.control_variates import ControlVariates
+from flwr_hpc.train.goldfish import training_batch
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate, step_if_finite
@@ -166,7 +167,7 @@ class Trainer:
         tokens, began = 0, time.perf_counter()
         self._model.train()
         while done.steps < steps:
-            batch = self._next_batch()
+            batch = training_batch(self._next_batch(), self._config)
             counted, done.stopped = self._agree(batch, should_stop())
             if done.stopped:
                 break

@@ -63,6 +63,20 @@ def test_two_ranks_equal_one_process(
     assert_same(two["weights"], one["weights"])
 
 
+def test_goldfish_loss_of_two_ranks_equals_one_process(
+    solo: Team, pair: Team, tmp_path: Path
+) -> None:
+    """Protects the mean over the kept tokens, of which every rank has another count."""
+    options: dict[str, Any] = {"loss": "goldfish", "goldfish_k": 2, "goldfish_h": 3}
+    one = solo.run(scenario.trained, tmp_path / "1", micro_batch=8, **options)
+    two = pair.run(scenario.trained, tmp_path / "2", micro_batch=4, **options)
+    np.testing.assert_allclose(two["losses"], one["losses"], rtol=1e-5)
+    assert_same(two["weights"], one["weights"])
+    plain = solo.run(scenario.trained, tmp_path / "3", micro_batch=8)
+    assert two["tokens"] == one["tokens"] < 0.75 * plain["tokens"]
+    assert two["held_out_counts"] == plain["held_out_counts"], "evaluation leaves nothing out"
+
+
 def gpt2(**changed: Any) -> dict[str, Any]:
     """Return the shipped model that shares no name with Llama."""
     return dict(compose_config(["model=tiny_gpt2"]).model.config) | changed
