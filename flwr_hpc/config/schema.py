@@ -59,6 +59,9 @@ class DataConfig:
     text_key: str = "text"
     prompt_key: str = "prompt"
     response_key: str = "response"
+    # JSON lines of ``text`` and ``repetitions``: put among every facility's training documents so
+    # often, for `python -m flwr_hpc.memorize`.
+    passages: str | None = None
     held_out_sequences: int = 64  # At most so many sequences are evaluated
 
 

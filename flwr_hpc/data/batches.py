@@ -136,6 +136,8 @@ def load_corpus(
     found = sources.resolve(data, facility, facilities)
     tokenizer = load_tokenizer(data.tokenizer or BYTE)
     train, held = reading.separate(data, found, cache)
+    if data.passages:
+        train = reading.with_passages(train, data.passages)
     corpus = Corpus(
         tokenizer,
         facility,

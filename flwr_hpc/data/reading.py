@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import sources
+from flwr_hpc.data.passages import read_passages, scatter
 from flwr_hpc.data.sources import Sources
 from flwr_hpc.errors import UserError
 
@@ -36,6 +37,12 @@ def separate(
         heads = [Example(e.text[:cut]) for e, cut in zip(examples, cuts, strict=True)]
         return heads, [Example(e.text[cut:]) for e, cut in zip(examples, cuts, strict=True)]
     return _separate_records(examples, data.held_out_fraction, found.facility)
+
+
+def with_passages(train: Iterable[Example], path: str) -> list[Example]:
+    """Put the passages of a file among training examples, each as often as it says."""
+    copies = [Example(p.text) for p in read_passages(path) for _ in range(p.repetitions)]
+    return scatter(train, copies)
 
 
 def _separate_records(

@@ -36,6 +36,9 @@ class Memory:
 def memory(shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int) -> Memory:
     """Predict a plan's memory.
 
+    It is the larger of two moments: between forward and backward pass, with all activations but,
+    without accumulation, no gradients; and at the end, when the last gradients are reduced.
+
     Parameters
     ----------
     shape : ModelShape
@@ -44,16 +47,19 @@ def memory(shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: i
     compute_bytes : int
         Of a number in the precision of computing: 2 (bf16) or 4 (fp32).
     """
-    own = shape.parameters / (plan.shard * plan.tensor)
+    own = 4 * shape.parameters / (plan.shard * plan.tensor)
     tokens = plan.micro_batch * seq_len
-    return Memory(
-        parameters=4 * own,
-        gradients=4 * own,
-        optimizer=8 * own,
-        activations=tokens * _activations(shape, plan, seq_len, compute_bytes),
-        logits=_logits(shape, plan, tokens, compute_bytes),
-        buffers=_buffers(shape, plan, compute_bytes),
-    )
+    gathered, reduced = _buffers(shape, plan, compute_bytes)
+    kept, recomputed = _activations(shape, plan, seq_len, compute_bytes)
+    logits = _logits(shape, plan, tokens, compute_bytes)
+    turning = Memory(
+        parameters=own, optimizer=2 * own, gradients=own if plan.accumulation > 1 else 0.0,
+        # What is recomputed comes after the head's backward pass.
+        activations=tokens * kept + max(0.0, tokens * recomputed - logits), logits=logits,
+        buffers=gathered,
+    )  # fmt: skip
+    end = Memory(own, own, 2 * own, 0.0, 0.0, reduced)
+    return max(turning, end, key=lambda m: m.total)
 
 
 def saved_bytes(block: Block, plan: ParallelPlan, seq_len: int, compute_bytes: int) -> float:
@@ -67,13 +73,13 @@ def _activations(shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_by
     """Per token: what is kept of all layers, and of the one that is recomputed just now."""
     whole = [(b.count, saved_bytes(b, plan, seq_len, compute_bytes)) for b in shape.blocks]
     if plan.checkpointing == NONE:
-        return sum(count * saved for count, saved in whole)
+        return sum(count * saved for count, saved in whole), 0.0
     recomputed = max(saved for _, saved in whole)
     if plan.checkpointing == FULL:
-        return shape.layers * shape.hidden * compute_bytes + recomputed
+        return shape.layers * shape.hidden * compute_bytes, recomputed
     away = 1 - 1 / plan.tensor
     kept = sum(b.count * (b.selective - b.selective_split * away) for b in shape.blocks)
-    return kept * compute_bytes + recomputed
+    return kept * compute_bytes, recomputed
 
 
 def _logits(shape: ModelShape, plan: ParallelPlan, tokens: float, compute_bytes: int) -> float:
@@ -82,13 +88,15 @@ def _logits(shape: ModelShape, plan: ParallelPlan, tokens: float, compute_bytes:
     return elements * (2 * compute_bytes + 8)
 
 
-def _buffers(shape: ModelShape, plan: ParallelPlan, compute_bytes: int) -> float:
-    """Gathered parameters (this layer, the next, what lies outside) and gradients to reduce."""
-    if plan.shard * plan.replicate == 1 and compute_bytes == 4:
-        return 0.0
+def _buffers(shape: ModelShape, plan: ParallelPlan, compute_bytes: int) -> tuple[float, float]:
+    """Gathered parameters (this layer, the next, what lies outside); gradients being reduced.
+
+    FSDP2 gathers into an array of its own also where one rank has all.
+    """
     layer = max(b.parameters for b in shape.blocks) / plan.tensor
     outside = shape.outside / plan.tensor
     if shape.parameters < ONE_UNIT_BELOW:
         layer, outside = 0.0, shape.parameters / plan.tensor
+    copies = 4 if plan.shard * plan.replicate > 1 or compute_bytes < 4 else 0
     gathered = (2 * layer + outside) * compute_bytes
-    return gathered + max(layer, outside) * (compute_bytes + 4)
+    return gathered, max(layer, outside) * (compute_bytes + copies)

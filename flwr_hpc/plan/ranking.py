@@ -45,5 +45,5 @@ def shape_of(config: PlanConfig) -> ModelShape:
     model: Mapping[str, Any] = config.model.config
     if config.model.path:
         model = json.loads(checkpoint_config(config.model.path).read_text())
-    byte = BYTE_VOCABULARY if config.data.tokenizer == "byte" else None
+    byte = BYTE_VOCABULARY if config.data.tokenizer in (None, "byte") else None
     return model_shape(model, byte)

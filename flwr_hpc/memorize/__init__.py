@@ -1,0 +1,1 @@
+"""How much of inserted passages a model recites."""
