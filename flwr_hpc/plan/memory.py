@@ -69,8 +69,10 @@ def saved_bytes(block: Block, plan: ParallelPlan, seq_len: int, compute_bytes: i
     return (block.saved - split) * compute_bytes + block.saved_float32 * 4 + pairs
 
 
-def _activations(shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int) -> float:
-    """Per token: what is kept of all layers, and of the one that is recomputed just now."""
+def _activations(
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int
+) -> tuple[float, float]:
+    """Per token: what is kept of all layers, and of one that is recomputed."""
     whole = [(b.count, saved_bytes(b, plan, seq_len, compute_bytes)) for b in shape.blocks]
     if plan.checkpointing == NONE:
         return sum(count * saved for count, saved in whole), 0.0
