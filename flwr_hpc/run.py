@@ -21,7 +21,7 @@ from flwr_hpc import __version__
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.schema import Config
 from flwr_hpc.config.validate import check_trainable
-from flwr_hpc.errors import exit_code
+from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
 
@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     config, resumed = _configure(args.overrides, args.config_dir)
+    if config.serve.address:
+        raise UserError(
+            "a server for sites of other centres is started, and resumed, with: "
+            f"python -m flwr_hpc.serve {' '.join(args.overrides)}"
+        )
     check_facilities(config.facilities)
     check_trainable(config.model.config)
     if args.cfg:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -56,7 +57,7 @@ def join(invitation: Invitation, config: Config) -> int:
     folder = _open(invitation, config)
     with folder.lock():
         _show(console, invitation, config, folder)
-        _ask(console.print, invitation)
+        _ask(partial(console.print, soft_wrap=True, highlight=False, markup=False), invitation)
         publish(folder.jobs / f"{invitation.site}.sh", _script(folder, invitation, config))
         with LiveView(console, config.rounds, [invitation.site]) as view:
             code, why = _attend(folder, invitation, config, view)

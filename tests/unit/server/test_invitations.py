@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from worlds.stranger import open_to_others
 
+from flwr_hpc import run as run_command
 from flwr_hpc import serve
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.invitation import read_invitation
@@ -132,3 +133,9 @@ def test_mistakes_teach(argv: list[str], words: str, capsys: pytest.CaptureFixtu
     """Protects people at the server: what was wrong, and what to type."""
     assert serve.main(argv) == 2
     assert words in capsys.readouterr().err
+
+
+def test_run_points_to_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects from a server that starts facilities of its own, whose nodes it would refuse."""
+    assert run_command.main([ADDRESS]) == 2
+    assert f"python -m flwr_hpc.serve {ADDRESS}" in capsys.readouterr().err
