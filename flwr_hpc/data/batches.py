@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from flwr_hpc.config.schema import DataConfig
-from flwr_hpc.data import packing, reading, sources
+from flwr_hpc.data import packing, reading, sources, token_cache
 from flwr_hpc.data.packing import Sequences, Tokens
+from flwr_hpc.data.passages import read_passages
 from flwr_hpc.errors import UserError
 
 BYTE = "byte"
+BLOCK_EXAMPLES, BLOCK_CHARACTERS = 1000, 2**18
 _BYTE_OFFSET = 3  # ByT5: pad, eos and unk come first
 
 
@@ -120,7 +123,7 @@ def load_corpus(
     seed: int,
     cache: Path | None = None,
 ) -> Corpus:
-    """Read, tokenize and pack a facility's data.
+    """Read, tokenize and pack a facility's data, unless that was done before.
 
     Parameters
     ----------
@@ -131,21 +134,21 @@ def load_corpus(
     seed : int
         Of the order of the training sequences.
     cache : Path, optional
-        Folder for what Hugging Face ``datasets`` makes of jsonl, parquet and text files.
+        Folder that keeps the tokens, for all ranks and later jobs.
     """
     found = sources.resolve(data, facility, facilities)
     tokenizer = load_tokenizer(data.tokenizer or BYTE)
-    train, held = reading.separate(data, found, cache)
-    if data.passages:
-        train = reading.with_passages(train, data.passages)
-    corpus = Corpus(
-        tokenizer,
-        facility,
-        seed,
-        _sequences(train, data, tokenizer, overlap=False),
-        _sequences(held, data, tokenizer, overlap=True),
-        data.held_out_sequences,
-    )
+    build = functools.partial(_tokenize, data=data, found=found, tokenizer=tokenizer)
+    settings = {
+        "tokenizer": _identity(tokenizer), "seq_len": data.seq_len, "kind": data.kind,
+        "keys": [data.text_key, data.prompt_key, data.response_key], "split": found.split,
+        "held_out": [data.held_out_fraction, len(found.held_out)],
+        "passages": [astuple(p) for p in read_passages(data.passages)] if data.passages else [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:  # what is mapped from there stays readable
+        root = cache / "tokens" if cache else Path(scratch)
+        train, held = token_cache.sequences(root, found.files, settings, build)
+    corpus = Corpus(tokenizer, facility, seed, train, held, data.held_out_sequences)
     for what, part in (("to train on", corpus.train), ("held out", corpus.held)):
         if not len(part):
             raise UserError(
@@ -199,18 +202,59 @@ def _first_line(exc: Exception) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[0].rstrip(".")
 
 
-def _sequences(
-    examples: Iterable[reading.Example], data: DataConfig, tokenizer: Any, overlap: bool
-) -> Sequences:
+def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer: Any) -> None:
+    """Write a facility's sequences; the training data pass through memory a block at a time."""
+    tables = folder / "tables"  # of Hugging Face datasets
+    read, kept = reading.separate(data, found, tables)
+    if data.passages:
+        read = reading.with_passages(read, data.passages)
+    train, held = _encoded(read, tokenizer), _encoded(kept, tokenizer)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    spans = packing.stream(folder / "train.ids", train, data.seq_len, eos, pad, dtype)
+    token_cache.write_spans(folder, "train", spans, data.seq_len, dtype)
+    blocks = list(held)
+    documents = [document for block, _ in blocks for document in block]
+    pairs = [pair for _, block in blocks for pair in block]
+    made = [
+        packing.pack(documents, data.seq_len, eos, pad, dtype),
+        packing.pack_pairs(pairs, data.seq_len, eos, pad, dtype),
+    ]
+    token_cache.write(folder, "held", packing.concatenate(made))
+    shutil.rmtree(tables, ignore_errors=True)
+
+
+def _blocks(examples: Iterable[reading.Example]) -> Iterator[list[reading.Example]]:
+    """Yield as many examples at a time as keep a tokenizer busy, and memory small."""
+    block: list[reading.Example] = []
+    characters = 0
+    for example in examples:
+        block.append(example)
+        characters += len(example.text)
+        if len(block) == BLOCK_EXAMPLES or characters >= BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _identity(tokenizer: Any) -> list[Any]:
+    """Return what tells a tokenizer from any other."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return [type(tokenizer).__name__, words, special]
+
+
+def _encoded(examples: Iterable[reading.Example], tokenizer: Any) -> Iterator[packing.Block]:
     encode = _encoder(tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     first = np.array([] if bos in (None, eos) else [bos], dtype)
-    documents: list[Tokens] = []
-    pairs: list[tuple[Tokens, Tokens]] = []
-    stream = iter(examples)
-    while some := list(islice(stream, 1000)):
+    for some in _blocks(examples):
+        documents: list[Tokens] = []
+        pairs: list[tuple[Tokens, Tokens]] = []
         texts = encode([example.text for example in some])
         prompts = iter(encode([e.prompt for e in some if e.prompt is not None]))
         for example, text in zip(some, texts, strict=True):
@@ -219,12 +263,7 @@ def _sequences(
             else:
                 prompt = np.concatenate([first, next(prompts).astype(dtype)])
                 pairs.append((prompt, text.astype(dtype)))
-    return packing.concatenate(
-        [
-            packing.pack(documents, data.seq_len, eos, pad, dtype, overlap),
-            packing.pack_pairs(pairs, data.seq_len, eos, pad, dtype),
-        ]
-    )
+        yield documents, pairs
 
 
 def _encoder(tokenizer: Any) -> Callable[[list[str]], list[Tokens]]:

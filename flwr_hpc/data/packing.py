@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.unsignedinteger[Any]]
+Block = tuple[list[Tokens], list[tuple[Tokens, Tokens]]]  # Documents; prompts with responses
 IGNORED = -100  # what torch's and transformers' cross entropy skip
 
 
@@ -38,10 +43,39 @@ def labels(ids: Tokens, spans: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.where(inside, ids.astype(np.int64), IGNORED)
 
 
-def pack(
-    documents: Iterable[Tokens], seq_len: int, eos: int, pad: int, dtype: Any, overlap: bool
-) -> Sequences:
-    """Write documents one after the other, `eos` after each, and cut into sequences.
+def stream(
+    path: Path, blocks: Iterable[Block], seq_len: int, eos: int, pad: int, dtype: Any
+) -> NDArray[np.int32]:
+    """Write training sequences to a file, block by block; return their spans.
+
+    Documents lie one after the other, `eos` after each, and are cut side by side; an incomplete
+    last sequence is dropped. Then come the pairs, see `pack_pairs`.
+    """
+    end = np.array([eos], dtype).tobytes()
+    row = seq_len * np.dtype(dtype).itemsize
+    spans: list[NDArray[np.int32]] = []
+    with path.open("wb") as ids, tempfile.TemporaryFile(dir=path.parent) as behind:
+        for documents, pairs in blocks:
+            for document in documents:
+                ids.write(document.astype(dtype).tobytes() + end)
+            made = pack_pairs(pairs, seq_len, eos, pad, dtype)
+            behind.write(made.ids.tobytes())
+            spans.append(made.spans)
+        count = ids.tell() // row
+        ids.truncate(count * row)
+        ids.seek(count * row)
+        behind.seek(0)
+        shutil.copyfileobj(behind, ids)
+        ids.flush()
+        os.fsync(ids.fileno())
+    return np.concatenate([np.tile(np.array([[1, seq_len]], np.int32), (count, 1)), *spans])
+
+
+def pack(documents: Iterable[Tokens], seq_len: int, eos: int, pad: int, dtype: Any) -> Sequences:
+    """Write documents one after the other, `eos` after each, and cut for evaluation.
+
+    Each sequence starts with the last token of the one before and the last is padded, so every
+    token but the very first is predicted exactly once.
 
     Parameters
     ----------
@@ -49,24 +83,16 @@ def pack(
     seq_len, eos, pad : int
     dtype : numpy dtype
         Of the result's ids.
-    overlap : bool
-        False (training): sequences lie side by side and an incomplete last one is dropped.
-        True (evaluation): each starts with the last token of the one before and the last is
-        padded, so every token but the very first is predicted exactly once.
     """
     end = np.array([eos], dtype)
     parts = [part for document in documents for part in (document.astype(dtype), end)]
-    stream = np.concatenate([*parts, np.empty(0, dtype)])
-    if not overlap:
-        count = len(stream) // seq_len
-        ids = stream[: count * seq_len].reshape(count, seq_len)
-        return Sequences(ids, np.tile(np.array([[1, seq_len]], np.int32), (count, 1)))
+    tokens = np.concatenate([*parts, np.empty(0, dtype)])
     stride = seq_len - 1
-    count = max(0, -(-(len(stream) - 1) // stride))
-    padded = np.concatenate([stream, np.full(count * stride + 1 - len(stream), pad, dtype)])
+    count = max(0, -(-(len(tokens) - 1) // stride))
+    padded = np.concatenate([tokens, np.full(count * stride + 1 - len(tokens), pad, dtype)])
     starts = np.arange(count)[:, None] * stride
     spans = np.ones((count, 2), np.int32)
-    spans[:, 1] = np.minimum(seq_len, len(stream) - starts[:, 0])
+    spans[:, 1] = np.minimum(seq_len, len(tokens) - starts[:, 0])
     return Sequences(padded[starts + np.arange(seq_len)], spans)
 
 

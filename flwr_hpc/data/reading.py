@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import sources
@@ -25,18 +28,15 @@ class Example(NamedTuple):
 def separate(
     data: DataConfig, found: Sources, cache: Path | None
 ) -> tuple[Iterable[Example], Iterable[Example]]:
-    """Read training and held-out examples."""
+    """Read training and held-out examples, one at a time: they may not fit into memory."""
+    everything = partial(read, data, found.facility, found.train, cache)
     if found.split == "files":
-        return (
-            read(data, found.facility, found.train, cache),
-            read(data, found.facility, found.held_out, cache),
-        )
-    examples = list(read(data, found.facility, found.train, cache))
+        return everything(), read(data, found.facility, found.held_out, cache)
     if found.split == "tail":
-        cuts = [int(len(e.text) * (1 - data.held_out_fraction)) for e in examples]
-        heads = [Example(e.text[:cut]) for e, cut in zip(examples, cuts, strict=True)]
-        return heads, [Example(e.text[cut:]) for e, cut in zip(examples, cuts, strict=True)]
-    return _separate_records(examples, data.held_out_fraction, found.facility)
+        kept = 1 - data.held_out_fraction
+        heads = (Example(e.text[: int(len(e.text) * kept)]) for e in everything())
+        return heads, (Example(e.text[int(len(e.text) * kept) :]) for e in everything())
+    return _separate_records(everything, data.held_out_fraction, found.facility)
 
 
 def with_passages(train: Iterable[Example], path: str) -> list[Example]:
@@ -46,19 +46,22 @@ def with_passages(train: Iterable[Example], path: str) -> list[Example]:
 
 
 def _separate_records(
-    examples: list[Example], fraction: float, facility: str
-) -> tuple[list[Example], list[Example]]:
+    read_all: Callable[[], Iterator[Example]], fraction: float, facility: str
+) -> tuple[Iterable[Example], Iterable[Example]]:
     """Hold out records by the hash of their content: equal records never stand on both sides."""
-    hashes = [_hash(example) for example in examples]
-    if len(set(hashes)) < 2:
+    hashes = np.unique(np.fromiter((_hash(example) for example in read_all()), np.uint64))
+    if len(hashes) < 2:
         raise UserError(
-            f"facility {facility}: found {len(set(hashes))} distinct record(s) in the data; at "
+            f"facility {facility}: found {len(hashes)} distinct record(s) in the data; at "
             "least 2 are needed, for training and held out. "
             f"Or name files to hold out: 'data.held_out_paths.{facility}=[/path/*]'"
         )
-    bound = max(min(hashes), min(int(fraction * 2**64), max(hashes) - 1))  # neither side empty
-    train = [e for e, h in zip(examples, hashes, strict=True) if h > bound]
-    return train, [e for e, h in zip(examples, hashes, strict=True) if h <= bound]
+    least, most = int(hashes[0]), int(hashes[-1])
+    bound = max(least, min(int(fraction * 2**64), most - 1))  # neither side empty
+    return (
+        (e for e in read_all() if _hash(e) > bound),
+        (e for e in read_all() if _hash(e) <= bound),
+    )
 
 
 def _hash(example: Example) -> int:
@@ -81,7 +84,7 @@ def read(
         except Exception as exc:  # whatever kind a reader raises: find the line ourselves
             _find_fault(data, facility, paths)
             raise UserError(f"facility {facility}: cannot read the data: {exc}") from exc
-        for block in rows.iter(1000):  # by columns: ten times faster than by rows
+        for block in rows.iter(100):  # by columns: ten times faster than by rows
             columns = list(block)
             for values in zip(*block.values(), strict=True):
                 row = dict(zip(columns, values, strict=True))
