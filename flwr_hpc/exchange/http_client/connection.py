@@ -99,7 +99,7 @@ class Connection:
             )
         self._origin = f"{parts.scheme}://{parts.netloc}"
         self._credential, self._stall_s = credential, stall_s
-        self._clock = clock or SystemClock()
+        self.clock = clock or SystemClock()
         self._mine = threading.local()
 
     @contextmanager
@@ -139,12 +139,12 @@ class Connection:
     ) -> T:
         """Attempt until it succeeds, or there is no progress for too long; Cancelled in between."""
         progress = progress or (lambda: transfer.done)
-        moved, moved_at, pause = progress(), self._clock.now(), FIRST_PAUSE_S
+        moved, moved_at, pause = progress(), self.clock.now(), FIRST_PAUSE_S
         while True:
             try:
                 return attempt()
             except Interrupted as exc:
-                now = self._clock.now()
+                now = self.clock.now()
                 if progress() != moved:
                     moved, moved_at, pause = progress(), now, FIRST_PAUSE_S
                 left = self._stall_s - (now - moved_at)
@@ -155,7 +155,7 @@ class Connection:
                         f"after {transfer.done} bytes: {exc}",
                     ) from exc
             transfer.advance(0)
-            self._clock.sleep(min(left, pause * random.uniform(0.5, 1.0)))
+            self.clock.sleep(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _line(self) -> requests.Session:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -39,22 +38,25 @@ def download(
     BadPayload if it is not what the reference says, OSError if it cannot be had or written.
     """
     transfer.total = ref.bytes
-    sweep(folder)
+    sweep(folder, connection.clock.wall())
     with _partial(folder, ref) as (data, marks):
         part = _Part(connection, ref, data, marks, transfer)
         digest = part.fetch()
         if digest != ref.sha256:
             part.discard()
             raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
-        os.unlink(marks.name)
+        Path(marks.name).unlink(missing_ok=True)  # another process may have been faster
         os.replace(data.name, target)
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, now: float) -> None:
     """Remove what interrupted downloads have left there for too long."""
-    parts = sorted(folder.glob(f".*{PART}"), key=lambda path: -path.stat().st_mtime)
-    for i, path in enumerate(parts):
-        if i >= COUNT or path.stat().st_mtime < time.time() - AGE_S:
+    moved_at = {}
+    for path in folder.glob(f".*{PART}"):
+        with suppress(FileNotFoundError):  # whole by now
+            moved_at[path] = path.stat().st_mtime
+    for i, path in enumerate(sorted(moved_at, key=lambda path: -moved_at[path])):
+        if i >= COUNT or moved_at[path] < now - AGE_S:
             path.with_suffix(MARKS).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
@@ -126,7 +128,7 @@ class _Part:
     def discard(self) -> None:
         """Remove what turned out to be wrong."""
         for file in (self._marks, self._data):
-            os.unlink(file.name)
+            Path(file.name).unlink(missing_ok=True)
 
     def _hash(self, i: int, digest: hashlib._Hash) -> None:
         at, end = self._span(i)
