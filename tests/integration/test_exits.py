@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from worlds.jobs import until
-from worlds.runs import ROOT, SMALL, Run
+from worlds.runs import ONE_SITE, ROOT, Run
 
 
 def test_ctrl_c_during_start_up(tmp_path: Path) -> None:
     """Protects an impatient user: twice Ctrl-C before the first site is there."""
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", settings=ONE_SITE)
     run.until(lambda: run.find("flower-supernode", str(run.dir)))
     run.process.send_signal(signal.SIGINT)
     run.process.send_signal(signal.SIGINT)
@@ -25,7 +25,7 @@ def test_ctrl_c_during_start_up(tmp_path: Path) -> None:
 
 def test_sigterm_while_a_job_starts(tmp_path: Path) -> None:
     """Protects a login node that ends our processes: the jobs go too."""
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", settings=ONE_SITE)
     run.until(lambda: run.ranks("local_a"))
     run.process.terminate()
     assert run.end() == 128 + signal.SIGTERM
@@ -35,7 +35,7 @@ def test_sigterm_while_a_job_starts(tmp_path: Path) -> None:
 
 def test_reader_goes_away(tmp_path: Path) -> None:
     """Protects a run whose output nobody reads any more (`| head -1`)."""
-    settings = [*SMALL, "train.steps=20", "rounds=1", f"run_dir={tmp_path / 'run'}"]
+    settings = [*ONE_SITE, "train.steps=20", "rounds=1", f"run_dir={tmp_path / 'run'}"]
     command = [sys.executable, "-m", "flwr_hpc.run", *settings]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -48,7 +48,7 @@ def test_reader_goes_away(tmp_path: Path) -> None:
 
 def test_a_run_in_use_is_left_alone(tmp_path: Path) -> None:
     """Protects a run from a second driver."""
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "run", settings=ONE_SITE)
     run.until(lambda: (run.dir / "lock").exists() and (run.dir / "flower").exists())
     second = Run(tmp_path / "run", resume=True)
     assert second.end() == 2

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds.runs import ROOT, SMALL, Run
+from worlds.runs import ONE_SITE, ROOT, Run
 
 
 def test_run_directory_is_complete(undisturbed: Run) -> None:
@@ -126,9 +126,8 @@ def test_adapters_of_a_checkpoint(undisturbed: Run, tmp_path: Path) -> None:
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
     """Protects runs on one host from each other."""
-    alone = [s for s in SMALL if "local_b" not in s]
-    one = ["+facility=local_a", "facilities.local_a.ranks_per_node=1", "train.steps=30", "rounds=1"]
-    runs = [Run(tmp_path / str(k), *one, f"seed={k}", settings=alone) for k in (1, 2)]
+    few = ("train.steps=30", "rounds=1")
+    runs = [Run(tmp_path / str(k), *few, f"seed={k}", settings=ONE_SITE) for k in (1, 2)]
     assert [run.end() for run in runs] == [0, 0], runs[0].said() + runs[1].said()
 
 

@@ -37,6 +37,11 @@ SMALL = [
     "+facility=[local_a,local_b]",
     "facilities.local_b.ranks_per_node=1",
 ]
+# At one site of one rank, for tests of the command alone: half of the processes.
+ONE_SITE = [
+    *(setting for setting in SMALL if "local_" not in setting),
+    *("data.paths.local_a=[json]", "+facility=local_a", "facilities.local_a.ranks_per_node=1"),
+]
 
 
 class Run:
