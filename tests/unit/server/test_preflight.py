@@ -47,6 +47,12 @@ def test_a_strategy_that_waits_for_more_sites_than_there_are() -> None:
     check(FEDAVG)
 
 
+def test_passages_are_read_before_anything_starts(tmp_path: Path) -> None:
+    """Protects users from jobs that fail over a file that was never there."""
+    with pytest.raises(UserError, match=r"passages .*p\.jsonl cannot be read"):
+        check(f"data.passages={tmp_path / 'p.jsonl'}")
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects from a job that dies of an import."""
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
