@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from lab import host as below
-from lab.centres import Centres
+from lab.centres import Centres, missing_tun
 from lab.host import LabError
 from lab.remote import Host, Listener
 from worlds.jobs import until
@@ -157,7 +157,7 @@ def test_a_reboot_ends_all_but_the_jobs_on_other_nodes(centres: Centres) -> None
 
 def test_nothing_is_left_when_their_owner_is_killed() -> None:
     """Protects against pytest's end by kill -9: there is no time for any tear-down."""
-    if reason := below.missing():
+    if reason := below.missing() or missing_tun():
         pytest.skip(reason)
     name = f"k{os.getpid()}"
     code = (

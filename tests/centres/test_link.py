@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from lab.centres import Centres
 from lab.remote import Host, Process
-from lab.wan import QUEUE_S, Direction
+from lab.wan import ACK, QUEUE_S, SYN, Direction, Port
 
 WIRE = [sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "worlds" / "wire.py")]
 MB = 1_000_000
@@ -67,6 +67,23 @@ def test_losses_are_those_of_the_seed() -> None:
     assert len(lost) == pytest.approx(200, rel=0.3)
     closed = direction(open=False)
     assert closed.admit(100, 0.0) is None
+
+
+def test_a_firewall_drops_what_begins_a_connection() -> None:
+    """Protects the tests of outgoing connections: their answers come in, others' begins do not."""
+    port = Port(-1, -1, direction(), direction(), frozenset({22}))
+
+    def packet(flags: int, target: int, protocol: int = 6, options: int = 0) -> bytes:
+        head = bytes([0x45 + options, *[0] * 8, protocol, *[0] * (10 + 4 * options)])
+        return head + bytes([0, 0]) + target.to_bytes(2) + bytes([*[0] * 9, flags, *[0] * 6])
+
+    assert port.refuses(packet(SYN, 8000))
+    assert port.refuses(packet(SYN, 8000, options=2))
+    assert not port.refuses(packet(SYN, 22))
+    assert not port.refuses(packet(SYN | ACK, 8000))
+    assert not port.refuses(packet(ACK, 8000))
+    assert not port.refuses(packet(SYN, 8000, protocol=17))
+    assert not Port(-1, -1, direction(), direction()).refuses(packet(SYN, 8000))
 
 
 @pytest.mark.slurm

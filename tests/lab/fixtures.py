@@ -62,8 +62,13 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def centres() -> Iterator[Centres]:
-    """Return a server and two centres that share nothing; skips or fails as `lab` does."""
-    _need(missing() or missing_tun())
+    """Return a server and two centres that share nothing; skips where there can be none.
+
+    A container without TUN devices may still be one for Slurm: it fails for want of Slurm alone.
+    """
+    _need(missing())
+    if reason := missing_tun():
+        pytest.skip(reason)
     with Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}") as centres:
         yield centres
 
