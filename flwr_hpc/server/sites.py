@@ -8,7 +8,6 @@ from pathlib import Path
 
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.schema import Config
-from flwr_hpc.exchange.codec import stages
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.site.launcher import make_site
 from flwr_hpc.site.manager import AllocationManager
@@ -35,9 +34,7 @@ def site_settings(
         root=str(run.site_root(config, facility, run_key)),
         store=server.store if server else run.store_url(config, run_key),
         credential=str(server.credential) if server and server.credential else None,
-        codec=stages(config.exchange.codec),
-        feedback=config.exchange.feedback,
-        inline_below_mb=config.exchange.inline_below_mb,
+        exchange=config.exchange,
         facility=config.facilities[facility],
         allocation=config.allocation,
         limits=config.site.limits,

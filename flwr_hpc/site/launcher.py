@@ -42,12 +42,13 @@ def make_launcher(settings: SiteSettings) -> Launcher:
 
 def _exchange(settings: SiteSettings) -> SiteExchange:
     """Build a site's half of the exchange."""
-    codec, gamma = make_codec(settings.codec), settings.feedback
+    exchange = settings.exchange
+    codec, gamma = make_codec(exchange.codec), exchange.feedback
     lossy = gamma > 0 and codec.tolerance > 0
     feedback = Feedback(Spool(_root(settings)).feedback, gamma) if lossy else None
-    options = {"credential": Path(settings.credential)} if settings.credential else {}
-    store = make_store(settings.store, **options)
-    return SiteExchange(store, codec, settings.inline_below_mb, feedback)
+    remote = {"credential": Path(settings.credential or ""), "stall_s": exchange.stall_s}
+    store = make_store(settings.store, **(remote if settings.credential else {}))
+    return SiteExchange(store, codec, exchange.inline_below_mb, feedback)
 
 
 def make_site(settings: SiteSettings) -> AllocationManager:

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.config.schema import AllocationConfig, LimitsConfig, decode
+from flwr_hpc.config.schema import AllocationConfig, ExchangeConfig, LimitsConfig, decode
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.worker.settings import WorkerSettings
@@ -25,9 +25,7 @@ class SiteSettings:
     root: str  # The site's folder on the facility's shared file system
     store: str  # URL
     credential: str | None  # The file that lets the site into its server's store
-    codec: list[str]
-    feedback: float
-    inline_below_mb: float
+    exchange: ExchangeConfig
     facility: FacilityConfig
     allocation: AllocationConfig
     limits: LimitsConfig

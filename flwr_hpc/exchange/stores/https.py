@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -16,6 +18,8 @@ from flwr_hpc.exchange.tensorfile import sha256_of
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.exchange.transfer import Transfer
 from flwr_hpc.files import draft
+
+PIECE = 1 << 20  # bytes copied at a time
 
 
 class HttpsStore(Store):
@@ -77,9 +81,11 @@ class HttpsStore(Store):
             return None
 
     def open(self, ref: Reference) -> IO[bytes]:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
         with self._connection.request("GET", ref.key) as response:
-            body: IO[bytes] = response.raw
-            return body
+            shutil.copyfileobj(response.raw, copy, PIECE)
+        copy.seek(0)
+        return copy
 
     def delete(self, ref: Reference) -> None:
         self._forget(ref.key)

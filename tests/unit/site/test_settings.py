@@ -74,7 +74,8 @@ def test_settings_are_checked_before_they_are_written(
     settings: SiteSettings, tmp_path: Path
 ) -> None:
     """Protects the driver's user: the error comes where the command was typed."""
-    wrong = replace(settings, inline_below_mb="small")  # type: ignore[arg-type]
+    exchange = replace(settings.exchange, inline_below_mb="small")  # type: ignore[arg-type]
+    wrong = replace(settings, exchange=exchange)
     with pytest.raises(UserError, match="inline_below_mb"):
         wrong.write(tmp_path / "site.json")
     assert not (tmp_path / "site.json").exists()
