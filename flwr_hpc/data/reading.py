@@ -78,9 +78,12 @@ def read(
             yield Example(path.read_text(encoding="utf-8", errors="replace"))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str(cache or scratch)
+        folder = Path(scratch) / "tables"
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)
+            folder.symlink_to(cache)  # `datasets` puts the whole path into a lock's file name
         try:
-            rows = _dataset(data.kind, [str(path) for path in paths], folder)
+            rows = _dataset(data.kind, [str(path) for path in paths], str(folder))
         except Exception as exc:  # whatever kind a reader raises: find the line ourselves
             _find_fault(data, facility, paths)
             raise UserError(f"facility {facility}: cannot read the data: {exc}") from exc

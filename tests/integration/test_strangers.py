@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -45,6 +47,7 @@ for line in sys.stdin:
 """
 APP = """
 from pathlib import Path
+from typing import Any
 from flwr.serverapp import ServerApp
 
 app = ServerApp()
@@ -105,7 +108,7 @@ def _look_around(seen: Visit) -> dict[int, str]:
     gates = {}
     family = psutil.Process(seen.run.process.pid).children(recursive=True)
     for process in [*family, *seen.run.ranks("local_a")]:
-        for connection in process.net_connections("inet"):
+        for connection in _connections(process):
             if connection.status != psutil.CONN_LISTEN:
                 continue
             seen.addresses.add(connection.laddr.ip)
@@ -115,6 +118,12 @@ def _look_around(seen: Visit) -> dict[int, str]:
             elif "submitit" not in line:  # a rank's listeners: see test_rendezvous
                 seen.ungated.append(line)
     return gates
+
+
+def _connections(process: psutil.Process) -> list[Any]:
+    with suppress(psutil.NoSuchProcess):  # processes come and go
+        return list(process.net_connections("inet"))
+    return []
 
 
 def _routes(port: int, name: str, seen: Visit) -> list[tuple[str, str]]:

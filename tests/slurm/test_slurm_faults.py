@@ -19,6 +19,8 @@ from flwr_hpc.config.schema import AllocationConfig
 
 pytestmark = pytest.mark.slurm
 
+WHOLE = 5  # steps that an order of `SlurmSite` counts when it is trained to its end
+
 
 def test_preemption_with_requeue(slurm: Cluster, tmp_path: Path) -> None:
     """Protects an order whose job makes room for a more urgent one: it goes on where it was."""
@@ -32,8 +34,12 @@ def test_preemption_with_requeue(slurm: Cluster, tmp_path: Path) -> None:
     assert status.state == "done", status.error
     assert ours.trained() == [order]
     assert ours.allocations() == ["a0000"]
-    kept = [int(p.name.rpartition("@")[2]) for p in ours.spool.checkpoints.glob(f"{order}@*")]
-    assert max(kept) >= 30
+    assert status.result is not None
+    if status.result.steps == WHOLE:
+        kept = [int(p.name.rpartition("@")[2]) for p in ours.spool.checkpoints.glob(f"{order}@*")]
+        assert max(kept) >= 30
+    else:  # Slurm's warning was seen ahead of its end: the part was delivered
+        assert status.result.steps >= 30
     ours.end()
 
 
