@@ -19,7 +19,8 @@ import sys
 from collections.abc import Sequence
 
 from flwr_hpc import __version__
-from flwr_hpc.config.compose import compose_config, resume_config, shown
+from flwr_hpc.config.compose import compose_config, shown
+from flwr_hpc.config.overrides import split_resume
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.files import keep_files_private
@@ -50,14 +51,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:
     """Compose the configuration; that of a resumed run comes from its folder."""
-    resume = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
-    if resume and resume[-1] not in ("", "null"):
+    folder, changes = split_resume(overrides)
+    if folder:
         from flwr_hpc.server.run_dir import RunDir
 
-        run = RunDir.open(resume[-1])
-        changes = [o for o in overrides if not o.startswith("resume=")]
-        config = resume_config(run.path / "config.yaml", changes)
-        config.resume = str(run.path)
+        config = RunDir.open(folder).resumed_config(changes)
     else:
         config = compose_config(overrides, config_dir, serve=True)
     if not config.serve.address or not config.serve.sites:

@@ -26,6 +26,13 @@ TARGET = re.compile(r"\+*strategy\._target_=")
 STRATEGY = re.compile(r"\+*strategy=")
 
 
+def split_resume(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the run directory that ``resume=`` names, empty if none, and the other overrides."""
+    named = [o.partition("=")[2] for o in overrides if o.startswith("resume=")]
+    folder = named[-1] if named and named[-1] != "null" else ""
+    return folder, [o for o in overrides if not o.startswith("resume=")]
+
+
 def prepared(overrides: Sequence[str]) -> list[str]:
     """Return the overrides as Hydra wants them.
 

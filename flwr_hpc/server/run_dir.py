@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 from omegaconf import OmegaConf
 
+from flwr_hpc.config.compose import resume_config
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json, try_lock
@@ -107,6 +108,12 @@ class RunDir:
     def config(self) -> Config:
         """Load the resolved configuration."""
         return parse(OmegaConf.load(self.path / "config.yaml"))  # type: ignore[arg-type]
+
+    def resumed_config(self, overrides: Sequence[str]) -> Config:
+        """Load the configuration to go on with, after changes as they are typed."""
+        config = resume_config(self.path / "config.yaml", list(overrides))
+        config.resume = str(self.path)
+        return config
 
     def write_config(self, config: Config) -> None:
         publish(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))

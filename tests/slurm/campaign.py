@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -162,7 +163,7 @@ class Campaign:
                 counts = f"{site['steps']} steps by the server's count, {trained} by the trainer's"
                 outcome.twice.append(f"{facility}: {counts}, {ROUNDS * STEPS} ordered")
         self._until_cancelled_jobs_are_gone()
-        outcome.left = [f"process {line}" for line in run.left_behind()]
+        outcome.left = [f"process {_without_folders(line)}" for line in run.left_behind()]
         outcome.left += [f"process {p.pid} of {job}" for p, job in _of_jobs(key)]
         for cluster in self.clusters.values():
             listed = cluster.slurm("squeue", "-h", "-a", "--states=all", "-o", "%j %T").split()
@@ -341,3 +342,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "commands_that_ended": dict(Counter(f.kind for f in faults if f.exit_code is not None)),
         "each_run": [asdict(outcome) | {"flaws": outcome.flaws} for outcome in outcomes],
     }
+
+
+def _without_folders(command: str) -> str:
+    """Shorten the paths in a command to their last part: records name no machine's folders."""
+    return re.sub(r"/[^ =]*/", "", command)
