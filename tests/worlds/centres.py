@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from worlds.files import paths_under
 from worlds.jobs import until
 from worlds.runs import ROOT, SMALL
 
@@ -35,7 +36,7 @@ class Command:
             )  # fmt: skip
 
     def said(self) -> str:
-        logs = [p for p in self.folder.glob("**/logs/*.log") if "wandb" not in p.name]
+        logs = [p for p in paths_under(self.folder) if p.match("logs/*.log") and p.is_file()]
         tails = [f"{p.name}: {p.read_text(errors='replace')[-1500:]}" for p in logs]
         return "\n".join([self.output.read_text(errors="replace"), *tails])
 

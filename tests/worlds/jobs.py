@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from worlds.files import paths_under
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.files import read_json
@@ -54,7 +55,7 @@ def until(
 def progress(*folders: Path) -> dict[str, Any]:
     """Return what the files of the work look like, without mere signs of life."""
     found: dict[str, Any] = {}
-    for path in (p for folder in folders for p in folder.rglob("*")):
+    for path in paths_under(*folders):
         if path.name in SIGNS_OF_LIFE or path.suffix in (".log", ".tmp"):
             continue
         with contextlib.suppress(OSError):  # gone meanwhile

@@ -8,6 +8,7 @@ from typing import Any
 
 from lab.centres import Centres
 from lab.remote import Host, Process
+from worlds.files import paths_under
 from worlds.jobs import until
 from worlds.runs import SMALL
 
@@ -81,7 +82,8 @@ class Joined:
     def orders(self, site: Host) -> list[str]:
         """Return the training orders that a site works on, or has worked on."""
         home = site.outside(f"/home/{site.user}/site")
-        orders = (json.loads(p.read_text())["order"] for p in home.glob("**/orders/*/order.json"))
+        paths = (path for path in paths_under(home) if path.name == "order.json")
+        orders = (json.loads(path.read_text())["order"] for path in paths)
         return [str(order["version"]) for order in orders if order["kind"] == "train"]
 
     def until(self, what: Any) -> Any:

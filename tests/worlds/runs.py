@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from worlds.files import paths_under
 from worlds.jobs import command_line, until
 
 T = TypeVar("T")
@@ -119,8 +120,11 @@ class Run:
         """Wait until training from a version is under way; return the order's id."""
 
         def running() -> str | None:
-            for folder in (workdir or self.dir).glob(f"**/{facility}/orders/*"):
-                if (folder / "progress.json").exists() and not (folder / "result.json").exists():
+            for path in paths_under(workdir or self.dir):
+                folder = path.parent
+                if path.name != "progress.json" or path.parents[2].name != facility:
+                    continue
+                if not (folder / "result.json").exists():
                     order = json.loads((folder / "order.json").read_text())["order"]
                     if (order["kind"], order["version"]) == ("train", version):
                         return folder.name
