@@ -6,6 +6,10 @@ To be run on the facility's login node, with the settings of the run to come, e.
   python -m flwr_hpc.doctor --config-dir my-conf +facility=mycluster --no-job
   python -m flwr_hpc.doctor +facility=local_a --json
 
+Whether a host of your ~/.ssh/config could be a site of a run that is started here:
+
+  python -m flwr_hpc.doctor ssh=HOST python=/path/there/bin/python
+
 It looks around here, then submits a job of at most ten minutes that looks around on the compute
 nodes. The job is cancelled when this command ends, however it ends. Nothing else is changed.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +30,9 @@ from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.config.schema import Config
+from flwr_hpc.doctor import ssh
 from flwr_hpc.doctor.examine import FacilityExam, Stopped, patient, probing, settled
-from flwr_hpc.doctor.findings import skipped
+from flwr_hpc.doctor.findings import Finding, skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
 from flwr_hpc.doctor.show import as_json, show, verdict
 from flwr_hpc.errors import UserError, exit_code
@@ -47,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     keep_files_private()
+    if ssh.wants_ssh(args.overrides):
+        return _examine_host(args.overrides, args.json)
     config = _configure(args)
     queue_s = _timeout_s(args.timeout)
     clock = SystemClock()
@@ -100,12 +107,22 @@ def _examine(patients: list[FacilityExam], args: argparse.Namespace, clock: Cloc
             one.findings.append(left_out)
             show(console, one.here.name, [left_out])
     code = _probe(chosen, console, clock) if chosen else 0
-    found = {one.here.name: one.findings for one in patients}
-    if args.json:
+    failed = _conclude(console, {one.here.name: one.findings for one in patients}, args.json)
+    return code or failed
+
+
+def _examine_host(overrides: list[str], json: bool) -> int:
+    console, found = Console(quiet=json), ssh.examine(overrides)
+    for name, findings in found.items():
+        show(console, name, findings)
+    return _conclude(console, found, json)
+
+
+def _conclude(console: Console, found: Mapping[str, Sequence[Finding]], json: bool) -> int:
+    if json:
         print(as_json(found))
     console.print(verdict(found), highlight=False)
-    failed = any(f.status == "fail" for findings in found.values() for f in findings)
-    return code or int(failed)
+    return int(any(f.status == "fail" for findings in found.values() for f in findings))
 
 
 def _probe(patients: Sequence[FacilityExam], console: Console, clock: Clock) -> int:

@@ -19,6 +19,7 @@ LAYERS = {
     "files": 0,
     "clock": 0,
     "spool": 1,
+    "ssh": 1,
     "config": 2,
     "gate": 5,  # its public socket serves the exchange
     "worker": 3,
