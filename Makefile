@@ -26,7 +26,8 @@ lint: $(VENV)/.dev
 
 # Everything in benchmarks/, about three hours; those on Slurm clusters need root.
 bench: $(VENV)/.dev
-	for script in benchmarks/[a-z]*.py benchmarks/comparison/compare.py; do $(PY) $$script || exit 1; done
+	for script in benchmarks/[a-z]*.py benchmarks/exchange/*.py benchmarks/clusters/[a-z]*.py \
+	  benchmarks/comparison/compare.py; do $(PY) $$script || exit 1; done
 
 # Two throw-away Slurm clusters on this machine; needs root and a few packages, which it names.
 lab: $(VENV)/.train

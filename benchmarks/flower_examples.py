@@ -36,8 +36,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from flwr_hpc.flower.commands import FLOWER_ENV
 from flwr_hpc.server.bundle import connection
-from flwr_hpc.server.flower import FLOWER_ENV
 
 ROOT = Path(__file__).parents[1]
 NODES = 2

@@ -135,7 +135,7 @@ def install(reserved: bool = False, outside: Outside | None = None) -> None:
     Parameters
     ----------
     reserved : bool
-        Whether the port is reserved by `flwr_hpc.server.processes.reserve_port`.
+        Whether the port is reserved by `flwr_hpc.flower.processes.reserve_port`.
     outside : Outside or None
         What is served to the world; None: nothing.
     """

@@ -17,15 +17,16 @@ from flwr_hpc.config.invitation import Invitation, check_versions, versions
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import keep_files_private, private_folder, publish, read_json
+from flwr_hpc.flower import commands
+from flwr_hpc.flower.processes import Processes, ignore_signals, reserve_port
 from flwr_hpc.gate import peers
 from flwr_hpc.join import server_door
 from flwr_hpc.join.configure import run_part
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.schedulers.registry import check_facilities, make_scheduler
-from flwr_hpc.server import flower, preflight
+from flwr_hpc.server import preflight
 from flwr_hpc.server.driver import Interrupted, cancel_jobs, let_jobs_end, signals
-from flwr_hpc.server.processes import Processes, ignore_signals, reserve_port
 from flwr_hpc.server.progress import SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import Elsewhere, open_sites, site_settings, write_site
@@ -196,11 +197,13 @@ def _session(
         temporary = TemporaryDirectory(prefix="flwr-hpc-", ignore_cleanup_errors=True)
         own = stack.enter_context(temporary)
         processes = stack.enter_context(
-            Processes(folder.logs, flower.environment(folder), folder.lock_fd(), view.print_line)
+            Processes(
+                folder.logs, commands.environment(folder.flower), folder.lock_fd(), view.print_line
+            )
         )
-        processes.start(flower.fork_server(folder, Path(own)))
+        processes.start(commands.fork_server(folder.flower, Path(own)))
         processes.start(
-            flower.joined_supernode(
+            commands.joined_supernode(
                 name, invitation.address, folder.certificate, _private_key(folder), reserve,
                 settings, shared,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,10 +20,18 @@ from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.invitation import versions
 from flwr_hpc.config.schema import Config
 from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, read_json
+from flwr_hpc.flower import commands
+from flwr_hpc.flower.processes import (
+    Child,
+    Processes,
+    ignore_signals,
+    reserve_port,
+    tail,
+    wait_until_up,
+)
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
-from flwr_hpc.server import flower, invitations
+from flwr_hpc.server import invitations
 from flwr_hpc.server.bundle import write_bundle
-from flwr_hpc.server.processes import Child, Processes, ignore_signals, reserve_port
 from flwr_hpc.server.progress import DiskWatch, SlowStarts, SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
@@ -102,7 +111,7 @@ def _session_or_trouble(
 ) -> tuple[SessionOutcome, str]:
     """Run a session; return also what is wrong with the disk, if it did not finish."""
     try:
-        outcome = _session(run, config, follower, view, flower.START_S * patience)
+        outcome = _session(run, config, follower, view, commands.START_S * patience)
     except OSError as exc:
         if not is_disk_trouble(exc):
             raise
@@ -182,20 +191,21 @@ def _session(
             TemporaryDirectory(prefix="flwr-hpc-", ignore_cleanup_errors=True)
         )
         processes = stack.enter_context(
-            Processes(run.logs, flower.environment(run), run.lock_fd(), view.print_line)
+            Processes(run.logs, commands.environment(run.flower), run.lock_fd(), view.print_line)
         )
-        superlink = flower.superlink(port, shared, public)
+        superlink = commands.superlink(port, shared, public)
         processes.start(superlink)
-        processes.start(flower.fork_server(run, Path(own)))
+        processes.start(commands.fork_server(run.flower, Path(own)))
         if config.tracking.wandb:
-            processes.start(Child("wandb", lambda: flower.wandb_follower(run), needed=False))
+            follow_run = [sys.executable, "-m", "flwr_hpc.server.wandb_follow", str(run.path)]
+            processes.start(Child("wandb", lambda: follow_run, needed=False))
         try:
-            flower.wait_until_up(superlink, port, run.logs / "superlink.log", start_s)
+            wait_until_up(superlink, port, run.logs / "superlink.log", start_s)
             if public:
                 invitations.register(run, partial(processes.run, timeout_s=start_s), anew=True)
             for facility, site in sites.items():
-                processes.start(flower.supernode(facility, port, reserve, site, shared))
-            processes.run(flower.flwr_run(app, run), start_s)
+                processes.start(commands.supernode(facility, port, reserve, site, shared))
+            processes.run(commands.flwr_run(app, run.path), start_s)
         except (RuntimeError, subprocess.TimeoutExpired) as exc:  # killed, or slow
             return SessionOutcome("lost", str(exc))
         progress = SpoolProgress({f: run.site_root(config, f) for f in sites})
@@ -204,12 +214,12 @@ def _session(
         return outcome
 
 
-def public_socket(run: RunDir, config: Config) -> flower.PublicSocket | None:
+def public_socket(run: RunDir, config: Config) -> commands.PublicSocket | None:
     """Return where sites of other centres come in, if they may."""
     address = config.serve.address
     if address is None:
         return None
-    return flower.PublicSocket(
+    return commands.PublicSocket(
         listen=config.serve.listen or f":{address.rpartition(':')[2]}",
         certificate=run.certificate,
         certificate_key=run.certificate_key,
@@ -229,7 +239,7 @@ def _follow(
 ) -> SessionOutcome:
     """Show the run's events until it ends, or one of its processes does."""
     started, disk = time.monotonic(), DiskWatch(run.path)
-    slow = SlowStarts({f: run.logs / f"{flower.supernode_name(f)}.log" for f in progress.sites})
+    slow = SlowStarts({f: run.logs / f"{commands.supernode_name(f)}.log" for f in progress.sites})
     while True:
         gone = processes.tend()
         server = _server_state(run)
@@ -243,15 +253,14 @@ def _follow(
                 return _finished(event, processes)
             if event["event"] == "reply_lost" and event.get("facility"):
                 # Its SuperNode may wait for it for ever; started again, it is asked anew.
-                processes.restart(flower.supernode_name(str(event["facility"])))
+                processes.restart(commands.supernode_name(str(event["facility"])))
         if gone:
             return _lost(gone[0], run)
         if server == "dead":
             return SessionOutcome("lost", "the ServerApp died")
         if server == "absent" and time.monotonic() - started > start_s:
-            tail = flower.tail(run.logs / "superlink.log")
             words = f"the ServerApp did not start within {start_s:.0f} s"
-            return SessionOutcome("lost", f"{words}:\n{tail}")
+            return SessionOutcome("lost", f"{words}:\n{tail(run.logs / 'superlink.log')}")
         time.sleep(POLL_S)
 
 
@@ -276,7 +285,7 @@ def _finished(event: Event, processes: Processes) -> SessionOutcome:
 def _lost(child: Child, run: RunDir) -> SessionOutcome:
     log = run.logs / f"{child.name}.log"
     if child.restartable:
-        return SessionOutcome("failed", f"{child.name} does not stay up:\n{flower.tail(log)}")
+        return SessionOutcome("failed", f"{child.name} does not stay up:\n{tail(log)}")
     return SessionOutcome("lost", f"{child.name} ended")
 
 

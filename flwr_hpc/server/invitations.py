@@ -19,9 +19,9 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.config.validate import check_site_name
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.files import private_folder, publish
+from flwr_hpc.flower import commands
 from flwr_hpc.gate.certificate import new_certificate, new_key_pair
 from flwr_hpc.gate.credentials import Credential, read_credentials, sha256, write_credentials
-from flwr_hpc.server import flower
 from flwr_hpc.server.run_dir import RunDir
 
 COMMAND_S = 90.0  # for Flower's commands
@@ -101,7 +101,7 @@ def register(run: RunDir, command: Runner, *, anew: bool) -> None:
             continue
         key = run.flower / f"{site}.pub"
         publish(key, credential.public_ssh)
-        node_id = _node_id(command(flower.register_node(key, site)))
+        node_id = _node_id(command(commands.register_node(key, site)))
         with files.lock(run.invitations):
             now = read_credentials(run.credentials)
             if now[site].public_key == credential.public_key:
@@ -112,12 +112,12 @@ def register(run: RunDir, command: Runner, *, anew: bool) -> None:
 
 def unregister(run: RunDir, node_id: int) -> None:
     """Let SuperLink forget a SuperNode; the gate keeps it out already."""
-    run_flower(run)(flower.unregister_node(node_id))
+    run_flower(run)(commands.unregister_node(node_id))
 
 
 def run_flower(run: RunDir) -> Runner:
     """Return what runs Flower's command against this run's SuperLink, from another process."""
-    env = {**os.environ, **flower.environment(run)}
+    env = {**os.environ, **commands.environment(run.flower)}
 
     def runner(command: Sequence[str]) -> str:
         done = subprocess.run(

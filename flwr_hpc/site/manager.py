@@ -25,9 +25,9 @@ from flwr_hpc.schedulers.base import (
 )
 from flwr_hpc.site import long_poll
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
-from flwr_hpc.site.job_times import total_s
 from flwr_hpc.site.limits import LimitReached, check_spending
-from flwr_hpc.site.monitor import Monitor, Submitted, View
+from flwr_hpc.site.monitoring.job_times import total_s
+from flwr_hpc.site.monitoring.monitor import Monitor, Submitted, View
 from flwr_hpc.site.renewal import Renewal
 from flwr_hpc.site.retries import (
     check_disk,

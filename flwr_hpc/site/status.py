@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from flwr_hpc.clock import Clock
 from flwr_hpc.protocol import Result, SiteState, Status
 from flwr_hpc.site.forecast.base import QueueForecast
-from flwr_hpc.site.job_times import Span, total_s, waiting_s, waits_and_runs
-from flwr_hpc.site.monitor import Monitor, View
+from flwr_hpc.site.monitoring.job_times import Span, total_s, waiting_s, waits_and_runs
+from flwr_hpc.site.monitoring.monitor import Monitor, View
 from flwr_hpc.spool import AllocationDir, JobTimes, Spool
 
 PROGRESS = ("step", "steps", "loss", "tokens_per_s", "note")

@@ -122,7 +122,7 @@ Consequence = Literal["replace", "retry", "fail", "fatal"]
 class Verdict:
     """Why an allocation is of no more use."""
 
-    why: str  # See `flwr_hpc.site.outcomes.RULES`
+    why: str  # See `flwr_hpc.site.monitoring.outcomes.RULES`
     consequence: Consequence
     reason: str = ""  # For the user
     was_ready: bool = False  # Whether the allocation ever had the model loaded

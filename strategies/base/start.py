@@ -7,7 +7,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from strategies.engine.engine import Engine
-from strategies.engine.flower_hooks import FlowerHooks
+from strategies.engine.flower.hooks import FlowerHooks
 from strategies.engine.loop import Driver, EvaluateFn, EventLoop, History
 from strategies.engine.runtime import Runtime
 

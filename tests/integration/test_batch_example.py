@@ -18,8 +18,8 @@ import torch
 from worlds.jobs import until
 from worlds.runs import ROOT
 
+from flwr_hpc.flower.commands import FLOWER_ENV
 from flwr_hpc.server.bundle import connection
-from flwr_hpc.server.flower import FLOWER_ENV
 
 NODES = 2
 RUN = "num-server-rounds=2 fraction-evaluate=0.0"

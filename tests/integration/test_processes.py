@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flwr_hpc.server import processes
-from flwr_hpc.server.processes import Child, Processes
+from flwr_hpc.flower import processes
+from flwr_hpc.flower.processes import Child, Processes
 
 PARENT = """
 import subprocess, sys, time

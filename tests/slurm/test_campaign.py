@@ -1,4 +1,4 @@
-"""A dozen faults over whole runs, drawn by a fixed seed; `benchmarks/faults.py` does many more."""
+"""A dozen faults over whole runs, by a seed; `benchmarks/clusters/faults.py` does many more."""
 
 from __future__ import annotations
 

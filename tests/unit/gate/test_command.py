@@ -9,9 +9,9 @@ import sys
 import pytest
 from worlds.stranger import AS_NOBODY, needs_another_user
 
+from flwr_hpc.flower.processes import reserve_port
 from flwr_hpc.gate import __main__ as command
 from flwr_hpc.gate import peers
-from flwr_hpc.server.processes import reserve_port
 
 TAKE = """
 import socket, sys

@@ -12,7 +12,8 @@ from rich.console import Console
 from worlds.clock import FakeClock
 
 from flwr_hpc.config.schema import Config, FederationConfig
-from flwr_hpc.server import driver, flower
+from flwr_hpc.flower import commands
+from flwr_hpc.server import driver
 from flwr_hpc.server.driver import SessionOutcome
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.tracking.live import LiveView
@@ -46,7 +47,7 @@ def test_a_start_that_took_too_long_is_tried_again_with_more_time(
     good = SessionOutcome("finished")
     outcome, patience, said = _sessions(monkeypatch, tmp_path, [slow, slow, good], 2)
     assert outcome == good
-    assert patience == [flower.START_S, 2 * flower.START_S, 4 * flower.START_S]
+    assert patience == [commands.START_S, 2 * commands.START_S, 4 * commands.START_S]
     assert said.count("did not start within 90 s; starting again") == 2
 
 

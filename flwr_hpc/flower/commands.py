@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,7 @@ from urllib.parse import quote
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish
-from flwr_hpc.server.processes import Child
-from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.flower.processes import Child
 from flwr_hpc.site.settings import to_node_config
 from flwr_hpc.site.start import program
 
@@ -136,7 +134,7 @@ def supernode_name(facility: str) -> str:
     return f"supernode-{facility}"
 
 
-def fork_server(run: RunDir, folder: Path) -> Child:
+def fork_server(home: Path, folder: Path) -> Child:
     """Return the process that ClientApps are forks of, and let SuperNodes find its program.
 
     Without it they start on their own. Its socket lies in `folder`, which is this host's: shared
@@ -144,30 +142,21 @@ def fork_server(run: RunDir, folder: Path) -> Child:
     """
     path = folder / "socket"
     words = [sys.executable, "-S", "-E", program.__file__, str(path), _program("flwr-clientapp")]
-    script = _own_programs(run) / "flwr-clientapp"
+    script = _own_programs(home) / "flwr-clientapp"
     publish(script, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     script.chmod(0o700)
     command = [sys.executable, "-m", "flwr_hpc.site.start.fork_server", str(path)]
     return Child("fork-server", lambda: command, needed=False)
 
 
-def _own_programs(run: RunDir) -> Path:
-    return run.flower / "bin"
-
-
-def wandb_follower(run: RunDir) -> list[str]:
-    """Return the command that sends the event log to Weights & Biases."""
-    return [sys.executable, "-m", "flwr_hpc.server.wandb_follow", str(run.path)]
-
-
-def flwr_run(app: Path, run: RunDir) -> list[str]:
+def flwr_run(app: Path, run: Path) -> list[str]:
     """Return the command that submits the app to SuperLink."""
-    setting = f'run-dir="{quote(str(run.path))}"'
+    setting = f'run-dir="{quote(str(run))}"'
     return [_program("flwr"), "run", str(app), "flwr-hpc", "-c", setting, "--format=json"]
 
 
-def environment(run: RunDir) -> dict[str, str]:
-    """Return the environment of Flower's processes.
+def environment(home: Path) -> dict[str, str]:
+    """Return the environment of Flower's processes; `home` is their FLWR_HOME.
 
     They import what this process can (a checkout, a strategy beside it) and find each
     other's programs although the virtual environment may not be activated.
@@ -175,10 +164,10 @@ def environment(run: RunDir) -> dict[str, str]:
     paths = [Path(p or ".").absolute() for p in sys.path]
     installed = (Path(sys.prefix), Path(sys.base_prefix))
     own = [str(p) for p in paths if not any(p.is_relative_to(i) for i in installed)]
-    programs = [_own_programs(run), Path(sys.executable).parent]
+    programs = [_own_programs(home), Path(sys.executable).parent]
     return {
         **FLOWER_ENV,
-        "FLWR_HOME": str(run.flower),
+        "FLWR_HOME": str(home),
         "PATH": os.pathsep.join([*map(str, programs), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(own)),
     }
@@ -199,16 +188,5 @@ def _program(name: str) -> str:
     return found
 
 
-def wait_until_up(superlink: Child, port: int, log: Path, start_s: float) -> None:
-    """Wait until our SuperLink, and no other process, listens on the port."""
-    deadline = time.monotonic() + start_s
-    while time.monotonic() < deadline and not superlink.dead():
-        if port in superlink.listening():
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"SuperLink did not start:\n{tail(log)}")
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    """Return the last lines of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def _own_programs(home: Path) -> Path:
+    return home / "bin"

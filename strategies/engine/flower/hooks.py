@@ -19,8 +19,8 @@ from flwr.serverapp.strategy import Strategy
 from flwr_hpc.protocol import WEIGHT_KEY, Order, OrderKind
 from strategies.base.persistence import load_strategy, save_strategy
 from strategies.engine import messages
-from strategies.engine.alike import make_alike, weight_key_of
 from strategies.engine.engine import Engine
+from strategies.engine.flower.alike import make_alike, weight_key_of
 from strategies.engine.loop import History
 from strategies.engine.runtime import RunFailed
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState

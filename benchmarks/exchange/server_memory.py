@@ -5,7 +5,7 @@ facility answers in a process of its own with the exchange's own functions, and 
 stands for the trainer, so that each figure is one process's alone. Compared with the same
 strategy over plain Flower arrays, where memory permits.
 
-    python benchmarks/server_memory.py
+    python benchmarks/exchange/server_memory.py
 
 Limits: ServerApp < 3 model sizes + 250 MB, ClientApp < 200 MB. Exit code 1 if one is broken.
 """
@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from _machine import record
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -39,6 +38,9 @@ from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import TensorFile, write_safetensors
 from flwr_hpc.exchange.tensors import TensorInfo
+
+sys.path.append(str(Path(__file__).parents[1]))
+from _machine import record
 
 MB = 1e6
 SERVER_LIMIT = (3, 250)  # model sizes, MB

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import psutil
 
-from flwr_hpc.server import reaper
+from flwr_hpc.flower import reaper
 from flwr_hpc.site.launcher import SESSION_MARK
 
 RESTART_S = 3.0  # least time between two starts
@@ -248,3 +248,18 @@ class Processes:
             for child in self._children:
                 if child.process is not None:
                     child.process.wait()
+
+
+def wait_until_up(superlink: Child, port: int, log: Path, start_s: float) -> None:
+    """Wait until our SuperLink, and no other process, listens on the port."""
+    deadline = time.monotonic() + start_s
+    while time.monotonic() < deadline and not superlink.dead():
+        if port in superlink.listening():
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"SuperLink did not start:\n{tail(log)}")
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """Return the last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -5,7 +5,7 @@ both, with the package's own settings, waits; measured in the steady state are t
 of every process that the command keeps running (short-lived ones included), their memory, and
 the scheduler's commands, counted by wrappers ahead in PATH.
 
-    python benchmarks/footprint.py [seconds]
+    python benchmarks/clusters/footprint.py [seconds]
 
 Writes ``benchmarks/results/footprint.json``.
 """
@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _machine import record
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from _machine import record
 from lab.cluster import Cluster
 from lab.plan import Shape
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("sbatch", "squeue", "sacct", "scancel", "scontrol")
 SETTLE_S = 60.0
 FACILITIES = ("a", "b")

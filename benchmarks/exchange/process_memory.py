@@ -3,7 +3,7 @@
 A real run of the command: two local facilities, DiLoCo, one round of two steps, weights out of
 band. The peak is the kernel's own (VmHWM), read about five times a second until the process ends.
 
-    python benchmarks/process_memory.py
+    python benchmarks/exchange/process_memory.py
 
 Writes ``benchmarks/results/process_memory.json``; exit code 1 if a ClientApp reaches 200 MB.
 """
@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from _machine import record
-
 from flwr_hpc.exchange.tensorfile import TensorFile
+
+sys.path.append(str(Path(__file__).parents[1]))
+from _machine import record
 
 CLIENT_LIMIT_MB = 200
 PROGRAMS = {

@@ -10,10 +10,10 @@ from typing import Any, Literal
 from flwr_hpc.clock import Clock
 from flwr_hpc.schedulers.base import JobInfo, Scheduler, SchedulerUnavailableError, stderr_tail
 from flwr_hpc.site.forecast.base import NoForecast, QueueForecast
-from flwr_hpc.site.heartbeat import HeartbeatMonitor
-from flwr_hpc.site.job_states import JobStates
-from flwr_hpc.site.job_times import record_times
-from flwr_hpc.site.outcomes import RULES, Why, classify_ended_job, classify_pending_job
+from flwr_hpc.site.monitoring.heartbeat import HeartbeatMonitor
+from flwr_hpc.site.monitoring.job_states import JobStates
+from flwr_hpc.site.monitoring.job_times import record_times
+from flwr_hpc.site.monitoring.outcomes import RULES, Why, classify_ended_job, classify_pending_job
 from flwr_hpc.spool import AllocationDir, Spool, Verdict, WorkerState
 
 NO_LOG = (

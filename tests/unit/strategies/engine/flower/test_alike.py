@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, 
 from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
 from strategies.base.start import run_strategy
-from strategies.engine.alike import make_alike, weight_key_of
+from strategies.engine.flower.alike import make_alike, weight_key_of
 from strategies.engine.runtime import Runtime, Settings
 
 ANY_NUMBER = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from lab.cluster import Cluster
 from lab.host import missing
 from lab.plan import Shape
@@ -27,7 +27,7 @@ from lab.traffic import Traffic, schedule
 
 __all__ = ["CASES", "MEAN_RUN_S", "NODES", "PLACES", "SEED", "STEPS", "Case", "Place", "make"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SEED = 0
 NODES, MEAN_RUN_S, WARM_UP_S = 2, 12.0, 15.0  # of a cluster; of other users' jobs
 HOOK = 'from flwr_hpc.worker import entry\nentry.WORKER = "_paced_worker"\n'

@@ -5,7 +5,7 @@ spells of much and of little, keep it full; ours are submitted one after the oth
 forecaster says at each submission is held against the real wait. From the same trace the
 forecasts by each source alone are made afterwards, each from what was known at that time.
 
-    python benchmarks/forecast.py [seconds]
+    python benchmarks/clusters/forecast.py [seconds]
 
 Writes ``benchmarks/results/forecast.json``. Hours of a centre are seconds here.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _machine import record
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.facility import FacilityConfig
@@ -33,7 +32,9 @@ from flwr_hpc.site.forecast.forecaster import Forecaster
 from flwr_hpc.site.forecast.history import Wait, shape_of
 from flwr_hpc.site.forecast.score import score_forecasts
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from _machine import record
 from lab.cluster import Cluster
 from lab.host import missing
 from lab.plan import Shape as ClusterShape

@@ -9,7 +9,7 @@ from worlds.site import Killed, World, order
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
-from flwr_hpc.site.outcomes import RULES, SCHEDULER_OUTCOMES
+from flwr_hpc.site.monitoring.outcomes import RULES, SCHEDULER_OUTCOMES
 
 
 def closed(world: World) -> None:

@@ -3,7 +3,7 @@
 The machinery is that of the tests (`tests/slurm/campaign.py`; needs root): two clusters of the lab,
 the real trainer, kill -9 of every kind of process, Slurm's daemons, nodes, jobs and disks.
 
-    python benchmarks/faults.py [seed [faults [kind,kind...]]]
+    python benchmarks/clusters/faults.py [seed [faults [kind,kind...]]]
 
 Writes ``benchmarks/results/faults.json`` after every run: what was hit when, what became of it, and
 whether the run ended with the weights of the undisturbed one, every order done once and nothing
@@ -17,9 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from _machine import record
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from lab.host import missing
 from slurm.campaign import SETTINGS, Campaign, summary
 from slurm.fault_kinds import KINDS

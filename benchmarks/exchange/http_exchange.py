@@ -3,8 +3,8 @@
 Wall and CPU seconds of both ends, both ways; then the server's memory while several sites send, and
 then fetch, a file each at once. Both sides encrypt; ours also hashes on arrival, and syncs.
 
-    python benchmarks/http_exchange.py
-    python benchmarks/http_exchange.py --mb 200 --sites 2 --no-record
+    python benchmarks/exchange/http_exchange.py
+    python benchmarks/exchange/http_exchange.py --mb 200 --sites 2 --no-record
 
 Limits: 1.3 times scp's wall seconds, 100 MB above the idle server. Needs OpenSSH's server; without,
 `cp` stands in for scp and nothing is limited. Writes ``benchmarks/results/http_exchange.json``.
@@ -33,11 +33,13 @@ from typing import Any
 
 import psutil
 import uvicorn
-from _machine import record
 
 from flwr_hpc.exchange.http_server import exchange_app
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.stores.https import HttpsStore
+
+sys.path.append(str(Path(__file__).parents[1]))
+from _machine import record
 
 MB = 1e6
 RATIO_LIMIT, MEMORY_LIMIT_MB = 1.3, 100

@@ -4,7 +4,7 @@ Two real clusters (`tests/lab`, as root) get the same seeded load of other users
 the same federation of one facility runs ten rounds at the same time, once with
 ``allocation=warm`` and once with ``allocation=per_round``. Compared are wall time and node-hours.
 
-    python benchmarks/policies.py [rounds]
+    python benchmarks/clusters/policies.py [rounds]
 
 Writes ``benchmarks/results/policies.json``. Hours of a centre are seconds here.
 """
@@ -20,14 +20,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from _machine import record
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from lab.cluster import Cluster
 from lab.plan import Shape
 from lab.traffic import Traffic, schedule
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SEED, NODES, LOAD, MEAN_RUN_S = 1, 2, 0.9, 20.0
 POLICIES = ("warm", "per_round")
 SETTINGS = [

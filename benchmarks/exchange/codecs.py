@@ -4,7 +4,7 @@ Two facilities train for 20 rounds from the same start on the demo's data, as in
 each sends goes through the codec's file and back, with error feedback and without. The
 trainer, the codecs, the feedback and the outer step are those of a real run.
 
-    python benchmarks/codecs.py [--seeds N] [--minutes M] [OVERRIDE ...]
+    python benchmarks/exchange/codecs.py [--seeds N] [--minutes M] [OVERRIDE ...]
 
 Runs that are over are in ``benchmarks/results/codecs_runs.jsonl`` and are not made again; the table
 is written to ``benchmarks/results/codecs.json``.
@@ -17,13 +17,12 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from _machine import RESULTS, record
-from learning import Weights, held_out, outer_step, trainers
 from safetensors.numpy import load_file, save_file
 
 from flwr_hpc.config.compose import compose_config
@@ -34,6 +33,10 @@ from flwr_hpc.exchange.tensorfile import TensorFile
 from flwr_hpc.exchange.tensors import Tensors
 from flwr_hpc.train.rendezvous import Group, join
 from flwr_hpc.worker.ranks import Ranks
+
+sys.path.append(str(Path(__file__).parents[1]))
+from _machine import RESULTS, record
+from learning import Weights, held_out, outer_step, trainers
 
 RUNS = RESULTS / "codecs_runs.jsonl"
 SETTINGS = ["rounds=20", "train.steps=20"]

@@ -11,8 +11,8 @@ import pytest
 from worlds.clock import FakeClock
 
 from flwr_hpc.schedulers.base import JobInfo, JobSpec, JobState
-from flwr_hpc.site.job_states import JobStates
-from flwr_hpc.site.job_times import record_times, total_s, waits_and_runs
+from flwr_hpc.site.monitoring.job_states import JobStates
+from flwr_hpc.site.monitoring.job_times import record_times, total_s, waits_and_runs
 from flwr_hpc.spool import AllocationDir, JobTimes, Spool
 
 JOBS: list[dict[str, Any]] = [{"id": "1", "name": "a"}, {"id": "2", "name": "b"}]

@@ -8,7 +8,7 @@ of messages. Compared are wall time, node time and loss,
 - predicted: with waits drawn at random from the other repetitions, and
 - drawn: with waits drawn from all repetitions, the medians against each other.
 
-    python benchmarks/faithfulness.py [repetitions [folder]]
+    python benchmarks/clusters/faithfulness.py [repetitions [folder]]
 
 A folder keeps the real runs; those that it has already are not made again. Writes
 ``benchmarks/results/faithfulness.json``. Hours of a centre are seconds here.
@@ -27,13 +27,15 @@ from typing import Any
 import numpy as np
 import yaml
 from _lab_runs import CASES, MEAN_RUN_S, NODES, PLACES, SEED, STEPS, Case, Place, make
-from _machine import record
 from _measured import Figures, Speeds, figures, learner, speeds
 
 from flwr_hpc.config.schema import FederationConfig
 from flwr_hpc.simulate.config import QueueModel, ScenarioConfig, SiteModel
 from flwr_hpc.simulate.federation import RunSettings, simulate
 from flwr_hpc.simulate.pool import RENEWAL
+
+sys.path.append(str(Path(__file__).parents[1]))
+from _machine import record
 
 Row = dict[str, float | None]
 DRAWS = 15

@@ -5,7 +5,7 @@ values, references, what lies in the store, inline arrays, unasked records. Each
 accepted and then what the official library reads in the same bytes; after every thousand the
 honest site is served.
 
-    python benchmarks/attacks.py [COUNT]
+    python benchmarks/exchange/attacks.py [COUNT]
 
 Writes ``benchmarks/results/attacks.json``; exit code 1 if an attack succeeds, memory grows by
 50 MB, or one attack takes 5 CPU seconds.
@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from _machine import record
 from worlds.attacks import Attacks
 

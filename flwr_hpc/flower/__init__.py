@@ -1,0 +1,1 @@
+"""Flower's programs in a session: their commands, their restarts, their certain end."""

@@ -1,0 +1,1 @@
+"""Flower's own strategies over the event loop."""
