@@ -21,7 +21,6 @@ from flwr_hpc import __version__
 from flwr_hpc.config.compose import compose_config, shown
 from flwr_hpc.config.overrides import split_resume
 from flwr_hpc.config.schema import Config
-from flwr_hpc.config.validate import check_trainable
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
@@ -41,7 +40,6 @@ def _run(args: argparse.Namespace) -> int:
             f"python -m flwr_hpc.serve {' '.join(args.overrides)}"
         )
     check_facilities(config.facilities)
-    check_trainable(config.model.config)
     if args.cfg:
         print(shown(config), end="")
         return 0
