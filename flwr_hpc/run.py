@@ -6,6 +6,7 @@ Settings are KEY=VALUE, e.g.
   python -m flwr_hpc.run +facility=leonardo               a centre, from its login node
   python -m flwr_hpc.run strategy=fedbuff rounds=20 train.steps=100
   python -m flwr_hpc.run resume=runs/2026-01-31_12-00-00
+  python -m flwr_hpc.run -m train.lr=1e-4,3e-4 train.batch_size=8,16    a sweep: every combination
 
 The most used: rounds seed strategy model data train.* run_dir resume dry_run tracking.
 All of them, with their values: python -m flwr_hpc.run --cfg job
@@ -24,6 +25,7 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
+from flwr_hpc.sweep.command import is_sweep, run_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.multirun or is_sweep(args.overrides):
+        return run_sweep(args.overrides, args.config_dir)
     config, resumed = _configure(args.overrides, args.config_dir)
     if config.serve.address:
         raise UserError(
@@ -68,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
     parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
     parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
