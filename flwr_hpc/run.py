@@ -25,7 +25,7 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
-from flwr_hpc.sweep.command import is_sweep, run_sweep
+from flwr_hpc.sweep.options import is_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.multirun or is_sweep(args.overrides):
+        if args.cfg:
+            raise UserError("--cfg shows one run's settings; leave -m out, and give one value each")
+        from flwr_hpc.sweep.command import run_sweep  # later, so that a run starts at once
+
         return run_sweep(args.overrides, args.config_dir)
     config, resumed = _configure(args.overrides, args.config_dir)
     if config.serve.address:

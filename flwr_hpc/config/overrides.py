@@ -18,7 +18,7 @@ OPEN = re.compile(
     r"|facilities\.\w+\.(env|options))\.\w"
 )
 PATH = re.compile(
-    r"run_dir|site\.dir|model\.path|data\.(tokenizer|passages)|exchange\.store"
+    r"run_dir|(site|sweep)\.dir|model\.path|data\.(tokenizer|passages)|exchange\.store"
     r"|facilities\.\w+\.(workdir|python|container)"
 )
 PATHS = re.compile(r"data\.(held_out_)?paths\.\w+")

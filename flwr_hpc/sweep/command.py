@@ -16,18 +16,12 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import keep_files_private
 from flwr_hpc.schedulers.registry import check_facilities
-from flwr_hpc.sweep.drive import command, run_points
+from flwr_hpc.sweep.drive import Start, command, run_points, visible_devices
 from flwr_hpc.sweep.folder import Point, SweepDir
 from flwr_hpc.sweep.options import SweepOptions, split_options
 from flwr_hpc.sweep.points import expand, varied
 from flwr_hpc.sweep.show import report
 from flwr_hpc.tracking.text import hours
-
-
-def is_sweep(overrides: Sequence[str]) -> bool:
-    """Whether ``resume=`` names the folder of a sweep."""
-    folder, _ = split_resume(overrides)
-    return bool(folder) and SweepDir.at(folder).exists
 
 
 def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
@@ -49,6 +43,8 @@ def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
         planned = expand(rest)
     _check_number(len(planned), options)
     configs = [_checked(point, config_dir) for point in planned]
+    gpus = max(_gpus_here(config) for config in configs)
+    _check_room(gpus, options.parallel)
     console = Console()
     if dry_run:
         _show(console, planned, configs)
@@ -56,11 +52,11 @@ def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
     keep_files_private()
     with folder.lock() as lock:
         points = folder.add(planned, config_dir)
-        return _run(folder, points, options, lock, console)
+        return _run(folder, points, options, command(folder, lock, gpus), console)
 
 
 def _run(
-    folder: SweepDir, points: Sequence[Point], options: SweepOptions, lock: int, console: Console
+    folder: SweepDir, points: Sequence[Point], options: SweepOptions, start: Start, console: Console
 ) -> int:
     def say(what: str, point: Point) -> None:
         reason = f": {point.reason}" if point.reason else ""
@@ -71,7 +67,7 @@ def _run(
     console.print(f"sweep directory: {folder.path}", soft_wrap=True, highlight=False)
     if ended := len(points) - len(todo):
         console.print(f"{ended} of {len(points)} points have ended before", highlight=False)
-    number = run_points(folder, todo, options.parallel, command(folder, lock), say)
+    number = run_points(folder, todo, options.parallel, start, say)
     with suppress(KeyboardInterrupt):
         report(folder, console)
     return _conclude(folder, number, console)
@@ -101,6 +97,21 @@ def _check_number(count: int, options: SweepOptions) -> None:
         raise UserError(
             f"{count} points are more than sweep.max_points={options.max_points}. "
             f"If so many are meant, add to the command: sweep.max_points={count}"
+        )
+
+
+def _gpus_here(config: Config) -> int:
+    """Return how many GPUs of this machine a point takes."""
+    return sum(f.gpus_per_node for f in config.facilities.values() if f.local)
+
+
+def _check_room(gpus: int, parallel: int) -> None:
+    """Refuse more points at a time than there are GPUs for, as far as that is known."""
+    here = len(visible_devices())
+    if here and gpus * parallel > here:
+        raise UserError(
+            f"sweep.parallel={parallel} points of {gpus} GPUs each do not fit: this process has "
+            f"{here} (CUDA_VISIBLE_DEVICES). Give sweep.parallel={max(1, here // gpus)}"
         )
 
 

@@ -18,7 +18,8 @@ from flwr_hpc.sweep.folder import Point, SweepDir
 POLL_S = 0.5
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-Start = Callable[[Point], "subprocess.Popen[bytes]"]
+Process = subprocess.Popen[bytes]
+Start = Callable[[Point, int], Process]
 
 
 def run_points(
@@ -38,38 +39,47 @@ def run_points(
     parallel : int
         Points that run at the same time.
     start : callable
-        Starts a point's command.
+        Starts the command of a point in a slot, of which there are as many as points at a time.
     say : callable
         Called with ``started``, ``finished``, ``failed`` or ``interrupted``, and the point.
     clock : Clock, optional
     """
     clock = clock or SystemClock()
-    waiting, running = deque(points), dict[str, tuple[Point, subprocess.Popen[bytes]]]()
+    waiting, running = deque(points), dict[int, tuple[Point, Process]]()
     passed_on = 0
     with _noted_signals() as signals:
         while running or (waiting and not signals):
             while waiting and len(running) < parallel and not signals:
-                point = waiting.popleft()
-                running[point.name] = point, start(point)
+                point, slot = waiting.popleft(), min({*range(parallel)} - running.keys())
+                running[slot] = point, start(point, slot)
                 say("started", point)
             if signals and not passed_on:
                 passed_on = signals[0]
                 for _, process in running.values():
                     process.send_signal(passed_on)
-            for point, process in list(running.values()):
+            for slot, (point, process) in list(running.items()):
                 if (code := process.poll()) is not None:
-                    del running[point.name]
+                    del running[slot]
                     say(*_ended(folder, point, code))
             if running:
                 clock.sleep(POLL_S)
         return signals[0] if signals else 0
 
 
-def command(folder: SweepDir, lock: int) -> Start:
-    """Return what starts a point's run, or goes on with it, in a session of its own."""
+def command(folder: SweepDir, lock: int, gpus: int = 0) -> Start:
+    """Return what starts a point's run, or goes on with it, in a session of its own.
+
+    Parameters
+    ----------
+    folder : SweepDir
+    lock : int
+        File descriptor that points keep open until they have ended.
+    gpus : int
+        Of this machine, that each slot has for itself.
+    """
     config_dir = folder.config_dir()
 
-    def start(point: Point) -> subprocess.Popen[bytes]:
+    def start(point: Point, slot: int) -> Process:
         run_dir = private_folder(folder.run_dir(point))
         words = [sys.executable, "-m", "flwr_hpc.run"]
         if (run_dir / "run.json").exists():
@@ -79,11 +89,25 @@ def command(folder: SweepDir, lock: int) -> Start:
             words += [f"--config-dir={config_dir}"] if config_dir else []
         with open(folder.log(point), "ab") as log:
             return subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=(lock,), start_new_session=True, env=os.environ | {"COLUMNS": "200"},
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,),
+                start_new_session=True, env=os.environ | _devices(slot, gpus) | {"COLUMNS": "200"},
             )  # fmt: skip
 
     return start
+
+
+def visible_devices() -> list[str]:
+    """Return the GPUs that this process is given, empty if nobody says which."""
+    return [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+
+
+def _devices(slot: int, gpus: int) -> dict[str, str]:
+    """Return the environment that gives a slot its own of this machine's GPUs."""
+    if not gpus:
+        return {}
+    mine = slice(slot * gpus, (slot + 1) * gpus)
+    devices = visible_devices() or [str(k) for k in range(mine.stop)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(devices[mine])}
 
 
 def failure(folder: SweepDir, point: Point, code: int) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flwr_hpc.config.overrides import read
+from flwr_hpc.config.overrides import read, split_resume
 from flwr_hpc.config.schema import explain
 from flwr_hpc.errors import UserError, positive
+from flwr_hpc.sweep.folder import SweepDir
 
 PREFIX = "sweep."
 
@@ -24,6 +25,16 @@ class SweepOptions:
     parallel: int = 1  # Points that run at the same time, each in jobs of its own
     max_points: int = 100  # Ask before more are run
     retry_failed: bool = False  # Go on with the points that have failed before, too
+
+
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Whether ``resume=`` names the folder of a sweep; else `sweep.*` has no meaning."""
+    folder, _ = split_resume(overrides)
+    if folder and SweepDir.at(folder).exists:
+        return True
+    if own := [o for o in overrides if o.startswith(PREFIX)]:
+        raise UserError(f"'{own[0]}' is for a sweep. Add -m: python -m flwr_hpc.run -m ...")
+    return False
 
 
 def split_options(overrides: Sequence[str]) -> tuple[SweepOptions, list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from flwr_hpc.sweep.points import short
 from flwr_hpc.sweep.results import PointResult
 
 
@@ -44,9 +45,10 @@ def _losses(axis: Any, results: Sequence[PointResult]) -> None:
     if key is None:
         _bars(axis, results, "loss", "held-out loss (nats per token)")
         return
+    names = dict(zip(keys, short(keys), strict=True))
     lines: dict[str, list[tuple[float, float]]] = {}
     for one in results:
-        others = " ".join(f"{_short(k)}={one.settings[k]}" for k in keys if k != key)
+        others = " ".join(f"{names[k]}={one.settings[k]}" for k in keys if k != key)
         if one.loss is not None and one.status == "finished":
             lines.setdefault(others, []).append((float(one.settings[key]), one.loss))
     for name, points in lines.items():
@@ -72,10 +74,6 @@ def _bars(axis: Any, results: Sequence[PointResult], field: str, label: str) -> 
     axis.set_yticks(range(len(results)), names)
     axis.set_ylim(len(results) - 0.5, -0.5)
     axis.set_xlabel(label)
-
-
-def _short(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _number(text: str) -> bool:

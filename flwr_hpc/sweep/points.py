@@ -52,6 +52,12 @@ def varied(points: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return [{key: one.get(key, "") for key in tell} for one in settings]
 
 
+def short(keys: Sequence[str]) -> list[str]:
+    """Return the last part of every key, and the whole key where that is not unique."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return [key if last.count(name) > 1 else name for key, name in zip(keys, last, strict=True)]
+
+
 def _parse(parser: OverridesParser, override: str) -> Override | None:
     """Parse an override; None for one that Hydra cannot read, such as a path with spaces."""
     try:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flwr_hpc.sweep.folder import SweepDir
+from flwr_hpc.sweep.points import short
 from flwr_hpc.sweep.results import PointResult, collect, write
 from flwr_hpc.tracking.text import compact, duration
 
@@ -37,7 +38,7 @@ def table(results: Sequence[PointResult]) -> Table:
     """Return a row per point; ``*`` marks the Pareto front of loss against training time."""
     made = Table(title="sweep (* no other point has both a lower loss and a shorter training)")
     keys = list(results[0].settings) if results else []
-    for name in ("point", *keys):
+    for name in ("point", *short(keys)):
         made.add_column(name)
     for name in ("train", "wall", "tokens/s", "loss", "peak memory", "MFU"):
         made.add_column(name, justify="right")

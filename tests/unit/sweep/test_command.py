@@ -36,6 +36,7 @@ def test_dry_run_shows_points_and_node_hours(capsys: pytest.CaptureFixture[str])
         (["train.lr=1e-3,-1"], "train.lr=-1.0 must be greater than zero"),
         (["seed=1,2", "serve.address=h:1"], "leave serve.address out"),
         (["seed=1,2", "sweep.size=1"], "Valid keys: dir, parallel, max_points, retry_failed"),
+        (["seed=1,2", "--cfg", "job"], "--cfg shows one run's settings; leave -m out"),
         (["resume=nowhere"], "nowhere is not the folder of a sweep: it holds no points.json"),
     ],
 )
@@ -50,6 +51,24 @@ def test_mistakes_end_it_before_anything_runs(
     for part in message.split(".*"):
         assert part in error
     assert not any(tmp_path.iterdir())
+
+
+def test_options_of_a_sweep_without_m_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects from one run where many were meant."""
+    assert run.main(["train.lr=1e-3", "sweep.parallel=2"]) == 2
+    assert "'sweep.parallel=2' is for a sweep. Add -m" in capsys.readouterr().err
+
+
+def test_points_that_do_not_fit_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects points in one allocation from getting no GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    here = [*LEONARDO, "facilities.leonardo.scheduler=local", "facilities.leonardo.gpus_per_node=2"]
+    args = ["-m", "seed=1,2,3", *here, "dry_run=true"]
+    assert run.main([*args, "sweep.parallel=3"]) == 2
+    assert "Give sweep.parallel=2" in capsys.readouterr().err
+    assert run.main([*args, "sweep.parallel=2"]) == 0
 
 
 def test_a_resumed_sweep_needs_no_m_and_takes_no_settings(

@@ -14,7 +14,7 @@ import pytest
 from worlds.clock import FakeClock
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.sweep.drive import failure, run_points
+from flwr_hpc.sweep.drive import command, failure, run_points
 from flwr_hpc.sweep.folder import Point, SweepDir
 
 
@@ -44,11 +44,13 @@ class Commands:
     codes: dict[str, int]
     running: int = 0
     most: int = 0
+    slots: dict[str, int] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)
     started: dict[str, Command] = field(default_factory=dict)
     then: Callable[[str], Any] = lambda what: None
 
-    def start(self, point: Point) -> Any:
+    def start(self, point: Point, slot: int) -> Any:
+        self.slots[point.name] = slot
         run_dir = self.folder.run_dir(point)
         run_dir.mkdir(parents=True, exist_ok=True)
         code = self.codes.get(point.name, 0)
@@ -80,6 +82,26 @@ def test_a_failed_point_is_not_the_end(tmp_path: Path, parallel: int) -> None:
     assert (number, commands.most) == (0, parallel)
     assert [p.code for p in folder.points()] == [0, 2, 0, 0, 0]
     assert folder.points()[1].reason == "out of memory"
+    assert {*commands.slots.values()} == {*range(parallel)}
+
+
+def test_points_at_a_time_have_gpus_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects points in one allocation from training on the same GPU."""
+    folder, _ = _sweep(tmp_path)
+    given: list[str] = []
+
+    def note(words: list[str], env: dict[str, str], **_: Any) -> None:
+        given.append(env.get("CUDA_VISIBLE_DEVICES", "none"))
+
+    monkeypatch.setattr("flwr_hpc.sweep.drive.subprocess.Popen", note)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    command(folder, 0, 2)(folder.points()[0], 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    command(folder, 0, 2)(folder.points()[0], 1)
+    command(folder, 0, 0)(folder.points()[0], 1)
+    assert given == ["2,3", "6,7", "4,5,6,7"]
 
 
 def test_an_interruption_reaches_every_point_and_starts_no_other(tmp_path: Path) -> None:

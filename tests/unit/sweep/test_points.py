@@ -6,7 +6,7 @@ import pytest
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.sweep.options import split_options
-from flwr_hpc.sweep.points import expand, varied
+from flwr_hpc.sweep.points import expand, short, varied
 
 
 def test_the_product_of_all_values_in_hydras_order() -> None:
@@ -67,6 +67,12 @@ def test_only_what_differs_is_told() -> None:
         {"seed": "1", "facility": ""},
         {"seed": "2", "facility": "local_a"},
     ]
+
+
+def test_headings_are_as_short_as_they_can_be() -> None:
+    """Protects the table's width, and two settings from sharing a heading."""
+    keys = ["train.lr", "facilities.a.nodes", "facilities.b.nodes", "seed"]
+    assert short(keys) == ["lr", "facilities.a.nodes", "facilities.b.nodes", "seed"]
 
 
 def test_options_of_the_sweep() -> None:
