@@ -5,10 +5,12 @@ Settings are KEY=VALUE, e.g.
   python -m flwr_hpc.run                                  two facilities on this machine
   python -m flwr_hpc.run +facility=leonardo               a centre, from its login node
   python -m flwr_hpc.run strategy=fedbuff rounds=20 train.steps=100
+  python -m flwr_hpc.run '+facility=[leonardo,lumi]' facilities.lumi.ssh=HOST   by ssh
+  python -m flwr_hpc.run detach=true                      start, and return
   python -m flwr_hpc.run resume=runs/2026-01-31_12-00-00
-  python -m flwr_hpc.run -m train.lr=1e-4,3e-4 train.batch_size=8,16    a sweep: every combination
+  python -m flwr_hpc.run end=runs/2026-01-31_12-00-00     end it, and what it has left anywhere
 
-The most used: rounds seed strategy model data train.* run_dir resume dry_run tracking.
+The most used: rounds seed strategy model data train.* run_dir resume detach dry_run tracking.
 All of them, with their values: python -m flwr_hpc.run --cfg job
 """
 
@@ -22,10 +24,10 @@ from flwr_hpc import __version__
 from flwr_hpc.config.compose import compose_config, shown
 from flwr_hpc.config.overrides import split_resume
 from flwr_hpc.config.schema import Config
+from flwr_hpc.config.validate import check_trainable
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
-from flwr_hpc.sweep.options import is_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,28 +37,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.multirun or is_sweep(args.overrides):
-        if args.cfg:
-            raise UserError("--cfg shows one run's settings; leave -m out, and give one value each")
-        from flwr_hpc.sweep.command import run_sweep  # later, so that a run starts at once
+    if folder := _folder_to_end(args.overrides):
+        from flwr_hpc.detached.end import end
 
-        return run_sweep(args.overrides, args.config_dir)
+        return end(folder)
     config, resumed = _configure(args.overrides, args.config_dir)
-    if config.serve.address:
+    if config.serve.address and not (resumed and config.by_ssh):
         raise UserError(
             "a server for sites of other centres is started, and resumed, with: "
             f"python -m flwr_hpc.serve {' '.join(args.overrides)}"
         )
     check_facilities(config.facilities)
+    check_trainable(config.model.config)
     if args.cfg:
         print(shown(config), end="")
         return 0
     from flwr_hpc.server import session  # later, so that --cfg and errors answer at once
 
-    accounts = settle_accounts(config.facilities)
+    accounts = settle_accounts(config.here)
     if config.dry_run:
         return session.show_plan(config, accounts)
+    if config.detach:
+        from flwr_hpc.detached.start import start
+
+        return start(config, resumed)
     return session.run(config, resumed, accounts)
+
+
+def _folder_to_end(overrides: list[str]) -> str:
+    """Return what ``end=`` names, empty if nothing; it stands alone."""
+    named = [o.partition("=")[2] for o in overrides if o.startswith("end=")]
+    if named and len(overrides) > 1:
+        raise UserError(f"end= stands alone: python -m flwr_hpc.run end={named[-1]}")
+    return named[-1] if named else ""
 
 
 def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:
@@ -76,7 +89,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
-    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
     parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
     parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")

@@ -78,6 +78,12 @@ class FacilityConfig:
     # login node's shell; empty: not known.
     shared_roots: list[str] = field(default_factory=list)
     python: str | None = None  # Interpreter on the compute nodes; default: the one that runs this
+    # A host of your ``~/.ssh/config`` where the site is started; default: this machine.
+    ssh: str | None = None
+    ssh_python: str | None = None  # Interpreter on that host; default: `python`
+    # Further settings of the site there, as `python -m flwr_hpc.join` takes them, e.g.
+    # ``model.path=/scratch/model``.
+    join: list[str] = field(default_factory=list)
     # Shell lines before the worker starts: modules, virtual environment.
     setup: list[str] = field(default_factory=list)
     # Environment of the job, e.g. ``NCCL_SOCKET_IFNAME``.

@@ -73,6 +73,12 @@ def _configure(args: argparse.Namespace) -> Config:
     if args.nodes < 1:
         raise UserError(f"--nodes {args.nodes} must be at least 1")
     config = compose_config(args.overrides, args.config_dir)
+    for name, facility in config.by_ssh.items():
+        raise UserError(
+            f"facility '{name}' is on {facility.ssh}: look at it there, with "
+            f"python -m flwr_hpc.doctor +facility=NAME; at the way to it from here, with "
+            f"python -m flwr_hpc.doctor ssh={facility.ssh}"
+        )
     check_facilities(config.facilities)
     settle_accounts(config.facilities)
     return config

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.progress import DiskWatch, SlowStarts, SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
+from flwr_hpc.ssh.attendant import NOBODY, Attendants
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
 
@@ -65,7 +66,18 @@ class Interrupted(Exception):
         self.number = number
 
 
-def drive(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
+@dataclass(frozen=True)
+class _Watch:
+    """What the driver listens to beside its processes, and where it is shown."""
+
+    follower: Follower
+    view: LiveView
+    attendants: Attendants
+
+
+def drive(
+    run: RunDir, config: Config, view: LiveView, attendants: Attendants = NOBODY
+) -> SessionOutcome:
     """Run the federation to its end, starting Flower anew when one of its processes dies.
 
     Whatever the end, no process is left; jobs are left only if this process is killed.
@@ -73,26 +85,33 @@ def drive(run: RunDir, config: Config, view: LiveView) -> SessionOutcome:
     outcome = SessionOutcome("failed", "the run could not be started")
     with signals():
         try:
-            outcome = _sessions(run, config, view)
+            outcome = _sessions(run, config, view, attendants=attendants)
         except Interrupted as exc:
             outcome = SessionOutcome("interrupted", f"stopped by {exc}", signal=exc.number)
         except (OSError, RuntimeError, subprocess.SubprocessError) as exc:
             outcome = SessionOutcome("failed", str(exc))
         finally:
             with ignore_signals():
+                for facility, note in attendants.finish(outcome.status == "finished"):
+                    view.print_line(f"{facility}: {note}")
                 _clean_up(run, config, view, outcome)
     return outcome
 
 
 def _sessions(
-    run: RunDir, config: Config, view: LiveView, clock: Clock | None = None
+    run: RunDir,
+    config: Config,
+    view: LiveView,
+    clock: Clock | None = None,
+    *,
+    attendants: Attendants = NOBODY,
 ) -> SessionOutcome:
     """Give Flower several tries; one that the disk has ended is none, and the disk waited for."""
-    follower = follow(run.events)
-    view.restore(follower.poll())
+    watch = _Watch(follow(run.events), view, attendants)
+    view.restore(watch.follower.poll())
     failed = 0
     while True:
-        outcome, trouble = _session_or_trouble(run, config, follower, view, 2**failed)
+        outcome, trouble = _session_or_trouble(run, config, watch, 2**failed)
         if outcome.status == "finished" or outcome.fatal:
             return outcome
         if trouble:
@@ -107,11 +126,11 @@ def _sessions(
 
 
 def _session_or_trouble(
-    run: RunDir, config: Config, follower: Follower, view: LiveView, patience: int
+    run: RunDir, config: Config, watch: _Watch, patience: int
 ) -> tuple[SessionOutcome, str]:
     """Run a session; return also what is wrong with the disk, if it did not finish."""
     try:
-        outcome = _session(run, config, follower, view, commands.START_S * patience)
+        outcome = _session(run, config, watch, commands.START_S * patience)
     except OSError as exc:
         if not is_disk_trouble(exc):
             raise
@@ -171,12 +190,10 @@ def _record_costs(run: RunDir, config: Config) -> None:
             events.emit("jobs_ended", facility=facility, jobs=status.jobs, ledger=status.ledger)
 
 
-def _session(
-    run: RunDir, config: Config, follower: Follower, view: LiveView, start_s: float
-) -> SessionOutcome:
+def _session(run: RunDir, config: Config, watch: _Watch, start_s: float) -> SessionOutcome:
     """Start Flower, follow the run, and end every process."""
     run.server_file.unlink(missing_ok=True)
-    sites = {facility: write_site(run, config, facility) for facility in config.facilities}
+    sites = {facility: write_site(run, config, facility) for facility in config.here}
     shared = config.federation.shared_host
     with ExitStack() as stack:
 
@@ -190,9 +207,8 @@ def _session(
         own = stack.enter_context(
             TemporaryDirectory(prefix="flwr-hpc-", ignore_cleanup_errors=True)
         )
-        processes = stack.enter_context(
-            Processes(run.logs, commands.environment(run.flower), run.lock_fd(), view.print_line)
-        )
+        env, say = commands.environment(run.flower), watch.view.print_line
+        processes = stack.enter_context(Processes(run.logs, env, run.lock_fd(), say))
         superlink = commands.superlink(port, shared, public)
         processes.start(superlink)
         processes.start(commands.fork_server(run.flower, Path(own)))
@@ -204,14 +220,26 @@ def _session(
             if public:
                 invitations.register(run, partial(processes.run, timeout_s=start_s), anew=True)
             for facility, site in sites.items():
-                processes.start(commands.supernode(facility, port, reserve, site, shared))
+                own_node = _supernode(run, config, facility, port, reserve, site)
+                processes.start(own_node)
             processes.run(commands.flwr_run(app, run.path), start_s)
         except (RuntimeError, subprocess.TimeoutExpired) as exc:  # killed, or slow
             return SessionOutcome("lost", str(exc))
         progress = SpoolProgress({f: run.site_root(config, f) for f in sites})
-        outcome = _follow(run, processes, follower, progress, view, start_s)
+        outcome = _follow(run, processes, watch, progress, start_s)
         processes.wait("wandb", WANDB_S)
         return outcome
+
+
+def _supernode(
+    run: RunDir, config: Config, facility: str, port: int, reserve: Callable[[], int], site: Path
+) -> Child:
+    """Return the process of a site of this machine; beside others it shows a key as they do."""
+    shared = config.federation.shared_host
+    if config.serve.address is None:
+        return commands.supernode(facility, port, reserve, site, shared)
+    address, key = f"127.0.0.1:{port}", invitations.private_key(run, facility)
+    return commands.joined_supernode(facility, address, run.certificate, key, reserve, site, shared)
 
 
 def public_socket(run: RunDir, config: Config) -> commands.PublicSocket | None:
@@ -232,28 +260,31 @@ def public_socket(run: RunDir, config: Config) -> commands.PublicSocket | None:
 def _follow(
     run: RunDir,
     processes: Processes,
-    follower: Follower,
+    watch: _Watch,
     progress: SpoolProgress,
-    view: LiveView,
     start_s: float,
 ) -> SessionOutcome:
     """Show the run's events until it ends, or one of its processes does."""
-    started, disk = time.monotonic(), DiskWatch(run.path)
+    started, disk, attendants = time.monotonic(), DiskWatch(run.path), watch.attendants
+    attendants.start()
     slow = SlowStarts({f: run.logs / f"{commands.supernode_name(f)}.log" for f in progress.sites})
     while True:
         gone = processes.tend()
         server = _server_state(run)
-        _emit(run, slow.poll())
-        events = follower.poll()  # after the looks above, so that no last word is missed
-        view.update([*events, *progress.poll()])
+        notes = [{"event": "site_note", "facility": f, "note": n} for f, n in attendants.notes()]
+        _emit(run, [*slow.poll(), *notes])
+        events = watch.follower.poll()  # after the looks above, so that no last word is missed
+        watch.view.update([*events, *progress.poll()])
         if news := disk.poll():
-            view.print_line(news)
+            watch.view.print_line(news)
         for event in events:
             if event["event"] == "run_finished":
                 return _finished(event, processes)
             if event["event"] == "reply_lost" and event.get("facility"):
                 # Its SuperNode may wait for it for ever; started again, it is asked anew.
                 processes.restart(commands.supernode_name(str(event["facility"])))
+        if attendants.fault:
+            return SessionOutcome("failed", attendants.fault, fatal=True)
         if gone:
             return _lost(gone[0], run)
         if server == "dead":

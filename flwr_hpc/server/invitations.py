@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from flwr_hpc import files
-from flwr_hpc.config.invitation import FORMAT, Invitation, run_settings, versions
-from flwr_hpc.config.schema import Config
+from flwr_hpc.config.invitation import FORMAT, Invitation, read_invitation, run_settings, versions
+from flwr_hpc.config.schema import Config, ServeConfig
 from flwr_hpc.config.validate import check_site_name
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.files import private_folder, publish
@@ -69,6 +71,21 @@ def invite(run: RunDir, config: Config, site: str) -> Path:
         write_credentials(run.credentials, {**credentials, site: fresh})
         invitation.write(path)
     return path
+
+
+def private_key(run: RunDir, site: str) -> Path:
+    """Write the key of a site that is on this machine, for its SuperNode; return the file."""
+    path = run.invitations / f"{site}.pem"
+    publish(path, read_invitation(run.invitations / f"{site}.json").private_key)
+    return path
+
+
+def serve_by_ssh(config: Config) -> None:
+    """Let the server be reached through ports that SSH forwards: on this host alone."""
+    if config.by_ssh:
+        before = config.serve.listen if config.resume else None
+        address = f"127.0.0.1:{_free_port(before)}"
+        config.serve = ServeConfig(address, address, list(config.facilities))
 
 
 def revoke(run: RunDir, site: str) -> Credential:
@@ -128,6 +145,16 @@ def run_flower(run: RunDir) -> Runner:
         return done.stdout
 
     return runner
+
+
+def _free_port(before: str | None) -> int:
+    """Return a port of this host's: that of before, if nobody has it now."""
+    for port in (int((before or "").rpartition(":")[2] or 0), 0):
+        with socket.socket() as s, suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(("127.0.0.1", port))
+            return int(s.getsockname()[1])
+    raise UserError("this host has no free port on 127.0.0.1")
 
 
 def _node_id(text: str) -> int:

@@ -31,7 +31,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def check(config: Config) -> None:
     """Check strategy, packages, models and data as far as they can be seen from here."""
     peers.check(config.federation.shared_host)
-    sites = len(config.facilities) + len(config.serve.sites)
+    sites = len({*config.facilities, *config.serve.sites})
     _check_nodes(build_strategy(config.strategy), sites)
     if config.tracking.wandb and find_spec("wandb") is None:
         raise UserError(
@@ -45,7 +45,7 @@ def check(config: Config) -> None:
 
 def check_facilities(config: Config, names: list[str]) -> None:
     """Check what the facilities' jobs need; `names` are all that train."""
-    for name, facility in config.facilities.items():
+    for name, facility in config.here.items():
         if facility.local and facility.python is None:
             _check_packages(name)
         check_interpreter(name, facility, (*JOB_PACKAGES, *TRAIN_PACKAGES), "flwr-hpc[train]")

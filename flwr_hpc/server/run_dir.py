@@ -36,7 +36,7 @@ class RunDir:
         model/          Hugging Face directory         logs/          one file per process
         jobs/           rendered job scripts           facilities/    local sites' folders
         exchange/       weights in transit             checkpoints/   server state
-        flower/         FLWR_HOME and the app bundle
+        flower/         FLWR_HOME and the app bundle   ssh/           sites on other hosts
         invitations/    of a server: one file per site     tls/       its certificate
     """
 
@@ -100,10 +100,16 @@ class RunDir:
     def invitations(self) -> Path:
         return self.path / "invitations"
 
+    @property
+    def ssh(self) -> Path:
+        """What is known of the sites on other hosts."""
+        return self.path / "ssh"
+
     def sites(self, config: Config) -> list[str]:
         """Return the names of all that train: own facilities, and who is invited and not out."""
         invited = read_credentials(self.credentials)
-        return [*config.facilities, *(site for site, c in invited.items() if not c.revoked)]
+        out = {site for site, credential in invited.items() if credential.revoked}
+        return [site for site in dict.fromkeys([*config.facilities, *invited]) if site not in out]
 
     def config(self) -> Config:
         """Load the resolved configuration."""
@@ -203,6 +209,11 @@ class RunDir:
             return False
         with open(path, "a+") as f:
             return not try_lock(f)
+
+    def driver(self) -> int:
+        """Return the number of the process that holds the run, or held it last; 0: none."""
+        path = self.path / "lock"
+        return _driver(path) if path.exists() else 0
 
     def lock_fd(self) -> int:
         """Return the descriptor of the lock that this process holds."""

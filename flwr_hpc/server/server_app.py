@@ -134,7 +134,7 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
 
 
 def _signs(run: RunDir, config: Config, clock: Clock) -> SiteSigns:
-    return SiteSigns({name: run.site_root(config, name) for name in config.facilities}, clock)
+    return SiteSigns({name: run.site_root(config, name) for name in config.here}, clock)
 
 
 def may_speak_for(run: RunDir, config: Config, node_id: int, site: str) -> bool:

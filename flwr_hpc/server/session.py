@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +25,8 @@ from flwr_hpc.server.driver import SessionOutcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import site_settings
 from flwr_hpc.site.launcher import job_spec
+from flwr_hpc.ssh.attendant import Attendant, Attendants, remote_sites
+from flwr_hpc.ssh.host import SshLostError
 from flwr_hpc.tracking.live import LiveView
 from flwr_hpc.tracking.report.page import rebuild
 from flwr_hpc.tracking.text import node_hours_line
@@ -37,7 +40,7 @@ def show_plan(config: Config, accounts: Mapping[str, Account]) -> int:
     _print_accounts(console, config, accounts)
     planned = RunDir(Path(config.resume or config.run_dir or "runs/DATE_TIME").absolute())
     run_key = planned.key if config.resume else "RUN"
-    for name in config.facilities:
+    for name in config.here:
         console.rule(f"job script of {name}")
         console.out(_script(planned, config, name, run_key), highlight=False)
     return 0
@@ -47,6 +50,7 @@ def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
     """Run the federation and return the command's exit code."""
     preflight.check(config)
     keep_files_private()
+    invitations.serve_by_ssh(config)
     run_dir = RunDir.open(str(config.resume)) if resumed else RunDir.create(config)
     console = _Console()
     with run_dir.lock():
@@ -56,22 +60,45 @@ def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
             return _conclude(console, run_dir, SessionOutcome("finished"))
         if resumed:
             run_dir.write_config(config)
-        for name in config.facilities:
+        for name in config.here:
             script = _script(run_dir, config, name, run_dir.key)
             publish(run_dir.jobs / f"{name}.sh", script)
         console.print(f"run directory: {run_dir.path}", soft_wrap=True)
         if config.serve.address:
             invitations.prepare(run_dir, config)
-            _print_invitations(console, run_dir)
+            if not config.facilities:
+                _print_invitations(console, run_dir)
         _print_accounts(console, config, accounts)
+        attendants = connect(console, run_dir, config, resumed)
         with LiveView(console, config.rounds, run_dir.sites(config)) as view:
-            outcome = drive(run_dir, config, view)
+            outcome = drive(run_dir, config, view, attendants)
         try:
             if spent := node_hours_line(rebuild(run_dir.path)):
                 console.print(spent, soft_wrap=True, highlight=False, markup=False)
         except (OSError, UserError) as exc:
             console.print(f"the report could not be written: {exc}", markup=False)
     return _conclude(console, run_dir, outcome)
+
+
+def connect(console: Console, run_dir: RunDir, config: Config, resumed: bool) -> Attendants:
+    """Open the lines to other hosts; a run that is resumed goes on without one that is down."""
+    sites = remote_sites(config, run_dir.key, run_dir.invitations, run_dir.ssh)
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.host.close)
+            try:
+                site.host.open(ask=True)
+                line = f"{site.name}: on {site.check().host}, by ssh {site.host.name}"
+            except SshLostError as exc:
+                if not resumed:
+                    raise UserError(f"{site.name}: {exc}") from None
+                line = f"{site.name}: {exc}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+        stack.pop_all()
+    end = f"python -m flwr_hpc.run end={shlex.quote(str(run_dir.path))}"
+    port = int(str(config.serve.listen).rpartition(":")[2]) if sites else 0
+    logs = {site.name: run_dir.logs / f"site-{site.name}.log" for site in sites}
+    return Attendants([Attendant(site, logs[site.name], end) for site in sites], port)
 
 
 class _Console(Console):
@@ -88,11 +115,10 @@ def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int
     path = shlex.quote(str(_short(run_dir.path)))
     lines = [f"report: {_short(run_dir.report)}"]
     if outcome.status == "finished":
+        kind = "AutoPeftModelForCausalLM" if _is_adapter(run_dir) else "AutoModelForCausalLM"
         model = repr(str(_short(run_dir.model)))
         lines += _left_out(run_dir)
-        lines.append(
-            f"finished: {path}   load the model with {_loader(run_dir)}.from_pretrained({model})"
-        )
+        lines.append(f"finished: {path}   load the model with {kind}.from_pretrained({model})")
         code = 0
     elif outcome.fatal:
         lines = [f"error: {outcome.error}"]
@@ -100,7 +126,7 @@ def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int
     else:
         see = f"   (see {_short(run_dir.logs / 'server_app.log')})" * (not outcome.signal)
         lines.append(f"{outcome.status}: {outcome.error}{see}")
-        command = "serve" if run_dir.credentials.exists() else "run"
+        command = "run" if run_dir.config().facilities else "serve"
         lines.append(f"continue with: python -m flwr_hpc.{command} resume={path}")
         code = 128 + outcome.signal if outcome.signal else 1
     for line in lines:
@@ -120,13 +146,8 @@ def _left_out(run_dir: RunDir) -> list[str]:
     return [f"without {name}: {reason}" for name, reason in sorted(reasons.items())]
 
 
-def _loader(run_dir: RunDir) -> str:
-    """Return which class of transformers or peft loads the trained model."""
-    adapter = read_json(run_dir.model / "adapter_config.json")
-    config = read_json(run_dir.model / "config.json") or {}
-    task = adapter["task_type"] if adapter else ""
-    pairs = task == "SEQ_2_SEQ_LM" or config.get("is_encoder_decoder")
-    return f"Auto{'Peft' * bool(adapter)}ModelFor{'Seq2SeqLM' if pairs else 'CausalLM'}"
+def _is_adapter(run_dir: RunDir) -> bool:
+    return (run_dir.model / "adapter_config.json").exists()
 
 
 def _short(path: Path) -> Path:
@@ -147,7 +168,7 @@ def _plan(config: Config) -> Table:
     for name, facility in config.facilities.items():
         table.add_row(
             name,
-            facility.scheduler,
+            facility.scheduler + (f", by ssh {facility.ssh}" if facility.ssh else ""),
             _shape(facility),
             facility.walltime,
             str(config.train.steps),

@@ -51,7 +51,7 @@ def write_site(run: RunDir, config: Config, facility: str, server: Elsewhere | N
 
 def open_sites(run: RunDir, config: Config) -> dict[str, AllocationManager]:
     """Return the sites that were set up, by facility."""
-    files = {facility: run.site_file(facility) for facility in config.facilities}
+    files = {facility: run.site_file(facility) for facility in config.here}
     return {f: make_site(SiteSettings.read(file)) for f, file in files.items() if file.exists()}
 
 

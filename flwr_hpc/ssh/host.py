@@ -13,8 +13,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,8 @@ class SshHost:
             raise UserError("the program 'ssh' is not installed. It comes with OpenSSH's client")
         self.name = name
         self._socket = folder / _short(name)
+        self._opening = threading.Lock()
+        self._connecting: subprocess.Popen[bytes] | None = None
         self._config = ("-F", str(Path(config).expanduser().absolute())) if config else ()
 
     def open(self, ask: bool) -> None:
@@ -90,16 +95,21 @@ class SshHost:
         ask : bool
             Whether OpenSSH may ask for passwords and codes on the terminal.
         """
-        if self.is_open():
-            return
+        with self._opening:
+            if not self.is_open():
+                self._open(ask)
+
+    def _open(self, ask: bool) -> None:
         self._socket.unlink(missing_ok=True)  # of one that was killed
         batch = () if ask else ("-o", "BatchMode=yes")
         words = self._words("-M", "-N", "-f", *OPTIONS, *batch)
         # ssh stays as the connection: it must hold no pipe of ours open, and outlive Ctrl-C.
         with open(self._log, "w+") as log:
-            code = subprocess.run(words, stdin=None if ask else subprocess.DEVNULL,
-                                  stdout=subprocess.DEVNULL, stderr=log,
-                                  start_new_session=not ask).returncode  # fmt: skip
+            self._connecting = subprocess.Popen(
+                words, stdin=None if ask else subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=log, start_new_session=not ask,
+            )  # fmt: skip
+            code = self._connecting.wait()
             log.seek(0)
             output = log.read().strip()
         if code:
@@ -159,6 +169,17 @@ class SshHost:
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
+    def show(self, command: Sequence[str]) -> int:
+        """Run a program there on this terminal; return its exit code.
+
+        It ends with this process, also where no terminal is: then its own there is a plain one.
+        """
+        plain = {} if sys.stdout.isatty() else {"TERM": "dumb"}
+        over = self._words(*OVER_CONTROL, "-tt")
+        return subprocess.run(
+            [*over, "--", shlex.join(command)], env={**os.environ, **plain}
+        ).returncode
+
     def put(self, data: bytes, path: str) -> None:
         """Write a file there, for its user alone; it appears whole or not at all."""
         self.run(["sh", "-c", PUBLISH, "sh", path], data)
@@ -180,10 +201,22 @@ class SshHost:
         found = re.search(r"\d+", done.stdout)
         return there or int(found[0] if found else 0)
 
+    def hide(self, port: int, there: int) -> None:
+        """Take back what `expose` did, if this connection did it."""
+        self._control("cancel", "-R", f"127.0.0.1:{there}:127.0.0.1:{port}")
+
+    def abort(self) -> None:
+        """Let another thread's `open` fail now; a connection that stands is left alone."""
+        if self._connecting is not None and self._connecting.poll() is None:
+            self._connecting.kill()
+
     def close(self) -> None:
         """Close the connection; what was detached goes on."""
         if self._socket.exists():
             self._control("exit")
+        with suppress(OSError):  # another host's may lie beside it
+            self._log.unlink(missing_ok=True)
+            self._socket.parent.rmdir()
 
     @property
     def _log(self) -> Path:

@@ -177,6 +177,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "site_trouble": lambda e: f"{e.get('facility')}: {e.get('reason') or 'goes on'}",
     "site_refused": lambda e: f"{e.get('facility')}: {e.get('reason')}",
     "client_app_lost": lambda e: f"{e.get('facility')}: {e.get('reason')}",
+    "site_note": lambda e: f"{e.get('facility')}: {e.get('note')}",
     "reply_lost": lambda e: f"{e.get('facility')}: no reply to {e.get('kind')}: {e.get('reason')}",
     "disk_trouble": lambda e: str(e.get("reason")),
     "site_excluded": lambda e: f"{e.get('facility')}: left out of the run: {e.get('reason')}",

@@ -1,0 +1,1 @@
+"""Runs that go on by themselves: started in the background, and ended later."""
