@@ -100,6 +100,7 @@ class SshHost:
                 self._open(ask)
 
     def _open(self, ask: bool) -> None:
+        private_folder(self._socket.parent)  # `close` takes it away
         self._socket.unlink(missing_ok=True)  # of one that was killed
         batch = () if ask else ("-o", "BatchMode=yes")
         words = self._words("-M", "-N", "-f", *OPTIONS, *batch)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from worlds.jobs import until
 from worlds.runs import ROOT
 from worlds.sshd import Sshd, needs_sshd, sshd
 
@@ -103,3 +104,31 @@ def test_doctor_names_what_a_centre_forbids(tmp_path: Path) -> None:
         code, found = _doctor(closed, f"python={sys.executable}")
     assert (code, found["forwarded port"]["status"]) == (1, "fail")
     assert "AllowTcpForwarding" in found["forwarded port"]["fix"]
+
+
+def test_a_port_held_by_a_line_that_sleeps_is_had_again(
+    far: Sshd, host: SshHost, tmp_path: Path
+) -> None:
+    """Protects a laptop that slept: the host does not know that the connection is dead, and would
+    hold the port for hours; no other connection of the user's is touched."""
+    folder, other_folder = str(tmp_path / "ein Ort"), tmp_path / "2"
+    other_folder.mkdir()
+    keeper = [sys.executable, "-m", "flwr_hpc.join.keeper"]
+    port = host.expose(far.port)
+    with host.follow([*keeper, "follow", folder, "0"]) as follower:
+        follower.wait()
+    other = SshHost("far", other_folder, str(far.config))
+    other.open(ask=False)
+    try:
+        with pytest.raises(PortTakenError):
+            other.expose(far.port, port)
+        assert other.ask([*keeper, "release", folder])["released"]
+        until(lambda: not host.is_open(), tmp_path)
+        assert other.expose(far.port, port) == port
+        assert not other.ask([*keeper, "release", folder])["released"]
+        with other.follow([*keeper, "follow", folder, "0"]) as follower:
+            follower.wait()
+        assert not other.ask([*keeper, "release", folder])["released"]
+        assert other.is_open()
+    finally:
+        other.close()
