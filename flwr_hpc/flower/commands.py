@@ -37,6 +37,7 @@ class PublicSocket:
     certificate_key: Path
     credentials: Path
     exchange: Path  # The store of payloads
+    events: Path  # Where transfers are reported
     welcome: Mapping[str, object]  # What a site is told that asks what it joins
 
     def gate_options(self) -> list[str]:
@@ -45,6 +46,7 @@ class PublicSocket:
             f"--public={self.listen}",
             f"--credentials={self.credentials}",
             f"--exchange={self.exchange}",
+            f"--events={self.events}",
             f"--welcome={json.dumps(dict(self.welcome))}",
         ]
 

@@ -61,13 +61,15 @@ def _outside(args: argparse.Namespace) -> Outside | None:
     from flwr_hpc.exchange.http_server import exchange_app
     from flwr_hpc.gate.door import Outside
     from flwr_hpc.gate.outside import App, PublicApp
+    from flwr_hpc.gate.transfers import TransferReport
 
     host, _, port = args.public.rpartition(":")
     host = host.strip("[]")
     guests = Guests(Path(args.credentials))
+    report = TransferReport(Path(args.events), Guests(Path(args.credentials)))
 
     def wrap(flower: App) -> App:
-        exchange = exchange_app(Path(args.exchange), guests.folder_of_token)
+        exchange = exchange_app(Path(args.exchange), guests.folder_of_token, report=report)
         return PublicApp(flower, guests, exchange, json.loads(args.welcome))
 
     every = not host and socket.has_dualstack_ipv6()
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--public", metavar="HOST:PORT", help="a second socket, for sites of a run")
     parser.add_argument("--credentials", metavar="FILE", help="who may come in there")
     parser.add_argument("--exchange", metavar="DIR", help="the run's store of payloads")
+    parser.add_argument("--events", metavar="FILE", help="where transfers are reported")
     parser.add_argument("--welcome", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")

@@ -74,6 +74,12 @@ class Guests:
         found = self._with_token(token)
         return f"node-{found[1].node_id}" if found and found[1].node_id else None
 
+    def site_of_folder(self, folder: str) -> str | None:
+        """Return the site whose folder of the exchange this is."""
+        self._read()
+        found = (site for site, c in self._by_token.values() if f"node-{c.node_id}" == folder)
+        return next(found, None)
+
     def _with_token(self, token: str) -> tuple[str, Credential] | None:
         self._read()
         digest = sha256(token)

@@ -252,7 +252,8 @@ def public_socket(run: RunDir, config: Config) -> commands.PublicSocket | None:
         certificate=run.certificate,
         certificate_key=run.certificate_key,
         credentials=run.credentials,
-        exchange=run.path / "exchange",
+        exchange=run.exchange,
+        events=run.events,
         welcome={"run_key": run.key, "versions": versions()},
     )
 

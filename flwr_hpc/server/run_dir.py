@@ -71,6 +71,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def exchange(self) -> Path:
+        return self.path / "exchange"
+
+    @property
     def flower(self) -> Path:
         return self.path / "flower"
 
@@ -137,7 +141,7 @@ class RunDir:
         """Where weights lie on their way; this run's alone."""
         if config.exchange.store:
             return f"{config.exchange.store.rstrip('/')}/{run_key or self.key}"
-        return f"file://{self.path / 'exchange'}"
+        return f"file://{self.exchange}"
 
     def site_root(self, config: Config, facility: str, run_key: str | None = None) -> Path:
         """The site's folder on the facility's shared file system."""

@@ -141,7 +141,8 @@ class LiveView:
             changed = self._allocations.get(facility) != seen
             self._allocations[facility] = seen
             return changed
-        if event["event"] != "order_progress":
+        moving = event["event"] == "transfer" and event.get("bytes") != event.get("total")
+        if event["event"] != "order_progress" and not moving:
             self._told[facility] = s
             return True
         if self._live or s - self._told.get(facility, 0.0) < HEARTBEAT_S:

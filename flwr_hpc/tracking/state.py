@@ -61,6 +61,7 @@ def _run_started(state: RunState, e: Event) -> None:
         state.facility(str(name))
     for facility in state.facilities.values():  # of an earlier session, what was open is gone
         facility.open.clear()
+        facility.transfers.clear()
         facility.excluded = ""
         facility.become("offline", e["s"])
         facility.settled_s = e["s"]
@@ -108,6 +109,13 @@ def _site_offline(_: RunState, f: FacilityState, e: Event) -> None:
 
 def _site_trouble(_: RunState, f: FacilityState, e: Event) -> None:
     f.trouble = str(e.get("reason") or "")
+
+
+def _transfer(_: RunState, f: FacilityState, e: Event) -> None:
+    way, done, total = str(e.get("way")), _count(e, "bytes"), _count(e, "total")
+    f.transfers.pop(way, None)
+    if done < total:
+        f.transfers[way] = done, total, _number(e, "mb_per_s") or 0.0
 
 
 def _allocation(_: RunState, f: FacilityState, e: Event) -> None:
@@ -166,6 +174,7 @@ def _order_done(state: RunState, f: FacilityState, e: Event) -> None:
         f.rest(e["s"])
         return
     f.done[order_id] = None
+    f.transfers.clear()
     if len(f.done) > MOST_DONE:
         del f.done[next(iter(f.done))]
     _lay_round_trip(f, order.sent_s if order else f.timeline.end_s, e)
@@ -194,6 +203,7 @@ def _order_lost(_: RunState, f: FacilityState, e: Event) -> None:
         return  # the failure that a rejection is followed by
     f.refused = order_id if kind == "rejected" else ""
     f.open.pop(order_id, None)
+    f.transfers.clear()
     setattr(f, kind, getattr(f, kind) + 1)
     f.marks.append((e["s"], kind, str(e.get("reason") or "no reason given")))
     f.rest(e["s"])
@@ -216,6 +226,7 @@ FACILITY_EVENTS: dict[str, Callable[[RunState, FacilityState, Event], None]] = {
     "site_offline": _site_offline,
     "site_trouble": _site_trouble,
     "site_excluded": _site_excluded,
+    "transfer": _transfer,
     "allocation": _allocation,
     "jobs_ended": _jobs_ended,
     "order_sent": _order_sent,

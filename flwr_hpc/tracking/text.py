@@ -9,6 +9,7 @@ from flwr_hpc.protocol import Forecast
 from flwr_hpc.tracking.events import Event
 from flwr_hpc.tracking.records import FacilityState
 
+WAYS = {"to_site": "to the site", "from_site": "from the site"}
 ALLOCATION_STATES = {
     "queued": "waits in the queue",
     "starting": "starts",
@@ -71,6 +72,8 @@ def outlook(f: FacilityState, now_s: float) -> str:
         return " ".join(f"left out of the run: {f.excluded}".split())
     if f.trouble:
         return f.trouble
+    if f.transfers:
+        return ", ".join(_moving(way, *transfer) for way, transfer in sorted(f.transfers.items()))
     passed = max(0.0, now_s - f.told_s)
     if f.state == "queued":
         starts = forecast(_later(f.queue_wait_s, passed), _later(f.queue_wait_high_s, passed))
@@ -80,6 +83,12 @@ def outlook(f: FacilityState, now_s: float) -> str:
     line = f"{about(max(0.0, f.walltime_left_s - passed))} of walltime left"
     successor = f.accounts.successor(f.allocation)
     return f"{line}, successor {successor}" if successor else line
+
+
+def _moving(way: str, done: int, total: int, mb_per_s: float) -> str:
+    share = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB {WAYS.get(way, way)}"
+    left = f", {about((total - done) / 1e6 / mb_per_s)} left" if mb_per_s else ""
+    return f"{share} at {mb_per_s:.1f} MB/s{left}"
 
 
 def _later(left_s: float | None, passed_s: float) -> float | None:
@@ -158,6 +167,17 @@ def _order_progress(e: Event) -> str:
     return f"{line}, {compact(rate)} tokens/s" if rate is not None else line
 
 
+def _transfer(e: Event) -> str:
+    way, done, total = str(e.get("way")), e.get("bytes") or 0, e.get("total") or 0
+    rate = e.get("mb_per_s") or 0.0
+    if done < total:
+        return f"{e.get('facility')}: {_moving(way, done, total, rate)}"
+    again = f", {e['again'] / 1e6:.1f} MB of it twice" if e.get("again") else ""
+    whole = f"{total / 1e6:,.0f} MB {WAYS.get(way, way)}"
+    took = f"in {duration(e.get('seconds') or 0.0)}, {rate:.1f} MB/s"
+    return f"{e.get('facility')}: {whole} {took}{again}"
+
+
 def _evaluated(e: Event) -> str | None:
     loss = e.get("held_out_loss")
     if loss is None:
@@ -183,6 +203,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "site_excluded": lambda e: f"{e.get('facility')}: left out of the run: {e.get('reason')}",
     "allocation": _allocation,
     "order_progress": _order_progress,
+    "transfer": _transfer,
     "order_done": _order_done,
     "order_note": lambda e: f"{e.get('facility')}: {e.get('note')}",
     "order_rejected": lambda e: f"{e.get('facility')}: reply rejected: {e.get('reason')}",

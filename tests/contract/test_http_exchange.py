@@ -75,6 +75,23 @@ def test_an_upload_that_is_cut_goes_on_where_it_stopped(tmp_path, server, line, 
     assert line.up < ref.bytes + len(cuts) * download.CHUNK + OVERHEAD
 
 
+def test_both_ways_are_reported_with_what_a_cut_had_sent_again(tmp_path, server, line, payload):
+    """A person sees how fast the line is, and that a cut costs less than a chunk."""
+    store = site(tmp_path, line.port)
+    line.cut_after(11 * MB)
+    ref = store.put(payload, "node-7")
+    line.cut_after(11 * MB)
+    store.get(publish(server, payload), tmp_path / "target")
+    while len([move for move in server.moves if move.done]) < 2:
+        pass  # the last report is written beside the answer
+    up, down = (move for move in server.moves if move.done)
+    assert [(m.site, m.way, m.total) for m in (up, down)] == [
+        ("node-7", "from_site", ref.bytes), ("node-7", "to_site", ref.bytes),
+    ]  # fmt: skip
+    assert up.seconds > 0
+    assert ref.bytes <= down.bytes < ref.bytes + download.STREAMS * download.CHUNK
+
+
 def test_a_download_that_is_cut_goes_on_where_it_stopped(tmp_path, server, line, payload):
     """What is sent again stays below one chunk a stream and cut."""
     ref, cuts = publish(server, payload), (5 * MB, 11 * MB, 9 * MB)

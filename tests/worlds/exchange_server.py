@@ -75,7 +75,9 @@ class ExchangeServer:
     def __init__(self, folder, tls=True, authorize=None, limits=None, clock=None):
         self.root = folder / "store"
         self.root.mkdir(parents=True, exist_ok=True)
-        self._app = exchange_app(self.root, authorize or SITES.get, limits, clock)
+        self.moves = []  # as reported
+        report = self.moves.append
+        self._app = exchange_app(self.root, authorize or SITES.get, limits, clock, report)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.url = f"http{'s' * tls}://127.0.0.1:{self.port}"

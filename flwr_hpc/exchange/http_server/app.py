@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, ParamSpec, TypeVar
 
@@ -33,6 +34,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flwr_hpc.clock import Clock, SystemClock
+from flwr_hpc.exchange.http_server.meter import Meter, Move
 from flwr_hpc.exchange.http_server.ranges import Span, read_content_range, read_range
 from flwr_hpc.exchange.http_server.uploads import Limits, Refusal, Upload, Uploads
 from flwr_hpc.exchange.store import GLOBAL, KEY, Reference
@@ -57,6 +59,7 @@ def exchange_app(
     authorize: Callable[[str], str | None],
     limits: Limits | None = None,
     clock: Clock | None = None,
+    report: Callable[[Move], object] = lambda move: None,
 ) -> ASGIApp:
     """Return the application; it answers the paths under ``/v1/exchange/``.
 
@@ -70,19 +73,28 @@ def exchange_app(
     limits : Limits or None
         For each site.
     clock : Clock or None
+    report : callable
+        Called in a thread, now and then, with what moves.
     """
-    return _Exchange(root, authorize, limits or Limits(), clock or SystemClock())
+    return _Exchange(root, authorize, limits or Limits(), clock or SystemClock(), report)
 
 
 class _Exchange:
     def __init__(
-        self, root: Path, authorize: Callable[[str], str | None], limits: Limits, clock: Clock
+        self,
+        root: Path,
+        authorize: Callable[[str], str | None],
+        limits: Limits,
+        clock: Clock,
+        report: Callable[[Move], object],
     ) -> None:
         self._authorize, self._limits = authorize, limits
         self._store = FileStore(str(root))
         self._uploads = Uploads(root, self._store, limits, clock)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="exchange")
         self._busy: Counter[str] = Counter()  # requests by site
+        # A copy: it counts on while the thread writes.
+        self._meter = Meter(lambda move: self._threads.submit(report, replace(move)), clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,7 +152,7 @@ class _Exchange:
         if not match or folder not in ((site, GLOBAL) if reads else (site,)):
             raise Refusal(404, "not found")
         if reads:
-            return await self._read(request, folder, match[1])
+            return await self._read(request, site, folder, match[1])
         if request.method == "PUT":
             return await self._write(request, folder, match[1])
         if request.method == "DELETE":
@@ -148,7 +160,7 @@ class _Exchange:
             return Response(status_code=204)
         raise Refusal(405, "valid are GET, HEAD, PUT and DELETE")
 
-    async def _read(self, request: Request, folder: str, sha256: str) -> Response:
+    async def _read(self, request: Request, site: str, folder: str, sha256: str) -> Response:
         ref = Reference.of(folder, sha256, 0)
         size = await self._run(self._store.size, ref)
         if size is None:
@@ -165,12 +177,14 @@ class _Exchange:
             file = await self._run(self._store.open, ref)
         except (BadPayload, FileNotFoundError):  # deleted just now
             raise Refusal(404, "not found") from None
-        pieces = self._pieces(file, first, count)
+        pieces = self._pieces(file, first, count, site, Reference.of(folder, sha256, size))
         status = 200 if asked is None else 206
         return StreamingResponse(pieces, status, headers, "application/octet-stream")
 
-    async def _pieces(self, file: IO[bytes], first: int, count: int) -> AsyncIterator[bytes]:
-        with file:
+    async def _pieces(
+        self, file: IO[bytes], first: int, count: int, site: str, ref: Reference
+    ) -> AsyncIterator[bytes]:
+        with file, self._meter.request(site, "to_site", ref, 0) as sent:
             await self._run(file.seek, first)
             while count:
                 piece = await self._run(file.read, min(count, PIECE))
@@ -178,6 +192,7 @@ class _Exchange:
                     return  # cut short behind our back: the peer sees that bytes are missing
                 count -= len(piece)
                 yield piece
+                sent(len(piece))
 
     async def _write(self, request: Request, folder: str, sha256: str) -> Response:
         headers = request.headers
@@ -196,13 +211,21 @@ class _Exchange:
 
     async def _take(self, request: Request, upload: Upload, span: Span) -> None:
         """Write a body as it comes; what came before a peer went stays."""
-        at, end, buffer = span.first, span.first + span.length, bytearray()
+        at = span.first
         if at != (here := await self._run(lambda: upload.offset)):
             raise Refusal(409, f"{here} bytes are here, not {at}", here)
+        with self._meter.request(upload.ref.folder, "from_site", upload.ref, at) as came:
+            await self._take_body(request, upload, span, came)
+
+    async def _take_body(
+        self, request: Request, upload: Upload, span: Span, came: Callable[[int], None]
+    ) -> None:
+        at, end, buffer = span.first, span.first + span.length, bytearray()
         writing: asyncio.Future[None] | None = None
         try:
             async for data in self._body(request):
                 buffer += data
+                came(len(data))
                 if at + len(buffer) > end:
                     raise Refusal(400, f"more than the {span.length} bytes that were announced")
                 if len(buffer) >= PIECE:

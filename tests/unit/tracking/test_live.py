@@ -51,6 +51,22 @@ def test_without_a_terminal_each_noteworthy_event_is_one_plain_line() -> None:
     assert lines[-1].endswith("run finished")
 
 
+def test_a_long_transfer_is_told_once_a_minute_and_at_its_end() -> None:
+    """Protects a log file from a line every five seconds."""
+    c = console(terminal=False)
+    start = {"t": 0.0, "s": 0.0, "event": "run_started", "facilities": ["a"], "rounds": 1}
+    size = {"total": 1_000_000_000, "mb_per_s": 2.0, "seconds": 500.0, "again": 0}
+    moves = [
+        {"t": s, "s": s, "event": "transfer", "facility": "a", "way": "to_site",
+         "bytes": 2_000_000 * s, **size} for s in range(5, 505, 5)
+    ]  # fmt: skip
+    with LiveView(c, 1) as view:
+        view.update([start, *moves])
+    told = [line for line in output(c).splitlines() if "MB/s" in line]
+    assert len(told) == 500 // 60 + 1
+    assert "1,000 MB to the site in 8 min 20 s, 2.0 MB/s" in told[-1]
+
+
 @pytest.mark.parametrize("variable", ["NO_COLOR", "TERM"])
 def test_a_terminal_that_wants_plain_text_gets_it(
     monkeypatch: pytest.MonkeyPatch, variable: str

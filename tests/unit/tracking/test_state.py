@@ -87,6 +87,20 @@ def test_a_site_that_is_left_out_says_why() -> None:
     assert (back.state, back.excluded) == ("done", "")
 
 
+def test_payloads_on_their_way_are_told_with_their_rate() -> None:
+    """Protects whoever waits for gigabytes over a slow line."""
+    half = {"bytes": 20_000_000, "total": 40_000_000, "mb_per_s": 2.5, "seconds": 8.0, "again": 0}
+    part = ev(3, "transfer", way="to_site", **half)
+    whole = ev(4, "transfer", way="to_site",
+               **{**half, "bytes": 40_000_000, "seconds": 16.0, "again": 300_000})  # fmt: skip
+    assert outlook(a([started(), part]), 9.0) == "20 of 40 MB to the site at 2.5 MB/s, 8 s left"
+    assert outlook(a([started(), part, whole]), 9.0) == ""
+    assert describe(part) == "a: 20 of 40 MB to the site at 2.5 MB/s, 8 s left"
+    assert describe(whole) == "a: 40 MB to the site in 16 s, 2.5 MB/s, 0.3 MB of it twice"
+    lost = ev(5, "order_failed", order_id="k-a-0", reason="no reply")
+    assert outlook(a([started(), part, lost]), 9.0) == ""
+
+
 def test_totals_count_each_finished_order_once() -> None:
     """An order that a resumed session collects again is not counted again."""
     events = [started(), sent(1, 0), done(5, 0), started(5, resumed=True), sent(6, 0), done(7, 0)]
