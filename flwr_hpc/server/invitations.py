@@ -20,6 +20,7 @@ from flwr_hpc.config.invitation import FORMAT, Invitation, read_invitation, run_
 from flwr_hpc.config.schema import Config, ServeConfig
 from flwr_hpc.config.validate import check_site_name
 from flwr_hpc.errors import UserError, closest
+from flwr_hpc.exchange.store import node_folder
 from flwr_hpc.files import private_folder, publish
 from flwr_hpc.flower import commands
 from flwr_hpc.gate.certificate import new_certificate, new_key_pair
@@ -113,12 +114,16 @@ def register(run: RunDir, command: Runner, *, anew: bool) -> None:
     anew : bool
         Also those that have a number: it was another SuperLink's.
     """
+    from flwr_hpc.exchange.http_server.uploads import adopt  # with a web framework
+
     for site, credential in read_credentials(run.credentials).items():
         if credential.revoked or (credential.node_id and not anew):
             continue
         key = run.flower / f"{site}.pub"
         publish(key, credential.public_ssh)
         node_id = _node_id(command(commands.register_node(key, site)))
+        if credential.node_id:
+            adopt(run.exchange, node_folder(credential.node_id), node_folder(node_id))
         with files.lock(run.invitations):
             now = read_credentials(run.credentials)
             if now[site].public_key == credential.public_key:

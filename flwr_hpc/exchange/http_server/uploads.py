@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr_hpc.clock import Clock
-from flwr_hpc.exchange.store import SHA256, Reference, Store
+from flwr_hpc.exchange.store import KEY, SHA256, Reference, Store
 from flwr_hpc.files import private_folder, sync_dir
 
 PIECE = 1 << 20  # bytes hashed at a time where a partial file is read again
@@ -228,6 +228,20 @@ class Uploads:
             return sorted((self._root / folder).iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+
+def adopt(root: Path, before: str, now: str) -> None:
+    """Let a site that is given another folder go on with what it had sent into the one before.
+
+    What was whole becomes an upload that lacks nothing: its sender announces it again.
+    """
+    source = root / before
+    if source.is_symlink() or not source.is_dir():
+        return
+    for path in source.iterdir():
+        if KEY.fullmatch(f"{before}/{path.name}"):
+            path.rename(source / f".{path.stem}.{path.stat().st_size}.partial")
+    source.rename(root / now)
 
 
 def _moved_at(path: Path) -> float:

@@ -8,7 +8,7 @@ import os
 import pytest
 from worlds.clock import FakeClock
 
-from flwr_hpc.exchange.http_server.uploads import SWEEP_S, Limits, Refusal, Uploads
+from flwr_hpc.exchange.http_server.uploads import SWEEP_S, Limits, Refusal, Uploads, adopt
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.stores.file import FileStore
 
@@ -53,6 +53,26 @@ def test_what_came_before_a_kill_is_not_sent_again(tmp_path):
     assert file.read_bytes() == DATA
     assert file.stat().st_mode & 0o777 == 0o400
     assert later.begin(ref_of(DATA)) is None
+
+
+def test_a_site_with_another_folder_goes_on_with_what_it_sent_into_the_one_before(tmp_path):
+    """A server that was rebooted knows its sites by other numbers: nothing is sent again."""
+    before, half, whole = Server(tmp_path), DATA, DATA + b"more"
+    upload = before.uploads.begin(ref_of(half))
+    upload.append(0, half[:3000])
+    before.put(whole)
+    adopt(tmp_path, "node-7", "node-9")
+    after = Server(tmp_path)
+    after.store.sweep()  # as a server does that begins
+    for data, offset in ((half, 3000), (whole, len(whole))):
+        upload = after.uploads.begin(ref_of(data, "node-9"))
+        assert upload.offset == offset
+        upload.append(offset, data[offset:])
+        after.uploads.publish(upload)
+        assert (tmp_path / ref_of(data, "node-9").key).read_bytes() == data
+    assert not (tmp_path / "node-7").exists()
+    adopt(tmp_path, "node-5", "node-6")  # nothing came from there
+    assert not (tmp_path / "node-6").exists()
 
 
 def test_bytes_are_taken_at_the_end_of_what_is_there_alone(tmp_path):

@@ -80,6 +80,20 @@ def test_nodes_are_registered_and_a_site_speaks_for_itself_alone(
     assert not may_speak_for(run, config, ids["lumi"], "unheard_of")
 
 
+def test_a_rebooted_server_keeps_what_a_site_has_sent(run: RunDir) -> None:
+    """Protects hours of an upload: Flower calls the site's node by another number then."""
+    flower = Flower()
+    invitations.register(run, flower, anew=True)
+    before = read_credentials(run.credentials)["lumi"].node_id
+    part = run.exchange / f"node-{before}" / f".{'0' * 64}.900.partial"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"weights")
+    invitations.register(run, flower, anew=True)
+    now = read_credentials(run.credentials)["lumi"].node_id
+    assert now != before
+    assert (run.exchange / f"node-{now}" / part.name).read_bytes() == b"weights"
+
+
 def test_a_revoked_site_is_out_and_others_stay(run: RunDir, config: Config) -> None:
     """Protects a run after an invitation was lost."""
     flower = Flower()
