@@ -1,17 +1,20 @@
-"""``python -m flwr_hpc.doctor``: find what keeps a facility from running jobs, and the fix.
+"""``python -m flwr_hpc.doctor``: find what keeps a facility from taking part, and the fix.
 
-To be run on the facility's login node, with the settings of the run to come, e.g.
+To be run on the facility's login node, with the settings of the run to come, or with an invitation
+to look at the line to the server that wrote it, e.g.
 
   python -m flwr_hpc.doctor +facility=leonardo
   python -m flwr_hpc.doctor --config-dir my-conf +facility=mycluster --no-job
   python -m flwr_hpc.doctor +facility=local_a --json
+  python -m flwr_hpc.doctor lumi.json
 
 Whether a host of your ~/.ssh/config could be a site of a run that is started here:
 
   python -m flwr_hpc.doctor ssh=HOST python=/path/there/bin/python
 
-It looks around here, then submits a job of at most ten minutes that looks around on the compute
-nodes. The job is cancelled when this command ends, however it ends. Nothing else is changed.
+Of a facility it looks around here, then submits a job of at most ten minutes that looks around on
+the compute nodes. The job is cancelled when this command ends, however it ends. To a server it
+sends up to 50 MB and fetches them again. Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.folder import conf_dir
 from flwr_hpc.config.schema import Config
-from flwr_hpc.doctor import ssh
+from flwr_hpc.doctor import line, ssh
 from flwr_hpc.doctor.examine import FacilityExam, Stopped, patient, probing, settled
 from flwr_hpc.doctor.findings import Finding, skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
@@ -53,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     keep_files_private()
     if ssh.wants_ssh(args.overrides):
-        return _examine_host(args.overrides, args.json)
+        return _show_found(ssh.examine(args.overrides), args.json)
+    if line.names_invitation(args.overrides):
+        return _show_found(line.examine(args.overrides), args.json)
     config = _configure(args)
     queue_s = _timeout_s(args.timeout)
     clock = SystemClock()
@@ -68,7 +73,8 @@ def _configure(args: argparse.Namespace) -> Config:
         known = sorted(p.stem for p in (conf_dir() / "facility").glob("*.yaml"))
         raise UserError(
             f"name the facility to look at, e.g. +facility=local_a. Known: {', '.join(known)}; "
-            "one of your own: --config-dir DIR +facility=NAME"
+            "one of your own: --config-dir DIR +facility=NAME. The line to a server: name its "
+            "invitation"
         )
     if args.nodes < 1:
         raise UserError(f"--nodes {args.nodes} must be at least 1")
@@ -117,8 +123,8 @@ def _examine(patients: list[FacilityExam], args: argparse.Namespace, clock: Cloc
     return code or failed
 
 
-def _examine_host(overrides: list[str], json: bool) -> int:
-    console, found = Console(quiet=json), ssh.examine(overrides)
+def _show_found(found: Mapping[str, Sequence[Finding]], json: bool) -> int:
+    console = Console(quiet=json)
     for name, findings in found.items():
         show(console, name, findings)
     return _conclude(console, found, json)
@@ -184,7 +190,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of flwr_hpc.run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as of flwr_hpc.run; or an INVITATION"
+    )
     parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
     parser.add_argument("--no-job", action="store_true", help="look at this host alone")
     of_nodes = "nodes of the probe job, if the facility has as many (default: 2)"

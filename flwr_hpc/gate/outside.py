@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,7 @@ class PublicApp:
     ) -> None:
         self._flower, self._guests, self._exchange = flower, guests, exchange
         self._welcome = welcome
+        self._heard_at: dict[str, float] = {}  # when a site's SuperNode last spoke
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -79,7 +81,7 @@ class PublicApp:
             self._check_node(scope["method"], headers)
             return self._flower
         if path == JOIN and scope["method"] == "GET":
-            return self._join(self._site(headers))
+            return self._join(*self._site(headers))
         if EXCHANGE.fullmatch(path) and self._exchange is not None:
             self._site(headers)
             return self._exchange
@@ -97,24 +99,33 @@ class PublicApp:
             site = None
         if site is None:
             raise Refused(401, "no node of this run, or its site was revoked")
+        self._heard_at[site] = time.monotonic()
         framed = len(lengths) == 1 and lengths[0].isdigit()
         if not framed or b"transfer-encoding" in headers:
             raise Refused(411, "content-length must be given")
         if len(lengths[0]) > 12 or int(lengths[0]) > MAX_FLEET_BYTES:
             raise Refused(413, f"at most {MAX_FLEET_BYTES} bytes")
 
-    def _site(self, headers: dict[bytes, list[bytes]]) -> str:
-        """Return the site whose token a request bears."""
+    def _site(self, headers: dict[bytes, list[bytes]]) -> tuple[str, str]:
+        """Return the site whose token a request bears, and the token."""
         values = headers.get(b"authorization", [])
         scheme, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
-        site = self._guests.site_of_token(token.decode("ascii", "replace").strip())
+        text = token.decode("ascii", "replace").strip()
+        site = self._guests.site_of_token(text)
         if scheme.lower() != b"bearer" or site is None:
             raise Refused(401, "the token is not known here, or it was revoked")
-        return site
+        return site, text
 
-    def _join(self, site: str) -> App:
+    def _join(self, site: str, token: str) -> App:
+        heard_at = self._heard_at.get(site)
+        own = {
+            "site": site,
+            "folder": self._guests.folder_of_token(token),  # of the exchange; None: not yet
+            "heard_s": None if heard_at is None else round(time.monotonic() - heard_at, 1),
+        }
+
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            body = json.dumps({**self._welcome, "site": site}).encode()
+            body = json.dumps({**self._welcome, **own}).encode()
             await _answer(send, 200, body, b"application/json")
 
         return app

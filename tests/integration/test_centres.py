@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from worlds.centres import Centres
+from worlds.runs import ROOT
 from worlds.stranger import AS_NOBODY, needs_another_user, open_to_others
 
 from flwr_hpc.config.invitation import read_invitation
@@ -37,6 +39,14 @@ for path in ("/v1/control/start-run", "/v1/runtime/x", "/v1/fleet/pull-messages"
 """
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What the doctor found of an invitation."""
+
+    code: int
+    findings: dict[str, dict[str, str]]  # by check
+
+
 @dataclass
 class Seen:
     """What happened while the run went on."""
@@ -53,6 +63,7 @@ class Seen:
     listening: dict[str, set[str]] = field(default_factory=dict)
     modes: dict[str, str] = field(default_factory=dict)
     trained: list[str] = field(default_factory=list)
+    doctor: dict[str, Examined] = field(default_factory=dict)  # by what was examined
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +122,16 @@ def _look_around(seen: Seen) -> None:
         server_door.ask(replace(a, certificate=stranger))
     seen.wrong_certificate = str(error.value)
     seen.node = _unregistered_node(centres)
+    seen.doctor["in use"] = _examine(centres, "a")
+
+
+def _examine(centres: Centres, site: str) -> Examined:
+    """Type what a person at a centre does before joining, or when something is odd."""
+    command = [sys.executable, "-m", "flwr_hpc.doctor", "invitation.json", "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=centres.base / site, env=env)
+    findings = json.loads(done.stdout)["facilities"][site]
+    return Examined(done.returncode, {f["name"]: f for f in findings})
 
 
 def _reads(centres: Centres, token: str, certificate: str, of: str) -> int:
@@ -156,10 +177,12 @@ def _invite_and_revoke(seen: Seen) -> None:
     seen.centres.change("invite", "c")
     c = read_invitation(seen.centres.invitation("c"))
     seen.invited = server_door.ask(c)
+    seen.doctor["invited"] = _examine(seen.centres, "c")
     seen.centres.change("revoke", "c")
     with pytest.raises(server_door.NotInvited) as error:
         server_door.ask(c)
     seen.revoked = str(error.value)
+    seen.doctor["revoked"] = _examine(seen.centres, "c")
 
 
 @needs_another_user
@@ -202,6 +225,25 @@ def test_a_revoked_invitation_is_worth_nothing(seen: Seen) -> None:
     """Protects a run whose invitation went astray, without a restart."""
     assert seen.invited["site"] == "c"
     assert "revoked" in seen.revoked
+
+
+@needs_another_user
+def test_the_doctor_tells_a_good_line_from_a_used_and_a_revoked_invitation(seen: Seen) -> None:
+    """Protects a centre's person before the first job: each trouble with the command for it."""
+    good, used, revoked = (seen.doctor[name] for name in ("invited", "in use", "revoked"))
+    assert (good.code, used.code, revoked.code) == (0, 0, 1)
+    statuses = {name: f["status"] for name, f in good.findings.items()}
+    assert set(statuses) == set(used.findings) == set(revoked.findings)
+    assert {name for name, status in statuses.items() if status != "pass"} <= {"throughput"}
+    assert statuses["throughput"] in ("pass", "warn")  # on a busy machine
+    assert used.findings["credential"]["status"] == "warn"
+    assert "serve revoke a RUN_DIR" in used.findings["credential"]["fix"]
+    assert revoked.findings["credential"]["status"] == "fail"
+    assert "serve invite c RUN_DIR" in revoked.findings["credential"]["fix"]
+    assert revoked.findings["throughput"]["status"] == "skipped"
+    credentials = json.loads((seen.centres.run / "invitations" / "credentials.json").read_text())
+    folder = seen.centres.run / "exchange" / f"node-{credentials['c']['node_id']}"
+    assert list(folder.glob("*")) == []  # what was sent to be measured
 
 
 @needs_another_user

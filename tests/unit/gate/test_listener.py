@@ -140,7 +140,15 @@ def test_a_registered_node_reaches_the_fleet_and_a_site_the_exchange(world: Worl
 def test_a_site_asks_what_it_joins(world: World) -> None:
     """Protects a person who joins from surprises: address, certificate and token are right."""
     status, body = world.ask("GET", "/v1/join", headers=bearer())
-    assert (status, json.loads(body)) == (200, {"run_key": "r1", "site": "lumi"})
+    own = {"site": "lumi", "folder": "node-7", "heard_s": None}
+    assert (status, json.loads(body)) == (200, {"run_key": "r1", **own})
+
+
+def test_a_site_learns_whether_its_invitation_is_in_use(world: World) -> None:
+    """Protects a person from joining twice, and from one who has a copy of the invitation."""
+    assert world.ask("POST", PULL, b"", node())[0] == 200
+    heard_s = json.loads(world.ask("GET", "/v1/join", headers=bearer())[1])["heard_s"]
+    assert heard_s >= 0.0
 
 
 @pytest.mark.parametrize("headers", [{}, node(new_key_pair().public_pem), {"flwr-public-key": "?"}])
