@@ -35,6 +35,7 @@ from strategies.engine.engine import Engine, global_name
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 
 SITES_S = 600.0  # for all sites to come up
+LAST_S = 180.0  # for those that have joined to hear that the run is over
 DISK_PAUSE_S = 15.0
 
 app = ServerApp()
@@ -125,7 +126,7 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
         resumed=state is not None,
         version=(state or {}).get("version", 0),
     )
-    _wait_for_sites(engine, run, config)
+    _wait_for_sites(engine, run, config, (state or {}).get("version", 0) >= config.rounds)
     initial = _initial(run, engine, checkpoints)
     exchange.expect(initial)
     final = _start(strategy, exchange, initial, config, runtime, engine)
@@ -145,9 +146,15 @@ def may_speak_for(run: RunDir, config: Config, node_id: int, site: str) -> bool:
     return credential is not None and not credential.revoked and credential.node_id == node_id
 
 
-def _wait_for_sites(engine: Engine, run: RunDir, config: Config) -> None:
-    """Wait until every facility's site has answered; for those that join, as long as it takes."""
-    deadline = engine.now() + (math.inf if config.serve.address else SITES_S)
+def _wait_for_sites(engine: Engine, run: RunDir, config: Config, over: bool) -> None:
+    """Wait until every facility's site has answered; for those that join, as long as it takes.
+
+    When the training is `over`, and this server was killed in its last moments, sites may know
+    already and be gone: it goes on with those that come back within minutes, to tell them.
+    """
+    joined = config.serve.address is not None
+    patience_s = SITES_S if not joined else LAST_S if over else math.inf
+    deadline = engine.now() + patience_s
     while True:
         facilities = run.sites(config)  # some may be invited, or revoked, meanwhile
         try:
@@ -157,7 +164,9 @@ def _wait_for_sites(engine: Engine, run: RunDir, config: Config) -> None:
             if strangers:
                 raise RunFailed("the ClientApp of a site fails: see logs/supernode-*.log") from None
             if engine.now() > deadline:
-                raise RunFailed(f"{exc} (waited {SITES_S:.0f} s)") from None
+                if joined:
+                    return
+                raise RunFailed(f"{exc} (waited {patience_s:.0f} s)") from None
         else:
             return
 
