@@ -9,6 +9,7 @@ Settings are KEY=VALUE, e.g.
   python -m flwr_hpc.run detach=true                      start, and return
   python -m flwr_hpc.run resume=runs/2026-01-31_12-00-00
   python -m flwr_hpc.run end=runs/2026-01-31_12-00-00     end it, and what it has left anywhere
+  python -m flwr_hpc.run -m train.lr=1e-4,3e-4 train.batch_size=8,16    a sweep: every combination
 
 The most used: rounds seed strategy model data train.* run_dir resume detach dry_run tracking.
 All of them, with their values: python -m flwr_hpc.run --cfg job
@@ -24,10 +25,10 @@ from flwr_hpc import __version__
 from flwr_hpc.config.compose import compose_config, shown
 from flwr_hpc.config.overrides import split_resume
 from flwr_hpc.config.schema import Config
-from flwr_hpc.config.validate import check_trainable
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
+from flwr_hpc.sweep.options import is_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +42,12 @@ def _run(args: argparse.Namespace) -> int:
         from flwr_hpc.detached.end import end
 
         return end(folder)
+    if args.multirun or is_sweep(args.overrides):
+        if args.cfg:
+            raise UserError("--cfg shows one run's settings; leave -m out, and give one value each")
+        from flwr_hpc.sweep.command import run_sweep  # later, so that a run starts at once
+
+        return run_sweep(args.overrides, args.config_dir)
     config, resumed = _configure(args.overrides, args.config_dir)
     if config.serve.address and not (resumed and config.by_ssh):
         raise UserError(
@@ -48,7 +55,6 @@ def _run(args: argparse.Namespace) -> int:
             f"python -m flwr_hpc.serve {' '.join(args.overrides)}"
         )
     check_facilities(config.facilities)
-    check_trainable(config.model.config)
     if args.cfg:
         print(shown(config), end="")
         return 0
@@ -89,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
     parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
     parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")

@@ -18,7 +18,7 @@ OPEN = re.compile(
     r"|facilities\.\w+\.(env|options))\.\w"
 )
 PATH = re.compile(
-    r"run_dir|ssh_config|site\.dir|model\.path|data\.(tokenizer|passages)|exchange\.store"
+    r"run_dir|ssh_config|(site|sweep)\.dir|model\.path|data\.(tokenizer|passages)|exchange\.store"
     r"|facilities\.\w+\.(workdir|python|ssh_python|container)"
 )
 PATHS = re.compile(r"data\.(held_out_)?paths\.\w+")
@@ -59,6 +59,11 @@ def read(override: str) -> Override:
         if "=" not in override.lstrip("~"):
             raise UserError(f"'{override}' is not a setting. Settings are KEY=VALUE, e.g. rounds=4")
         key = override.partition("=")[0]
+        if parsed is not None:
+            raise UserError(
+                f"'{override}' names several values. To run each of them: python -m flwr_hpc.run "
+                f"-m '{override}'. A list is '{key}=[A,B]', and text with commas '{key}=\"TEXT\"'"
+            )
         raise UserError(
             f"'{override}': the value cannot be read. Close every bracket and quote; quote lists "
             f"for the shell: '{key}=[A,B]', and text with commas or brackets for Hydra as well: "

@@ -28,7 +28,7 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """A transformers causal language model."""
+    """A causal language model or an encoder-decoder of transformers."""
 
     # Local directory or hub name of a checkpoint; its weights are the start.
     path: str | None = None
@@ -53,7 +53,9 @@ class DataConfig:
     held_out_fraction: float = 0.05
     # ``byte``, a local directory or a hub name; default: that of `model.path`, else ``byte``.
     tokenizer: str | None = None
-    seq_len: int = 256  # Tokens per training sequence
+    seq_len: int = 256  # Tokens per training sequence; of an encoder-decoder, of its encoder's
+    # ``next_token``, or for encoder-decoders ``span_corruption`` (T5, arXiv 1910.10683).
+    objective: str = "next_token"
     # Columns of jsonl and parquet records; a record with a prompt and a response takes the
     # loss on the response alone.
     text_key: str = "text"
@@ -73,6 +75,9 @@ class TrainConfig:
     micro_batch: int = 4  # Sequences per rank and forward pass
     # Micro batches per optimizer step; global batch = micro_batch x accumulation x ranks.
     accumulation: int = 1
+    # Sequences of an optimizer step over all ranks of a facility; sets the accumulation, with
+    # `micro_batch` at most. Default: as many as micro batches and accumulation make.
+    batch_size: int | None = None
     # Sum the gradients over the ranks after every micro batch; false: once per step, which sends
     # less and keeps whole gradients on every rank.
     sync_every_micro_batch: bool = True

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+from flwr_hpc.config import batch_size
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.facility_shape import check_shape
 from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
 
 CHOICES = {
     "data.kind": ("stdlib", "text", "jsonl", "parquet"),
+    "data.objective": ("next_token", "span_corruption"),
     "allocation.policy": ("warm", "per_round"),
     "train.loss": ("cross_entropy", "goldfish"),
     "train.precision": ("auto", "fp32", "bf16"),
@@ -22,7 +24,7 @@ CHOICES = {
 POSITIVE = (
     *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
-    *("train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
+    *("train.batch_size", "train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
     *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
@@ -47,7 +49,6 @@ INTERVALS = {
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",
 }
-# Which the trainer does not take yet.
 ENCODER_DECODERS = ("mt5", "t5")
 # What models call their sizes: transformers' usual name, and those of GPT-2 and its like.
 SIZES: dict[str, tuple[str, ...]] = {
@@ -86,6 +87,7 @@ def check_values(c: Any) -> None:
         within(f"train.betas[{i}]", beta, "[0, 1)")
     for name, facility in c.facilities.items():
         check_shape(name, facility)
+        batch_size.shared(c.train, facility.nodes * facility.ranks_per_node, name)
     _check_limits(c)
     _check_sites(c.serve)
     _check_paths(c)
@@ -157,6 +159,8 @@ def _check_paths(c: Any) -> None:
 
 
 def _check_model(c: Any) -> None:
+    if c.train.loss == "goldfish" and c.data.objective != "next_token":
+        raise UserError("train.loss=goldfish goes with data.objective=next_token alone")
     if c.model.path:
         return
     if c.model.lora.r > 0:
@@ -166,14 +170,18 @@ def _check_model(c: Any) -> None:
     if not c.model.config.get("model_type"):
         raise UserError("model: give model.path or model.config with a model_type")
     _check_sizes(c.model.config, c.data.seq_len)
+    check_objective(c.model.config["model_type"] in ENCODER_DECODERS, c.data.objective)
 
 
-def check_trainable(sizes: Mapping[str, Any]) -> None:
-    """Refuse a model that can be planned for, but not trained yet."""
-    if (kind := sizes.get("model_type")) in ENCODER_DECODERS:
+def check_objective(encoder_decoder: bool, objective: str) -> None:
+    """Refuse an objective that is not one of the model's kind."""
+    kind, fitting = "a causal model", "next_token"
+    if encoder_decoder:
+        kind, fitting = "an encoder-decoder", "span_corruption"
+    if objective != fitting:
         raise UserError(
-            f"model_type={kind} is an encoder-decoder, which the trainer does not take yet: give a "
-            "causal language model, e.g. model=llama3_1b. python -m flwr_hpc.plan plans both kinds"
+            f"data.objective={objective} is not for {kind}. "
+            f"Add to the command: data.objective={fitting}"
         )
 
 

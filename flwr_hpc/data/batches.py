@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import packing, reading, sources, token_cache
 from flwr_hpc.data.packing import Sequences, Tokens
 from flwr_hpc.data.passages import read_passages
+from flwr_hpc.data.span_corruption import NAME as SPAN_CORRUPTION
+from flwr_hpc.data.span_corruption import SpanCorruption, span_corruption
 from flwr_hpc.errors import UserError
 
 BYTE = "byte"
@@ -66,15 +69,20 @@ class Corpus:
     train: Sequences
     held: Sequences
     held_out_sequences: int
+    corruption: SpanCorruption | None = None  # Of an encoder-decoder's sequences
 
     @property
     def train_tokens(self) -> int:
         """Tokens of one epoch the loss is taken on."""
+        if self.corruption:
+            return len(self.train) * self.corruption.target_length
         return self.train.tokens
 
     @property
     def held_out_tokens(self) -> int:
         """Tokens one evaluation takes the loss on, over all ranks."""
+        if self.corruption:
+            return len(self._held_rows) * self.corruption.target_length
         return int(np.diff(self.held.spans[self._held_rows]).sum())
 
     def batch(self, first: int, count: int) -> Batch:
@@ -83,7 +91,7 @@ class Corpus:
         The facility's sequences are reshuffled for every epoch and read one after the other
         without end.
         """
-        return _batch(self.train, self.rows(first, count))
+        return self._batch(self.train, self.rows(first, count), np.arange(first, first + count))
 
     def rows(self, first: int, count: int) -> NDArray[np.int64]:
         """Return which sequences these are."""
@@ -104,11 +112,23 @@ class Corpus:
         share = rows[rank::rank_count]
         for i in range(0, -(-len(rows) // rank_count), sequences):
             if len(part := share[i : i + sequences]):
-                yield _batch(self.held, part)
+                yield self._batch(self.held, part, part)
             else:
-                spare = _batch(self.held, rows[:1])
+                spare = self._batch(self.held, rows[:1], rows[:1])
                 ignored = torch.full_like(spare.labels, packing.IGNORED)
                 yield Batch(spare.input_ids, ignored)
+
+    def _batch(
+        self, source: Sequences, rows: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> Batch:
+        """Return rows; a corrupted one depends on its place in the stream, and so on the epoch."""
+        ids = source.ids[rows]
+        if self.corruption is None:
+            inputs, labels = ids.astype(np.int64), packing.labels(ids, source.spans[rows])
+        else:
+            stream = [self.seed, zlib.crc32(self.facility.encode()), int(source is self.held)]
+            inputs, labels = self.corruption.batch(ids, stream, positions)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
 
     @property
     def _held_rows(self) -> NDArray[np.int64]:
@@ -137,18 +157,22 @@ def load_corpus(
         Folder that keeps the tokens, for all ranks and later jobs.
     """
     found = sources.resolve(data, facility, facilities)
-    tokenizer = load_tokenizer(data.tokenizer or BYTE)
-    build = functools.partial(_tokenize, data=data, found=found, tokenizer=tokenizer)
+    corrupted = data.objective == SPAN_CORRUPTION
+    tokenizer = load_tokenizer(data.tokenizer or BYTE, sentinels=corrupted)
+    corruption = span_corruption(data.seq_len, tokenizer) if corrupted else None
+    cut = dataclasses.replace(data, seq_len=corruption.length) if corruption else data
+    build = functools.partial(_tokenize, data=cut, found=found, tokenizer=tokenizer)
     settings = {
-        "tokenizer": _identity(tokenizer), "seq_len": data.seq_len, "kind": data.kind,
+        "tokenizer": _identity(tokenizer), "seq_len": cut.seq_len, "kind": data.kind,
         "keys": [data.text_key, data.prompt_key, data.response_key], "split": found.split,
+        "objective": data.objective,
         "held_out": [data.held_out_fraction, len(found.held_out)],
         "passages": [astuple(p) for p in read_passages(data.passages)] if data.passages else [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:  # what is mapped from there stays readable
         root = cache / "tokens" if cache else Path(scratch)
         train, held = token_cache.sequences(root, found.files, settings, build)
-    corpus = Corpus(tokenizer, facility, seed, train, held, data.held_out_sequences)
+    corpus = Corpus(tokenizer, facility, seed, train, held, data.held_out_sequences, corruption)
     for what, part in (("to train on", corpus.train), ("held out", corpus.held)):
         if not len(part):
             raise UserError(
@@ -159,12 +183,15 @@ def load_corpus(
     return corpus
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer ``byte``, one from a local directory, or one by its hub name."""
+def load_tokenizer(name: str, *, sentinels: bool = False) -> Any:
+    """Load the tokenizer ``byte``, one from a local directory, or one by its hub name.
+
+    That of bytes has `sentinels` where the objective needs them.
+    """
     import transformers
 
     if name == BYTE:
-        return transformers.ByT5Tokenizer(extra_ids=0)
+        return transformers.ByT5Tokenizer(extra_ids=125 if sentinels else 0)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as exc:  # transformers raises many kinds
@@ -208,6 +235,8 @@ def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer:
     read, kept = reading.separate(data, found, tables)
     if data.passages:
         read = reading.with_passages(read, data.passages)
+    if data.objective == SPAN_CORRUPTION:
+        read, kept = (_documents(examples, data, found.facility) for examples in (read, kept))
     train, held = _encoded(read, tokenizer), _encoded(kept, tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     eos = tokenizer.eos_token_id
@@ -221,8 +250,24 @@ def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer:
         packing.pack(documents, data.seq_len, eos, pad, dtype),
         packing.pack_pairs(pairs, data.seq_len, eos, pad, dtype),
     ]
-    token_cache.write(folder, "held", packing.concatenate(made))
+    kept_rows = packing.concatenate(made)
+    if data.objective == SPAN_CORRUPTION:  # which takes no padding
+        kept_rows = packing.whole(kept_rows)
+    token_cache.write(folder, "held", kept_rows)
     shutil.rmtree(tables, ignore_errors=True)
+
+
+def _documents(
+    examples: Iterable[reading.Example], data: DataConfig, facility: str
+) -> Iterator[reading.Example]:
+    for example in examples:
+        if example.prompt is not None:
+            raise UserError(
+                f"facility {facility}: data.objective={SPAN_CORRUPTION} takes documents, found "
+                f"records of '{data.prompt_key}' and '{data.response_key}'. Give records of "
+                f"'{data.text_key}' alone"
+            )
+        yield example
 
 
 def _blocks(examples: Iterable[reading.Example]) -> Iterator[list[reading.Example]]:
@@ -289,10 +334,3 @@ def _epoch_order(seed: int, facility: str, epoch: int, count: int) -> NDArray[np
     # Sorting raw bits: numpy promises their stream for all time, that of its shuffles not.
     bits = np.random.PCG64([seed, zlib.crc32(facility.encode()), epoch])
     return np.argsort(bits.random_raw(count), kind="stable")
-
-
-def _batch(source: Sequences, rows: NDArray[np.int64]) -> Batch:
-    ids, spans = source.ids[rows], source.spans[rows]
-    return Batch(
-        torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(packing.labels(ids, spans))
-    )

@@ -114,6 +114,12 @@ def pack_pairs(
     return Sequences(ids, spans)
 
 
+def whole(made: Sequences) -> Sequences:
+    """Return the sequences that are not padded."""
+    full = made.spans[:, 1] == made.ids.shape[1]
+    return Sequences(made.ids[full], made.spans[full])
+
+
 def concatenate(parts: Sequence[Sequences]) -> Sequences:
     """Return one `Sequences` with the rows of all."""
     if len(parts) == 1:

@@ -58,15 +58,15 @@ def _show_winner(
         gain = best.tokens_per_s / winner.tokens_per_s - 1
         kind = f"{best.plan.mesh}, {best.plan.checkpointing}"
         console.print(f"{gain:+.0%} would bring {kind} ({NOT_YET}: {best.plan.missing}).")
-    if ranking.shape.encoder_decoder:
-        console.print("The trainer takes no encoder-decoder yet: this is planned, but not run.\n")
-        return True
     facility = config.facilities[ranking.facility]
     others = tuple(f"facilities.{n}." for n in config.facilities if n != ranking.facility)
     kept = [o for o in overrides if not o.startswith((*PLANNING, "+facility=", *others))]
     wanted = plan_overrides(
         ranking.facility, facility, ranking.machine.nodes, winner.plan, ranking.seq_len
     )
+    if ranking.shape.encoder_decoder:
+        kept = [o for o in kept if not o.startswith("data.objective=")]
+        wanted.append("data.objective=span_corruption")
     command = shlex.join(
         ["python", "-m", "flwr_hpc.run", f"+facility={ranking.facility}", *kept, *wanted]
     )

@@ -115,10 +115,11 @@ def _conclude(console: Console, run_dir: RunDir, outcome: SessionOutcome) -> int
     path = shlex.quote(str(_short(run_dir.path)))
     lines = [f"report: {_short(run_dir.report)}"]
     if outcome.status == "finished":
-        kind = "AutoPeftModelForCausalLM" if _is_adapter(run_dir) else "AutoModelForCausalLM"
         model = repr(str(_short(run_dir.model)))
         lines += _left_out(run_dir)
-        lines.append(f"finished: {path}   load the model with {kind}.from_pretrained({model})")
+        lines.append(
+            f"finished: {path}   load the model with {_loader(run_dir)}.from_pretrained({model})"
+        )
         code = 0
     elif outcome.fatal:
         lines = [f"error: {outcome.error}"]
@@ -146,8 +147,13 @@ def _left_out(run_dir: RunDir) -> list[str]:
     return [f"without {name}: {reason}" for name, reason in sorted(reasons.items())]
 
 
-def _is_adapter(run_dir: RunDir) -> bool:
-    return (run_dir.model / "adapter_config.json").exists()
+def _loader(run_dir: RunDir) -> str:
+    """Return which class of transformers or peft loads the trained model."""
+    adapter = read_json(run_dir.model / "adapter_config.json")
+    config = read_json(run_dir.model / "config.json") or {}
+    task = adapter["task_type"] if adapter else ""
+    pairs = task == "SEQ_2_SEQ_LM" or config.get("is_encoder_decoder")
+    return f"Auto{'Peft' * bool(adapter)}ModelFor{'Seq2SeqLM' if pairs else 'CausalLM'}"
 
 
 def _short(path: Path) -> Path:

@@ -56,6 +56,8 @@ class FacilityState:
     order_steps: int = 0
     loss: float | None = None  # The newest known
     tokens_per_s: float | None = None
+    peak_memory_gb: float | None = None  # The most any rank had so far
+    mfu: float | None = None  # Percent, the newest known
     # By version of the global model: when the version came to be, and its held-out loss here
     # in nats per token.
     held_out: dict[int, tuple[float, float]] = field(default_factory=dict)

@@ -182,6 +182,10 @@ def _order_done(state: RunState, f: FacilityState, e: Event) -> None:
     f.accounts.order_done(str(e.get("kind") or "train"), workers, _numbers(e.get("seconds")))
     f.metrics = _numbers(e.get("metrics"))
     f.tokens_per_s = _newest(f.metrics, "tokens_per_s", f.tokens_per_s)
+    f.mfu = _newest(f.metrics, "mfu", f.mfu)
+    f.peak_memory_gb = max(
+        filter(None, (f.peak_memory_gb, _number(f.metrics, "peak_memory_gb"))), default=None
+    )
     if e.get("kind", "train") == "train":
         f.orders += 1
         f.steps += _count(e, "steps")

@@ -6,12 +6,14 @@ import dataclasses
 
 import torch
 
+from flwr_hpc.config import batch_size
+from flwr_hpc.config.validate import check_objective
 from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import Spool
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
-from flwr_hpc.train.model import build
+from flwr_hpc.train.model import build, is_encoder_decoder
 from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.rendezvous import Group
@@ -40,11 +42,12 @@ def load(
     )  # fmt: skip
     if settings.model.path and settings.data.tokenizer:
         check_tokenizer(corpus.tokenizer, settings.model.path)
-    train = settings.train
+    train = batch_size.shared(settings.train, group.ranks.world_size, settings.facility)
     built = build(
         settings.model, corpus.tokenizer, settings.seed, settings.data.seq_len,
         train.activation_checkpointing,
     )  # fmt: skip
+    check_objective(is_encoder_decoder(built.model), settings.data.objective)
     return OrderRunner(
         trainer=Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group),
         checkpoints=Checkpoints(spool.checkpoints, group),

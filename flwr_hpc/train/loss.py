@@ -1,4 +1,4 @@
-"""The next-token loss, summed, so that any split of the batch adds up to the same number."""
+"""The loss, summed, so that any split of the batch adds up to the same number."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ CHUNK_BYTES = 2**28  # Of float32 logits that exist at a time
 
 
 def count_tokens(labels: Tensor) -> int:
-    """Return on how many tokens of `labels` (sequences, seq_len) the loss is taken.
+    """Return on how many tokens of `labels` (sequences, length) the loss is taken.
 
-    The first token of a sequence has nothing before it and never counts.
+    The first of a sequence never counts: a causal model has nothing before it, and a decoder
+    starts from it.
     """
     return int((labels[:, 1:] != IGNORED).sum())
 
@@ -53,7 +54,7 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor]:
-    """Return what takes ``(input_ids, labels)`` through a causal model to the summed loss.
+    """Return what takes ``(input_ids, labels)`` through a model to the summed loss.
 
     Of long sequences or large vocabularies the logits are larger than the model. So the head
     runs chunk by chunk of the positions, and once more in the backward pass.
@@ -61,21 +62,21 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
     Parameters
     ----------
     model : nn.Module
-        Of transformers, with or without peft, sharded or not.
+        Of transformers, causal or encoder-decoder, with or without peft, sharded or not.
     chunk_bytes : int
     """
 
     def loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        targets = next_tokens(labels)
-        output = causal.base_model(input_ids=input_ids)
-        sequences, length = input_ids.shape
-        vocabulary = causal.get_output_embeddings().weight.shape[0]
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decode = _read_and_write if inner.config.is_encoder_decoder else _write_on
+        decoder, output, again, targets = decode(inner, input_ids, labels)
+        sequences, length = targets.shape
+        vocabulary = inner.get_output_embeddings().weight.shape[0]
         size = max(1, chunk_bytes // (4 * sequences * vocabulary))
 
         def head(hidden: Tensor, targets: Tensor) -> Tensor:
-            with _decoded(causal.base_model, output, hidden):
-                return summed_loss(causal.forward(input_ids=input_ids).logits, targets)
+            with _decoded(decoder, output, hidden):
+                return summed_loss(inner.forward(**again).logits, targets)
 
         hidden = torch.split(output.last_hidden_state, size, dim=1)
         chunks = zip(hidden, targets.split(size, 1), strict=True)  # type: ignore[no-untyped-call]
@@ -87,6 +88,30 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
     register_fsdp_forward_method(model, "summed_loss")
     bound: Callable[..., Tensor] = model.summed_loss
     return bound
+
+
+# What a model says before its head: its decoder, what that answers, how the model is called for
+# the head alone once the answer is there, and the targets.
+_Decoding = tuple[nn.Module, Any, dict[str, Any], Tensor]
+
+
+def _write_on(model: Any, input_ids: Tensor, labels: Tensor) -> _Decoding:
+    output = model.base_model(input_ids=input_ids)
+    return model.base_model, output, {"input_ids": input_ids}, next_tokens(labels)
+
+
+def _read_and_write(model: Any, input_ids: Tensor, labels: Tensor) -> _Decoding:
+    """Run encoder and decoder; the decoder sees the targets one place later."""
+    targets = labels[:, 1:].contiguous()
+    config = model.config
+    shifted = pad(targets[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    shifted = shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
+    encoded = model.get_encoder()(input_ids=input_ids)
+    decoder = model.get_decoder()
+    output = decoder(
+        input_ids=shifted, encoder_hidden_states=encoded.last_hidden_state, use_cache=False
+    )
+    return decoder, output, {"encoder_outputs": encoded, "decoder_input_ids": shifted}, targets
 
 
 @contextmanager

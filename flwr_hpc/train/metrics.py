@@ -112,8 +112,11 @@ def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:
     parameters that are multiplied with: an embedding, of words or positions, is looked up and
     counts only when it is the head, too; of a mixture's experts only those a token goes to.
     Frozen parameters (LoRA) cost 4 and not 6, as they get no gradient.
-    Returns 0 if the configuration does not name the shape of its attention.
+    Returns 0 if the configuration does not name the shape of its attention, and for an
+    encoder-decoder, whose halves see different numbers of tokens.
     """
+    if getattr(config, "is_encoder_decoder", False):
+        return 0.0
     head = model.get_output_embeddings()  # type: ignore[operator]
     looked_up = {
         id(m.weight)

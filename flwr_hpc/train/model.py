@@ -1,4 +1,4 @@
-"""A transformers causal language model, ready to be sharded, and its small files."""
+"""A language model of transformers, ready to be sharded, and its small files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
@@ -71,8 +76,13 @@ def exchanged(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether an encoder reads and a decoder writes."""
+    return bool(model.config.is_encoder_decoder)
+
+
 def layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers, whatever they are called.
+    """Return the layers of decoder and encoder, whatever they are called.
 
     The modules transformers says must not be split; where it says nothing, the largest list of
     modules that lies in no other (an expert's lies in a layer's).
@@ -91,11 +101,12 @@ def _parameters(module: nn.Module) -> int:
 
 def _from_checkpoint(path: str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        kind = _kind(AutoConfig.from_pretrained(path))
+        return kind.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as exc:
         raise UserError(
             f"model.path={path} cannot be loaded: {_first_line(exc)}. Give a local directory "
-            "that holds a causal language model, or a hub name in the local Hugging Face cache."
+            "that holds a language model, or a hub name in the local Hugging Face cache."
         ) from None
 
 
@@ -110,13 +121,17 @@ def _from_config(config: ModelConfig, tokenizer: Any) -> Any:
     try:
         known = AutoConfig.for_model(kind)
         _refuse_unknown(values, known)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **values), dtype=torch.float32
-        )
+        if known.is_encoder_decoder:
+            values.setdefault("decoder_start_token_id", values["pad_token_id"])
+        return _kind(known).from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
     except UserError:
         raise
     except Exception as exc:  # transformers checks by many types of its own
         raise UserError(f"model.config is not valid: {_first_line(exc)}") from None
+
+
+def _kind(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _refuse_unknown(values: dict[str, Any], known: PreTrainedConfig) -> None:
@@ -148,12 +163,12 @@ def _with_lora(base: Any, config: ModelConfig) -> Any:
     import peft
 
     try:
-        return peft.get_peft_model(base, _lora(config.lora, config.path))
+        return peft.get_peft_model(base, _lora(config.lora, base, config.path))
     except ValueError as exc:
         raise UserError(f"model.lora is not valid: {_first_line(exc)}") from None
 
 
-def _lora(lora: LoraConfig, path: str | None) -> Any:
+def _lora(lora: LoraConfig, base: Any, path: str | None) -> Any:
     import peft
 
     targets: str | list[str] = lora.target_modules
@@ -164,7 +179,7 @@ def _lora(lora: LoraConfig, path: str | None) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(base) else "CAUSAL_LM",
         base_model_name_or_path=path,
     )
 

@@ -93,6 +93,24 @@ def test_a_model_with_other_names_is_sharded_alike(solo: Team, pair: Team, tmp_p
     assert_same(two["weights"], one["weights"])
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_an_encoder_decoder_is_sharded_alike(
+    solo: Team, pair: Team, tmp_path: Path, lora: bool
+) -> None:
+    """T5: encoder and decoder layers are units by structure, three tied embeddings one tensor."""
+    model: dict[str, Any] = {
+        "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 44, "num_layers": 2,
+        "num_heads": 2, "dropout_rate": 0.0,
+    }  # fmt: skip
+    one = solo.run(scenario.trained, tmp_path / "1", micro_batch=8, model=model, lora=lora)
+    two = pair.run(scenario.trained, tmp_path / "2", micro_batch=4, model=model, lora=lora)
+    for key in ("losses", "grad_norm", "held_out"):
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
+    assert one["losses"][-1] < one["losses"][0]
+    assert any("decoder.block.1" in name for name in one["weights"])
+    assert_same(two["weights"], one["weights"])
+
+
 def test_dropout_is_drawn_by_the_step(pair: Team, tmp_path: Path) -> None:
     """A job that goes on after a preemption drops what the first one would have dropped."""
     model = gpt2(n_embd=32, n_layer=2, n_positions=32, resid_pdrop=0.5)

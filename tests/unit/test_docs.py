@@ -55,6 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "a/valid.txt": "text " * 1000,
         "b/x.txt": "text " * 1000,
         f"{run}/run.json": '{"run_key": "key"}',
+        "sweeps/2026-01-31_12-00-00/points.json": '{"points": [{"name": "000", "overrides": []}]}',
         f"{run}/config.yaml": shown(compose_config([])),
         "my_module.py": next(b for b in blocks(strategies, "python") if "TrimmedMean" in b),
         "my_conf/strategy/trimmed.yaml": blocks(strategies, "yaml")[0],

@@ -36,8 +36,9 @@ LAYERS = {
     "doctor": 10,  # looks at what join does
     "memorize": 8,
     "simulate": 8,
-    "report": 8,
     "detached": 8,
+    "sweep": 8,
+    "report": 9,
     "join": 9,
     "run": 9,
     "serve": 10,

@@ -82,12 +82,18 @@ def script(spec: JobSpec) -> str:
         "SUBMITIT_LOCAL_TIMEOUT_S": str(walltime),
         "SUBMITIT_LOCAL_WITH_SHELL": "",
         "SUBMITIT_STDERR_TO_STDOUT": "",
-        "CUDA_VISIBLE_DEVICES": ",".join(str(k) for k in range(facility.gpus_per_node)),
+        "CUDA_VISIBLE_DEVICES": ",".join(_devices(facility.gpus_per_node)),
         **job_env(spec),
         "FLWR_HPC_JOB_DIR": str(spec.folder),
     }
     own = {"env": env, "python": sys.executable, "folder": spec.folder}
     return render("local.sh.j2", common_fields(spec) | own)
+
+
+def _devices(count: int) -> list[str]:
+    """Return the GPUs of a job: the first of those that this process may use."""
+    given = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    return (given or [str(k) for k in range(count)])[:count]
 
 
 class DetachedExecutor(LocalExecutor):  # type: ignore[misc]

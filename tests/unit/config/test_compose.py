@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flwr_hpc import run
+from flwr_hpc.config import batch_size
 from flwr_hpc.config.compose import compose_config, resume_config, shown
 from flwr_hpc.config.facility import AUTO, walltime_s
 from flwr_hpc.config.folder import conf_dir
@@ -39,6 +40,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
     extra = {
         "facility": [f"facilities.{name}.account=project1", *qos],
         "data": [f"data.paths.{f}=[x]" for f in ("local_a", "local_b")] if name != "stdlib" else [],
+        "model": ["data.objective=span_corruption"] if "t5" in name else [],
     }
     if group == "scenario":
         assert parse_simulation([f"scenario={name}"]).scenario.sites
@@ -63,7 +65,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["train.precision=fp16"], "auto, fp32, bf16"),
         (["foo"], "'foo' is not a setting. Settings are KEY=VALUE"),
         (["rounds=[1"], "'rounds=[1': the value cannot be read. Close every bracket"),
-        (["rounds=1,2"], "the value cannot be read"),
+        (["rounds=1,2"], "To run each of them: python -m flwr_hpc.run -m 'rounds=1,2'"),
         (["seed=-1"], "seed=-1 must be zero or greater"),
         (["seed=18446744073709551616"], "seed="),
         (["train.lr=inf"], "train.lr=inf must be greater than zero"),
@@ -301,3 +303,27 @@ def test_options_may_stand_among_settings(capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     assert "rounds: 3\n" in shown
     assert "seed: 5\n" in shown
+
+
+def test_a_batch_size_is_shared_by_the_ranks() -> None:
+    """Protects the batch that was asked for: micro batches divide it, however many ranks."""
+    train = compose_config(["train.batch_size=24", "train.micro_batch=5"]).train
+    for ranks, micro, accumulation in ((1, 4, 6), (2, 4, 3), (3, 4, 2), (24, 1, 1)):
+        made = batch_size.shared(train, ranks, "x")
+        assert (made.micro_batch, made.accumulation) == (micro, accumulation)
+    with pytest.raises(UserError, match=r"by the 2 ranks of facility local_a.*batch_size=8"):
+        compose_config(["train.batch_size=7"])
+    with pytest.raises(UserError, match=r"leave train\.accumulation out"):
+        compose_config(["train.batch_size=8", "train.accumulation=2"])
+
+
+def test_an_objective_suits_the_model() -> None:
+    """Protects from a job that could only be refused: the command to type is in the message."""
+    spans = "data.objective=span_corruption"
+    assert compose_config(["model=tiny_mt5", spans]).data.objective == "span_corruption"
+    with pytest.raises(UserError, match=f"next_token is not for an encoder-decoder.*{spans}"):
+        compose_config(["model=tiny_mt5"])
+    with pytest.raises(UserError, match=r"span_corruption is not for a causal model"):
+        compose_config([spans])
+    with pytest.raises(UserError, match=r"goldfish goes with data.objective=next_token"):
+        compose_config(["model=tiny_mt5", spans, "train.loss=goldfish"])

@@ -81,14 +81,14 @@ def test_plans_that_the_trainer_cannot_execute_do_not_win() -> None:
     assert any(c.fits and "TP" in c.plan.missing for c in ranking.ranked)
 
 
-def test_encoder_decoders_are_planned_but_not_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Protects a user's job from a model that its trainer would refuse."""
-    assert main(["model=mt5_xl", "+facility=frontier"]) == 0
-    out = capsys.readouterr().out
-    assert "takes no encoder-decoder yet" in out
-    assert "flwr_hpc.run" not in out
+def test_the_plan_of_an_encoder_decoder_names_its_objective(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Protects the command that a plan prints: without it the run would be refused."""
+    assert main(["model=t5_base", "+facility=frontier"]) == 0
+    assert "data.objective=span_corruption" in capsys.readouterr().out
     assert run.main(["model=t5_base", "dry_run=true"]) == 2
-    assert "model_type=t5 is an encoder-decoder" in capsys.readouterr().err
+    assert "Add to the command: data.objective=span_corruption" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,33 @@ def test_loss_and_gradients_are_those_of_transformers(
             torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-7)
 
 
+T5 = {
+    "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 44, "num_layers": 2, "num_heads": 2,
+    "dropout_rate": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**28, FOUR_POSITIONS])
+@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
+def test_loss_of_an_encoder_decoder_is_that_of_transformers(
+    feed_forward: str, chunk_bytes: int
+) -> None:
+    """Protects span corruption: the decoder sees the targets one place later, -100 never."""
+    model = {**T5, "feed_forward_proj": feed_forward}
+    built, (ids, labels) = tiny_model(model=model).model.eval(), _sequences()
+    targets = labels[:, 1:9].contiguous()  # fewer than the encoder reads
+    expected = built(input_ids=ids, labels=targets).loss  # type: ignore[operator]
+    expected.backward()
+    grads = {n: p.grad.clone() for n, p in built.named_parameters() if p.grad is not None}
+    built.zero_grad()
+    mean = add_loss(built, chunk_bytes)(ids, labels[:, :9]) / count_tokens(labels[:, :9])
+    mean.backward()  # type: ignore[no-untyped-call]
+    assert float(mean.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    for name, parameter in built.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-6)
+
+
 def test_logits_exist_a_chunk_at_a_time() -> None:
     """Protects the memory of a GPU: 8B at 8192 tokens has more logits than weights."""
     built, (ids, labels) = tiny_model(tied=False).model, _sequences()
