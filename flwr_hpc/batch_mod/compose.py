@@ -40,6 +40,8 @@ def settle(given: Mapping[str, Any]) -> Settings:
     overrides += [f"{_place(k, name)}={_text(v)}" for k, v in _flat(changes)]
     try:
         config = compose_config(overrides, given.get("config_dir"))
+        if config.facilities[name].ssh:
+            raise UserError(f"facilities.{name}.ssh: start the SuperNode on that host itself")
         facility = _one_rank(config.facilities[name], changes)
         check_facility(name, facility)
         account = find_account(name, facility)

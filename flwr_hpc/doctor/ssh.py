@@ -5,16 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, warned
+from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
 from flwr_hpc.errors import UserError
 from flwr_hpc.ssh import wire
 from flwr_hpc.ssh.host import PortTakenError, SshHost, SshLostError
 from flwr_hpc.ssh.python_there import PythonThere, look
 
-KEYS = ("ssh", "python", "ssh_config")
+KEYS = ("ssh", "python", "ssh_config", "dry_run")
 SLOW = 2e6  # bytes/s, below which a model of a billion weights travels for half an hour
 REACH, PYTHON = "reach", "Python there"
 
@@ -47,6 +47,9 @@ def examine(overrides: Sequence[str]) -> dict[str, list[Finding]]:
         )
     with tempfile.TemporaryDirectory(prefix="flwr-hpc-") as folder:
         host = SshHost(given["ssh"], Path(folder), given.get("ssh_config"))
+        if given.get("dry_run") == "true":
+            nothing = replace(skipped(host.hint), name=REACH, where=there.where)
+            return {host.name: [nothing]}
         try:
             return {host.name: there.run(There(host, given.get("python")))}
         finally:

@@ -84,6 +84,8 @@ def private_key(run: RunDir, site: str) -> Path:
 def serve_by_ssh(config: Config) -> None:
     """Let the server be reached through ports that SSH forwards: on this host alone."""
     if config.by_ssh:
+        if config.ssh_config:  # a resume may be typed elsewhere
+            config.ssh_config = str(Path(config.ssh_config).expanduser().absolute())
         before = config.serve.listen if config.resume else None
         address = f"127.0.0.1:{_free_port(before)}"
         config.serve = ServeConfig(address, address, list(config.facilities))

@@ -91,7 +91,7 @@ class Attendant:
         self.site.host.abort()
         if self._follower is not None:
             self._follower.kill()
-        self._thread.join(STOP_S)
+        self._thread.join(LEAVE_S if self.site.host.is_open() else STOP_S)
         if self.over:
             return ""
         return self._end()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
+import flwr_hpc
 from flwr_hpc import __version__
 from flwr_hpc.errors import UserError
 from flwr_hpc.ssh.host import SshHost
@@ -66,10 +68,12 @@ def look(host: SshHost, program: str | None) -> PythonThere:
 
 def install_command(name: str, program: str) -> str:
     """Return what installs this flwr-hpc there, from where this one came."""
+    source = Path(flwr_hpc.__file__).resolve().parents[1]
+    checkout = shlex.quote(str(source)) if (source / "pyproject.toml").exists() else "CHECKOUT"
     wheel = f"flwr_hpc-{__version__}-py3-none-any.whl"
     install = shlex.join([program, "-m", "pip", "install", f"{wheel}[train]"])
     return (
-        "python -m pip wheel --no-deps -w . CHECKOUT && "
+        f"python -m pip wheel --no-deps -w . {checkout} && "
         f"scp {wheel} {name}: && ssh {name} {shlex.quote(install)}"
     )
 

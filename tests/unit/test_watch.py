@@ -52,3 +52,12 @@ def test_what_is_no_run_directory_is_said_so(
     """Protects from a traceback."""
     assert watch.main([str(tmp_path)]) == 2
     assert "not a run directory" in capsys.readouterr().err
+
+
+def test_a_run_may_be_on_another_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects folders whose names look like a host's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs:old").mkdir()
+    assert watch._place("far:runs/x y") == ("far", "runs/x y")
+    assert watch._place("runs:old") == ("", "runs:old")
+    assert watch._place("/data/a:b") == ("", "/data/a:b")

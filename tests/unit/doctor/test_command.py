@@ -48,6 +48,7 @@ def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeScheduler:
         ([*SLURM, "--timeout", "0"], "--timeout 0 must be longer than zero"),
         ([*SLURM, "--nodes", "0"], "--nodes 0 must be at least 1"),
         ([*SLURM, "--config-dir", "/nowhere"], "there is no such folder"),
+        ([*SLURM, "facilities.slurm.ssh=far"], "facility 'slurm' is on far: look at it there"),
     ],
 )
 def test_mistakes_of_the_user(

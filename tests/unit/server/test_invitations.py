@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,30 @@ def test_run_points_to_serve(capsys: pytest.CaptureFixture[str]) -> None:
     """Protects from a server that starts facilities of its own, whose nodes it would refuse."""
     assert run_command.main([ADDRESS]) == 2
     assert f"python -m flwr_hpc.serve {ADDRESS}" in capsys.readouterr().err
+
+
+def test_a_run_by_ssh_keeps_its_port_and_lets_in_all_its_sites(tmp_path: Path) -> None:
+    """Protects the sites of a run that is resumed; the port is of this host alone, and another one
+    where somebody has it by then."""
+    overrides = [
+        "+facility=[local_a,local_b]",
+        "facilities.local_b.ssh=far",
+        f"run_dir={tmp_path}/r",
+    ]
+    config = compose_config([*overrides, "ssh_config=conf"])
+    invitations.serve_by_ssh(config)
+    first = config.serve.listen
+    assert first == config.serve.address
+    assert str(first).startswith("127.0.0.1:")
+    assert config.ssh_config == str(Path.cwd() / "conf")
+    run = RunDir.create(config)
+    invitations.prepare(run, config)
+    assert run.sites(config) == ["local_a", "local_b"]
+    assert invitations.private_key(run, "local_a").stat().st_mode & 0o777 == 0o600
+    resumed = run.resumed_config([])
+    invitations.serve_by_ssh(resumed)
+    assert resumed.serve.listen == first
+    with socket.create_server(("127.0.0.1", int(str(first).rpartition(":")[2]))):
+        invitations.serve_by_ssh(resumed)
+        assert resumed.serve.listen != first
+    assert invitations.prepare(run, resumed) == []
