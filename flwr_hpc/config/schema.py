@@ -115,6 +115,9 @@ class ExchangeConfig:
     # of a class of your own; or several, of which each takes the values that the one before it
     # selects: ``[topk,int2]``.
     codec: Any = "full"
+    # Likewise for what the server sends: ``full`` (every version whole), or a codec of updates of
+    # what a site is known to have. What it leaves out goes with the next version.
+    downlink: Any = "full"
     # Share of what a lossy codec left out of a site's update that goes with its next one (0: none).
     feedback: float = 0.95
     inline_below_mb: float = 0.1  # Smaller payloads travel inside the Flower message

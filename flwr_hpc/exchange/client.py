@@ -28,6 +28,7 @@ class SiteExchange:
     codec: Codec
     inline_below_mb: float = 0.1
     feedback: Feedback | None = None  # Of what the codec leaves out
+    downlink: Codec | None = None  # Of updates that come from the server
 
     def receive(self, content: RecordDict, key: str, folder: Path) -> Path | None:
         """Write the arrays of a message to a verified safetensors file.
@@ -39,7 +40,7 @@ class SiteExchange:
         key : str
             Of the arrays in it.
         folder : Path
-            Where the file goes, under the sha256 of what was sent.
+            Where the file goes, under the name of the version.
 
         Returns
         -------
@@ -49,7 +50,8 @@ class SiteExchange:
         Raises
         ------
         BadPayload
-            If the payload is missing, or not what the message says.
+            If the payload is missing, or not what the message says, or relative to a version that
+            is not there any more: the server hears of it and sends the next one whole.
         OSError
             If it cannot be read or written.
         """
@@ -112,14 +114,22 @@ class SiteExchange:
         return {}
 
     def _fetch(self, ref: Reference, folder: Path) -> Path:
-        path = folder / f"{ref.sha256}.safetensors"
+        path = _file(folder, ref.version)
         if path.is_file():  # as when an order is sent again
             path.touch()  # in use again: not to be pruned
             return path
         with _scratch(folder) as payload:
             self.store.get(ref, payload)
-            save(self.codec.decode(payload), path)
+            save(self._decoded(ref, payload, folder), path)
         return path
+
+    def _decoded(self, ref: Reference, payload: Path, folder: Path) -> Tensors:
+        if not ref.base:
+            return self.codec.decode(payload)
+        base = _file(folder, ref.base)
+        if self.downlink is None or not base.is_file():
+            raise BadPayload(f"{ref.key} is relative to version {ref.base}, which is not here")
+        return self.downlink.decode(payload, TensorFile(base))
 
     def _put(
         self, weights: Path, sha256: str, folder: str, base: Path | None, order_id: str
@@ -142,6 +152,10 @@ class SiteExchange:
         if path is None or not self.codec.relative or not SHA256.fullmatch(path.stem):
             return None
         return TensorFile(path) if path.is_file() else None
+
+
+def _file(folder: Path, version: str) -> Path:
+    return folder / f"{version}.safetensors"
 
 
 @contextmanager

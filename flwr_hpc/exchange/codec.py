@@ -13,15 +13,17 @@ from flwr_hpc.exchange.tensorfile import file_size_range
 from flwr_hpc.exchange.tensors import Layout, Tensors
 
 KEY = "exchange.codec"
+DOWNLINK = "exchange.downlink"
+WHOLE = "full"
 
 
 class Codec(ABC):
     """Turns tensors into a payload file and back, on both ways between server and site.
 
     Both methods take one tensor at a time. `base` is a version of the global model that both
-    sides have: what the site decoded its order's weights from. It is None for what the server
-    publishes, which any site must be able to read alone, for codecs that are not `relative`,
-    and where the site was sent no such version; a payload then has to stand for itself.
+    sides have: what the site decoded its order's weights from or, on the way down, those of an
+    earlier one. It is None for codecs that are not `relative`, and where the site was sent no such
+    version; a payload then has to stand for itself.
     """
 
     relative: ClassVar[bool] = False  # Makes use of a base
@@ -55,35 +57,53 @@ def codec_names() -> list[str]:
     return registry.names(codecs)
 
 
-def stages(setting: object) -> list[str]:
+def stages(setting: object, key: str = KEY) -> list[str]:
     """Return the names in ``exchange.codec``: one, or several in a list."""
     names = [setting] if isinstance(setting, str) else setting
     if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
         raise UserError(
-            f"{KEY}={setting} must be a name or a list of names, e.g. {KEY}=[topk,int2]. "
+            f"{key}={setting} must be a name or a list of names, e.g. {key}=[topk,int2]. "
             f"Valid: {', '.join(codec_names())}"
         )
     return names
 
 
-def make_codec(setting: object) -> Codec:
+def make_codec(setting: object, key: str = KEY) -> Codec:
     """Return the codec that ``exchange.codec`` names.
 
     Of several names each takes the values that the one before it selects.
     """
-    *selecting, last = stages(setting)
-    made: Codec = registry.find(KEY, last, codecs, Codec)()
+    *selecting, last = stages(setting, key)
+    made: Codec = registry.find(key, last, codecs, Codec)()
     for name in reversed(selecting):
-        made = _followed(registry.find(KEY, name, codecs, Codec), name, made)
+        made = _followed(registry.find(key, name, codecs, Codec), name, made, key)
     return made
 
 
-def _followed(found: type[Codec], name: str, values: Codec) -> Codec:
+def make_downlink(setting: object, codec: Codec) -> Codec | None:
+    """Return the codec of updates that ``exchange.downlink`` names; None for whole weights.
+
+    A site whose replies, made by `codec`, were whole weights would take back what a lossy downlink
+    left out: only an update can be added to the version that the strategy knows.
+    """
+    if setting == WHOLE:
+        return None
+    made = make_codec(setting, DOWNLINK)
+    for key, found in ((f"{DOWNLINK}={setting}", made), (KEY, codec)):
+        if not found.relative:
+            raise UserError(
+                f"{key} sends whole weights. Where {DOWNLINK} is not '{WHOLE}', both ways must "
+                f"send updates: e.g. {DOWNLINK}=int8 {KEY}=int8"
+            )
+    return made
+
+
+def _followed(found: type[Codec], name: str, values: Codec, key: str) -> Codec:
     """Return a codec whose values another one packs."""
     if not getattr(found, "selective", False) or not values.relative:
         raise UserError(
-            f"{KEY}: nothing can follow '{name}' but what packs the values that a codec selects. "
-            f"Example: {KEY}=[topk,int2]"
+            f"{key}: nothing can follow '{name}' but what packs the values that a codec selects. "
+            f"Example: {key}=[topk,int2]"
         )
     composed: Codec = found(values)  # type: ignore[call-arg]
     return composed

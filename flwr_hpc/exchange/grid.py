@@ -24,9 +24,10 @@ from flwr_hpc.exchange.executors import Inline
 from flwr_hpc.exchange.expected import Expectations, Expected, order_in
 from flwr_hpc.exchange.publisher import Publisher
 from flwr_hpc.exchange.receiver import Receiver
-from flwr_hpc.exchange.store import Store
+from flwr_hpc.exchange.store import PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.protocol import ARRAYS
 
 REJECTED = 1000  # code of the error that a bad reply becomes
 TTL_S = 30 * 86400.0  # a job may queue for days; deadlines are the strategy's business
@@ -60,16 +61,19 @@ class ExchangeGrid(Grid):
     store : Store
         This run's alone.
     codec : Codec
-        What the bytes of payloads are, on both ways.
+        What the bytes of payloads are.
     folder : Path
         For this object's own files and emptied by it; on the store's file system, if that is
         local, so that nothing is copied.
+    downlink : Codec or None
+        Of updates of what a site has; None: every version is sent whole.
     inline_below_mb : float
         Smaller records stay in the message.
     stall_s : float
         A reply of which nothing has come for so long is given up.
     emit : callable
-        Told ``order_rejected`` with facility, order_id and reason.
+        Told ``order_rejected`` with facility, order_id and reason, and ``weights_sent`` with
+        facility, order_id, mb and whether they are an update.
     executor : Executor
         Where replies are pulled, fetched and checked. The default does it in `pull_messages`.
     clock : Clock
@@ -87,6 +91,7 @@ class ExchangeGrid(Grid):
         codec: Codec,
         folder: Path,
         *,
+        downlink: Codec | None = None,
         inline_below_mb: float = 0.1,
         stall_s: float = 300.0,
         emit: Callable[..., object] = lambda event, **fields: None,
@@ -100,8 +105,8 @@ class ExchangeGrid(Grid):
         self._emit = emit
         self._executor = executor or Inline()
         self._clock = clock or SystemClock()
-        self._publisher = Publisher(store, codec, folder, inline_below_mb * 1e6)
-        self._receiver = Receiver(store, codec, folder, self._publisher.reference)
+        self._publisher = Publisher(store, codec, folder, inline_below_mb * 1e6, downlink)
+        self._receiver = Receiver(store, codec, folder, self._publisher.version)
         self._expectations = Expectations()
         self._awaited: dict[str, _Awaited] = {}  # by message id
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,6 +172,7 @@ class ExchangeGrid(Grid):
         for message_id, message, sent in zip(ids, plain, encoded, strict=False):
             if message_id:
                 self._await(message_id, sent, self._expectations.reply_to(message))
+                self._tell_of(sent)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -205,6 +211,15 @@ class ExchangeGrid(Grid):
         mine = [i for i, a in self._awaited.items() if a.expected.node == expected.node]
         for old in mine[:-OPEN]:  # messages that nobody asks for any more
             self._awaited.pop(old).transfer.cancel()
+
+    def _tell_of(self, sent: Message) -> None:
+        """Say how much a node has to fetch."""
+        if sent.has_content() and (record := sent.content.get(PREFIX + ARRAYS)) is not None:
+            ref, (facility, order_id) = Reference.from_record(record), _names(sent)
+            self._emit(
+                "weights_sent", facility=facility, order_id=order_id,
+                mb=round(ref.bytes / 1e6, 3), update=bool(ref.base),
+            )  # fmt: skip
 
     # --- pull -----------------------------------------------------------------------------
 
@@ -259,8 +274,8 @@ class ExchangeGrid(Grid):
     def _reply(self, message_id: str, outcome: RecordDict | Error) -> Message:
         """Return the reply to what was sent, whatever it said that it is."""
         awaited = self._awaited.pop(message_id)
-        self._publisher.answered(awaited.sent)
         reply = Message(outcome, reply_to=awaited.sent)
+        self._publisher.answered(awaited.sent, well=not reply.has_error())
         if reply.has_error() and reply.error.code == REJECTED:
             self.rejected += 1
             facility, order_id = _names(awaited.sent)

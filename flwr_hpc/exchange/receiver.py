@@ -35,17 +35,17 @@ class Receiver:
     codec : Codec
     folder : Path
         For fetched payloads; a file goes with the last lazy array over it.
-    published : callable
-        ``published(sha256)``: the reference of a version that the sites have.
+    version : callable
+        ``version(name)``: the weights that an update is relative to.
     """
 
     def __init__(
-        self, store: Store, codec: Codec, folder: Path, published: Callable[[str], Reference]
+        self, store: Store, codec: Codec, folder: Path, version: Callable[[str], Tensors]
     ) -> None:
         self._store = store
         self._codec = codec
         self._folder = folder
-        self._published = published
+        self._version = version
 
     def take(self, content: RecordDict, expected: Expected, transfer: Transfer) -> RecordDict:
         """Return what was asked for of a reply; BadPayload or OSError if that is not good."""
@@ -84,19 +84,12 @@ class Receiver:
         check(tensors, layout, accept, transfer.advance)
         return lazy_record(tensors, layout)
 
-    def _open(
-        self, ref: Reference, layout: Layout | None, transfer: Transfer, own: bool = True
-    ) -> Tensors:
-        """Fetch a payload; its file goes with the last array over it.
-
-        `own`: as a copy that its sender cannot write to; what the server put need not be.
-        """
-        base = None
-        if ref.base and self._codec.relative:
-            base = self._open(self._published(ref.base), None, transfer, own=False)
+    def _open(self, ref: Reference, layout: Layout | None, transfer: Transfer) -> Tensors:
+        """Fetch a payload as our own copy; its file goes with the last array over it."""
+        base = self._version(ref.base) if ref.base and self._codec.relative else None
         path = self._folder / uuid.uuid4().hex
         try:
-            self._store.get(ref, path, own=own, transfer=transfer)
+            self._store.get(ref, path, own=True, transfer=transfer)
             tensors = self._codec.decode(path, base, layout)
         except BaseException:
             path.unlink(missing_ok=True)

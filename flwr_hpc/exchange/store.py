@@ -7,6 +7,7 @@ of a node, and from a node nothing but what lies in its own is taken.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Reference:
     key: str  # ``<folder>/<sha256>.payload``
     sha256: str  # Hex digest
     bytes: int  # Size of the file
-    base: str = ""  # sha256 of the payload that it is relative to, if any
+    base: str = ""  # Version that it is relative to, if any
     dtype: str = ""  # Of the floats in it, where they are in half precision
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class Reference:
         if not match or match[1] != self.sha256 or self.bytes < 0:
             raise BadPayload(f"not a reference to a payload: {self.key[:200]!r}")
         if self.base and not SHA256.fullmatch(self.base):
-            raise BadPayload(f"not the sha256 of a payload: {self.base[:200]!r}")
+            raise BadPayload(f"not the name of a version: {self.base[:200]!r}")
         if self.dtype not in ("", *HALVES):
             raise BadPayload(f"dtype {self.dtype[:20]!r} cannot be declared: {', '.join(HALVES)}")
 
@@ -60,6 +61,13 @@ class Reference:
     def of(cls, folder: str, sha256: str, size: int) -> Reference:
         """Name a payload in a folder of the store."""
         return cls(f"{folder}/{sha256}.payload", sha256, size)
+
+    @property
+    def version(self) -> str:
+        """What its content is known by: the same update of two bases makes two versions."""
+        if not self.base:
+            return self.sha256
+        return hashlib.sha256(f"{self.base} {self.sha256}".encode()).hexdigest()
 
     @property
     def folder(self) -> str:

@@ -15,7 +15,7 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.data import sources
 from flwr_hpc.data.passages import read_passages
 from flwr_hpc.errors import UserError
-from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import read_json
 from flwr_hpc.gate import peers
@@ -37,7 +37,7 @@ def check(config: Config) -> None:
         raise UserError(
             "tracking=wandb needs the package wandb. Fix it with: pip install 'flwr-hpc[wandb]'"
         )
-    make_codec(config.exchange.codec)
+    make_downlink(config.exchange.downlink, make_codec(config.exchange.codec))
     if config.exchange.store:
         make_store(config.exchange.store).check()
     check_facilities(config, list(config.facilities))

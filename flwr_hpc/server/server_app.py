@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.schema import Config, FederationConfig
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
-from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.executors import DaemonThreads
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
@@ -85,11 +85,13 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     """Train from the newest checkpoint, or from the start, to the last round."""
     store = make_store(run.store_url(config))
     store.sweep()
+    codec = make_codec(config.exchange.codec)
     exchange = ExchangeGrid(
         grid,
         store,
-        make_codec(config.exchange.codec),
+        codec,
         run.flower / "replies",
+        downlink=make_downlink(config.exchange.downlink, codec),
         inline_below_mb=config.exchange.inline_below_mb,
         stall_s=config.exchange.stall_s,
         emit=events.emit,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.exchange.client import SiteExchange
-from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.compression.feedback import Feedback
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import is_disk_trouble, private_folder
@@ -48,7 +48,8 @@ def _exchange(settings: SiteSettings) -> SiteExchange:
     feedback = Feedback(Spool(_root(settings)).feedback, gamma) if lossy else None
     remote = {"credential": Path(settings.credential or ""), "stall_s": exchange.stall_s}
     store = make_store(settings.store, **(remote if settings.credential else {}))
-    return SiteExchange(store, codec, exchange.inline_below_mb, feedback)
+    downlink = make_downlink(exchange.downlink, codec)
+    return SiteExchange(store, codec, exchange.inline_below_mb, feedback, downlink)
 
 
 def make_site(settings: SiteSettings) -> AllocationManager:

@@ -99,10 +99,18 @@ def test_a_finished_run_goes_on_for_more_rounds(undisturbed: Run, tmp_path: Path
     assert summary["facilities"]["local_a"]["steps"] == 330
 
 
-def test_asynchronous_strategy(tmp_path: Path) -> None:
-    """Protects FedBuff end to end."""
-    run = Run(tmp_path / "run", "strategy=fedbuff", "rounds=2", "train.steps=40")
+def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
+    """Protects FedBuff end to end, and weights that travel as 8-bit updates there and back."""
+    few = ("rounds=3", "train.steps=40", "exchange.inline_below_mb=0")
+    small = ("exchange.codec=int8", "exchange.downlink=int8")
+    run = Run(tmp_path / "run", "strategy=fedbuff", *few, *small)
     assert run.end() == 0, run.said()
+    trained = [e["metrics"] for e in run.events("order_done") if e["kind"] == "train"]
+    assert all(metrics["sent_share"] < 0.4 for metrics in trained)
+    sent = [(e["update"], e["mb"]) for e in run.events("weights_sent")]
+    whole, updates = ([mb for update, mb in sent if update is kind] for kind in (False, True))
+    assert (len(whole), len(updates)) >= (2, 2)
+    assert max(updates) < 0.4 * min(whole)
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
 

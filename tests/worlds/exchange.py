@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from flwr_hpc.exchange.client import SiteExchange
-from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.store import PREFIX, make_store, node_folder
@@ -119,10 +119,12 @@ class Federation:
     """An exchange grid over simulated sites."""
 
     def __init__(
-        self, folder: Path, inline_below_mb=0.0, codec="full", store=None, grid=None, **site
-    ):
+        self, folder: Path, inline_below_mb=0.0, codec="full", downlink="full", store=None,
+        grid=None, **site,
+    ):  # fmt: skip
         self.store, codec = make_store(store or str(folder / "store")), make_codec(codec)
-        exchange = SiteExchange(self.store, codec, inline_below_mb)
+        downlink = make_downlink(downlink, codec)
+        exchange = SiteExchange(self.store, codec, inline_below_mb, downlink=downlink)
         self.site = Site(exchange, folder / "sites", **site)
         self.inner = InProcess(self.site)
         self.events = []
@@ -132,10 +134,15 @@ class Federation:
             self.store,
             codec,
             folder / "server",
+            downlink=downlink,
             inline_below_mb=inline_below_mb,
-            emit=lambda event, **fields: self.events.append((event, fields)),
+            emit=self._note,
             **grid or {},
         )
+
+    def _note(self, event, **fields):
+        if event != "weights_sent":  # which every message has
+            self.events.append((event, fields))
 
     def files(self, part):
         gc.collect()
