@@ -16,6 +16,7 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import keep_files_private
 from flwr_hpc.schedulers.registry import check_facilities
+from flwr_hpc.server import preflight
 from flwr_hpc.sweep.drive import Start, command, run_points, visible_devices
 from flwr_hpc.sweep.folder import Point, SweepDir
 from flwr_hpc.sweep.options import SweepOptions, split_options
@@ -45,6 +46,7 @@ def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
     configs = [_checked(point, config_dir) for point in planned]
     gpus = max(_gpus_here(config) for config in configs)
     _check_room(gpus, options.parallel)
+    _check_one_can_start(configs)
     console = Console()
     if dry_run:
         _show(console, planned, configs)
@@ -122,6 +124,17 @@ def _checked(overrides: Sequence[str], config_dir: str | None) -> Config:
         raise UserError("a sweep runs at facilities of its own; leave serve.address out")
     check_facilities(config.facilities)
     return config
+
+
+def _check_one_can_start(configs: Sequence[Config]) -> None:
+    """Refuse a sweep of which no point could start; one that could not alone is a failed point."""
+    errors = []
+    for config in configs:
+        try:
+            return preflight.check(config)
+        except UserError as exc:
+            errors.append(exc)
+    raise errors[0]
 
 
 def _show(console: Console, planned: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:

@@ -36,6 +36,7 @@ def test_dry_run_shows_points_and_node_hours(capsys: pytest.CaptureFixture[str])
         (["train.lr=1e-3,-1"], "train.lr=-1.0 must be greater than zero"),
         (["seed=1,2", "serve.address=h:1"], "leave serve.address out"),
         (["seed=1,2", "sweep.size=1"], "Valid keys: dir, parallel, max_points, retry_failed"),
+        (["seed=1,2", "+facility=local_a", "data.paths.local_a=[no_such]"], "no_such"),
         (["seed=1,2", "--cfg", "job"], "--cfg shows one run's settings; leave -m out"),
         (["resume=nowhere"], "nowhere is not the folder of a sweep: it holds no points.json"),
     ],
