@@ -58,6 +58,8 @@ def _watch_there(name: str, folder: str, python: str | None, ssh_config: str | N
             return host.show([there.program, "-m", "flwr_hpc.watch", folder])
         except SshLostError as exc:
             raise UserError(str(exc)) from None
+        except KeyboardInterrupt:
+            return 0
         finally:
             host.close()
 
