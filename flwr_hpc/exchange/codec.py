@@ -10,7 +10,7 @@ from typing import ClassVar
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange import codecs, registry
 from flwr_hpc.exchange.tensorfile import file_size_range
-from flwr_hpc.exchange.tensors import Layout, Tensors
+from flwr_hpc.exchange.tensors import Layout, TensorInfo, Tensors
 
 KEY = "exchange.codec"
 DOWNLINK = "exchange.downlink"
@@ -50,6 +50,11 @@ class Codec(ABC):
         Floats may have the dtypes in `accept`. Nothing of another size is fetched.
         """
         return 1, file_size_range(layout, accept)[1]
+
+    def payload_gb(self, parameters: int) -> float | None:
+        """Return what so many float32 values become on their way, None where that is unknown."""
+        low, _ = self.size_range({"": TensorInfo("F32", (parameters,))})
+        return low / 1e9 if low > 1 else None
 
 
 def codec_names() -> list[str]:

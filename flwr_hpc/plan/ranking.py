@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.config import PlanConfig, checkpoint_config
 from flwr_hpc.plan.machine import machine
@@ -40,7 +41,7 @@ def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Rankin
     )  # fmt: skip
 
 
-def shape_of(config: PlanConfig) -> ModelShape:
+def shape_of(config: Config) -> ModelShape:
     """Return the shape of the configured model, from its checkpoint's ``config.json`` if any."""
     model: Mapping[str, Any] = config.model.config
     if config.model.path:

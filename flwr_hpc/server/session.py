@@ -16,8 +16,10 @@ from rich.table import Table
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.files import keep_files_private, publish, read_json
 from flwr_hpc.gate.credentials import read_credentials
+from flwr_hpc.plan.ranking import shape_of
 from flwr_hpc.schedulers.accounts import Account
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import invitations, preflight
@@ -37,6 +39,8 @@ def show_plan(config: Config, accounts: Mapping[str, Account]) -> int:
     preflight.check(config)
     console = Console()
     console.print(_plan(config))
+    if line := _traffic(config):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     _print_accounts(console, config, accounts)
     planned = RunDir(Path(config.resume or config.run_dir or "runs/DATE_TIME").absolute())
     run_key = planned.key if config.resume else "RUN"
@@ -181,6 +185,30 @@ def _plan(config: Config) -> Table:
             f"{config.data.kind} {' '.join(config.data.paths.get(name, []))}".strip(),
         )
     return table
+
+
+def _traffic(config: Config) -> str:
+    """Say what an order sends between server and site, where the model's shape is known."""
+    exchange, codec = config.exchange, make_codec(config.exchange.codec)
+    try:
+        parameters = shape_of(config).parameters
+    except UserError:  # the trainer may know it, the planner does not
+        return ""
+    up = codec.payload_gb(parameters)
+    if config.model.lora.r or up is None:
+        return ""
+    whole = 4e-9 * parameters
+    downlink = make_downlink(exchange.downlink, codec)
+    down = downlink and downlink.payload_gb(parameters)
+    return (
+        f"weights: {parameters / 1e9:.3g} B parameters, {whole:.3g} GB in float32. An order brings "
+        f"{down or whole:.3g} GB to a site (exchange.downlink={_named(exchange.downlink)}) and "
+        f"{up:.3g} GB back (exchange.codec={_named(exchange.codec)})"
+    )
+
+
+def _named(codec: object) -> str:
+    return f"[{','.join(map(str, codec))}]" if isinstance(codec, list) else str(codec)
 
 
 def _print_invitations(console: Console, run_dir: RunDir) -> None:

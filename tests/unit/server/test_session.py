@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from flwr_hpc import run
 from flwr_hpc.server.driver import SessionOutcome
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.session import _conclude
@@ -16,15 +17,47 @@ from flwr_hpc.server.session import _conclude
 
 def test_a_finished_run_names_who_was_left_out(tmp_path: Path) -> None:
     """Protects the user from taking a model for one that all facilities have trained."""
-    run = RunDir(tmp_path / "run")
-    run.path.mkdir()
+    folder = RunDir(tmp_path / "run")
+    folder.path.mkdir()
     reasons = {"a": {"excluded": None}, "b": {"excluded": "PBS refused the job: Unknown queue"}}
-    run.summary.write_text(json.dumps({"facilities": reasons}))
+    folder.summary.write_text(json.dumps({"facilities": reasons}))
     out = io.StringIO()
-    assert _conclude(Console(file=out), run, SessionOutcome("finished")) == 0
+    assert _conclude(Console(file=out), folder, SessionOutcome("finished")) == 0
     lines = out.getvalue().splitlines()
     assert "without b: PBS refused the job: Unknown queue" in lines
     assert not any(line.startswith("without a") for line in lines)
+
+
+L405B = [
+    *("model=llama3_70b", "model.config.hidden_size=16384", "model.config.num_hidden_layers=126"),
+    *("model.config.intermediate_size=53248", "model.config.num_attention_heads=128"),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "codec", "gb"),
+    [
+        (["model=llama3_1b"], "bf16", "2.47"),
+        (["model=llama3_8b"], "int8", "8.06"),
+        (["model=llama3_70b"], "int4", "37.5"),
+        (["model=llama3_70b"], "[topk,int2]", "2.62"),
+        (L405B, "[topk,int2]", "15.1"),
+    ],
+)
+def test_a_dry_run_says_what_travels(
+    model: list[str], codec: str, gb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects the table in docs/centres.md, and who pays for a line."""
+    ways = [f"exchange.codec={codec}", f"exchange.downlink={codec}"]
+    assert run.main([*model, *ways, "+facility=local_a", "dry_run=true"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("weights: "))
+    assert f"brings {gb} GB to a site (exchange.downlink={codec}) and {gb} GB back" in line
+
+
+def test_a_dry_run_of_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects what follows: without a shape the line is left out."""
+    assert run.main(["+facility=local_a", "dry_run=true", "exchange.codec=worlds.codecs.Half"]) == 0
+    assert "weights: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -40,9 +73,9 @@ def test_the_last_line_loads_the_model(
     tmp_path: Path, file: str, content: dict[str, object], loader: str
 ) -> None:
     """Protects the line that users copy: the class is the model's."""
-    run = RunDir(tmp_path / "run")
-    run.model.mkdir(parents=True)
-    (run.model / file).write_text(json.dumps(content))
+    folder = RunDir(tmp_path / "run")
+    folder.model.mkdir(parents=True)
+    (folder.model / file).write_text(json.dumps(content))
     out = io.StringIO()
-    assert _conclude(Console(file=out), run, SessionOutcome("finished")) == 0
+    assert _conclude(Console(file=out), folder, SessionOutcome("finished")) == 0
     assert f"load the model with {loader}.from_pretrained" in out.getvalue()
