@@ -63,6 +63,7 @@ class RemoteSite:
     ) -> None:
         self.name, self.host, self._clock = name, host, clock or SystemClock()
         self._config, self._invitation, self._memory = config, invitation, memory
+        self._met = False  # Whether it was there since this process began
         self.known = Memory(**(read_json(memory) or {}))
 
     def check(self) -> PythonThere:
@@ -95,11 +96,15 @@ class RemoteSite:
                 f"{there.host}: let HostName in ~/.ssh/config name {found['host']} alone"
             )
         running = found["state"] == "running"
+        if self._met and found["code"] == 0:  # it has ended well while the line was down
+            return found
         if self.known.port:
             self.host.hide(self.known.local, self.known.port)
         there_port = self._expose(port, must=running)
         self._remember(replace(self.known, port=there_port, local=port))
-        return found if running else self._start(invitation)
+        found = found if running else self._start(invitation)
+        self._met = True
+        return found
 
     def follow(self) -> subprocess.Popen[bytes]:
         """Return the process that hands on what the site writes."""
