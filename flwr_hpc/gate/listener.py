@@ -24,6 +24,9 @@ MAX_CONNECTIONS = 1024
 MAX_PER_HOST = 256  # A tunnel or a network's one address may stand for several sites
 HANDSHAKE_S = 15.0
 HEADERS_S = 15.0
+# Bytes of a connection that wait in the kernel for their turn on the line, else megabytes: a cut
+# loses them, and by so much what counts as sent is ahead of what arrives.
+UNSENT = 1 << 17
 STALLED_MS = 120_000  # of what is sent and not acknowledged: the peer is gone
 
 
@@ -65,6 +68,8 @@ class Listener:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             door.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         loop = asyncio.get_running_loop()
         assert self.config.ssl is not None, "the public socket is never without TLS"
         return await loop.create_server(

@@ -24,7 +24,8 @@ from flwr_hpc.files import try_lock
 
 CHUNK = 8 << 20
 STREAMS = 4
-PIECE = 1 << 20  # bytes moved or hashed at a time
+PIECE = 1 << 20  # bytes hashed at a time
+KEPT = 1 << 17  # bytes after which what has come is written: a cut costs no more
 AGE_S, COUNT = 7 * 86400.0, 8  # of partial files in a folder: older and more are removed
 PART, MARKS = ".part", ".marks"
 MARK = struct.Struct("<I")  # bytes of a chunk that are here
@@ -150,7 +151,7 @@ class _Part:
                 expected = f"bytes {at}-{end - 1}/{self._ref.bytes}"
                 if response.headers.get("Content-Range") != expected:
                     raise BadPayload(f"the server sends other bytes of {self._ref.key} than asked")
-                for piece in response.raw.stream(PIECE, decode_content=False):
+                for piece in response.raw.stream(KEPT, decode_content=False):
                     at = self._write(at, end, piece)
                     os.pwrite(self._marks.fileno(), MARK.pack(at - first), i * MARK.size)
             if at < end:

@@ -30,7 +30,7 @@ class Move:
     seconds: float = 0.0  # in which at least one request for it was open
     requests: int = 0  # open now
     since: float = 0.0
-    reported_at: float = float("-inf")
+    reported_at: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -57,12 +57,13 @@ class Meter:
         self, site: str, way: Way, ref: Reference, begins_at: int
     ) -> Iterator[Callable[[int], None]]:
         """Yield what counts a request's bytes; `begins_at` had come before this server began."""
-        key = site, way, ref.sha256
-        move = self._moves.setdefault(key, Move(site, way, ref.sha256, ref.bytes, begins_at))
+        key, now = (site, way, ref.sha256), self._clock.now()
+        new = Move(site, way, ref.sha256, ref.bytes, begins_at, reported_at=now)
+        move = self._moves.setdefault(key, new)
         while len(self._moves) > MOST_MOVES:
             del self._moves[next(iter(self._moves))]
         if not move.requests:
-            move.since = self._clock.now()
+            move.since = now
         move.requests += 1
         try:
             yield lambda count: self._count(move, count)

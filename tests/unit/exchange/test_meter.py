@@ -32,7 +32,7 @@ def test_a_payload_on_its_way_is_reported_now_and_then_and_at_its_end() -> None:
         for _ in range(40):
             world.clock.time += 1.0
             moved(MB)
-    assert [m.bytes for m in world.moves] == [MB * n for n in (1, 6, 11, 16, 21, 26, 31, 36, 40)]
+    assert [m.bytes for m in world.moves] == [MB * n for n in (5, 10, 15, 20, 25, 30, 35, 40)]
     last = world.moves[-1]
     assert (last.done, last.seconds, last.site, last.way) == (True, 40.0, "node-7", "to_site")
     assert all(b.reported_at - a.reported_at >= EVERY_S for a, b in zip(

@@ -144,6 +144,12 @@ def test_a_site_asks_what_it_joins(world: World) -> None:
     assert (status, json.loads(body)) == (200, {"run_key": "r1", **own})
 
 
+def test_little_waits_in_the_kernel_for_the_line(world: World) -> None:
+    """Protects slow lines: megabytes that a cut would lose, and that count as sent already."""
+    option = world.door.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+    assert option == listener.UNSENT  # which every connection takes over
+
+
 def test_a_site_learns_whether_its_invitation_is_in_use(world: World) -> None:
     """Protects a person from joining twice, and from one who has a copy of the invitation."""
     assert world.ask("POST", PULL, b"", node())[0] == 200
