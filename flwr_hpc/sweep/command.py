@@ -53,7 +53,7 @@ def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
         return 0
     keep_files_private()
     with folder.lock() as lock:
-        points = folder.add(planned, config_dir)
+        points = [p for p in folder.add(planned, config_dir) if p.overrides in planned]
         return _run(folder, points, options, command(folder, lock, gpus), console)
 
 
@@ -62,7 +62,7 @@ def _run(
 ) -> int:
     def say(what: str, point: Point) -> None:
         reason = f": {point.reason}" if point.reason else ""
-        line = f"{point.name} of {len(points)}  {_settings(points, point)}  {what}{reason}"
+        line = f"point {point.name}  {_settings(points, point)}  {what}{reason}"
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     todo = [p for p in points if p.code is None or (p.code and options.retry_failed)]
@@ -72,12 +72,13 @@ def _run(
     number = run_points(folder, todo, options.parallel, start, say)
     with suppress(KeyboardInterrupt):
         report(folder, console)
-    return _conclude(folder, number, console)
+    mine = {point.name for point in points}
+    return _conclude(folder, [p for p in folder.points() if p.name in mine], number, console)
 
 
-def _conclude(folder: SweepDir, number: int, console: Console) -> int:
+def _conclude(folder: SweepDir, points: Sequence[Point], number: int, console: Console) -> int:
     """Say what is left to do."""
-    path, points = shlex.quote(str(folder.path)), folder.points()
+    path = shlex.quote(str(folder.path))
     left = sum(p.code is None for p in points)
     failed = sum(bool(p.code) for p in points)
     go_on = f"python -m flwr_hpc.run resume={path}"

@@ -44,7 +44,7 @@ def test_a_sweep_goes_on_where_it_was_and_past_what_fails(tmp_path: Path) -> Non
     sweep = tmp_path / "sweep"
     command = ["-m", *SETTINGS, *GRID, "rounds=1", "train.steps=20", f"sweep.dir={sweep}"]
     first = _command(tmp_path, *command)
-    second_point = "001 of 4  data.paths.local_a=[json] train.lr=0.01  started"
+    second_point = "point 001  data.paths.local_a=[json] train.lr=0.01  started"
     until(
         lambda: second_point in (tmp_path / "out").read_text() or first.poll() is not None,
         tmp_path, explain=(tmp_path / "out").read_text,

@@ -84,3 +84,15 @@ def test_a_resumed_sweep_needs_no_m_and_takes_no_settings(
     assert run.main([f"resume={folder.path}"]) == 0
     assert "2 of 2 points have ended before" in capsys.readouterr().out
     assert not folder.run_dir(folder.points()[0]).exists()
+
+
+def test_a_command_runs_the_points_it_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Protects the rest of a sweep from being run by a command that asks for a part of it."""
+    folder = SweepDir(tmp_path / "s")
+    first, _ = folder.add([["seed=1"], ["seed=2"]], None)
+    folder.end(first, 0)
+    assert run.main(["-m", "seed=choice(1)", f"sweep.dir={folder.path}"]) == 0
+    assert "1 of 1 points have ended before" in capsys.readouterr().out
+    assert [p.code for p in folder.points()] == [0, None]
