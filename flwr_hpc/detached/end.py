@@ -55,7 +55,8 @@ def _stop(run: RunDir, clock: Clock) -> None:
     deadline = clock.now() + STOP_S
     while run.in_use() and clock.now() < deadline:
         clock.sleep(POLL_S)
-    print(f"its process ({pid}) has been stopped")
+    if not run.in_use():  # else the lock is refused, with words
+        print(f"its process ({pid}) has been stopped")
 
 
 def _end_site(site: RemoteSite) -> tuple[bool, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -129,7 +130,7 @@ class RemoteSite:
     @property
     def by_hand(self) -> str:
         """What a person types on the host to end the site."""
-        return " ".join([self.known.program, *KEEPER, "end", self.known.folder])
+        return shlex.join([self.known.program, *KEEPER, "end", self.known.folder])
 
     def _start(self, invitation: Invitation) -> dict[str, Any]:
         """Send what it needs, and start it."""
