@@ -111,6 +111,23 @@ def sync_dir(folder: Path) -> None:
     _sync(folder)
 
 
+def can_link(source: Path, target: Path) -> bool:
+    """Whether a file of the folder `source` can have a second name in `target`, which is made."""
+    source.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    probe = f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        (source / probe).touch()
+        os.link(source / probe, target / probe)
+    except OSError:
+        return False
+    finally:
+        for folder in (source, target):
+            with contextlib.suppress(OSError):
+                (folder / probe).unlink(missing_ok=True)
+    return True
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return a published JSON object, or None while there is none."""
     try:

@@ -4,7 +4,8 @@
 
     SITE/checkpoints/<order id>@<cumulative step>/   DCP files and meta.json
 
-A checkpoint can be loaded at another world size than it was saved at.
+A checkpoint can be loaded at another world size than it was saved at. Weights that were written
+as an order's result are not written again: the checkpoint has a hard link to them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from flwr_hpc.files import publish, read_json, sync_dir
+from flwr_hpc.files import can_link, publish, read_json, sync_dir
 from flwr_hpc.spool import CHECKPOINT_META, checkpoint_name
+from flwr_hpc.train.background import Staging
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.worker.lifeline import RankError, cause_of
 
 # torch derives the former from BaseException, so that it passes every ``except Exception``.
 FAILURES = (CheckpointException, Exception)
+
+MODEL = "model."  # Begins the names of the tensors that an order's result holds, too
+WEIGHTS = "weights.safetensors"  # Those of the result, linked
 
 
 class DamagedCheckpointError(Exception):
@@ -68,6 +73,8 @@ class Checkpoints:
         self._root = root
         self._group = group
         self._keep = keep
+        self._staging = Staging()
+        self._links: bool | None = None
 
     def newest(self, order_id: str | None = None) -> Saved | None:
         """Return the newest complete checkpoint (of an order); the same on every rank."""
@@ -81,8 +88,8 @@ class Checkpoints:
             raise self._set_aside(agreed, f"{CHECKPOINT_META} is missing or damaged")
         return agreed
 
-    def save(self, order_id: str, step: int, tensors: dict[str, Tensor], meta: Any) -> float:
-        """Publish a checkpoint and return the seconds it took; a collective call.
+    def save(self, order_id: str, step: int, tensors: dict[str, Tensor], meta: Any) -> None:
+        """Publish a checkpoint; a collective call.
 
         Parameters
         ----------
@@ -95,19 +102,52 @@ class Checkpoints:
         meta : dict
             JSON.
         """
-        began = time.perf_counter()
-        target = self._root / checkpoint_name(order_id, step)
-        draft = target.with_name(f".{target.name}.tmp")
-        first = self._group.ranks.rank == 0
+        self._write(checkpoint_name(order_id, step), tensors, meta, None)
+
+    def stage(
+        self,
+        order_id: str,
+        step: int,
+        tensors: dict[str, Tensor],
+        meta: Any,
+        weights: Path | None = None,
+    ) -> Callable[[], None]:
+        """Copy the tensors and return what publishes them, from any thread; a collective call.
+
+        Only one checkpoint may be staged at a time.
+
+        Parameters
+        ----------
+        order_id, step, tensors, meta
+            See `save`.
+        weights : Path or None
+            A file that will hold all of the model's tensors once these are to be published.
+        """
+        if weights is not None and self._can_link(weights.parent):
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(MODEL)}
+            meta = meta | {"weights": True}
+        else:
+            weights = None
+        name, copies = checkpoint_name(order_id, step), self._staging.copy(tensors)
+        return lambda: self._write(name, copies, meta, weights)
+
+    def _write(
+        self, name: str, tensors: dict[str, Tensor], meta: Any, weights: Path | None
+    ) -> None:
+        target, group = self._root / name, self._group
+        draft = target.with_name(f".{name}.tmp")
+        first = group.ranks.rank == 0
         exists = first and target.exists()
         if first and not exists:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-        if self._group.broadcast(exists):  # saved before by a job that died afterwards
-            return time.perf_counter() - began
+        if group.broadcast(exists, group.background):
+            return  # saved before by a job that died afterwards
         try:
-            state_dict_saver.save(tensors, checkpoint_id=draft)
+            state_dict_saver.save(tensors, checkpoint_id=draft, process_group=group.background)
             if first:
+                if weights is not None:
+                    os.link(weights, draft / WEIGHTS)
                 publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
                 draft.rename(target)
                 sync_dir(self._root)
@@ -117,18 +157,42 @@ class Checkpoints:
                 shutil.rmtree(draft, ignore_errors=True)
             words = f"checkpoint {target} cannot be written: {_reason(exc)}"
             raise RankError(words, cause=cause_of(exc)) from exc
-        return time.perf_counter() - began
 
-    def load(self, saved: Saved, tensors: dict[str, Tensor]) -> None:
+    def _can_link(self, folder: Path) -> bool:
+        """Whether files of `folder` can have a second name here; not every file system has that."""
+        if self._links is None:
+            first = self._group.ranks.rank == 0
+            self._links = bool(self._group.broadcast(first and can_link(folder, self._root)))
+        return self._links
+
+    def load(
+        self,
+        saved: Saved,
+        tensors: dict[str, Tensor],
+        load_weights: Callable[[Path], None] | None = None,
+    ) -> None:
         """Fill `tensors` in place; a collective call.
+
+        Parameters
+        ----------
+        saved : Saved
+        tensors : dict of str to Tensor
+        load_weights : callable or None
+            Takes over the model's tensors where they lie in a file of their own; None: they stay
+            as they are then.
 
         Raises
         ------
         DamagedCheckpointError
             On every rank. The next newest is another.
         """
+        apart = bool(saved.meta.get("weights"))
+        if apart:
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(MODEL)}
         try:
             state_dict_loader.load(tensors, checkpoint_id=saved.path)
+            if apart and load_weights is not None:
+                load_weights(saved.path / WEIGHTS)
         except FAILURES as exc:
             if (cause := cause_of(exc)) != "work":
                 raise RankError(_reason(exc), cause=cause) from exc

@@ -11,6 +11,7 @@ from flwr_hpc.config.validate import check_objective
 from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.spool import Spool
+from flwr_hpc.train.background import Background
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.model import build, is_encoder_decoder
@@ -58,6 +59,7 @@ def load(
             settings.peak_tflops,
         ),
         deadline=deadline,
+        background=Background(group),
     )  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import DataCursor
@@ -17,11 +19,15 @@ from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.control_variates import ControlVariates
 from flwr_hpc.train.algorithms.local_update_share import LocalUpdate
 from flwr_hpc.train.algorithms.local_weights import LocalWeights, missing_start
+from flwr_hpc.train.background import Background
 from flwr_hpc.train.checkpoint import Checkpoints, DamagedCheckpointError, Saved
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.progress import DivergedError, OrderProgress, Proximal
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.deadline import Deadline, Stop
+
+# Writes something of an order, and returns what its result has to say of that.
+Write = Callable[[], dict[str, Any]]
 
 
 @dataclass
@@ -34,11 +40,13 @@ class OrderRunner:
     train: TrainConfig
     meter: Meter
     deadline: Deadline  # Asked before each training step
+    background: Background  # Writes while training goes on
     step_s: float = 0.0
     _weights_s: float = 0.0
     _checkpoint_s: float = 0.0
     _position: tuple[int, str] = (0, "")  # Cumulative step, and the order that led there
     _unsaved: tuple[str, dict[str, Any]] | None = None
+    _writes: list[Write] = field(default_factory=list)  # Of the order that has just ended
     _variates: ControlVariates | None = None
     _keeps: bool = False  # The weights here are the site's own, not to be lost
     _since_checkpoint: int = 0
@@ -55,16 +63,43 @@ class OrderRunner:
         folder: OrderDir,
         extra_arrays: Mapping[str, Path] | None = None,
     ) -> Result | None:
-        """Return the result, to be published by rank 0; None if it is left to another job."""
+        """Return the result, to be published next; None if it is left to another job."""
+        self.background.check()
         self.meter.begin()
+        self._writes = []
         if order.kind == "initialize":
             return self._initialize(order, folder)
         if order.kind == "evaluate":
             return self._evaluate(order, weights)
         return self._train(order, weights, folder, (extra_arrays or {}).get(CORRECTION))
 
+    def publish(self, folder: OrderDir, result: Result) -> None:
+        """Publish an order's result once all is written that belongs to it; on every rank.
+
+        That is done while the next order is trained. A result is not seen before its checkpoint:
+        a job that takes over, or one that is killed, lacks nothing of an answered order.
+        """
+        writes, self._writes = self._writes, []
+        first = self.meter.group.ranks.rank == 0
+        if not writes:
+            if first:
+                folder.write_result(result)
+            return
+
+        def work() -> None:
+            answer, began = result, time.perf_counter()
+            for write in writes:
+                answer = dataclasses.replace(answer, **write())
+            self.deadline.reserve_s = 2.0 * (self.write_s + self.step_s) + 1.0
+            answer.seconds["background"] = time.perf_counter() - began
+            if first:
+                folder.write_result(answer)
+
+        self.background.start(work)
+
     def restore(self) -> None:
         """Go back to the newest checkpoint, or to the beginning if there is none."""
+        self.background.wait()
         while True:
             try:
                 saved = self.checkpoints.newest()
@@ -79,7 +114,8 @@ class OrderRunner:
         self._position, self._unsaved = (0, ""), None
 
     def save(self) -> None:
-        """Write down a state that the last orders left unsaved; a collective call."""
+        """Wait for what is being written, and save what orders left unsaved; a collective call."""
+        self.background.wait()
         if self._unsaved is not None and self.train.checkpoint_every_orders > 0:
             self._save(*self._unsaved)
 
@@ -92,9 +128,9 @@ class OrderRunner:
     # The kinds of order
 
     def _initialize(self, order: Order, folder: OrderDir) -> Result:
-        sha256 = self._write(folder)
+        self._write_weights(folder, None)
         return Result(
-            order.id, "done", weights=folder.weights.name, sha256=sha256,
+            order.id, "done", weights=folder.weights.name,
             files=self.files, seconds=self.meter.seconds,
         )  # fmt: skip
 
@@ -130,7 +166,7 @@ class OrderRunner:
         # A checkpoint of this very order: the job that worked on it died.
         saved = self.checkpoints.newest(order.id)
         if saved is None:
-            self._take_over()
+            self._take_over(with_weights=weights is None or order.merges is not None)
             if missing := missing_start(order, self._position[1]):
                 return Result(order.id, "failed", error=missing, refused=True)
         if correction or order.options.get(MEAN_GRADIENT):
@@ -142,20 +178,21 @@ class OrderRunner:
             if trained.stopped and not trained.steps:
                 return None  # nothing to tell: the next allocation does better
             finished = trained.stopped != Stop.LEAVE
-            self._checkpoint(order, trained, metrics, finished)
+            meta = self._finish(order, trained, metrics, finished)
             if not finished:
+                self._save(order.id, meta)
                 return None
         self._update.end(order)
         return self._report(order, folder, trained, metrics)
 
     # Phases of a training order
 
-    def _take_over(self) -> None:
+    def _take_over(self, with_weights: bool) -> None:
         """Go on from where another allocation of this site has got in the meantime."""
         newest = self.checkpoints.newest()
         if newest is not None and newest.place > self._position:
             with self.meter.phase("transfer", "read"):
-                self._load(newest)
+                self._load(newest, with_weights)
 
     def _begin(self, order: Order, weights: Path | None, saved: Saved | None) -> Proximal | None:
         mu = float(order.options.get("proximal-mu", 0.0))
@@ -212,14 +249,17 @@ class OrderRunner:
     def _report(
         self, order: Order, folder: OrderDir, trained: OrderProgress, metrics: dict[str, float]
     ) -> Result:
-        sha256 = self._write(folder, order.returns)
-        extra_arrays = self._write_extra_arrays(order, folder, trained)
+        self._write_weights(folder, order.returns)
+        self._write_gradient(order, folder, trained)
+        if 0 < self.train.checkpoint_every_orders <= self._since_checkpoint:
+            self._stage(folder.weights if order.returns is None else None)
+        self._variates = None
         return Result(
-            order.id, "done", extra_arrays=extra_arrays,
+            order.id, "done",
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,
             metrics=metrics | self.meter.metrics(trained) | self.meter.memory(),
             note=self._take_notes(),
-            weights=folder.weights.name, sha256=sha256, seconds=self.meter.seconds,
+            weights=folder.weights.name, seconds=self.meter.seconds,
         )  # fmt: skip
 
     def _take_notes(self) -> str:
@@ -233,9 +273,10 @@ class OrderRunner:
 
     # Checkpoints
 
-    def _checkpoint(
+    def _finish(
         self, order: Order, trained: OrderProgress, metrics: dict[str, float], finished: bool
-    ) -> None:
+    ) -> dict[str, Any]:
+        """Count the order's steps as done; return what a checkpoint notes of that."""
         meta = {
             "step": self.trainer.step, "sequences": self.trainer.cursor.sequences,
             "finished": finished, "metrics": metrics,
@@ -244,23 +285,48 @@ class OrderRunner:
         self._keeps = order.returns is not None
         self._position, self._unsaved = (self.trainer.step, order.id), (order.id, meta)
         self._since_checkpoint += 1
-        if not finished or 0 < self.train.checkpoint_every_orders <= self._since_checkpoint:
-            self._save(order.id, meta)
+        return meta
 
     def _save(self, order_id: str, meta: dict[str, Any]) -> None:
+        """Write a checkpoint at once."""
+        self.background.wait()
         with self.meter.phase("transfer", "write"):
-            tensors, meta = self.trainer.tensors(), meta | {"summed": self._variates is not None}
-            tensors = tensors | (self._variates.tensors() if self._variates else {})
-            self._checkpoint_s = self.checkpoints.save(order_id, meta["step"], tensors, meta)
+            began = time.perf_counter()
+            tensors, meta = self._tensors(meta)
+            self.checkpoints.save(order_id, meta["step"], tensors, meta)
+            self._checkpoint_s = time.perf_counter() - began
         self._since_checkpoint, self._unsaved = 0, None
 
-    def _load(self, saved: Saved) -> None:
+    def _stage(self, weights: Path | None) -> None:
+        """Copy what a checkpoint of the order needs, to be written in the background."""
+        if self._unsaved is None:
+            return  # it is there: an earlier job died between checkpoint and result
+        order_id, meta = self._unsaved
+        with self.meter.phase("transfer", "write"):
+            tensors, meta = self._tensors(meta)
+            write = self.checkpoints.stage(order_id, meta["step"], tensors, meta, weights)
+        self._since_checkpoint, self._unsaved = 0, None
+
+        def checkpoint() -> dict[str, Any]:
+            began = time.perf_counter()
+            write()
+            self._checkpoint_s = time.perf_counter() - began
+            return {}
+
+        self._writes.append(checkpoint)
+
+    def _tensors(self, meta: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        summed = self._variates.tensors() if self._variates else {}
+        return self.trainer.tensors() | summed, meta | {"summed": bool(summed)}
+
+    def _load(self, saved: Saved, with_weights: bool = True) -> None:
         tensors = self.trainer.tensors()
         if self._variates is not None and saved.meta.get("summed"):
             tensors = tensors | self._variates.tensors()
         else:
             self._variates = None  # nobody knows the sum any more; all steps are done
-        self.checkpoints.load(saved, tensors)
+        load_weights = self.trainer.load_weights if with_weights else None
+        self.checkpoints.load(saved, tensors, load_weights)
         self.trainer.step = int(saved.meta["step"])
         self.trainer.cursor = DataCursor(int(saved.meta["sequences"]))
         self._position, self._unsaved = saved.place, None
@@ -269,23 +335,25 @@ class OrderRunner:
 
     # Files
 
-    def _write(self, folder: OrderDir, names: Collection[str] | None = None) -> str:
-        began = time.perf_counter()
+    def _write_weights(self, folder: OrderDir, names: Collection[str] | None) -> None:
+        self.background.wait()  # what was gathered for the order before is written by then
         with self.meter.phase("transfer", "write"):
-            sha256 = self.trainer.save_weights(folder.weights, names)
-        self._weights_s = time.perf_counter() - began
-        return sha256
+            publish = self.trainer.gather_weights(folder.weights, names)
 
-    def _write_extra_arrays(
-        self, order: Order, folder: OrderDir, trained: OrderProgress
-    ) -> dict[str, str]:
+        def write() -> dict[str, Any]:
+            began = time.perf_counter()
+            sha256 = publish()
+            self._weights_s = time.perf_counter() - began
+            return {"sha256": sha256}
+
+        self._writes.append(write)
+
+    def _write_gradient(self, order: Order, folder: OrderDir, trained: OrderProgress) -> None:
         """Write the mean gradient, if it was asked for and is known."""
-        variates, self._variates = self._variates, None
-        if variates is None or not order.options.get(MEAN_GRADIENT):
-            return {}
-        began = time.perf_counter()
+        if self._variates is None or not order.options.get(MEAN_GRADIENT):
+            return
         with self.meter.phase("transfer", "write"):
-            path = folder.arrays(GRADIENT)
-            sha256 = self.trainer.save_gradient(path, variates, trained.steps)
-        self._weights_s += time.perf_counter() - began
-        return {GRADIENT: sha256}
+            publish = self.trainer.gather_gradient(
+                folder.arrays(GRADIENT), self._variates, trained.steps
+            )
+        self._writes.append(lambda: {"extra_arrays": {GRADIENT: publish()}})

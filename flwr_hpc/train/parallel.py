@@ -73,11 +73,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Gather a tensor on the CPU in float32; a collective call."""
+    """Gather a copy of a tensor on the CPU in float32; a collective call."""
     whole: Any = tensor.detach()
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()
-    return whole.to("cpu", torch.float32)  # type: ignore[no-any-return]
+    own = whole.untyped_storage().data_ptr() == local(tensor).untyped_storage().data_ptr()
+    return whole.to("cpu", torch.float32, copy=own)  # type: ignore[no-any-return]
 
 
 def put(value: Tensor, target: Tensor) -> None:

@@ -76,13 +76,14 @@ class Group:
     # gloo, on which the ranks tell each other how an order ended; its own, because a rank
     # that failed must not meet the others inside another collective.
     verdict: dist.ProcessGroup
+    background: dist.ProcessGroup  # gloo, for a thread that writes while training goes on
     lifeline: Lifeline
     store: RankStore  # torch keeps no reference to what of it is Python
 
-    def broadcast(self, value: Any) -> Any:
-        """Return rank 0's `value` on every rank."""
+    def broadcast(self, value: Any, group: dist.ProcessGroup | None = None) -> Any:
+        """Return rank 0's `value` on every rank; over `control` if no other group is given."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=group or self.control)
         return box[0]
 
     def total(self, values: list[float]) -> list[float]:
@@ -185,9 +186,10 @@ def join(
     _open_process_group(store, ranks, device)
     control = dist.new_group(backend="gloo", timeout=FOREVER)
     verdict = dist.new_group(backend="gloo", timeout=COLLECTIVE)
-    for group in (None, control, verdict):  # None: all ranks' own
+    background = dist.new_group(backend="gloo", timeout=COLLECTIVE)
+    for group in (None, control, verdict, background):  # None: all ranks' own
         prove(group, ranks, secret, timeout_s)
-    return Group(ranks, device, control, verdict, lifeline, store)
+    return Group(ranks, device, control, verdict, background, lifeline, store)
 
 
 def _open_process_group(store: RankStore, ranks: Ranks, device: torch.device) -> None:

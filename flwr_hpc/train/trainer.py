@@ -24,7 +24,7 @@ from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate, step_if_f
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress, Proximal
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.train.weights import layout_of, read_weights, write_weights
+from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
 from flwr_hpc.worker.deadline import Stop
 
 
@@ -111,20 +111,29 @@ class Trainer:
 
         Returns the sha256 on rank 0.
         """
+        return self.gather_weights(path, names)()
+
+    def gather_weights(self, path: Path, names: Collection[str] | None = None) -> Callable[[], str]:
+        """Gather the weights, or those named; return what publishes them as `save_weights` does.
+
+        That is no collective call, and can be made while training goes on.
+        """
         reshard(self._model)
         layout = self.layout(names)
-        return self._publish(path, layout, (full(self._exchanged[name]) for name in layout))
+        return self._gather(path, layout, (full(self._exchanged[name]) for name in layout))
 
-    def save_gradient(self, path: Path, variates: ControlVariates, steps: int) -> str:
-        """Publish the mean gradient of `steps` steps, as `save_weights` does the weights."""
-        return self._publish(path, self.layout(), variates.mean(steps, self._exchanged))
+    def gather_gradient(
+        self, path: Path, variates: ControlVariates, steps: int
+    ) -> Callable[[], str]:
+        """Gather the mean gradient of `steps` steps, as `gather_weights` does the weights."""
+        return self._gather(path, self.layout(), variates.mean(steps, self._exchanged))
 
-    def _publish(self, path: Path, layout: Layout, tensors: Iterator[Tensor]) -> str:
+    def _gather(self, path: Path, layout: Layout, tensors: Iterator[Tensor]) -> Callable[[], str]:
         if self._group.ranks.rank == 0:
-            return write_weights(path, layout, tensors)
+            return gathered_weights(path, layout, tensors)
         for _ in tensors:  # take part in gathering
             pass
-        return ""
+        return lambda: ""
 
     def shards(self) -> list[Tensor]:
         """Return this rank's parts of the weights that travel, to be changed in place."""

@@ -91,6 +91,13 @@ class Worker:
             should_stop=self._should_leave,
         )  # fmt: skip
 
+    def _left(self, failure: Failure) -> Exception:
+        """Leave the group in order, unless it lost a rank; return what to raise."""
+        if failure.cause != "peer":
+            self._runner.background.drain()
+            self._group.close()
+        return _error(failure)
+
     def serve(self) -> tuple[str, str, str]:
         """Carry out orders until released, idle for too long, out of walltime or told to end.
 
@@ -99,6 +106,8 @@ class Worker:
         tuple
             The worker's last state: its name, no order, error.
         """
+        from flwr_hpc.train.rendezvous import COLLECTIVE
+
         self._timer.switch_to("idle")
         too_late = bool(self._deadline.should_stop())
         if not too_late:
@@ -108,7 +117,9 @@ class Worker:
             if not self._carry_out(*task):
                 break
             self._reporter.set_state("ready")
-        self._runner.save()
+        _, failures = self._group.attempt(self._runner.save, COLLECTIVE.total_seconds())
+        if failures:
+            raise self._left(failures[0])
         self._group.close()
         if self._deadline.interrupted:
             return "interrupted", "", ""
@@ -116,6 +127,8 @@ class Worker:
 
     def _should_leave(self) -> bool:
         self._reporter.progressed()  # an idle worker does nothing but look
+        if self._runner.background.failed:  # the launcher waits for a result that never comes
+            return True
         return bool(self._deadline.should_stop(self._runner.step_s))
 
     def _load(self) -> OrderRunner:
@@ -167,16 +180,13 @@ class Worker:
                 _refuse(folder, order, first.message, first.fatal)
             if not first.fatal:
                 # What state this left behind is not known: the next try starts afresh.
-                if first.cause != "peer":
-                    self._group.close()
-                raise _error(first)
+                raise self._left(first)
             if self._runner.trainer.step != step:
                 self._runner.restore()
             return True
-        if result is not None and self._group.ranks.rank == 0:
-            folder.write_result(result)
-        if write_s := self._runner.write_s:
-            self._deadline.reserve_s = 2.0 * (write_s + self._runner.step_s) + 1.0
+        if result is not None:
+            self._inbox.answered(order.id)
+            self._runner.publish(folder, result)
         return result is not None
 
     def _why_too_late(self) -> str:

@@ -53,6 +53,10 @@ class Inbox:
             pause = min(1.2 * pause, LONGEST_PAUSE_S)
         return None
 
+    def answered(self, order_id: str) -> None:
+        """Leave out an order whose result is about to be written."""
+        self._done.add(order_id)
+
     def _assigned(self) -> str | None:
         for order_id in self._allocation.inbox():
             if order_id in self._done:

@@ -186,6 +186,18 @@ def test_checkpoint_of_two_ranks_is_restored_on_one(
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_checkpoint_is_written_while_training_goes_on(
+    pair: Team, tmp_path: Path, lora: bool
+) -> None:
+    """What is written is the state at the order's end, and the weights lie on the disk once."""
+    found = pair.run(scenario.staged, tmp_path, lora=lora)
+    assert_same(found["states"][1], found["states"][0], rtol=0)
+    assert len(found["files"]) == 2, "each rank writes its own shards"
+    assert len(found["inodes"]) == 1
+    assert all(name.startswith("optimizer.") for name in found["held"])
+
+
 def test_the_last_two_checkpoints_stay(pair: Team, tmp_path: Path) -> None:
     """Nothing half-written is left behind, and saving again is harmless."""
     names = pair.run(scenario.saved_thrice, tmp_path)

@@ -113,6 +113,63 @@ def test_kill_of_one_rank_ends_all_and_the_order_is_finished_elsewhere(
     assert_equal(again.weights, weights_of(undisturbed, 2))
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from torch.distributed.checkpoint import FileSystemWriter
+from flwr_hpc.train import worker
+write, folder = FileSystemWriter.write_data, Path(sys.argv[1])
+def slow(self, *args):
+    while (folder / "slow").exists():
+        time.sleep(0.02)
+    return write(self, *args)
+FileSystemWriter.write_data = slow
+worker.run(sys.argv[1])
+"""
+
+
+def test_kill_while_a_checkpoint_is_written(site: Site, undisturbed: Site) -> None:
+    """The next order is trained meanwhile; kill -9 then costs what was not answered and no more:
+    the checkpoint before is whole, and both orders end as in a run in which nothing happened."""
+    allocation = site.start(program=SLOW)
+    start = weights_of(undisturbed, 0)
+    one = site.order(allocation, 1, kind="train", steps=4, evaluate=True, start=start)
+    site.done(one)
+    (allocation.path / "slow").touch()
+    two = site.order(allocation, 2, kind="train", steps=4, start=one.weights)
+    three = site.order(allocation, 3, kind="train", steps=100_000, start=one.weights)
+    site.wait(lambda: three.progress().get("step", 0) > 3)
+    assert two.result() is None
+    site.processes[0][1].kill()
+    site.ended()
+    assert two.result() is None
+    allocation.mark_job_ended()
+
+    again = site.start()
+    for order in (two, three):
+        again.assign(order.id)
+    site.done(two)
+    assert_equal(two.weights, weights_of(undisturbed, 2))
+    site.wait(lambda: bool(three.progress().get("step")))
+    names = sorted(path.name for path in site.spool.checkpoints.iterdir())
+    assert names == ["run-a-000001@0000000004", "run-a-000002@0000000008"]
+
+
+def test_a_released_allocation_waits_for_what_it_writes(site: Site, undisturbed: Site) -> None:
+    """No order that was trained is lost because its job had nothing more to do."""
+    allocation = site.start(program=SLOW)
+    (allocation.path / "slow").touch()
+    start = weights_of(undisturbed, 0)
+    order = site.order(allocation, 1, kind="train", steps=4, evaluate=True, start=start)
+    site.wait(lambda: order.weights.exists())
+    allocation.release()
+    assert order.result() is None
+    (allocation.path / "slow").unlink()
+    assert site.ended() == [0, 0], site.logs()
+    site.done(order)
+    assert_equal(order.weights, weights_of(undisturbed, 1))
+
+
 def test_kill_of_an_idle_rank_ends_all(site: Site) -> None:
     """Also when no order runs and nobody is in a collective that could fail."""
     allocation = site.start()

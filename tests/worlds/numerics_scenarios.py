@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
 from worlds.torch_ranks import tiny_model, tiny_trainer, weights_of
 
+from flwr_hpc.train.background import Background
 from flwr_hpc.train.checkpoint import Checkpoints, DamagedCheckpointError
 from flwr_hpc.train.optim import gradient
 from flwr_hpc.train.parallel import full
@@ -79,7 +80,7 @@ def with_variates(group: Group, folder: Path, at: int = 0, steps: int = 3, **opt
         checkpoints.load(saved, trainer.tensors() | variates.tensors())
         _go_to(trainer, saved.meta)
     trainer.train(steps, done, variates=variates)
-    trainer.save_gradient(folder / "gradient.safetensors", variates, steps)
+    trainer.gather_gradient(folder / "gradient.safetensors", variates, steps)()
     mean = load_file(folder / "gradient.safetensors") if group.ranks.rank == 0 else {}
     weights = weights_of(trainer, folder / "weights.safetensors", group)
     return {
@@ -174,6 +175,30 @@ def restore_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
     restore(group, folder / "checkpoints", trainer)
     trainer.train(2)
     return weights_of(trainer, folder / "weights.safetensors", group)
+
+
+def staged(group: Group, folder: Path, lora: bool = False) -> dict[str, Any]:
+    """Stage an order's end, train on, write it down beside that, and restore it elsewhere."""
+    trainer, checkpoints = tiny_trainer(group, lora=lora), Checkpoints(folder / "c", group)
+    trainer.train(2)
+    file = folder / "order" / "weights.safetensors"
+    write_weights = trainer.gather_weights(file)
+    write = checkpoints.stage("run-a-000001", 2, trainer.tensors(), _place(trainer), file)
+    states = [{n: full(t).numpy() for n, t in trainer.tensors().items()}]
+    trainer.train(1)
+    background = Background(group)
+    background.start(lambda: (write_weights(), write(), None)[-1])
+    trainer.train(1)
+    background.wait()
+    again = tiny_trainer(group, lora=lora)
+    saved = checkpoints.newest()
+    assert saved is not None
+    checkpoints.load(saved, again.tensors(), again.load_weights)
+    states.append({n: full(t).numpy() for n, t in again.tensors().items()})
+    names = [name for t in saved.path.glob("*.distcp") for name in [t.name]]
+    inodes = {path.stat().st_ino for path in (file, saved.path / "weights.safetensors")}
+    held = checkpoint.FileSystemReader(saved.path).read_metadata().state_dict_metadata
+    return {"states": states, "files": names, "inodes": inodes, "held": sorted(held)}
 
 
 def saved_thrice(group: Group, folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from worlds.torch_ranks import TRAIN, tiny_trainer, weights_of
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.background import Background
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
@@ -35,7 +36,7 @@ class Site:
         self.runner = OrderRunner(
             trainer=trainer, checkpoints=Checkpoints(folder / "checkpoints", group), files={},
             train=TRAIN, meter=Meter(PhaseTimer(), reporter, group, TRAIN, DataConfig(), 1.0),
-            deadline=Deadline(),
+            deadline=Deadline(), background=Background(group),
         )  # fmt: skip
         self.runner.restore()
         names = sorted(trainer.layout())
@@ -44,7 +45,11 @@ class Site:
     def run(self, seq: int, given: Path | None, steps: int = 1, **fields: Any) -> Result | None:
         kind = fields.pop("kind", "train")
         order = Order("run", "a", seq, kind, steps=steps, **fields)
-        return self.runner.run(order, given, self.order(seq))
+        result = self.runner.run(order, given, self.order(seq))
+        if result is not None:
+            self.runner.publish(self.order(seq), result)
+            self.runner.background.wait()
+        return result
 
     def order(self, seq: int) -> OrderDir:
         return OrderDir(self.folder / "orders" / str(seq))

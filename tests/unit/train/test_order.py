@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.data.batches import DataCursor
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.background import Background
 from flwr_hpc.train.checkpoint import DamagedCheckpointError, Saved
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.progress import DivergedError, OrderProgress
 from flwr_hpc.worker.deadline import Deadline, Stop
+from flwr_hpc.worker.lifeline import RankError
 from flwr_hpc.worker.phase_timer import PhaseTimer
 
 Array = np.ndarray
@@ -57,15 +60,16 @@ class CountingTrainer:
     def load_weights(self, path: Path, *_: object) -> None:
         """Take them as they are."""
 
-    def save_weights(self, path: Path, *_: object) -> str:
-        return "sha"
+    def gather_weights(self, path: Path, *_: object) -> Any:
+        return lambda: "sha"
 
     def variates(self, correction: Path | None) -> SimpleNamespace:
         sums = {"gradients": np.zeros(())}
         return SimpleNamespace(correction=correction, sums=sums, tensors=lambda: sums)
 
-    def save_gradient(self, path: Path, variates: SimpleNamespace, steps: int) -> str:
-        return f"{path.name}: {variates.sums['gradients']:g} in {steps}"
+    def gather_gradient(self, path: Path, variates: SimpleNamespace, steps: int) -> Any:
+        words = f"{path.name}: {variates.sums['gradients']:g} in {steps}"
+        return lambda: words
 
 
 class Answers(Deadline):
@@ -84,18 +88,30 @@ class Shelf:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[dict[str, Any], dict[str, Array]]] = {}
         self.loads = 0
+        self.full = False
         self.damaged: set[str] = set()
 
-    def save(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> float:
-        self.kept[f"{order_id}@{step:010d}"] = meta, {k: v.copy() for k, v in tensors.items()}
-        return 0.5
+    def save(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> None:
+        self.stage(order_id, step, tensors, meta)()
+
+    def stage(
+        self, order_id: str, step: int, tensors: dict[str, Array], meta: Any, weights: Any = None
+    ) -> Any:
+        state = meta, {k: v.copy() for k, v in tensors.items()}
+
+        def write() -> None:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            self.kept[f"{order_id}@{step:010d}"] = state
+
+        return write
 
     def newest(self, order_id: str | None = None) -> Saved | None:
         all_ = [Saved(Path(name), meta) for name, (meta, _) in self.kept.items()]
         found = [saved for saved in all_ if order_id in (None, saved.order_id)]
         return max(found, key=lambda saved: saved.place, default=None)
 
-    def load(self, saved: Saved, tensors: dict[str, Array]) -> None:
+    def load(self, saved: Saved, tensors: dict[str, Array], load_weights: Any) -> None:
         self.loads += 1
         if saved.path.name in self.damaged:
             del self.kept[saved.path.name]
@@ -107,24 +123,47 @@ class Shelf:
 
 @pytest.fixture
 def shelf() -> Shelf:
+    RESULTS.clear()
     return Shelf()
 
 
 def runner(shelf: Shelf, **train: Any) -> OrderRunner:
     group = SimpleNamespace(
-        ranks=SimpleNamespace(rank=0, world_size=1), largest=lambda x: x, device=None
-    )
+        ranks=SimpleNamespace(rank=0, world_size=1), largest=lambda x: x, device=None,
+        broadcast=lambda x: x,
+    )  # fmt: skip
     config, parts = TrainConfig(**train), {"reporter": None, "group": group}
     meter = Meter(timer=PhaseTimer(), train=config, data=DataConfig(), flops_per_token=1.0, **parts)
     meter.memory = dict  # type: ignore[assignment,method-assign]
     trainer: Any = CountingTrainer()
     checkpoints: Any = shelf
-    return OrderRunner(trainer, checkpoints, {}, config, meter, Answers())
+    background = Background(group)  # type: ignore[arg-type]
+    return OrderRunner(trainer, checkpoints, {}, config, meter, Answers(), background)
+
+
+class Folder(OrderDir):
+    """An order's folder in memory."""
+
+    def write_result(self, result: Result) -> None:
+        RESULTS[self] = result
+
+
+RESULTS: dict[OrderDir, Result] = {}
 
 
 def run(made: OrderRunner, seq: int, steps: int = 4) -> Result | None:
-    order = Order("run", "a", seq, "train", steps=steps)
-    return made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+    return carry_out(made, Order("run", "a", seq, "train", steps=steps))
+
+
+def carry_out(made: OrderRunner, order: Order, *extra: Any) -> Result | None:
+    """Return the result as it is published, after all that belongs to it."""
+    folder = Folder(Path("/nowhere") / order.id)
+    result = made.run(order, None, folder, *extra)
+    if result is None:
+        return None
+    made.publish(folder, result)
+    made.background.wait()
+    return RESULTS.pop(folder)
 
 
 def moments(made: OrderRunner) -> tuple[int, int]:
@@ -175,7 +214,7 @@ def test_orders_of_another_flower_run_are_newer_by_their_steps(shelf: Shelf) -> 
     """Protects from going back to an earlier run whose random id sorts later."""
     first, second = runner(shelf), runner(shelf)
     order = Order("zzz", "a", 0, "train", steps=4)
-    first.run(order, None, OrderDir(Path("/nowhere")))
+    carry_out(first, order)
     run(second, 0)
     run(second, 1)
     assert (shelf.loads, moments(second)) == (1, (12, 12))
@@ -199,14 +238,15 @@ def test_the_reserve_counts_a_checkpoint(shelf: Shelf) -> None:
     run(made, 0)
     assert made.write_s == pytest.approx(4 * made._weights_s)
     run(made, 1)
-    assert made.write_s == pytest.approx(0.5 + made._weights_s)
+    assert made.write_s == pytest.approx(made._checkpoint_s + made._weights_s)
+    assert made.deadline.reserve_s == pytest.approx(2 * (made.write_s + made.step_s) + 1)
 
 
 def test_the_learning_rate_is_scaled_for_its_order_only(shelf: Shelf) -> None:
     """Protects FedQueue's scaling, and the orders of others from it."""
     made = runner(shelf)
     order = Order("run", "a", 0, "train", steps=1, options={"lr-scale": 0.25})
-    made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+    carry_out(made, order)
     assert made.trainer.lr_scale == 0.25
     run(made, 1, steps=1)
     assert made.trainer.lr_scale == 1.0
@@ -216,19 +256,18 @@ def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
     """Protects SCAFFOLD's sums from a preemption, and other orders from their cost."""
     made, options = runner(shelf), {"mean-gradient": True}
     order = Order("run", "a", 0, "train", steps=4, options=options)
-    folder = OrderDir(Path("/nowhere") / order.id)
     answers = [Stop.NO, Stop.LEAVE]
     made.deadline = Answers(*answers)
-    assert made.run(order, None, folder) is None
+    assert carry_out(made, order) is None
     after = runner(shelf)
-    result = after.run(order, None, folder, {"correction": Path("c")})
+    result = carry_out(after, order, {"correction": Path("c")})
     assert result is not None
     assert result.extra_arrays == {"gradient": "gradient.safetensors: 4 in 4"}
     other = run(after, 1)
     assert other is not None
     assert other.extra_arrays == {}
     assert "gradients" not in shelf.kept["run-a-000001@0000000008"][1]
-    died = runner(shelf).run(order, None, folder)  # ahead of its result; the sum was kept
+    died = carry_out(runner(shelf), order)  # ahead of its result; the sum was kept
     assert died is not None
     assert died.extra_arrays == result.extra_arrays
 
@@ -274,9 +313,71 @@ def test_divergence_is_tried_once_more_from_the_last_good_state(shelf: Shelf) ->
         run(made, 2)
 
 
+def test_training_goes_on_while_an_order_is_written(shelf: Shelf) -> None:
+    """Protects GPU time: the next order is trained before the one before it is on disk."""
+    made, trained = runner(shelf), threading.Event()
+    stage = shelf.stage
+    shelf.stage = lambda *args: _once(trained, stage(*args))  # type: ignore[method-assign]
+    first = Order("run", "a", 0, "train", steps=4)
+    folder = Folder(Path("/nowhere") / first.id)
+    result = made.run(first, None, folder)
+    assert result is not None
+    made.publish(folder, result)
+    written: list[int] = []
+
+    def should_stop(_: float = 0.0) -> Stop:
+        written.append(len(shelf.kept))
+        if len(written) == 4:  # before the last step of the second order
+            trained.set()
+        return Stop.NO
+
+    made.deadline.should_stop = should_stop  # type: ignore[method-assign]
+    run(made, 1)
+    assert written == [0] * 4
+    assert list(shelf.kept) == ["run-a-000000@0000000004", "run-a-000001@0000000008"]
+    assert moments(made) == (8, 8)
+    assert shelf.kept["run-a-000000@0000000004"][1]["moments"] == 4, "a copy, not what it became"
+
+
+def _once(event: threading.Event, write: Any) -> Any:
+    def held() -> None:
+        assert event.wait(600)
+        write()
+
+    return held
+
+
+def test_no_result_is_seen_before_its_checkpoint(shelf: Shelf) -> None:
+    """Protects a successor, and a site whose job is killed, from an answer without its state."""
+    made = runner(shelf)
+    seen: list[list[str]] = []
+    folder = Folder(Path("/nowhere") / "run-a-000000")
+    folder.__dict__["write_result"] = lambda _: seen.append(list(shelf.kept))
+    result = made.run(Order("run", "a", 0, "train", steps=4), None, folder)
+    assert result is not None
+    made.publish(folder, result)
+    made.background.wait()
+    assert seen == [["run-a-000000@0000000004"]]
+
+
+def test_what_cannot_be_written_in_the_background_is_said(shelf: Shelf) -> None:
+    """Protects from orders that are trained and never kept: the disk is named, nothing answered."""
+    made, shelf.full = runner(shelf), True
+    folder = Folder(Path("/nowhere") / "run-a-000000")
+    result = made.run(Order("run", "a", 0, "train", steps=4), None, folder)
+    assert result is not None
+    made.publish(folder, result)
+    made.background.drain()
+    assert made.background.failed
+    with pytest.raises(RankError, match="No space left") as raised:
+        run(made, 1)
+    assert raised.value.cause == "disk"
+    assert folder not in RESULTS
+
+
 def merging(made: OrderRunner, seq: int, after: int) -> Result | None:
     order = Order("run", "a", seq, "train", steps=4, merges=[], options={"after": after})
-    return made.run(order, None, OrderDir(Path("/nowhere") / order.id))
+    return carry_out(made, order)
 
 
 def test_an_order_goes_on_from_its_predecessor_or_not_at_all(shelf: Shelf) -> None:

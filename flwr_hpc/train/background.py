@@ -1,0 +1,98 @@
+"""What is written while training goes on: copies of it, and the thread that writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flwr_hpc.train.parallel import local
+from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.worker.lifeline import RankError, cause_of
+
+
+class Background:
+    """Does one piece of work at a time in a thread of its own, on every rank alike.
+
+    What fails there is raised on all ranks by the next call of `check` or `wait`: rank 0 takes
+    part in all that is written, so its failure is everybody's.
+
+    Parameters
+    ----------
+    group : Group
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="background")
+        self._work: Future[None] | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Do it, after what was started before; a collective that `work` calls is its own."""
+        self._work = self._thread.submit(work)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the work on this rank has ended in vain."""
+        return self._work is not None and self._work.done() and bool(self._work.exception())
+
+    def check(self) -> None:
+        """Raise what has failed by now; a collective call."""
+        self._raise(self._error() if self.failed else None)
+
+    def wait(self) -> None:
+        """Wait for the work, and raise what failed; a collective call."""
+        error = self._error()
+        self._work = None
+        self._raise(error)
+
+    def drain(self) -> None:
+        """Wait for the work of this rank, however it ends."""
+        self._error()
+
+    def _error(self) -> BaseException | None:
+        return self._work.exception() if self._work else None
+
+    def _raise(self, error: BaseException | None) -> None:
+        mine = (_words(error), cause_of(error)) if error else None
+        if failure := self._group.broadcast(mine):
+            self._work = None
+            words, cause = failure
+            raise RankError(words, cause=cause) from error
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+
+
+class Staging:
+    """Copies of this rank's shards in host memory, in buffers that are used again.
+
+    They cost as much host memory as the shards; on CUDA it is pinned, so that copying them takes
+    a fraction of the time that writing them does.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of the same kind, sharded alike."""
+        copies = {name: self._copied(name, tensor.detach()) for name, tensor in tensors.items()}
+        if any(local(tensor).is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return copies
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        part = local(tensor)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != part.shape:
+            buffer = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+            self._buffers[name] = buffer
+        buffer.copy_(part, non_blocking=True)
+        if not isinstance(tensor, DTensor):
+            return buffer
+        # `from_local` would move it to the mesh's device.
+        return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
