@@ -109,7 +109,8 @@ class Result:
     sha256: str = ""  # Of that file
     # Small text files that make the weights a Hugging Face directory (``initialize``).
     files: dict[str, str] = field(default_factory=dict)
-    # Time by phase on the worker's own clock: ``read``, ``train``, ``evaluate``, ``write``,
+    # Time by phase on the worker's own clock: ``read``, ``train``, ``evaluate``, ``write`` (of
+    # which training waited for ``write_wait``; the next order goes on meanwhile),
     # ``first_step`` (from order seen to first optimizer step begun), and ``resumed``:
     # training of an earlier worker that a checkpoint of this order saved.
     seconds: dict[str, float] = field(default_factory=dict)

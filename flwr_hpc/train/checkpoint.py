@@ -67,14 +67,33 @@ class Checkpoints:
         The ranks that save and load together.
     keep : int
         How many complete checkpoints stay.
+    writer : str
+        Name of this allocation.
     """
 
-    def __init__(self, root: Path, group: Group, keep: int = 2) -> None:
+    def __init__(self, root: Path, group: Group, keep: int = 2, writer: str = "") -> None:
         self._root = root
+        self._writer = writer
         self._group = group
         self._keep = keep
         self._staging = Staging()
         self._links: bool | None = None
+
+    def sweep(self, has_ended: Callable[[str], bool]) -> None:
+        """Remove what killed jobs have left half-written, or half-removed.
+
+        Parameters
+        ----------
+        has_ended : callable
+            Whether an allocation of that name writes no more. (A successor is loaded while the
+            one before it still writes.) An earlier start of this one does not.
+        """
+        if self._group.ranks.rank:
+            return
+        for left in [*self._root.glob(".*.tmp"), *self._root.glob(".*.old")]:
+            writer = left.name.removesuffix(".tmp").rpartition(".")[2]
+            if left.suffix == ".old" or writer == self._writer or has_ended(writer):
+                shutil.rmtree(left, ignore_errors=True)
 
     def newest(self, order_id: str | None = None) -> Saved | None:
         """Return the newest complete checkpoint (of an order); the same on every rank."""
@@ -135,7 +154,7 @@ class Checkpoints:
         self, name: str, tensors: dict[str, Tensor], meta: Any, weights: Path | None
     ) -> None:
         target, group = self._root / name, self._group
-        draft = target.with_name(f".{name}.tmp")
+        draft = target.with_name(f".{name}.{self._writer}.tmp")
         first = group.ranks.rank == 0
         exists = first and target.exists()
         if first and not exists:

@@ -10,7 +10,7 @@ from flwr_hpc.config import batch_size
 from flwr_hpc.config.validate import check_objective
 from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
-from flwr_hpc.spool import Spool
+from flwr_hpc.spool import AllocationDir
 from flwr_hpc.train.background import Background
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
@@ -27,7 +27,7 @@ from flwr_hpc.worker.settings import WorkerSettings
 
 def load(
     settings: WorkerSettings,
-    spool: Spool,
+    allocation: AllocationDir,
     group: Group,
     timer: PhaseTimer,
     reporter: Reporter,
@@ -35,6 +35,7 @@ def load(
 ) -> OrderRunner:
     """Return what carries out orders, from files to shards."""
     _check_device(settings, group.device)
+    spool = allocation.spool
     torch.set_num_threads(group.ranks.cpu_threads())
     tokenizer = settings.data.tokenizer or settings.model.path
     corpus = load_corpus(
@@ -49,9 +50,11 @@ def load(
         train.activation_checkpointing,
     )  # fmt: skip
     check_objective(is_encoder_decoder(built.model), settings.data.objective)
+    checkpoints = Checkpoints(spool.checkpoints, group, writer=allocation.name)
+    checkpoints.sweep(lambda name: spool.allocation(name).has_job_ended)
     return OrderRunner(
         trainer=Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group),
-        checkpoints=Checkpoints(spool.checkpoints, group),
+        checkpoints=checkpoints,
         files=built.files,
         train=train,
         meter=Meter(

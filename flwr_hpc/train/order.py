@@ -91,7 +91,9 @@ class OrderRunner:
             for write in writes:
                 answer = dataclasses.replace(answer, **write())
             self.deadline.reserve_s = 2.0 * (self.write_s + self.step_s) + 1.0
-            answer.seconds["background"] = time.perf_counter() - began
+            waited = answer.seconds.get("write", 0.0)
+            answer.seconds["write_wait"] = waited
+            answer.seconds["write"] = waited + time.perf_counter() - began
             if first:
                 folder.write_result(answer)
 

@@ -78,7 +78,7 @@ class Worker:
     ) -> None:
         from flwr_hpc.train.rendezvous import join
 
-        self._settings, self._spool = settings, allocation.spool
+        self._settings, self._allocation, self._spool = settings, allocation, allocation.spool
         self._timer, self._reporter, self._deadline = timer, reporter, deadline
         self._group = join(
             allocation.path, ranks, on_silent=lambda rank: reporter.give_up(silence(rank))
@@ -139,7 +139,7 @@ class Worker:
             from flwr_hpc.train.load import load
 
             return load(
-                self._settings, self._spool, self._group,
+                self._settings, self._allocation, self._group,
                 self._timer, self._reporter, self._deadline,
             )  # fmt: skip
 
