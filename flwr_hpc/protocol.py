@@ -41,6 +41,9 @@ MAX_NUMBER = 1e300  # of what a site says: sums of such numbers are finite, too
 
 WEIGHT_KEY = "num-examples"  # Flower's own name for the weight of a reply
 
+# Of an order's options: sha256 of the frozen base that the run's adapter was begun on (LoRA).
+BASE = "base-sha256"
+BASE_FILE = "base.json"  # Of a model's small files: the same hash, for who loads the adapter
 # Of an order's options: reply with the mean gradient, too.
 MEAN_GRADIENT = "mean-gradient"
 # Start from the weights plus this share of the site's last update; the metrics of the reply say

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from flwr.app import ArrayRecord
 
 from flwr_hpc.exchange.records import tensors
 from flwr_hpc.exchange.tensorfile import write_stream
-from flwr_hpc.files import publish
+from flwr_hpc.files import publish, read_json
+from flwr_hpc.protocol import BASE, BASE_FILE
 
 # What transformers, tokenizers and peft save as text. No code: who loads the model would run it.
 SMALL_FILES = (
     "adapter_config.json",
+    BASE_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
@@ -44,6 +47,15 @@ def publish_files(folder: Path, files: Mapping[str, str]) -> None:
             log.warning("left out of %s: %s has %d bytes", folder, name, len(data))
         else:
             publish(folder / name, data)
+
+
+def base_options(folder: Path) -> dict[str, str]:
+    """Return the options of orders that have sites compare their base; none without an adapter."""
+    try:
+        sha256 = str((read_json(folder / BASE_FILE) or {}).get("sha256", ""))
+    except ValueError:  # what a site sent
+        return {}
+    return {BASE: sha256} if re.fullmatch("[0-9a-f]{64}", sha256) else {}
 
 
 def write_model(folder: Path, arrays: ArrayRecord) -> None:

@@ -24,7 +24,7 @@ from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, publish
 from flwr_hpc.gate.credentials import read_credentials
-from flwr_hpc.server.model_dir import publish_files, write_model
+from flwr_hpc.server.model_dir import base_options, publish_files, write_model
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.site_signs import SiteSigns
 from flwr_hpc.server.strategy_factory import build_strategy
@@ -130,6 +130,7 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
     )
     _wait_for_sites(engine, run, config, (state or {}).get("version", 0) >= config.rounds)
     initial = _initial(run, engine, checkpoints)
+    runtime.options.update(base_options(run.model))
     exchange.expect(initial)
     final = _start(strategy, exchange, initial, config, runtime, engine)
     write_model(run.model, final)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import torch
 
 from flwr_hpc.config import batch_size
+from flwr_hpc.config.schema import ModelConfig
 from flwr_hpc.config.validate import check_objective
 from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
+from flwr_hpc.protocol import BASE_FILE
 from flwr_hpc.spool import AllocationDir
 from flwr_hpc.train.background import Background
+from flwr_hpc.train.base_model import base_sha256
 from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
-from flwr_hpc.train.model import build, is_encoder_decoder
+from flwr_hpc.train.model import build, checkpoint_folder, is_encoder_decoder
 from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.rendezvous import Group
@@ -50,12 +55,13 @@ def load(
         train.activation_checkpointing,
     )  # fmt: skip
     check_objective(is_encoder_decoder(built.model), settings.data.objective)
+    base = _base(settings.model, group, spool.cache)
     checkpoints = Checkpoints(spool.checkpoints, group, writer=allocation.name)
     checkpoints.sweep(lambda name: spool.allocation(name).has_job_ended)
     return OrderRunner(
         trainer=Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group),
         checkpoints=checkpoints,
-        files=built.files,
+        files=built.files | ({BASE_FILE: json.dumps({"sha256": base})} if base else {}),
         train=train,
         meter=Meter(
             timer, reporter, group, train, settings.data, built.flops_per_token,
@@ -63,7 +69,16 @@ def load(
         ),
         deadline=deadline,
         background=Background(group),
+        base=base,
     )  # fmt: skip
+
+
+def _base(model: ModelConfig, group: Group, cache: Path) -> str:
+    """Return the hash of the base that an adapter lies on, as rank 0 finds it."""
+    if not model.path or not model.lora.r:
+        return ""
+    first = group.ranks.rank == 0
+    return str(group.broadcast(base_sha256(checkpoint_folder(model.path), cache) if first else ""))
 
 
 def _check_device(settings: WorkerSettings, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
 )
+from transformers.utils import cached_file
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
@@ -108,6 +109,13 @@ def _from_checkpoint(path: str) -> Any:
             f"model.path={path} cannot be loaded: {_first_line(exc)}. Give a local directory "
             "that holds a language model, or a hub name in the local Hugging Face cache."
         ) from None
+
+
+def checkpoint_folder(path: str) -> Path:
+    """Return where the files of a checkpoint lie, that of a hub name in the local cache."""
+    if (folder := Path(path)).is_dir():
+        return folder
+    return Path(str(cached_file(path, "config.json"))).parent
 
 
 def _from_config(config: ModelConfig, tokenizer: Any) -> Any:

@@ -20,6 +20,7 @@ from flwr_hpc.train.algorithms.control_variates import ControlVariates
 from flwr_hpc.train.algorithms.local_update_share import LocalUpdate
 from flwr_hpc.train.algorithms.local_weights import LocalWeights, missing_start
 from flwr_hpc.train.background import Background
+from flwr_hpc.train.base_model import check_base
 from flwr_hpc.train.checkpoint import Checkpoints, DamagedCheckpointError, Saved
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.progress import DivergedError, OrderProgress, Proximal
@@ -41,6 +42,7 @@ class OrderRunner:
     meter: Meter
     deadline: Deadline  # Asked before each training step
     background: Background  # Writes while training goes on
+    base: str = ""  # sha256 of the frozen base under an adapter
     step_s: float = 0.0
     _weights_s: float = 0.0
     _checkpoint_s: float = 0.0
@@ -64,6 +66,7 @@ class OrderRunner:
         extra_arrays: Mapping[str, Path] | None = None,
     ) -> Result | None:
         """Return the result, to be published next; None if it is left to another job."""
+        check_base(order, self.base)
         self.background.check()
         self.meter.begin()
         self._writes = []

@@ -43,7 +43,7 @@ class OrderFactory:
             version=binding.version,
             steps=plan.steps,
             evaluate=plan.kind == "train" and binding.evaluate and self._due(site, binding.version),
-            options={**plan.options, **binding.options},
+            options={**self._runtime.options, **plan.options, **binding.options},
             merges=binding.merges,
             returns=binding.returns,
         )

@@ -179,6 +179,8 @@ class Runtime:
     checkpoints: CheckpointStore = field(default_factory=MemoryCheckpoints)
     run_key: str = "run"  # Names the training run in the ids of its orders; the same after a resume
     settings: Settings = field(default_factory=Settings)
+    # Options that go with every order.
+    options: dict[str, Any] = field(default_factory=dict)
     # ``check(base, trained) -> what is wrong or None``: guards the model against a launcher
     # site's weights. None where the exchange has checked them already.
     check: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] | None = weights_fault

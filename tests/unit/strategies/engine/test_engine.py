@@ -296,3 +296,13 @@ def test_a_warm_allocation_is_not_asked_for_again():
         bench.engine.settle()
     assert bench.sent(TRAIN) == 3
     assert bench.sent(ACQUIRE) == 1
+
+
+def test_what_goes_with_every_order():
+    """Protects the comparison of bases under LoRA: the run's own options reach each order."""
+    bench = ready_bench(FakeSite("a", step_s=1))
+    bench.engine.runtime.options["base-sha256"] = "a" * 64
+    bench.train(steps=2)
+    arrival = bench.run()
+    assert isinstance(arrival, SiteResult)
+    assert arrival.order.options["base-sha256"] == "a" * 64

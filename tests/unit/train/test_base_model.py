@@ -1,0 +1,59 @@
+"""Sites whose adapters would lie on different frozen bases."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flwr_hpc.errors import UserError
+from flwr_hpc.protocol import BASE, Order
+from flwr_hpc.train import base_model
+from flwr_hpc.train.base_model import base_sha256, check_base
+
+TENSORS = {f"w{i}": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(3)}
+
+
+def checkpoint(folder: Path, *parts: tuple[str, ...], **changed: np.ndarray) -> Path:
+    """Write a checkpoint, its tensors dealt out among so many files."""
+    folder.mkdir()
+    for number, names in enumerate(parts or [tuple(TENSORS)]):
+        tensors = {name: (TENSORS | changed)[name] for name in names}
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    return folder
+
+
+def test_the_same_tensors_have_the_same_hash(tmp_path: Path) -> None:
+    """Protects sites with equal bases in other files, and adapters from bases that differ."""
+    cache = tmp_path / "cache"
+    whole = base_sha256(checkpoint(tmp_path / "whole"), cache)
+    split = base_sha256(checkpoint(tmp_path / "split", ("w2",), ("w0", "w1")), cache)
+    half = {"w1": TENSORS["w1"].astype(np.float16)}
+    others = [checkpoint(tmp_path / "other", w0=TENSORS["w0"] + 1e-6),
+              checkpoint(tmp_path / "half", **half)]  # fmt: skip
+    assert whole == split
+    assert len({whole, *(base_sha256(folder, cache) for folder in others)}) == 3
+
+
+def test_a_base_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the start of later jobs from reading the checkpoint, unless its files changed."""
+    folder, cache = checkpoint(tmp_path / "base"), tmp_path / "cache"
+    first = base_sha256(folder, cache)
+    monkeypatch.setattr(base_model, "_of_tensors", lambda _: "read again")
+    assert base_sha256(folder, cache) == first
+    os.utime(folder / "model-0.safetensors", ns=(1, 1))
+    assert base_sha256(folder, cache) == "read again"
+
+
+@pytest.mark.parametrize(("theirs", "refused"), [("a" * 64, False), ("b" * 64, True), ("", False)])
+def test_an_order_of_another_base_is_refused(theirs: str, refused: bool) -> None:
+    """Protects the average: adapters of different bases have no common meaning."""
+    order = Order("run", "lumi", 1, "train", options={BASE: theirs} if theirs else {})
+    if refused:
+        with pytest.raises(UserError, match=r"base of lumi \(model.path\).*aaaaaaaaaaaa here"):
+            check_base(order, "a" * 64)
+    else:
+        check_base(order, "a" * 64)
