@@ -15,14 +15,15 @@ from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import BASE_FILE
 from flwr_hpc.spool import AllocationDir
-from flwr_hpc.train.background import Background
 from flwr_hpc.train.base_model import base_sha256
-from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.model import build, checkpoint_folder, is_encoder_decoder
 from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.state.background import Background
+from flwr_hpc.train.state.checkpoint import Checkpoints
+from flwr_hpc.train.state.site_state import SiteState
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.phase_timer import PhaseTimer
@@ -58,17 +59,14 @@ def load(
     base = _base(settings.model, group, spool.cache)
     checkpoints = Checkpoints(spool.checkpoints, group, writer=allocation.name)
     checkpoints.sweep(lambda name: spool.allocation(name).has_job_ended)
+    meter = Meter(
+        timer, reporter, group, train, settings.data, built.flops_per_token, settings.peak_tflops
+    )
+    trainer = Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group)
     return OrderRunner(
-        trainer=Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group),
-        checkpoints=checkpoints,
+        SiteState(trainer, checkpoints, Background(group), train, meter),
         files=built.files | ({BASE_FILE: json.dumps({"sha256": base})} if base else {}),
-        train=train,
-        meter=Meter(
-            timer, reporter, group, train, settings.data, built.flops_per_token,
-            settings.peak_tflops,
-        ),
         deadline=deadline,
-        background=Background(group),
         base=base,
     )  # fmt: skip
 

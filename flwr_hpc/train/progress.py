@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from flwr_hpc.errors import UserError
 from flwr_hpc.worker.deadline import Stop
 
@@ -39,14 +37,3 @@ class Evaluated:
     loss: float
     tokens: int
     sequences: int
-
-
-@dataclass(frozen=True)
-class Proximal:
-    """FedProx (arXiv 1812.06127): adds ``mu (w - anchor)`` to the gradient.
-
-    ``anchor`` holds this rank's shards; see `Trainer.proximal`.
-    """
-
-    mu: float
-    anchor: list[Tensor]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,13 @@ from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch, Corpus, DataCursor
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
-from flwr_hpc.train.algorithms.control_variates import ControlVariates
+from flwr_hpc.train.algorithms.base import Algorithm
 from flwr_hpc.train.goldfish import training_batch
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
-from flwr_hpc.train.optim import adamw, clip, gradient, learning_rate, step_if_finite
+from flwr_hpc.train.optim import adamw, clip, learning_rate, step_if_finite
 from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
-from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress, Proximal
+from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
 from flwr_hpc.worker.deadline import Stop
@@ -53,6 +53,8 @@ class Trainer:
         The facility's place in its data.
     lr_scale : float
         Factor on the schedule's learning rate.
+    exchanged, trained : dict of str to Tensor
+        This rank's view of what travels, and of what of it is trained, by name in the file.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class Trainer:
         shard(built.model, group.ranks.world_size, group.device, config.precision, one_unit_below)
         self._summed_loss = add_loss(built.model, chunk_bytes)
         tensors = exchanged(built.model)
-        self._exchanged = {file: tensors[name] for name, file in built.names.items()}
+        self.exchanged = {file: tensors[name] for name, file in built.names.items()}
+        self.trained = {n: t for n, t in self.exchanged.items() if t.requires_grad}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
         self._optimizer = adamw(list(self._trained.values()), config)
         self._held_out: list[Batch] | None = None
@@ -85,13 +88,13 @@ class Trainer:
 
     def layout(self, names: Collection[str] | None = None) -> dict[str, TensorInfo]:
         """Return names and shapes of the weights that travel, or of some of them."""
-        if unknown := sorted(set(names or ()) - self._exchanged.keys()):
+        if unknown := sorted(set(names or ()) - self.exchanged.keys()):
             raise UserError(
                 f"the model has no tensor '{unknown[0]}'. "
                 "All facilities must use the same model configuration."
             )
-        chosen = self._exchanged.keys() if names is None else names
-        return layout_of((n, t) for n, t in self._exchanged.items() if n in chosen)
+        chosen = self.exchanged.keys() if names is None else names
+        return layout_of((n, t) for n, t in self.exchanged.items() if n in chosen)
 
     def load_weights(self, path: Path, names: Collection[str] | None = None) -> None:
         """Take over weights; each rank reads the file and keeps its shard.
@@ -104,7 +107,7 @@ class Trainer:
         """
         reshard(self._model)
         for name, value in read_weights(path, self.layout(names)):
-            put(value, self._exchanged[name])
+            put(value, self.exchanged[name])
 
     def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
         """Publish the weights, or those named, in float32; a collective call.
@@ -120,13 +123,11 @@ class Trainer:
         """
         reshard(self._model)
         layout = self.layout(names)
-        return self._gather(path, layout, (full(self._exchanged[name]) for name in layout))
+        return self._gather(path, layout, (full(self.exchanged[name]) for name in layout))
 
-    def gather_gradient(
-        self, path: Path, variates: ControlVariates, steps: int
-    ) -> Callable[[], str]:
-        """Gather the mean gradient of `steps` steps, as `gather_weights` does the weights."""
-        return self._gather(path, self.layout(), variates.mean(steps, self._exchanged))
+    def gather(self, path: Path, tensors: Iterator[Tensor]) -> Callable[[], str]:
+        """Gather tensors that are as all of the weights, as `gather_weights` does these."""
+        return self._gather(path, self.layout(), tensors)
 
     def _gather(self, path: Path, layout: Layout, tensors: Iterator[Tensor]) -> Callable[[], str]:
         if self._group.ranks.rank == 0:
@@ -138,7 +139,7 @@ class Trainer:
     def shards(self) -> list[Tensor]:
         """Return this rank's parts of the weights that travel, to be changed in place."""
         reshard(self._model)
-        return [local(t).detach() for t in self._exchanged.values()]
+        return [local(t).detach() for t in self.exchanged.values()]
 
     # Training
 
@@ -154,8 +155,7 @@ class Trainer:
         so_far: OrderProgress | None = None,
         should_stop: Callable[[], Stop] = lambda: Stop.NO,
         report: Progress = lambda step, loss: None,
-        proximal: Proximal | None = None,
-        variates: ControlVariates | None = None,
+        algorithms: Sequence[Algorithm] = (),
     ) -> OrderProgress:
         """Take optimizer steps until the order has `steps`.
 
@@ -168,8 +168,8 @@ class Trainer:
             Asked on every rank before each step; any rank's reason ends the order on all.
         report : callable
             Called after each step with its number and a function that waits for its loss.
-        proximal, variates : Proximal, ControlVariates or None
-            Change the gradients.
+        algorithms : sequence of Algorithm
+            Change the gradients, one after the other.
         """
         done = dataclasses.replace(so_far or OrderProgress(), stopped=Stop.NO)
         stats: list[Tensor] = []
@@ -181,7 +181,7 @@ class Trainer:
             if done.stopped:
                 break
             tokens = counted
-            stats.append(self._train_step(batch, tokens, proximal, variates))
+            stats.append(self._train_step(batch, tokens, algorithms))
             if len(stats) > 1:  # of the step before: the device is busy with this one
                 self._check_finite(stats[-2], steps_ago=2)
             done.steps += 1
@@ -193,17 +193,6 @@ class Trainer:
             self._account(done, stats, tokens)
         done.seconds += time.perf_counter() - began
         return done
-
-    def proximal(self, mu: float) -> Proximal:
-        """Anchor a proximal term at the present weights."""
-        return Proximal(mu, [local(p).detach().clone() for p in self._parameters()])
-
-    def variates(self, correction: Path | None) -> ControlVariates:
-        """Return what sums up an order's gradients and adds the correction, if any."""
-        made = ControlVariates({n: t for n, t in self._exchanged.items() if t.requires_grad})
-        if correction is not None:
-            made.read(correction, self.layout())
-        return made
 
     def _parameters(self) -> list[Tensor]:
         return list(self._trained.values())
@@ -218,9 +207,7 @@ class Trainer:
         tokens, *counts = self._group.total([float(count_tokens(batch.labels)), *votes])
         return int(tokens), max(reason for reason in Stop if counts[reason])
 
-    def _train_step(
-        self, batch: Batch, tokens: int, proximal: Proximal | None, variates: ControlVariates | None
-    ) -> Tensor:
+    def _train_step(self, batch: Batch, tokens: int, algorithms: Sequence[Algorithm]) -> Tensor:
         """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
         config, device = self._config, self._group.device
         ranks = self._group.ranks
@@ -235,12 +222,8 @@ class Trainer:
             loss = self._loss(batch.input_ids[part], batch.labels[part])
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
-        if variates is not None:
-            variates.apply()
-        if proximal is not None:
-            for parameter, start in zip(self._parameters(), proximal.anchor, strict=True):
-                pull = local(parameter).detach() - start
-                gradient(parameter).add_(pull, alpha=proximal.mu)
+        for algorithm in algorithms:
+            algorithm.gradients()
         stats = clip(self._parameters(), config.clip, loss_sum)
         for options in self._optimizer.param_groups:
             options["lr"] = self.lr_scale * learning_rate(self.step, config, self._total_steps)

@@ -13,12 +13,17 @@ from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
 from worlds.torch_ranks import tiny_model, tiny_trainer, weights_of
 
-from flwr_hpc.train.background import Background
-from flwr_hpc.train.checkpoint import Checkpoints, DamagedCheckpointError
+from flwr_hpc.protocol import MEAN_GRADIENT, Order
+from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.algorithms.base import Algorithm
+from flwr_hpc.train.algorithms.fedprox import FedProx
+from flwr_hpc.train.algorithms.scaffold import Scaffold
 from flwr_hpc.train.optim import gradient
 from flwr_hpc.train.parallel import full
 from flwr_hpc.train.progress import DivergedError
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.state.background import Background
+from flwr_hpc.train.state.checkpoint import Checkpoints, DamagedCheckpointError
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import write_weights
 from flwr_hpc.worker.deadline import Stop
@@ -29,8 +34,8 @@ def trained(group: Group, folder: Path, steps: int = 4, mu: float = 0.0, **optio
     """Train and tell the losses, the last gradient norm, held-out loss and the weights."""
     trainer = tiny_trainer(group, **options)
     losses: list[float] = []
-    proximal = trainer.proximal(mu) if mu else None
-    done = trainer.train(steps, report=lambda _, loss: losses.append(loss()), proximal=proximal)
+    pull = [_begun(FedProx(trainer, mu))] if mu else []
+    done = trainer.train(steps, report=lambda _, loss: losses.append(loss()), algorithms=pull)
     held_out = trainer.evaluate()
     return {
         "losses": losses,
@@ -67,20 +72,21 @@ def with_variates(group: Group, folder: Path, at: int = 0, steps: int = 3, **opt
     if group.ranks.rank == 0:
         write_weights(file, trainer.layout(), given.values())
     group.broadcast(None)  # the file is there
-    variates, done = trainer.variates(file), None
+    variates, done = Scaffold(trainer, file), None
     if at:
-        done = trainer.train(at, variates=variates)
+        done = trainer.train(at, algorithms=[variates])
         checkpoints = Checkpoints(folder / "checkpoints", group)
         tensors = trainer.tensors() | variates.tensors()
         checkpoints.save("run-a-000001", at, tensors, _place(trainer))
         trainer = tiny_trainer(group, **options)
-        variates = trainer.variates(file)
+        variates = Scaffold(trainer, file)
         saved = checkpoints.newest()
         assert saved is not None
         checkpoints.load(saved, trainer.tensors() | variates.tensors())
         _go_to(trainer, saved.meta)
-    trainer.train(steps, done, variates=variates)
-    trainer.gather_gradient(folder / "gradient.safetensors", variates, steps)()
+    trainer.train(steps, done, algorithms=[variates])
+    for write in variates.end(_order({MEAN_GRADIENT: True}), OrderDir(folder), steps):
+        write()
     mean = load_file(folder / "gradient.safetensors") if group.ranks.rank == 0 else {}
     weights = weights_of(trainer, folder / "weights.safetensors", group)
     return {
@@ -128,11 +134,11 @@ def _record(weights: dict[str, Any]) -> ArrayRecord:
 def two_steps_with_proximal(group: Group, folder: Path, mu: float) -> Any:
     """Return the weights before and after the first step, and the first moments after two."""
     trainer = tiny_trainer(group, clip=0.0)
-    proximal = trainer.proximal(mu)
+    pull = [_begun(FedProx(trainer, mu))]
     weights = [weights_of(trainer, folder / "weights.safetensors", group)]
-    trainer.train(1, proximal=proximal)
+    trainer.train(1, algorithms=pull)
     weights.append(weights_of(trainer, folder / "weights.safetensors", group))
-    trainer.train(1, proximal=proximal)
+    trainer.train(1, algorithms=pull)
     moments = {
         name.removeprefix("optimizer.").removesuffix(".exp_avg"): full(value).numpy()
         for name, value in trainer.tensors().items()
@@ -266,10 +272,12 @@ def poisoned(group: Group, folder: Path, poison: float) -> Any:
     states = [{n: full(t).numpy() for n, t in trainer.tensors().items()}]
     parameter = trainer._parameters()[0]
     last = group.ranks.rank == group.ranks.world_size - 1
-    spoil: Any = SimpleNamespace(apply=lambda: gradient(parameter).mul_(poison if last else 1.0))
+    spoil: Any = SimpleNamespace(
+        gradients=lambda: gradient(parameter).mul_(poison if last else 1.0)
+    )
     words = ""
     try:
-        trainer.train(3, variates=spoil)
+        trainer.train(3, algorithms=[spoil])
     except DivergedError as exc:
         words = str(exc)
     return *states, {n: full(t).numpy() for n, t in trainer.tensors().items()}, words
@@ -337,6 +345,15 @@ def restore(group: Group, folder: Path, trainer: Trainer) -> None:
     assert saved.order_id == "run-a-000001"
     checkpoints.load(saved, trainer.tensors())
     _go_to(trainer, saved.meta)
+
+
+def _order(options: dict[str, Any]) -> Order:
+    return Order("run", "a", 0, "train", options=options)
+
+
+def _begun(algorithm: Algorithm) -> Algorithm:
+    algorithm.begin(_order({}))
+    return algorithm
 
 
 def _place(trainer: Trainer) -> dict[str, int]:

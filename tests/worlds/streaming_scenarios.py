@@ -14,11 +14,12 @@ from worlds.torch_ranks import TRAIN, tiny_trainer, weights_of
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
-from flwr_hpc.train.background import Background
-from flwr_hpc.train.checkpoint import Checkpoints
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.state.background import Background
+from flwr_hpc.train.state.checkpoint import Checkpoints
+from flwr_hpc.train.state.site_state import SiteState
 from flwr_hpc.train.weights import write_weights
 from flwr_hpc.worker.deadline import Deadline, Stop
 from flwr_hpc.worker.phase_timer import PhaseTimer
@@ -33,11 +34,10 @@ class Site:
         self.group, self.folder = group, folder
         trainer = tiny_trainer(group, **options)
         reporter: Any = SimpleNamespace(set_progress=lambda *_: None, progressed=lambda: None)
-        self.runner = OrderRunner(
-            trainer=trainer, checkpoints=Checkpoints(folder / "checkpoints", group), files={},
-            train=TRAIN, meter=Meter(PhaseTimer(), reporter, group, TRAIN, DataConfig(), 1.0),
-            deadline=Deadline(), background=Background(group),
-        )  # fmt: skip
+        meter = Meter(PhaseTimer(), reporter, group, TRAIN, DataConfig(), 1.0)
+        checkpoints = Checkpoints(folder / "checkpoints", group)
+        state = SiteState(trainer, checkpoints, Background(group), TRAIN, meter)
+        self.runner = OrderRunner(state, files={}, deadline=Deadline())
         self.runner.restore()
         names = sorted(trainer.layout())
         self.parts = names[::2], names[1::2]

@@ -1,1 +1,1 @@
-"""What learning algorithms need of the trainer, a file each."""
+"""What learning algorithms do in an order of the trainer, a file each."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from flwr_hpc.protocol import LOCAL_UPDATE_SHARE, Order
+from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.trainer import Trainer
 
 
-class LocalUpdate:
+class LocalUpdate(Algorithm):
     """Remembers, shard by shard, how the last order moved the weights.
 
     An order that was submitted while another one was trained holds weights that lack the
@@ -40,13 +41,18 @@ class LocalUpdate:
         self._start = [shard.clone() for shard in shards]
         return {"local_update_share": used, "local_update_seq": float(self._seq)} if used else {}
 
-    def end(self, order: Order) -> None:
+    def resume(self, order: Order) -> None:
+        """Forget: another job has begun the order."""
+        self.forget()
+
+    def end(self, order: Order, *_: object) -> list[Write]:
         """Remember how the order has moved the weights."""
         if not self._start:
-            return
+            return []
         pairs = zip(self._trainer.shards(), self._start, strict=True)
         self._moved, self._seq = [shard - start for shard, start in pairs], order.seq
         self._start = []
+        return []
 
     def forget(self) -> None:
         """Give the memory back: the next order starts from its weights as they are."""

@@ -12,59 +12,59 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flwr_hpc.exchange.tensors import Layout
+from flwr_hpc.protocol import GRADIENT, MEAN_GRADIENT, Order
+from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.optim import gradient
 from flwr_hpc.train.parallel import full, local, put
+from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import read_weights
 
 
-class ControlVariates:
+class Scaffold(Algorithm):
     """Sums up one order's gradients and corrects them; as much memory as the weights, or twice.
 
     Parameters
     ----------
-    trained : mapping of str to Tensor
-        This rank's view of the parameters, by the name under which they travel.
+    trainer : Trainer
+    correction : Path or None
+        File of all that travels; what of it is not trained needs no correction.
     """
 
-    def __init__(self, trained: Mapping[str, Tensor]) -> None:
-        self._trained = trained
-        self._sums = _zeros(trained)
-        self._correction: dict[str, Tensor] = {}
+    name = "scaffold"
 
-    def read(self, path: Path, layout: Layout) -> None:
-        """Take over a correction; each rank reads the file and keeps its shard.
+    def __init__(self, trainer: Trainer, correction: Path | None) -> None:
+        self._trainer = trainer
+        self._trained = trainer.trained
+        self._sums = _zeros(self._trained)
+        self._correction = _zeros(self._trained) if correction else {}
+        if correction:  # each rank reads the file and keeps its shard
+            for name, value in read_weights(correction, trainer.layout()):
+                if name in self._correction:
+                    put(value, self._correction[name])
 
-        Parameters
-        ----------
-        path : Path
-        layout : Layout
-            Of what travels; what of it is not trained needs no correction.
-        """
-        self._correction = _zeros(self._trained)
-        for name, value in read_weights(path, layout):
-            if name in self._correction:
-                put(value, self._correction[name])
-
-    def apply(self) -> None:
+    def gradients(self) -> None:
         """Add this step's gradients to the sum, and then the correction to them."""
         grads = [gradient(p) for p in self._trained.values()]
         torch._foreach_add_([local(s) for s in self._sums.values()], grads)
         if self._correction:
             torch._foreach_add_(grads, [local(c) for c in self._correction.values()])
 
-    def mean(self, steps: int, travel: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        """Yield the mean gradient, one whole tensor at a time; a collective generator.
-
-        What travels without being trained has the gradient zero.
-        """
-        for name, tensor in travel.items():
-            summed = self._sums.get(name)
-            yield torch.zeros_like(full(tensor)) if summed is None else full(summed) / max(1, steps)
+    def end(self, order: Order, folder: OrderDir, steps: int) -> list[Write]:
+        """Gather the mean gradient, if it was asked for."""
+        if not order.options.get(MEAN_GRADIENT):
+            return []
+        publish = self._trainer.gather(folder.arrays(GRADIENT), self._mean(steps))
+        return [lambda: {"extra_arrays": {GRADIENT: publish()}}]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint of a running order has to hold besides; filled in place."""
         return {f"gradient_sum.{name}": s for name, s in self._sums.items()}
+
+    def _mean(self, steps: int) -> Iterator[Tensor]:
+        """Yield one whole tensor at a time; of what travels untrained the gradient is zero."""
+        for name, tensor in self._trainer.exchanged.items():
+            summed = self._sums.get(name)
+            yield torch.zeros_like(full(tensor)) if summed is None else full(summed) / max(1, steps)
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

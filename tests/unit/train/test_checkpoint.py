@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flwr_hpc.train.checkpoint import Checkpoints
+from flwr_hpc.train.state.checkpoint import Checkpoints
 
 WHOLE = "run-a-000001@0000000004"
 

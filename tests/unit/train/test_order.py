@@ -15,11 +15,13 @@ from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.data.batches import DataCursor
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import OrderDir
-from flwr_hpc.train.background import Background
-from flwr_hpc.train.checkpoint import DamagedCheckpointError, Saved
+from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.progress import DivergedError, OrderProgress
+from flwr_hpc.train.state.background import Background
+from flwr_hpc.train.state.checkpoint import DamagedCheckpointError, Saved
+from flwr_hpc.train.state.site_state import SiteState
 from flwr_hpc.worker.deadline import Deadline, Stop
 from flwr_hpc.worker.lifeline import RankError
 from flwr_hpc.worker.phase_timer import PhaseTimer
@@ -36,7 +38,7 @@ class CountingTrainer:
         self.lr_scale = 1.0
 
     def train(
-        self, steps: int, so_far: OrderProgress, should_stop: Any, *extras: Any
+        self, steps: int, so_far: OrderProgress, should_stop: Any, report: Any, algorithms: Any
     ) -> OrderProgress:
         done = dataclasses.replace(so_far, stopped=Stop.NO)
         if self.diverges:
@@ -47,8 +49,8 @@ class CountingTrainer:
             self.step += 1
             self.cursor.advance(1, 4)
             self.state["moments"] += 1
-            if extras[-1] is not None:
-                extras[-1].sums["gradients"] += 1
+            for algorithm in algorithms:
+                algorithm.gradients()
         return done if done.steps == steps else dataclasses.replace(done, stopped=stop)
 
     def tensors(self) -> dict[str, Array]:
@@ -63,13 +65,36 @@ class CountingTrainer:
     def gather_weights(self, path: Path, *_: object) -> Any:
         return lambda: "sha"
 
-    def variates(self, correction: Path | None) -> SimpleNamespace:
-        sums = {"gradients": np.zeros(())}
-        return SimpleNamespace(correction=correction, sums=sums, tensors=lambda: sums)
 
-    def gather_gradient(self, path: Path, variates: SimpleNamespace, steps: int) -> Any:
-        words = f"{path.name}: {variates.sums['gradients']:g} in {steps}"
-        return lambda: words
+class Counter(Algorithm):
+    """Counts the steps of an order, over all jobs that worked on it."""
+
+    name = "counter"
+
+    def __init__(self) -> None:
+        self.count = np.zeros(())
+        self.calls: list[str] = []
+
+    def begin(self, order: Order) -> dict[str, float]:
+        self.calls.append("begin")
+        return {"begun": 1.0}
+
+    def resume(self, order: Order) -> None:
+        self.calls.append("resume")
+
+    def gradients(self) -> None:
+        self.count += 1
+
+    def end(self, order: Order, folder: OrderDir, steps: int) -> list[Write]:
+        words = f"{self.count:g} in {steps}"
+        return [lambda: {"extra_arrays": {"gradient": words}}]
+
+    def tensors(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+
+def counted(trainer: Any, order: Order, extra_arrays: Any) -> list[Algorithm]:
+    return [Counter()] if order.options.get("count") else []
 
 
 class Answers(Deadline):
@@ -138,7 +163,8 @@ def runner(shelf: Shelf, **train: Any) -> OrderRunner:
     trainer: Any = CountingTrainer()
     checkpoints: Any = shelf
     background = Background(group)  # type: ignore[arg-type]
-    return OrderRunner(trainer, checkpoints, {}, config, meter, Answers(), background)
+    state = SiteState(trainer, checkpoints, background, config, meter)
+    return OrderRunner(state, {}, Answers(), algorithms=counted)
 
 
 class Folder(OrderDir):
@@ -238,7 +264,7 @@ def test_the_reserve_counts_a_checkpoint(shelf: Shelf) -> None:
     run(made, 0)
     assert made.write_s == pytest.approx(4 * made._weights_s)
     run(made, 1)
-    assert made.write_s == pytest.approx(made._checkpoint_s + made._weights_s)
+    assert made.write_s == pytest.approx(made.state.checkpoint_s + made._weights_s)
     assert made.deadline.reserve_s == pytest.approx(2 * (made.write_s + made.step_s) + 1)
 
 
@@ -252,21 +278,22 @@ def test_the_learning_rate_is_scaled_for_its_order_only(shelf: Shelf) -> None:
     assert made.trainer.lr_scale == 1.0
 
 
-def test_an_order_tells_its_mean_gradient_if_asked(shelf: Shelf) -> None:
+def test_an_algorithm_goes_on_in_another_job(shelf: Shelf) -> None:
     """Protects SCAFFOLD's sums from a preemption, and other orders from their cost."""
-    made, options = runner(shelf), {"mean-gradient": True}
+    made, options = runner(shelf), {"count": True}
     order = Order("run", "a", 0, "train", steps=4, options=options)
     answers = [Stop.NO, Stop.LEAVE]
     made.deadline = Answers(*answers)
     assert carry_out(made, order) is None
     after = runner(shelf)
-    result = carry_out(after, order, {"correction": Path("c")})
+    result = carry_out(after, order)
     assert result is not None
-    assert result.extra_arrays == {"gradient": "gradient.safetensors: 4 in 4"}
+    assert result.extra_arrays == {"gradient": "4 in 4"}
+    assert result.metrics["begun"] == 1.0  # in the first job
     other = run(after, 1)
     assert other is not None
     assert other.extra_arrays == {}
-    assert "gradients" not in shelf.kept["run-a-000001@0000000008"][1]
+    assert "count" not in shelf.kept["run-a-000001@0000000008"][1]
     died = carry_out(runner(shelf), order)  # ahead of its result; the sum was kept
     assert died is not None
     assert died.extra_arrays == result.extra_arrays

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from flwr_hpc.files import can_link, publish, read_json, sync_dir
 from flwr_hpc.spool import CHECKPOINT_META, checkpoint_name
-from flwr_hpc.train.background import Staging
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.state.background import Staging
 from flwr_hpc.worker.lifeline import RankError, cause_of
 
 # torch derives the former from BaseException, so that it passes every ``except Exception``.
