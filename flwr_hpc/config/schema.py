@@ -98,7 +98,12 @@ class TrainConfig:
     goldfish_k: int = 4
     goldfish_h: int = 13
     precision: str = "auto"  # ``auto`` (bf16 where the device has it), ``fp32`` or ``bf16``
-    activation_checkpointing: str = "none"  # ``none`` or ``full``
+    # What of the activations the backward pass computes again: ``none``, ``selective`` (all but
+    # the results of matrix products and attention) or ``full`` (each layer).
+    activation_checkpointing: str = "none"
+    # Replicas of the sharded model (HSDP): each has ranks / replicate neighbouring ranks, over
+    # which it is sharded, and gradients are summed over the replicas once per step. 1: FSDP.
+    replicate: int = 1
     reset_optimizer: bool = False  # Forget the inner optimizer's state at every order
     # Save the trainer's state after so many training orders (0: never).
     checkpoint_every_orders: int = 1

@@ -18,13 +18,14 @@ CHOICES = {
     "allocation.policy": ("warm", "per_round"),
     "train.loss": ("cross_entropy", "goldfish"),
     "train.precision": ("auto", "fp32", "bf16"),
-    "train.activation_checkpointing": ("none", "full"),
+    "train.activation_checkpointing": ("none", "selective", "full"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
 }
 POSITIVE = (
     *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
-    *("train.batch_size", "train.schedule_steps", "allocation.idle_timeout_s", "federation.wait_s"),
+    *("train.replicate", "train.batch_size", "train.schedule_steps"),
+    *("allocation.idle_timeout_s", "federation.wait_s"),
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
     *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
@@ -88,6 +89,7 @@ def check_values(c: Any) -> None:
     for name, facility in c.facilities.items():
         check_shape(name, facility)
         batch_size.shared(c.train, facility.nodes * facility.ranks_per_node, name)
+        _check_replicas(name, facility.nodes * facility.ranks_per_node, c.train.replicate)
     _check_limits(c)
     _check_sites(c.serve)
     _check_paths(c)
@@ -95,6 +97,15 @@ def check_values(c: Any) -> None:
     if not c.strategy.get("_target_"):
         raise UserError(
             "strategy._target_ must name a Flower Strategy, e.g. strategies.diloco.DiLoCo"
+        )
+
+
+def _check_replicas(name: str, ranks: int, replicate: int) -> None:
+    if ranks % replicate:
+        valid = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(
+            f"train.replicate={replicate} replicas cannot share the {ranks} ranks of {name} "
+            f"(nodes x ranks_per_node). Valid: {valid}"
         )
 
 

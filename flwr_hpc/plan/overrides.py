@@ -18,6 +18,7 @@ def plan_overrides(
         f"train.micro_batch={plan.micro_batch}",
         f"train.accumulation={plan.accumulation}",
         f"train.activation_checkpointing={plan.checkpointing}",
+        f"train.replicate={plan.replicate}",
     ]
 
 

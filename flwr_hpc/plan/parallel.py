@@ -31,19 +31,8 @@ class ParallelPlan:
 
     @property
     def missing(self) -> str:
-        """What today's trainer lacks to execute the plan; empty if it can.
-
-        It shards over all ranks (FSDP2) and recomputes all or nothing: no tensor parallelism (TP),
-        no replicas of shards (HSDP), no selective checkpointing.
-        """
-        lacks = []
-        if self.tensor > 1:
-            lacks.append("TP")
-        if self.replicate > 1:
-            lacks.append("HSDP")
-        if self.checkpointing == SELECTIVE:
-            lacks.append("selective")
-        return ", ".join(lacks)
+        """What today's trainer lacks to execute the plan: tensor parallelism; else empty."""
+        return "TP" if self.tensor > 1 else ""
 
     @property
     def mesh(self) -> str:

@@ -227,7 +227,7 @@ def _block(
     return Block(
         count, projections, vectors, queries,
         saved=normed * norms * s.hidden + split + routed, saved_float32=float32,
-        saved_split=split, selective=s.hidden * (1 + attentions) + selective_split,
+        saved_split=split, selective=s.hidden * (2 + attentions) + selective_split,
         selective_split=selective_split,
         saved_pairs=8 * s.heads * attentions if sort.eager else 0,
     )  # fmt: skip

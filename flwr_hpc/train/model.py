@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +22,17 @@ from transformers.utils import cached_file
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.train.metrics import flops_per_token
+
+_aten = torch.ops.aten
+# Costly to compute again and small beside what activation functions and norms keep: the results
+# of matrix products, and of attention.
+KEPT = [
+    _aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +59,8 @@ def build(
     base = _from_checkpoint(config.path) if config.path else _from_config(config, tokenizer)
     base.config.use_cache = False  # the cache is for generation
     _check_size(base, tokenizer, seq_len)
-    if checkpointing == "full":
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if checkpointing != "none":
+        base.gradient_checkpointing_enable(_recomputation(checkpointing))
     files = _tokenizer_files(tokenizer)
     if config.lora.r == 0:
         model: Any = base
@@ -58,6 +71,14 @@ def build(
         files |= _adapter_files(model)
     names = {name: _file_name(name) for name in exchanged(model)}
     return Built(model, names, files, flops_per_token(base.config, model, seq_len))
+
+
+def _recomputation(kind: str) -> dict[str, Any]:
+    """Return how torch's `checkpoint` is to treat a layer."""
+    if kind == "full":
+        return {"use_reentrant": False}
+    kept = partial(create_selective_checkpoint_contexts, KEPT)
+    return {"use_reentrant": False, "context_fn": kept}
 
 
 def exchanged(model: nn.Module) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ def gradient(parameter: Tensor) -> Tensor:
     return local(parameter.grad)
 
 
-def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
+def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor, replicate: int = 1) -> Tensor:
     """Scale gradients down to a global norm of at most `largest` (0: leave them).
 
-    Shards are disjoint, so their squares add up over the ranks; the loss comes along in the
-    same reduction, and the device is not waited for.
+    Shards are disjoint, so their squares add up over the ranks of each replica; the loss comes
+    along in the same reduction, and the device is not waited for.
 
     Parameters
     ----------
@@ -32,6 +32,8 @@ def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
     largest : float
     loss_sum : Tensor ()
         Of this rank.
+    replicate : int
+        How many replicas hold the same shards.
 
     Returns
     -------
@@ -39,7 +41,8 @@ def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
         Loss and gradient norm (before clipping) over all ranks.
     """
     grads = [gradient(p) for p in parameters]
-    stats = torch.stack([loss_sum, torch.nn.utils.get_total_norm(grads).square()])
+    squares = torch.nn.utils.get_total_norm(grads).square() / replicate
+    stats = torch.stack([loss_sum, squares])
     dist.all_reduce(stats)
     stats[1].sqrt_()
     if largest > 0:

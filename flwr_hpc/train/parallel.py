@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flwr_hpc.errors import UserError
 from flwr_hpc.train.model import layers
 
 # Below this many parameters the communication calls of many units cost more than holding the
@@ -40,20 +41,36 @@ def shard(
     device: torch.device,
     precision: str = "auto",
     one_unit_below: int = ONE_UNIT_BELOW,
+    replicate: int = 1,
 ) -> DeviceMesh:
     """Shard the model in place, move it to the device and return the mesh.
+
+    With `replicate` above 1 (HSDP) there are so many copies of the model, each sharded over
+    neighbouring ranks: what is gathered for every layer stays near, and only gradients travel far.
 
     A decoder layer is one unit of communication and the rest, tied embeddings included,
     another; a small model is one unit altogether. Also at world size 1, so that mixed
     precision and checkpoints are the same there.
     """
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    mesh = _mesh(world_size, device, replicate)
     policy = precision_policy(precision, device)
     if sum(p.numel() for p in model.parameters()) >= one_unit_below:
         for layer in layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return mesh
+
+
+def _mesh(world_size: int, device: torch.device, replicate: int) -> DeviceMesh:
+    if world_size % replicate:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise UserError(
+            f"train.replicate={replicate} replicas cannot share {world_size} ranks. Valid: {valid}"
+        )
+    if replicate == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = replicate, world_size // replicate
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def reshard(model: nn.Module) -> None:

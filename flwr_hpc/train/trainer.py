@@ -75,7 +75,10 @@ class Trainer:
         self._config = config
         self._total_steps = total_steps
         self._group = group
-        shard(built.model, group.ranks.world_size, group.device, config.precision, one_unit_below)
+        shard(
+            built.model, group.ranks.world_size, group.device, config.precision, one_unit_below,
+            config.replicate,
+        )  # fmt: skip
         self._summed_loss = add_loss(built.model, chunk_bytes)
         tensors = exchanged(built.model)
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}
@@ -217,14 +220,15 @@ class Trainer:
         loss_sum = torch.zeros((), device=device)
         for i in range(config.accumulation):
             part = slice(i * config.micro_batch, (i + 1) * config.micro_batch)
-            sync = config.sync_every_micro_batch or i == config.accumulation - 1
-            self._model.set_requires_gradient_sync(sync)  # type: ignore[operator]
+            last = i == config.accumulation - 1
+            self._model.set_requires_gradient_sync(config.sync_every_micro_batch or last)  # type: ignore[operator]
+            self._model.set_requires_all_reduce(last)  # type: ignore[operator]
             loss = self._loss(batch.input_ids[part], batch.labels[part])
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         for algorithm in algorithms:
             algorithm.gradients()
-        stats = clip(self._parameters(), config.clip, loss_sum)
+        stats = clip(self._parameters(), config.clip, loss_sum, config.replicate)
         for options in self._optimizer.param_groups:
             options["lr"] = self.lr_scale * learning_rate(self.step, config, self._total_steps)
         step_if_finite(self._optimizer, stats)

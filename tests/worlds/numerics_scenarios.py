@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as checkpoint
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from worlds.torch_ranks import tiny_model, tiny_trainer, weights_of
 
 from flwr_hpc.protocol import MEAN_GRADIENT, Order
@@ -181,6 +183,51 @@ def restore_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
     restore(group, folder / "checkpoints", trainer)
     trainer.train(2)
     return weights_of(trainer, folder / "weights.safetensors", group)
+
+
+def restore_save_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
+    """As `restore_then_go_on`, from a checkpoint of its own of the same state."""
+    trainer = tiny_trainer(group, **options)
+    restore(group, folder / "checkpoints", trainer)
+    if group.ranks.rank == 0:
+        shutil.rmtree(folder / "checkpoints")
+    group.broadcast(None)
+    save(group, folder / "checkpoints", trainer)
+    trainer.train(2)
+    return weights_of(trainer, folder / "weights.safetensors", group)
+
+
+def straight_on(group: Group, folder: Path, **options: Any) -> Any:
+    trainer = tiny_trainer(group, **options)
+    trainer.train(5)
+    return weights_of(trainer, folder / "weights.safetensors", group)
+
+
+def trainer_error(group: Group, **options: Any) -> str:
+    try:
+        tiny_trainer(group, **options)
+    except Exception as exc:
+        return f"{type(exc).__name__}: {exc}"
+    return ""
+
+
+def step_flops(group: Group, checkpointing: str) -> tuple[int, int]:
+    """Return the FLOPs of a step's products, and how many tensors autograd itself keeps for it."""
+    model = tiny_model(checkpointing=checkpointing).model
+    model.train()
+    kept = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += 1
+        return tensor
+
+    ids = torch.arange(64).reshape(4, 16) % 60
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    return counter.get_total_flops(), kept
 
 
 def staged(group: Group, folder: Path, lora: bool = False) -> dict[str, Any]:

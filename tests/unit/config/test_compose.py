@@ -71,6 +71,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["train.lr=inf"], "train.lr=inf must be greater than zero"),
         (["train.lr=nan"], "train.lr=nan must be greater than zero"),
         (["train.clip=-1"], "train.clip=-1.0 must be zero or greater"),
+        (["train.replicate=3"], "train.replicate=3 replicas cannot share the"),
         (["train.warmup_steps=-1"], "train.warmup_steps=-1 must be zero or greater"),
         (["train.weight_decay=-1"], "train.weight_decay=-1.0 must be zero or greater"),
         (["train.min_lr_ratio=1.5"], "train.min_lr_ratio=1.5 must lie between 0 and 1"),
