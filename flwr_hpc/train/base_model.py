@@ -9,6 +9,7 @@ from typing import Any
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensorfile import TensorFile, sha256_of
+from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import BASE, Order
 
@@ -29,7 +30,10 @@ def base_sha256(folder: Path, cache: Path) -> str:
     note = cache / "bases" / f"{key[:32]}.json"
     if known := _read(note):
         return str(known["sha256"])
-    found = _of_tensors(files) if files and files[0].suffix == ".safetensors" else _of_files(files)
+    try:
+        found = _of_tensors(files)
+    except BadPayload:  # pickles, or numbers that are not ours to read
+        found = _of_files(files)
     publish(note, json.dumps({"sha256": found, "files": [str(file) for file in files]}))
     return found
 
@@ -70,4 +74,4 @@ def _of_tensors(files: list[Path]) -> str:
 
 
 def _of_files(files: list[Path]) -> str:
-    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest() if files else ""
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
