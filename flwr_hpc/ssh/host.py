@@ -33,9 +33,13 @@ OPTIONS = (
     *("-o", f"ConnectTimeout={CONNECT_S}", "-o", "ServerAliveInterval=15"),
     *("-o", "ServerAliveCountMax=3", "-o", "ExitOnForwardFailure=yes"),
     *("-o", "ForwardAgent=no", "-o", "ForwardX11=no", "-o", "ClearAllForwardings=yes"),
+    *("-o", "RemoteCommand=none"),
 )
 # Where the control connection is gone no other is opened in its place.
-OVER_CONTROL = ("-o", "ControlMaster=no", "-o", "BatchMode=yes", "-o", "ProxyCommand=false")
+OVER_CONTROL = (
+    *("-o", "ControlMaster=no", "-o", "BatchMode=yes", "-o", "ProxyCommand=false"),
+    *("-o", "RemoteCommand=none", "-o", "RequestTTY=no"),
+)
 PUBLISH = 'umask 077; mkdir -p "$(dirname "$1")" && cat > "$1.tmp" && mv -f "$1.tmp" "$1"'
 # What passes by itself; for anything else OpenSSH wants a person.
 NETWORK = re.compile(
@@ -104,17 +108,19 @@ class SshHost:
         self._socket.unlink(missing_ok=True)  # of one that was killed
         batch = () if ask else ("-o", "BatchMode=yes")
         words = self._words("-M", "-N", "-f", *OPTIONS, *batch)
-        # ssh stays as the connection: it must hold no pipe of ours open, and outlive Ctrl-C.
+        # What a second factor asks to be done is written to stderr: a person has to see it. Else
+        # it is read. ssh stays as the connection: it must hold no pipe of ours open.
+        seen = ask and sys.stderr.isatty()
         with open(self._log, "w+") as log:
             self._connecting = subprocess.Popen(
                 words, stdin=None if ask else subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                stderr=log, start_new_session=not ask,
+                stderr=None if seen else log, start_new_session=not ask,
             )  # fmt: skip
             code = self._connecting.wait()
             log.seek(0)
             output = log.read().strip()
         if code:
-            last = output.splitlines()[-1].strip() if output else f"ssh ended with {code}"
+            last = output.splitlines()[-1].strip() if output else f"ssh has ended with {code}"
             passing = "trying again" if NETWORK.search(last) else self.hint
             raise SshLostError(f"{self.name} cannot be reached: {last.rstrip('.')}. {passing}")
 

@@ -54,6 +54,21 @@ def test_what_takes_a_person_is_said_with_the_command(
     assert "BatchMode" not in str(error.value)
 
 
+def test_what_a_second_factor_asks_for_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Protects who has to open a page and type a code there: ssh writes that to stderr."""
+    _ssh(monkeypatch, tmp_path, "open https://login.example.org and type ABC")
+    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True)
+    host = SshHost("far", tmp_path)
+    with pytest.raises(SshLostError):
+        host.open(ask=True)
+    assert "type ABC" in capfd.readouterr().err
+    with pytest.raises(SshLostError, match="type ABC"):
+        host.open(ask=False)
+    assert "type ABC" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     "last",
     [
