@@ -21,19 +21,20 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flwr_hpc import __version__
-from flwr_hpc.config.compose import compose_config, shown
-from flwr_hpc.config.overrides import split_resume
-from flwr_hpc.config.schema import Config
+from flwr_hpc.config.command_line import add_settings, command_parser
+from flwr_hpc.config.compose import shown
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
+from flwr_hpc.server.run_dir import configure
 from flwr_hpc.sweep.options import is_sweep
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
-    args = _parser().parse_intermixed_args(argv)
+    parser = add_settings(command_parser("run", __doc__))
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
+    args = parser.parse_intermixed_args(argv)
     return exit_code(lambda: _run(args))
 
 
@@ -48,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
         from flwr_hpc.sweep.command import run_sweep  # later, so that a run starts at once
 
         return run_sweep(args.overrides, args.config_dir)
-    config, resumed = _configure(args.overrides, args.config_dir)
+    config, resumed = configure(args.overrides, args.config_dir)
     if config.serve.address and not (resumed and config.by_ssh):
         raise UserError(
             "a server for sites of other centres is started, and resumed, with: "
@@ -76,30 +77,6 @@ def _folder_to_end(overrides: list[str]) -> str:
     if named and len(overrides) > 1:
         raise UserError(f"end= stands alone: python -m flwr_hpc.run end={named[-1]}")
     return named[-1] if named else ""
-
-
-def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:
-    """Compose the configuration; that of a resumed run comes from its folder."""
-    folder, changes = split_resume(overrides)
-    if not folder:
-        return compose_config(overrides, config_dir), False
-    from flwr_hpc.server.run_dir import RunDir
-
-    return RunDir.open(folder).resumed_config(changes), True
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
-    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination")
-    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
-    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
-    return parser
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flwr_hpc import __version__
-from flwr_hpc.config.compose import compose_config, shown
-from flwr_hpc.config.overrides import split_resume
+from flwr_hpc.config.command_line import add_settings, command_parser
+from flwr_hpc.config.compose import shown
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.files import keep_files_private
+from flwr_hpc.server.run_dir import RunDir, configure
 
 EXAMPLE = "serve.address=train.example.org:8443 'serve.sites=[leonardo,lumi]'"
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["invite"], ["revoke"]):
         return exit_code(lambda: _change(argv))
-    args = _parser().parse_intermixed_args(argv)
+    args = add_settings(command_parser("serve", __doc__)).parse_intermixed_args(argv)
     return exit_code(lambda: _serve(args))
 
 
@@ -50,14 +50,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bool]:
-    """Compose the configuration; that of a resumed run comes from its folder."""
-    folder, changes = split_resume(overrides)
-    if folder:
-        from flwr_hpc.server.run_dir import RunDir
-
-        config = RunDir.open(folder).resumed_config(changes)
-    else:
-        config = compose_config(overrides, config_dir, serve=True)
+    config, resumed = configure(overrides, config_dir, serve=True)
     if not config.serve.address or not config.serve.sites:
         raise UserError(f"where sites reach the server, and who they are. Add: {EXAMPLE}")
     if config.facilities:
@@ -66,7 +59,7 @@ def _configure(overrides: list[str], config_dir: str | None) -> tuple[Config, bo
             f"facilities belong to the sites that join, also one of this machine ({name}): "
             f"leave +facility= away, and name it in serve.sites"
         )
-    return config, bool(config.resume)
+    return config, resumed
 
 
 def _change(argv: list[str]) -> int:
@@ -74,7 +67,6 @@ def _change(argv: list[str]) -> int:
     if len(argv) != 3:
         raise UserError(f"usage: python -m flwr_hpc.serve {argv[0]} NAME RUN_DIR")
     from flwr_hpc.server import invitations
-    from flwr_hpc.server.run_dir import RunDir
 
     keep_files_private()
     action, site, folder = argv
@@ -94,19 +86,6 @@ def _change(argv: list[str]) -> int:
     if runs and credential.node_id:
         invitations.unregister(run, credential.node_id)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
-    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
-    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
-    return parser
 
 
 if __name__ == "__main__":

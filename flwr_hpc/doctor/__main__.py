@@ -27,8 +27,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flwr_hpc import __version__
 from flwr_hpc.clock import Clock, SystemClock
+from flwr_hpc.config.command_line import add_settings, command_parser
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.folder import conf_dir
@@ -185,22 +185,14 @@ class _Progress:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="as of flwr_hpc.run; or an INVITATION"
-    )
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
+    words = "as of flwr_hpc.run; or an INVITATION"
+    parser = add_settings(command_parser("doctor", __doc__), cfg=False, words=words)
     parser.add_argument("--no-job", action="store_true", help="look at this host alone")
     of_nodes = "nodes of the probe job, if the facility has as many (default: 2)"
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help=of_nodes)
     of_timeout = "how long the probe job may wait in the queue (default: 30)"
     parser.add_argument("--timeout", default="30", metavar="MINUTES", help=of_timeout)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
     return parser
 
 

@@ -19,6 +19,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flwr_hpc.config.command_line import command_parser
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.files import keep_files_private
 from flwr_hpc.gate import peers
@@ -91,11 +92,7 @@ def _program(name: str) -> Callable[[], Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.gate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("gate", __doc__)
     parser.add_argument(
         "--shared-host",
         action="store_true",

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flwr_hpc import __version__
+from flwr_hpc.config.command_line import add_settings, command_parser
 from flwr_hpc.config.compose import shown
 from flwr_hpc.config.invitation import check_versions, read_invitation
 from flwr_hpc.errors import exit_code
@@ -44,17 +44,9 @@ def _join(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.join",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("join", __doc__)
     parser.add_argument("invitation", metavar="INVITATION", help="the file that the server wrote")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
-    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
-    parser.add_argument("--version", action="version", version=f"flwr-hpc {__version__}")
-    return parser
+    return add_settings(parser)
 
 
 if __name__ == "__main__":

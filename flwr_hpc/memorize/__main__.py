@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from flwr_hpc.config.command_line import command_parser
 from flwr_hpc.data.passages import read_passages
 from flwr_hpc.errors import UserError, exit_code, positive
 
@@ -108,11 +109,7 @@ def _plot(path: Path, found: Sequence[Bucket]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.memorize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("memorize", __doc__)
     parser.add_argument("model", metavar="RUN_DIR|MODEL", help="a run, a model's folder or name")
     parser.add_argument("--passages", metavar="FILE", help="default: the run's data.passages")
     parser.add_argument("--last", type=int, default=50, help="tokens to recite (50)")

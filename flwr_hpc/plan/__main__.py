@@ -13,13 +13,13 @@ What it rests on: docs/plan.md.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from flwr_hpc.config.command_line import add_settings, command_parser
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.plan.config import PlanConfig, compose_plan
 from flwr_hpc.plan.overrides import plan_overrides
@@ -32,7 +32,8 @@ PLANNING = ("nodes=", "plan.", "data.seq_len=", "train.micro_batch=", "train.acc
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 1 nothing fits, 2 user error)."""
-    args = _parser().parse_intermixed_args(argv)
+    parser = add_settings(command_parser("plan", __doc__), cfg=False)
+    args = parser.parse_intermixed_args(argv)
     return exit_code(lambda: _run(args.overrides, args.config_dir))
 
 
@@ -83,17 +84,6 @@ def _fix(ranking: Ranking) -> str:
         f"{nearest.over_bytes / 1e9:.1f} GB more per device. Try: "
         f"nodes={2 * ranking.machine.nodes}, or data.seq_len={ranking.seq_len // 2}"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
-    return parser
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 from omegaconf import OmegaConf
 
-from flwr_hpc.config.compose import resume_config
+from flwr_hpc.config.compose import compose_config, resume_config
+from flwr_hpc.config.overrides import split_resume
 from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json, try_lock
@@ -227,3 +228,13 @@ class RunDir:
 def _driver(lock: Path) -> int:
     text = lock.read_text().strip()
     return int(text) if text.isdigit() else 0
+
+
+def configure(
+    overrides: Sequence[str], config_dir: str | None, serve: bool = False
+) -> tuple[Config, bool]:
+    """Compose the configuration; a resumed run's comes from its folder. Return whether it does."""
+    folder, changes = split_resume(overrides)
+    if folder:
+        return RunDir.open(folder).resumed_config(changes), True
+    return compose_config(overrides, config_dir, serve=serve), False

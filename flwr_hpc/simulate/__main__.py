@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
+from flwr_hpc.config.command_line import add_settings, command_parser
 from flwr_hpc.config.compose import composed
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.simulate.config import SimulateConfig, parse
@@ -29,7 +30,7 @@ DEFAULT_STRATEGIES = ["fedavg", "diloco", "fedbackfill"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code (0, 1 failed, 2 user error, 130 Ctrl-C)."""
-    args = _parser().parse_intermixed_args(argv)
+    args = add_settings(command_parser("simulate", __doc__)).parse_intermixed_args(argv)
     return exit_code(lambda: _run(args))
 
 
@@ -64,18 +65,6 @@ def _strategies(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         if not names:
             raise UserError("strategy= takes names. Example: 'strategy=[fedavg,fedbackfill]'")
     return list(dict.fromkeys(names)), rest
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flwr_hpc.simulate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see above")
-    parser.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
-    parser.add_argument("--config-dir", metavar="DIR", help="folder with configuration of yours")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from flwr_hpc.config.command_line import add_settings, command_parser
 from flwr_hpc.simulate import compare
-from flwr_hpc.simulate.__main__ import _parser, compose, main
+from flwr_hpc.simulate.__main__ import compose, main
 from flwr_hpc.simulate.config import LEARNING
 from flwr_hpc.simulate.learning.tasks import TASKS
 
@@ -246,7 +247,7 @@ def documented() -> list[object]:
 @pytest.mark.parametrize("arguments", documented())
 def test_documented_command(arguments):
     """Protects readers from commands that are refused."""
-    args = _parser().parse_args(arguments)
+    args = add_settings(command_parser("simulate", "")).parse_args(arguments)
     compare.scenario_of(compose(args.overrides, args.config_dir))
 
 
