@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flwr_hpc.exchange.compression.blocks import pack_bits, unpack_bits
 from flwr_hpc.exchange.compression.update import (
     Packed,
     UpdateCodec,
@@ -14,7 +15,6 @@ from flwr_hpc.exchange.compression.update import (
 )
 
 BLOCK = 64  # values that share two sizes: those that top-k takes of one of its blocks
-SHIFTS = np.array([0, 2, 4, 6], np.uint8)
 
 
 class Int2(UpdateCodec):
@@ -33,14 +33,13 @@ class Int2(UpdateCodec):
         large = sizes > mean[:, None]
         means = [_mean(sizes, there * group) for group in (~large, large)]
         codes = (rows < 0) + 2 * large.astype(np.uint8)
-        codes = codes.astype(np.uint8).reshape(-1)[: 4 * -(-values.size // 4)]
-        bits = np.bitwise_or.reduce(codes.reshape(-1, 4) << SHIFTS, axis=1)
-        return joined(np.stack(means, axis=1), bits)
+        codes = codes.astype(np.uint8).reshape(-1)
+        return joined(np.stack(means, axis=1), pack_bits(codes, 2, values.size))
 
     def unpack(self, packed: Packed, count: int) -> Values:
         blocks = -(-count // BLOCK)
         means, bits = split(packed, ("<f4", 2 * blocks), ("u1", -(-count // 4)))
-        codes = ((bits[:, None] >> SHIFTS) & 3).reshape(-1)[:count]
+        codes = unpack_bits(bits, 2, count)
         sizes = means.reshape(-1, 2)[np.arange(count) // BLOCK, codes >> 1]
         values: Values = np.where(codes & 1, -sizes, sizes).astype(np.float32)
         return values
