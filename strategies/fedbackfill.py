@@ -133,12 +133,8 @@ class FedBackfill(AsyncStrategy):
 
     def share(self, facility: str) -> float:
         """Return g_k."""
-        share = 1.0 / self.num_sites
-        if self.balance:
-            share *= self.rates.by_steps(facility)
-        if self.balance_arrivals:
-            share *= self.rates.by_arrivals(facility, self.num_sites)
-        return share
+        factors = (self.balance, self.balance_arrivals)
+        return self.rates.share(facility, self.num_sites, *factors)
 
     def counts(self, result: SiteResult, staleness: int) -> bool:
         """Return whether it is known from which weights the site has trained."""

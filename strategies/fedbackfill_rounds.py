@@ -158,13 +158,8 @@ class FedBackfillRounds(WindowStrategy):
 
     def weight(self, update: Update) -> float:
         """Return g_k."""
-        name, sites = update.facility, self.num_sites
-        share = 1.0 / sites
-        if self.balance:
-            share *= self.rates.by_steps(name)
-        if self.balance_arrivals:
-            share *= self.rates.by_arrivals(name, sites)
-        return share
+        factors = (self.balance, self.balance_arrivals)
+        return self.rates.share(update.facility, self.num_sites, *factors)
 
     def shares(self, updates: Sequence[Update]) -> list[float]:
         """Return every g_k as it is: a window of a part of the sites is a part of a step."""

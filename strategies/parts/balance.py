@@ -29,6 +29,15 @@ class ContributionBalance:
         for name in self.frequency:
             _blend(self.frequency, name, float(name == facility), 1.0 / (8.0 * sites))
 
+    def share(self, facility: str, sites: int, by_steps: bool, by_arrivals: bool) -> float:
+        """Return g_k of FedBackfill: 1/N, with the factors asked for."""
+        share = 1.0 / sites
+        if by_steps:
+            share *= self.by_steps(facility)
+        if by_arrivals:
+            share *= self.by_arrivals(facility, sites)
+        return share
+
     def by_steps(self, facility: str) -> float:
         """Return ``clip(sqrt(n_mean / n_k), 1/3, 3)``, n_k the steps of the site's orders."""
         mean = sum(self.steps.values()) / len(self.steps)
