@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
 # Full, over the quota, or mounted read-only: a person has to see to it, and then all goes on.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PROBE_BYTES = 1 << 16
+DISK_PAUSE_S = 15.0  # between two looks at a disk that could not be written
 
 
 def is_disk_trouble(error: BaseException) -> bool:
@@ -50,6 +51,13 @@ def disk_trouble(folder: Path) -> str:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
     return ""
+
+
+def wait_until_writable(folder: Path, sleep: Callable[[float], None]) -> None:
+    """Wait for a disk in trouble; also where a small file fits, and a large one does not."""
+    sleep(DISK_PAUSE_S)
+    while disk_trouble(folder):
+        sleep(DISK_PAUSE_S)
 
 
 def keep_files_private() -> None:

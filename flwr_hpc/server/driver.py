@@ -19,7 +19,13 @@ import psutil
 from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.invitation import versions
 from flwr_hpc.config.schema import Config
-from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, read_json
+from flwr_hpc.files import (
+    disk_trouble,
+    explain_disk_trouble,
+    is_disk_trouble,
+    read_json,
+    wait_until_writable,
+)
 from flwr_hpc.flower import commands
 from flwr_hpc.flower.processes import (
     Child,
@@ -42,7 +48,6 @@ from flwr_hpc.tracking.live import LiveView
 POLL_S = 0.3
 RELEASE_S = 15.0  # for a released job to end
 WANDB_S = 30.0  # to upload what is left
-DISK_PAUSE_S = 15.0  # between two looks at a disk that could not be written
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ def _sessions(
             return outcome
         if trouble:
             view.print_line(f"{outcome.error}; {trouble}")
-            _wait_for_disk(run.path, clock or SystemClock())
+            wait_until_writable(run.path, (clock or SystemClock()).sleep)
             view.print_line(f"{run.path} can be written again; starting from the last aggregation")
             continue
         failed += 1
@@ -139,12 +144,6 @@ def _session_or_trouble(
     with suppress(OSError):  # away for a moment: nothing is learnt by this look
         return outcome, disk_trouble(run.path)
     return outcome, ""
-
-
-def _wait_for_disk(folder: Path, clock: Clock) -> None:
-    clock.sleep(DISK_PAUSE_S)  # also where a small file fits, and a large one does not
-    while disk_trouble(folder):
-        clock.sleep(DISK_PAUSE_S)
 
 
 def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: SessionOutcome) -> None:

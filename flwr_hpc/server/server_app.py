@@ -22,7 +22,7 @@ from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.executors import DaemonThreads
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
-from flwr_hpc.files import disk_trouble, explain_disk_trouble, is_disk_trouble, publish
+from flwr_hpc.files import explain_disk_trouble, is_disk_trouble, publish, wait_until_writable
 from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.server.model_dir import base_options, publish_files, write_model
 from flwr_hpc.server.run_dir import RunDir
@@ -36,7 +36,6 @@ from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settin
 
 SITES_S = 600.0  # for all sites to come up
 LAST_S = 180.0  # for those that have joined to hear that the run is over
-DISK_PAUSE_S = 15.0
 
 app = ServerApp()
 log = logging.getLogger("flwr_hpc")
@@ -76,9 +75,7 @@ def _once_writable(run: RunDir, events: EventLog, clock: Clock, work: Callable[[
             reason = explain_disk_trouble(exc, run.path)
         events.emit("disk_trouble", reason=reason)
         log.error("%s", reason)
-        clock.sleep(DISK_PAUSE_S)  # also where a small file fits, and a large one does not
-        while disk_trouble(run.path):
-            clock.sleep(DISK_PAUSE_S)
+        wait_until_writable(run.path, clock.sleep)
 
 
 def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:

@@ -111,24 +111,16 @@ def _live(
     id_: str, name: str, native: str, submit: str, eligible: str, start: str, end: str,
     nodes: str, restarts: str, reason: str,
 ) -> JobInfo:  # fmt: skip
-    state = _STATES.get(native, "unknown")
     reason = reason.rstrip("| ")
     reason = "" if reason == "None" else reason
-    return JobInfo(
-        id_,
-        name,
-        state,
-        submitted_s=_epoch(submit),
-        eligible_s=_epoch(eligible),
-        started_s=_started(state, native, start, end),
-        ended_s=_epoch(end) if state == "ended" else None,  # else: a plan
-        expected_start_s=_epoch(start) if state == "pending" else None,
-        nodes=int(nodes) if nodes.isdigit() else None,
+    told = f"{native} ({reason})" if reason else native
+    job = _job(id_, name, native, submit, eligible, start, end, nodes, told)
+    return replace(
+        job,
+        expected_start_s=_epoch(start) if job.state == "pending" else None,
         restarts=int(restarts) if restarts.isdigit() else 0,
-        outcome=_OUTCOMES.get(native),
         suspended=native in ("SUSPENDED", "STOPPED"),
-        stuck=stuck(native, reason) if state == "pending" else "",
-        reason=f"{native} ({reason})" if reason else native,
+        stuck=stuck(native, reason) if job.state == "pending" else "",
     )
 
 
@@ -137,10 +129,18 @@ def _past(
     nodes: str, code: str,
 ) -> JobInfo:  # fmt: skip
     word = (native.split() or [""])[0].rstrip("+")  # "CANCELLED by 1000"
-    state = _STATES.get(word, "unknown")
     exit_code, _, signal = code.partition(":")
     codes = [f"exit code {exit_code}"] if exit_code not in ("", "0") else []
     codes += [f"signal {signal}"] if signal not in ("", "0") else []
+    reason = ", ".join([native, *codes])
+    return _job(id_, name, word, submit, eligible, start, end, nodes, reason)
+
+
+def _job(
+    id_: str, name: str, word: str, submit: str, eligible: str, start: str, end: str,
+    nodes: str, reason: str,
+) -> JobInfo:  # fmt: skip
+    state = _STATES.get(word, "unknown")
     return JobInfo(
         id_,
         name,
@@ -148,10 +148,10 @@ def _past(
         submitted_s=_epoch(submit),
         eligible_s=_epoch(eligible),
         started_s=_started(state, word, start, end),
-        ended_s=_epoch(end) if state == "ended" else None,
+        ended_s=_epoch(end) if state == "ended" else None,  # else: a plan
         nodes=int(nodes) if nodes.isdigit() else None,
         outcome=_OUTCOMES.get(word),
-        reason=", ".join([native, *codes]),
+        reason=reason,
     )
 
 

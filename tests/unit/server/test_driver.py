@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from worlds.clock import FakeClock
 
+from flwr_hpc import files
 from flwr_hpc.config.schema import Config, FederationConfig
 from flwr_hpc.flower import commands
 from flwr_hpc.server import driver
@@ -67,7 +68,8 @@ def test_a_session_that_a_full_disk_ends_is_begun_anew_once_there_is_space(
     what it waits for."""
     disk, clock = ["full"], FakeClock()
     clock.at[100.0] = disk.clear
-    monkeypatch.setattr(driver, "disk_trouble", lambda folder: "".join(disk))
+    for module in (driver, files):
+        monkeypatch.setattr(module, "disk_trouble", lambda folder: "".join(disk))
     moments: list[float] = []
 
     def session(*args: Any) -> SessionOutcome:
