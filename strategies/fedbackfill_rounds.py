@@ -52,11 +52,6 @@ class FedBackfillRounds(WindowStrategy):
         The factors of g_k by steps and by arrivals.
     exponent : float
         a.
-
-    Raises
-    ------
-    ValueError
-        If `quorum` is less than 1 or `grace` less than 0.
     """
 
     persistent_times = ("_reports",)

@@ -25,13 +25,7 @@ def check_window(
     grace_s: float | None = None,
     exponent: float = 0.0,
 ) -> None:
-    """Refuse settings of a window that make no sense.
-
-    Raises
-    ------
-    ValueError
-        If one of them is out of its range.
-    """
+    """Refuse settings of a window that make no sense."""
     if deadline_s is not None and not deadline_s > 0.0:  # at 0 it would be due at every moment
         raise ValueError(f"deadline_s={deadline_s} must be greater than 0, or None (no deadline)")
     if quorum < 1:

@@ -26,11 +26,6 @@ class OuterSGD:
         eta > 0 and beta in [0, 1), a strategy's `outer_lr` and `momentum`.
     nesterov : bool
         Else momentum is plain.
-
-    Raises
-    ------
-    ValueError
-        Outside these ranges.
     """
 
     persistent = ("_m",)
@@ -97,11 +92,6 @@ class PartialNesterov:
     ----------
     rho : float
         Of the last step.
-
-    Raises
-    ------
-    ValueError
-        Outside these ranges.
     """
 
     persistent = ("_m",)

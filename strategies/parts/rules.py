@@ -54,13 +54,7 @@ def _like(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
-    """Return weights that sum to 1.
-
-    Raises
-    ------
-    ValueError
-        If one is negative or not finite, or all are zero.
-    """
+    """Return weights that sum to 1."""
     total = float(sum(weights))
     if not np.isfinite(total) or total <= 0 or min(weights) < 0:
         raise ValueError(f"weights must be finite, not negative and not all zero: {weights}")
@@ -142,11 +136,6 @@ def staleness_weight(kind: str, tau: float, **parameters: float) -> float:
     ``constant`` 1; ``polynomial`` (1 + tau)^-a, a = 0.5 being FedBuff's 1/sqrt(1 + tau);
     ``hinge`` 1 up to b, then 1 / (a (tau - b) + 1), a = 10, b = 4 (FedAsync, arXiv 1903.03934);
     ``harmonic`` 1 / (1 + a tau) and ``exponential`` exp(-a tau), a = 1 (FedQueue's code).
-
-    Raises
-    ------
-    ValueError
-        If the kind is not known or tau is negative.
     """
     if kind not in STALENESS:
         raise ValueError(f"staleness '{kind}' is not known. Valid: {', '.join(STALENESS)}")

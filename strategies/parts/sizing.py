@@ -20,11 +20,6 @@ class OrderSizing:
         Seconds of training per order (None: five times what an order costs besides).
     min_steps, max_steps : int
         Bounds of an order; a site whose speed is not known yet gets the smallest.
-
-    Raises
-    ------
-    ValueError
-        If they are none: ``round_s <= 0``, or not ``1 <= min_steps <= max_steps``.
     """
 
     def __init__(self, round_s: float | None, min_steps: int, max_steps: int) -> None:
