@@ -25,3 +25,10 @@ def test_no_module_is_longer_than_a_few_screens() -> None:
     """Protects readers from files of several subjects."""
     lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in _modules()}
     assert {name: n for name, n in lines.items() if n > MOST_LINES} == {}
+
+
+def test_every_package_has_its_line_in_the_guide() -> None:
+    """Protects newcomers: CONTRIBUTING says where each thing lives."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    packages = [p.parent.name for p in (ROOT / "flwr_hpc").glob("*/__init__.py")]
+    assert [name for name in packages if f"{name}/" not in guide] == []
