@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from worlds.jobs import command_line, until
 
 from flwr_hpc.join import keeper
 
@@ -27,6 +28,8 @@ def folder(tmp_path: Path) -> Path:
 def process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that the folder names as its site."""
     with subprocess.Popen([sys.executable, "-c", STAY, "hold", str(folder)]) as process:
+        # Linux lets the parent go on before a new program's command line can be read.
+        until(lambda: "hold" in command_line(psutil.Process(process.pid)), folder)
         _held(folder, process.pid)
         yield process
         process.kill()
