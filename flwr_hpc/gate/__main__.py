@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flwr_hpc.config.command_line import command_parser
 from flwr_hpc.errors import UserError, exit_code
@@ -53,6 +55,19 @@ def _run(args: argparse.Namespace) -> int:
     sys.argv = [args.program, *args.arguments]
     program()
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process although a thread goes on.
+
+    A SuperNode that gives its server up, as after a TLS handshake that took too long, ends its
+    work; but the thread of its own server would keep it, and nobody would start it again.
+    """
+    if any(t is not threading.main_thread() and not t.daemon for t in threading.enumerate()):
+        print("the program has ended its work, but not itself", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code or 1)
+    sys.exit(code)
 
 
 def _outside(args: argparse.Namespace) -> Outside | None:
@@ -111,4 +126,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -23,6 +23,22 @@ for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
 """
 
 
+ENDS_ITS_WORK = """
+import threading, time
+from flwr_hpc.gate import __main__ as gate
+gate._program = lambda name: threading.Thread(target=time.sleep, args=(3600,)).start
+gate.leave(gate.main(["--shared-host", "flower-supernode"]))
+"""
+
+
+def test_a_program_that_has_ended_its_work_ends() -> None:
+    """Protects a site whose SuperNode gives its server up over a bad line: its own server's thread
+    kept the process, which did nothing any more and was never started again."""
+    done = subprocess.run([sys.executable, "-c", ENDS_ITS_WORK], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ended its work" in done.stderr
+
+
 def test_it_refuses_before_it_starts_where_owners_cannot_be_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
