@@ -77,7 +77,7 @@ class OrderRunner:
         def work() -> None:
             answer, began = result, time.perf_counter()
             for write in writes:
-                answer = dataclasses.replace(answer, **write())
+                answer = dataclasses.replace(answer, **self.background.together(write))
             self.deadline.reserve_s = 2.0 * (self.write_s + self.step_s) + 1.0
             waited = answer.seconds.get("write", 0.0)
             answer.seconds["write_wait"] = waited

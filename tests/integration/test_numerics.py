@@ -225,6 +225,14 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_words(
     assert left == []
 
 
+def test_a_failure_in_the_background_is_everybodys(pair: Team, tmp_path: Path) -> None:
+    """No rank waits in a checkpoint for one that could not write the weights before it."""
+    words, left = pair.run(scenario.failing_in_the_background, tmp_path)
+    assert "a file" in words[0]
+    assert words[1] == words[0]
+    assert left == []
+
+
 def test_activation_checkpointing_changes_nothing(pair: Team, tmp_path: Path) -> None:
     """It trades time for memory only."""
     plain = pair.run(scenario.trained, tmp_path / "1")

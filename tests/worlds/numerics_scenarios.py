@@ -29,6 +29,7 @@ from flwr_hpc.train.state.checkpoint import Checkpoints, DamagedCheckpointError
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import write_weights
 from flwr_hpc.worker.deadline import Stop
+from flwr_hpc.worker.lifeline import RankError
 from strategies.diloco import DiLoCo
 
 
@@ -252,6 +253,24 @@ def staged(group: Group, folder: Path, lora: bool = False) -> dict[str, Any]:
     inodes = {path.stat().st_ino for path in (file, saved.path / "weights.safetensors")}
     held = checkpoint.FileSystemReader(saved.path).read_metadata().state_dict_metadata
     return {"states": states, "files": names, "inodes": inodes, "held": sorted(held)}
+
+
+def failing_in_the_background(group: Group, folder: Path) -> tuple[list[str], list[str]]:
+    """Write a file where rank 0 cannot, and then a checkpoint; return what all ranks are told."""
+    trainer, checkpoints = tiny_trainer(group), Checkpoints(folder / "c", group)
+    (folder / "a file").touch()
+    file = folder / "a file" / "weights.safetensors"
+    write_weights = trainer.gather_weights(file)
+    write = checkpoints.stage("run-a-000001", 1, trainer.tensors(), _place(trainer))
+    background, words = Background(group), ""
+    background.start(lambda: (background.together(write_weights), background.together(write))[1])
+    try:
+        background.wait()
+    except RankError as exc:
+        words = str(exc)
+    every: list[Any] = [None] * group.ranks.world_size
+    torch.distributed.all_gather_object(every, words)
+    return every, sorted(path.name for path in folder.glob("c/*"))
 
 
 def saved_thrice(group: Group, folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from flwr_hpc.train.parallel import local
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.worker.lifeline import RankError, cause_of
+from flwr_hpc.worker.lifeline import Cause, RankError, cause_of
+
+T = TypeVar("T")
 
 
 class Background:
@@ -31,8 +34,24 @@ class Background:
         self._work: Future[None] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Do it, after what was started before; a collective that `work` calls is its own."""
+        """Do it, after what was started before."""
         self._work = self._thread.submit(work)
+
+    def together(self, part: Callable[[], T]) -> T:
+        """Do a part of the work, from its thread; raise on all ranks what fails on rank 0.
+
+        So no rank goes on to a part in which it would wait for one that has failed.
+        """
+        try:
+            done, error = part(), None
+        except BaseException as exc:  # torch's own derive from that
+            error = exc
+        failed = self._group.broadcast(_told(error), self._group.background)
+        if error:
+            raise error
+        if failed:
+            raise RankError(failed[0], cause=failed[1])
+        return done
 
     @property
     def failed(self) -> bool:
@@ -57,15 +76,17 @@ class Background:
         return self._work.exception() if self._work else None
 
     def _raise(self, error: BaseException | None) -> None:
-        mine = (_words(error), cause_of(error)) if error else None
-        if failure := self._group.broadcast(mine):
+        if failure := self._group.broadcast(_told(error)):
             self._work = None
             words, cause = failure
             raise RankError(words, cause=cause) from error
 
 
-def _words(error: BaseException) -> str:
-    return str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+def _told(error: BaseException | None) -> tuple[str, Cause] | None:
+    if error is None:
+        return None
+    words = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+    return words, cause_of(error)
 
 
 class Staging:

@@ -155,7 +155,7 @@ def shelf() -> Shelf:
 def runner(shelf: Shelf, **train: Any) -> OrderRunner:
     group = SimpleNamespace(
         ranks=SimpleNamespace(rank=0, world_size=1), largest=lambda x: x, device=None,
-        broadcast=lambda x: x,
+        broadcast=lambda x, group=None: x, background=None,
     )  # fmt: skip
     config, parts = TrainConfig(**train), {"reporter": None, "group": group}
     meter = Meter(timer=PhaseTimer(), train=config, data=DataConfig(), flops_per_token=1.0, **parts)
