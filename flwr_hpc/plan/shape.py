@@ -116,7 +116,7 @@ def model_shape(config: Mapping[str, Any], vocabulary: int | None = None) -> Mod
         raise UserError("a plan needs the model's shape: model=NAME or model.config.model_type=...")
     sort = family(kind)
     if kind in ENCODER_DECODERS:
-        return _encoder_decoder(config, sort)
+        return _encoder_decoder(config, sort, vocabulary)
     sizes = _Sizes.of(config, sort, kind)
     block = _decoder_layer(config, sort, sizes)
     vocab = config.get("vocab_size") or vocabulary
@@ -233,7 +233,7 @@ def _block(
     )  # fmt: skip
 
 
-def _encoder_decoder(config: Mapping[str, Any], sort: Family) -> ModelShape:
+def _encoder_decoder(config: Mapping[str, Any], sort: Family, vocabulary: int | None) -> ModelShape:
     """T5: an encoder and a decoder, whose layers attend to the encoder's output as well."""
     gated = "gated" in str(config.get("feed_forward_proj", "relu"))
     kind = str(config["model_type"])
@@ -252,7 +252,7 @@ def _encoder_decoder(config: Mapping[str, Any], sort: Family) -> ModelShape:
         _block(sort, s, s.layers, (*own, *mlp), 2 * s.hidden),
         _block(sort, s, decoders, (*own, *cross, *mlp), 3 * s.hidden, attentions=2),
     )
-    vocab = config.get("vocab_size")
+    vocab = config.get("vocab_size") or vocabulary
     if not vocab:
         raise UserError(f"model.config.vocab_size must be given to plan a {kind}")
     return ModelShape(
