@@ -46,8 +46,9 @@ def download(
         if digest != ref.sha256:
             part.discard()
             raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
-        Path(marks.name).unlink(missing_ok=True)  # another process may have been faster
         os.replace(data.name, target)
+        # Last: who finds no marks begins anew, in a file of its own.
+        Path(marks.name).unlink(missing_ok=True)
 
 
 def sweep(folder: Path, now: float) -> None:
@@ -68,10 +69,18 @@ def _partial(folder: Path, ref: Reference) -> Iterator[tuple[IO[bytes], IO[bytes
     with ExitStack() as stack:
         name = f".{ref.sha256}"
         marks = stack.enter_context(_open(folder / f"{name}{MARKS}"))
-        if not try_lock(marks):  # another process fetches the same: leave it its own
+        if not try_lock(marks) or not _is_there(marks):  # another process fetches the same, or
+            # just has: leave it its own
             name = f"{name}.{os.getpid()}"
             marks = stack.enter_context(_open(folder / f"{name}{MARKS}"))
         yield stack.enter_context(_open(folder / f"{name}{PART}")), marks
+
+
+def _is_there(file: IO[bytes]) -> bool:
+    """Whether an open file still has its name."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    return False
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -128,7 +137,7 @@ class _Part:
 
     def discard(self) -> None:
         """Remove what turned out to be wrong."""
-        for file in (self._marks, self._data):
+        for file in (self._data, self._marks):
             Path(file.name).unlink(missing_ok=True)
 
     def _hash(self, i: int, digest: hashlib._Hash) -> None:

@@ -144,6 +144,8 @@ class Uploads:
         with self._lock:  # what is announced counts at once
             self._check_quota(ref, path)
             if not path.exists():
+                if self._store.size(ref) == ref.bytes:  # another writer has just published it
+                    return None
                 self._make_room(folder)
                 path.touch(mode=0o600)
                 self._open.pop(path, None)  # its hash is of a file that is gone
@@ -162,7 +164,11 @@ class Uploads:
 
     def offset(self, folder: str, sha256: str) -> int | None:
         """Return how much of a payload has come, None if nothing of it was announced."""
-        sizes = [p.stat().st_size for p, found, _ in self._partials(folder) if found == sha256]
+        sizes = []
+        for path, found, _ in self._partials(folder):
+            if found == sha256:
+                with suppress(FileNotFoundError):  # published just now
+                    sizes.append(path.stat().st_size)
         return max(sizes, default=None)
 
     def clear(self, folder: str) -> None:

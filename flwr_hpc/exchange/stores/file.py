@@ -82,7 +82,8 @@ class FileStore(Store):
             with suppress(NotADirectoryError), self._folder(name) as folder:
                 for file in os.listdir(folder):
                     if KEY.fullmatch(f"{name}/{file}"):
-                        os.unlink(file, dir_fd=folder)
+                        with suppress(FileNotFoundError):
+                            os.unlink(file, dir_fd=folder)
 
     @contextmanager
     def _folder(self, name: str) -> Iterator[int]:
