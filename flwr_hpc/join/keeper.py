@@ -52,14 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def look(folder: Path) -> dict[str, Any]:
     """Return ``state`` (``running``, ``elsewhere``, ``ended``, ``none``), ``host`` and ``code``."""
-    held, ended = read_json(folder / HELD), read_json(folder / ENDED)
+    held = read_json(folder / HELD)
     if held is None:
         return {"state": "none", "host": _host(), "code": None}
+    runs = _is_site(int(held["pid"]), folder)  # before its last word is looked for: it may end now
+    ended = read_json(folder / ENDED)
     code = ended["code"] if ended else None
     if ended is None and held["host"] != _host():  # one of several login nodes
         return {"state": "elsewhere", "host": held["host"], "code": None}
-    state = "running" if _is_site(int(held["pid"]), folder) else "ended"
-    return {"state": state, "host": _host(), "code": None if state == "running" else code}
+    if runs:
+        return {"state": "running", "host": _host(), "code": None}
+    return {"state": "ended", "host": _host(), "code": code}
 
 
 def start(folder: Path, *words: str) -> dict[str, Any]:
