@@ -19,12 +19,11 @@ def pbs_mom(args):
 
 
 def todo(job):
-    file = HOME / f"{job['number']}.do"
-    if not file.exists():
+    file, mine = HOME / f"{job['number']}.do", HOME / f"{job['number']}.doing"
+    if not file.exists() or not file.read_text():  # it may be just being written
         return ""
-    if word := file.read_text():  # else it is just being written
-        file.unlink()
-    return word
+    file.replace(mine)  # a word that comes now is for the next look
+    return mine.read_text()
 
 
 def wait_for_start(job):

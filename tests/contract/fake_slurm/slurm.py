@@ -6,6 +6,7 @@ makes sbatch fail after the job was taken, as Slurm 22.05.8 was seen to on 2026-
 slurmctld died.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -82,7 +83,7 @@ def srun(args):
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end while this is read
         return False
 
 
@@ -124,6 +125,10 @@ def scancel(args):
 if __name__ == "__main__":
     if (HOME / "down").exists():
         sys.exit("error: Unable to contact slurm controller (connect failure)")
-    {f.__name__: f for f in (sbatch, srun, squeue, sacct, scancel)}[Path(sys.argv[0]).name](
-        sys.argv[1:]
-    )
+    command = {f.__name__: f for f in (sbatch, srun, squeue, sacct, scancel)}[
+        Path(sys.argv[0]).name
+    ]
+    with open(HOME / "lock", "a") as lock:
+        if command is not srun:  # of two at once, one would undo what the other has saved
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        command(sys.argv[1:])

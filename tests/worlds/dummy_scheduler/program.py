@@ -26,8 +26,9 @@ def main(verb, *args):
 
 
 def save(home, job):
-    (home / ".draft").write_text(json.dumps(job))
-    (home / ".draft").replace(home / f"{job['id']}.json")
+    draft = home / f".{job['id']}.draft"
+    draft.write_text(json.dumps(job))
+    draft.replace(home / f"{job['id']}.json")
 
 
 def jobs(home):
