@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import socket
 import threading
 
 import pytest
 import requests
 from worlds.exchange_server import ExchangeServer, write_credential
-from worlds.tcp_proxy import TcpProxy
+from worlds.jobs import until
+from worlds.tcp_proxy import BUFFER, TcpProxy
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.errors import UserError
-from flwr_hpc.exchange.http_client import download, upload
+from flwr_hpc.exchange.http_client import connection, download, upload
 from flwr_hpc.exchange.http_server import Limits
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.stores.file import FileStore
@@ -82,9 +84,8 @@ def test_both_ways_are_reported_with_what_a_cut_had_sent_again(tmp_path, server,
     ref = store.put(payload, "node-7")
     line.cut_after(11 * MB)
     store.get(publish(server, payload), tmp_path / "target")
-    while len([move for move in server.moves if move.done]) < 2:
-        pass  # the last report is written beside the answer
-    up, down = (move for move in server.moves if move.done)
+    # the last report is written beside the answer
+    up, down = until(lambda: len(done := [m for m in server.moves if m.done]) == 2 and done)
     assert [(m.site, m.way, m.total) for m in (up, down)] == [
         ("node-7", "from_site", ref.bytes), ("node-7", "to_site", ref.bytes),
     ]  # fmt: skip
@@ -106,7 +107,7 @@ def test_a_download_that_is_cut_goes_on_where_it_stopped(tmp_path, server, line,
 
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_a_later_process_goes_on_with_what_an_earlier_one_left(
-    tmp_path, server, line, payload, way
+    tmp_path, server, line, payload, way, monkeypatch
 ):
     """Hours may lie between them: what is there is in files."""
     ref = publish(server, payload) if way == "down" else None
@@ -117,6 +118,10 @@ def test_a_later_process_goes_on_with_what_an_earlier_one_left(
         else:
             store.put(payload, "node-7")
 
+    monkeypatch.setattr(connection, "LEAST_S", 300.0)  # it is the cut that ends it
+    small = (socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)  # else a slow reader loses megabytes
+    monkeypatch.setattr(connection, "SOCKET_OPTIONS", [*connection.SOCKET_OPTIONS, small])
+    server.listener.setsockopt(*small)
     line.cut_after(25 * MB)
     hasty = site(tmp_path, line.port, stall_s=0.0)
     with pytest.raises(TimeoutError, match=r"nothing moved .* for 0 s, after \d+ bytes"):

@@ -78,11 +78,11 @@ class ExchangeServer:
         self.moves = []  # as reported
         report = self.moves.append
         self._app = exchange_app(self.root, authorize or SITES.get, limits, clock, report)
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
         self.url = f"http{'s' * tls}://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(config(self._app, folder, tls))
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],))
+        self._thread = threading.Thread(target=self._server.run, args=([self.listener],))
 
     def __enter__(self):
         self._thread.start()

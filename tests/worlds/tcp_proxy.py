@@ -8,6 +8,7 @@ import threading
 from contextlib import suppress
 
 PIECE = 1 << 14
+BUFFER = 1 << 17  # bytes that the kernel may hold of what was passed on, for a cut to lose
 
 
 class TcpProxy:
@@ -56,9 +57,10 @@ class TcpProxy:
         self._freeze_at = self.up + self.down + count
 
     def thaw(self) -> None:
-        self._freeze_at = float("inf")
-        self.frozen.clear()
-        self._flows.set()
+        with self._lock:
+            self._freeze_at = float("inf")
+            self.frozen.clear()
+            self._flows.set()
 
     def cut(self) -> None:
         """Reset every connection, and each that is tried until `mend`."""
@@ -93,15 +95,19 @@ class TcpProxy:
                 except OSError:
                     _abort(client)
                     continue
+                for end in (client, server):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
                 with self._lock:
                     self._lines += [client, server]
+                if self._down:  # meanwhile
+                    self._reset()
                 for ends in ((client, server, "up"), (server, client, "down")):
                     threading.Thread(target=self._pass, args=ends, daemon=True).start()
 
     def _greet(self, client: socket.socket) -> None:
         head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            head += client.recv(1)
+        while not head.endswith(b"\r\n\r\n") and (byte := client.recv(1)):
+            head += byte
         self.asked.append(head.partition(b"\r\n")[0].decode())
         client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
 
@@ -112,18 +118,18 @@ class TcpProxy:
                 target.sendall(data)
                 if self._count(way, len(data)):
                     self._reset()
-                if self.up + self.down >= self._freeze_at:
-                    self._flows.clear()
-                    self.frozen.set()
             target.shutdown(socket.SHUT_WR)
         except OSError:
             _abort(source)
             _abort(target)
 
     def _count(self, way: str, count: int) -> bool:
-        """Count bytes; tell whether that is where the line is to be cut."""
+        """Count bytes, and freeze; tell whether that is where the line is to be cut."""
         with self._lock:
             setattr(self, way, getattr(self, way) + count)
+            if self.up + self.down >= self._freeze_at:
+                self._flows.clear()
+                self.frozen.set()
             if self._cut_at and self.up + self.down >= self._cut_at[0]:
                 self._cut_at.pop(0)
                 return True

@@ -28,6 +28,7 @@ from flwr_hpc.files import read_json
 
 PREFIX = "/v1/exchange/"
 CONNECT_S = 30.0
+LEAST_S = 1.0  # for an answer, whatever `stall_s` is
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 # A line that is dead but not closed is noticed by the kernel, whatever it is waited for.
 SILENCE_S = 30
@@ -118,7 +119,7 @@ class Connection:
                 headers={"Accept-Encoding": "identity", **(headers or {})},
                 data=data,
                 stream=True,
-                timeout=(CONNECT_S, max(self._stall_s, 1.0)),
+                timeout=(CONNECT_S, max(self._stall_s, LEAST_S)),
                 allow_redirects=False,
             ) as response:
                 _check(response, self._origin)
