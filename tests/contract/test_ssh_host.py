@@ -73,9 +73,17 @@ def test_a_port_is_had_again(far: Sshd, host: SshHost, tmp_path: Path) -> None:
         with pytest.raises(PortTakenError, match=str(port)):
             other.expose(far.port, port)
         host.close()
-        assert other.expose(far.port, port) == port
+        until(lambda: _has(other, far.port, port), tmp_path)
     finally:
         other.close()
+
+
+def _has(host: SshHost, port: int, there: int) -> bool:
+    """Whether it could be had: the other end learns in its own time that a connection is over."""
+    try:
+        return host.expose(port, there) == there
+    except PortTakenError:
+        return False
 
 
 def _doctor(far: Sshd, *words: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -91,8 +99,10 @@ def test_doctor_says_what_a_host_is_good_for(far: Sshd) -> None:
     """Protects who is about to start a site there."""
     code, found = _doctor(far, f"python={sys.executable}")
     assert code == 0, found
+    line = found.pop("forwarded port")
     assert {f["status"] for f in found.values()} == {"pass"}
-    assert "MB/s from there" in found["forwarded port"]["observed"]
+    assert line["status"] in ("pass", "warn")  # as this host is idle or busy
+    assert "MB/s from there" in line["observed"]
     code, found = _doctor(far, "python=/no/python")
     assert (code, found["Python there"]["status"]) == (1, "fail")
     assert "ssh=far python=/path" in found["Python there"]["fix"]
@@ -124,7 +134,7 @@ def test_a_port_held_by_a_line_that_sleeps_is_had_again(
             other.expose(far.port, port)
         assert other.ask([*keeper, "release", folder])["released"]
         until(lambda: not host.is_open(), tmp_path)
-        assert other.expose(far.port, port) == port
+        until(lambda: _has(other, far.port, port), tmp_path)
         assert not other.ask([*keeper, "release", folder])["released"]
         with other.follow([*keeper, "follow", folder, "0"]) as follower:
             follower.wait()

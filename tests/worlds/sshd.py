@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,7 +19,7 @@ needs_sshd = pytest.mark.skipif(
     PROGRAM is None or shutil.which("ssh") is None,
     reason="needs OpenSSH's server and client: apt-get install openssh-server",
 )
-START_S = 30.0
+START_S = 300.0
 
 
 class Sshd:
@@ -71,8 +71,9 @@ class Sshd:
         self._process.kill()
         self._process.wait()
         for process in family:
-            if process.name().startswith("sshd"):
-                process.kill()
+            with suppress(psutil.NoSuchProcess):  # it ends with its connection
+                if process.name().startswith("sshd"):
+                    process.kill()
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
