@@ -178,10 +178,11 @@ def test_refusals_that_pass(code: int, said: str, server: Server) -> None:
 def test_queue_of_one_job_per_user(server: Server) -> None:
     """Protects the successor of an allocation: the slot is free as soon as the first has ended."""
     (server.home / "max_queued").write_text("1")
-    server.submit(fake_worker.dump_environment)
+    server.submit()
     second = dataclasses.replace(server.spec, name=f"{server.spec.name}-b", folder=server.out / "b")
     with pytest.raises(NotYetError, match="per-user limit"):
         server.scheduler.submit(second)
+    server.scheduler.cancel(server.job)
     server.until("ended")
     job = server.scheduler.submit(second)
     assert job["id"] != server.job["id"]

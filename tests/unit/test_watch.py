@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_it_shows_what_happens_and_ends_with_the_run(
             events.emit("site_online", facility="lumi")
         driver.close()
 
-    monkeypatch.setattr(watch.time, "sleep", time_passes)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=time_passes))
     assert watch.main([str(run.path)]) == 0
     said = capsys.readouterr().out
     assert "lumi: site online" in said
@@ -40,7 +41,7 @@ def test_leaving_it_leaves_the_run_alone(tmp_path: Path, monkeypatch: pytest.Mon
     def ctrl_c(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(watch.time, "sleep", ctrl_c)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=ctrl_c))
     with run.lock():
         assert watch.main([str(run.path)]) == 0
         assert run.in_use()

@@ -98,11 +98,13 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """Serve an application on both sockets."""
+def world(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[World]:
+    """Serve an application on both sockets; the parameter is how long a handshake may take."""
     for name in ("Config", "Server", "run"):
         monkeypatch.setattr(uvicorn, name, getattr(uvicorn, name))
-    monkeypatch.setattr(listener, "HANDSHAKE_S", 4.0)
+    monkeypatch.setattr(listener, "HANDSHAKE_S", getattr(request, "param", listener.HANDSHAKE_S))
     world = World(tmp_path)
     door.install(outside=door.Outside(world.door, world.wrap))
     config = uvicorn.Config(
@@ -253,6 +255,7 @@ def test_bodies_and_headers_have_a_limit(world: World, more: dict[str, str], sta
     assert world.flower.asked == []
 
 
+@pytest.mark.parametrize("world", [4.0], indirect=True)
 def test_who_dawdles_is_put_out(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects against slow-loris: half a request, and half a handshake, hold no connection."""
     monkeypatch.setattr(listener, "HEADERS_S", 0.2)

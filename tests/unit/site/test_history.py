@@ -58,7 +58,7 @@ def test_processes_append_without_loss(tmp_path: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join()
     assert len(History("site", tmp_path).waits()) == 200
 
 

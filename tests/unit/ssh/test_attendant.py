@@ -82,7 +82,7 @@ def _attended(site: FakeSite, log: Path, clock: FakeClock | None = None) -> Atte
     one = Attendant(site, log / "site.log", "flwr_hpc.run end=RUN", clock or FakeClock())
     one.start(8443)
     assert one._thread is not None
-    one._thread.join(60)
+    one._thread.join(600)
     assert not one._thread.is_alive()
     return one
 
@@ -162,5 +162,5 @@ def test_a_site_within_reach_is_ended(tmp_path: Path) -> None:
     clock.on_sleep = one._stop.set
     one.start(1)
     assert one._thread is not None
-    one._thread.join(60)
+    one._thread.join(600)
     assert (one.finish(finished=False), site.ended) == ("its site and jobs are ended", 1)

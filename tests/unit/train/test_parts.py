@@ -49,7 +49,7 @@ def test_lifeline_tells_a_death_from_a_goodbye(orderly: bool) -> None:
     if orderly:
         theirs.sendall(GOODBYE)
     theirs.close()
-    lifeline._thread.join(5)
+    lifeline._thread.join(600)
     connection.close()
     assert lost.is_set() is not orderly
 

@@ -76,7 +76,7 @@ def test_a_peer_that_falls_silent_is_noticed(ends: tuple[socket.socket, socket.s
     Lifeline({1: ours}, lambda rank: lost.set(), lambda rank: silent.set())
     assert not silent.wait(0.4)  # rank 0 is waited for until it has heard of all
     theirs.sendall(lifeline.BEAT)
-    assert silent.wait(10)
+    assert silent.wait(600)
     assert not lost.is_set()
 
 
@@ -84,7 +84,7 @@ def test_ranks_that_beat_live(
     ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protects a job that was suspended as a whole: the clock jumps, and nobody was silent."""
-    monkeypatch.setattr(lifeline, "SILENT_S", 5.0)
+    monkeypatch.setattr(lifeline, "SILENT_S", 60.0)
     gone: list[int] = []
     clocks = [FakeClock(step=1000.0), FakeClock(step=1000.0)]
     one, other = (
