@@ -6,10 +6,10 @@ A plan is a JSON object::
 
     hostname, folder, control    the node's name, its cluster's folder, its control socket
     remove                       whether the folder goes with the node
-    step_s                       how long a daemon may take
     reboots                      the daemons that a reboot of the host kills and starts
     steps                        [{"run": argv, "stdin": text}], or
-                                 [{"start": name, "argv": ..., "log": path, "ready": probe}]
+                                 [{"start": name, "argv": ..., "log": path, "ready": probe,
+                                 "step_s": how long it may take}]
 
 where a probe is ``{"socket": path}``, ``{"tcp": [host, port]}`` or ``{"command": argv}``.
 Requests come one per connection to the control socket: ``{"do": "start" | "kill" | "alive",
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 STEP_S = 300.0
+ASKED_S = 60.0  # for a request to come, and its answer to go
 
 
 class LabError(Exception):
@@ -45,7 +46,6 @@ class Init:
         self.plan = plan
         self.daemons = {s["start"]: s for s in plan["steps"] if "start" in s}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.step_s = float(plan.get("step_s", STEP_S))
 
     def boot(self) -> None:
         socket.sethostname(self.plan["hostname"])
@@ -65,7 +65,7 @@ class Init:
             self.running[name] = subprocess.Popen(
                 step["argv"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
             )
-        deadline = time.monotonic() + self.step_s
+        deadline = time.monotonic() + step.get("step_s", STEP_S)
         while not _ready(step.get("ready", {})):
             if not self.alive(name) or time.monotonic() > deadline:
                 state = "is not ready" if self.alive(name) else "ended at once"
@@ -79,7 +79,7 @@ class Init:
         process = self.running[name]
         children = _children(process.pid) if self.daemons[name].get("node") else []
         os.kill(children[0] if children else process.pid, number)
-        deadline = time.monotonic() + self.step_s
+        deadline = time.monotonic() + STEP_S
         while self.alive(name):
             if time.monotonic() > deadline:
                 raise LabError(f"{name} does not end on signal {number}")
@@ -110,8 +110,9 @@ class Init:
         while True:
             for key, _ in watched.select():
                 if key.fileobj is woken:
+                    numbers = woken.recv(4096)  # first: who ends while we reap wakes us again
                     self.reap()
-                    if set(woken.recv(4096)) & {signal.SIGTERM, signal.SIGINT}:
+                    if set(numbers) & {signal.SIGTERM, signal.SIGINT}:
                         return
                 elif key.fileobj is door:
                     if not self.answer(door.accept()[0]):
@@ -130,7 +131,7 @@ class Init:
     def answer(self, caller: socket.socket) -> bool:
         """Serve one request; returns whether to go on."""
         with caller, contextlib.suppress(OSError):
-            caller.settimeout(5)
+            caller.settimeout(ASKED_S)
             request = json.loads(caller.makefile().readline() or "{}")
             reply: dict[str, Any] = {}
             try:
@@ -161,7 +162,7 @@ class Init:
         """
         ours = self.plan.get("reboots", [])
         stays = [p.pid for name, p in self.running.items() if name not in ours]
-        deadline = time.monotonic() + self.step_s
+        deadline = time.monotonic() + STEP_S
         while left := _others(stays):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
