@@ -56,8 +56,14 @@ def ends_like(joined: Joined, alone: Tensors) -> None:
     assert found.keys() == alone.keys()
     for name, tensor in alone.items():
         assert np.array_equal(found[name], tensor), name
-    for host in (joined.server, *joined.sites):
-        assert "flwr" not in host.run("ps", "-U", host.user, "-o", "args"), host.name
+    for host in (joined.server, *joined.sites):  # who is killed takes a moment
+        joined.until(lambda host=host: not living(host, "flwr"))  # type: ignore[misc]
+
+
+def living(host: Host, word: str) -> list[str]:
+    """Return the commands of a host's user that hold a word; one that has ended is none."""
+    lines = host.run("ps", "-U", host.user, "-o", "stat=", "-o", "args=").splitlines()
+    return [line for line in lines if word in line and not line.startswith("Z")]
 
 
 def opened(host: Host, before: list[Listener]) -> list[Listener]:

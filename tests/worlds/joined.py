@@ -12,6 +12,8 @@ from worlds.files import paths_under
 from worlds.jobs import until
 from worlds.runs import SMALL
 
+from flwr_hpc.files import read_json
+
 PORT = 8443
 # As SMALL, but who trains is up to the sites.
 SETTINGS = [s for s in SMALL if "local_" not in s and not s.startswith("train.steps=")]
@@ -83,7 +85,7 @@ class Joined:
         """Return the training orders that a site works on, or has worked on."""
         home = site.outside(f"/home/{site.user}/site")
         paths = (path for path in paths_under(home) if path.name == "order.json")
-        orders = (json.loads(path.read_text())["order"] for path in paths)
+        orders = (value["order"] for path in paths if (value := read_json(path)))  # else: pruned
         return [str(order["version"]) for order in orders if order["kind"] == "train"]
 
     def until(self, what: Any) -> Any:
