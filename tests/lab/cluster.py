@@ -134,7 +134,7 @@ class Cluster(Machine):
         for node in self.nodes:
             with contextlib.suppress(LabError):  # it is not down
                 self.slurm("scontrol", "update", f"NodeName={node}", "State=RESUME")
-        self.until(lambda: not self.active_jobs() and self.idle(), 120, "an empty cluster")
+        self.until(lambda: not self.active_jobs() and self.idle(), PATIENCE_S, "an empty cluster")
 
 
 def write(folder: Path, contents: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -29,6 +30,8 @@ __all__ = [
 
 HOME = Path(os.environ.get("FLWR_HPC_LAB", "/var/lib/flwr-hpc-lab"))
 NETWORKS = 512
+CLOCK_S = 60.0  # by so much may a host's clock have been set
+YOUNG_S = 3600.0  # by then a folder has a supervisor: hosts come up one after the other
 PACKAGES = {  # a program of each
     "slurm-wlm": "slurmctld",
     "slurmdbd": "slurmdbd",
@@ -143,7 +146,8 @@ def alive(folder: Path) -> bool:
         process = psutil.Process(int(pid))
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return float(process.create_time()) == float(began)
+        # psutil adds the host's start by its clock, which may have been set since.
+        return abs(process.create_time() - float(began)) < CLOCK_S
     except (OSError, ValueError, psutil.Error):
         return False
 
@@ -154,10 +158,10 @@ def sweep() -> None:
         if folder.name == "conf":
             continue
         try:
-            young = time.time() - folder.stat().st_mtime < 60
+            young = time.time() - folder.stat().st_mtime < YOUNG_S
         except OSError:
             continue
         if not alive(folder) and ((folder / "supervisor").exists() or not young):
             shutil.rmtree(folder, ignore_errors=True)
-    if HOME.is_dir() and not any(HOME.iterdir()):
+    with contextlib.suppress(OSError):  # another lab is there, or has just removed it
         HOME.rmdir()

@@ -19,6 +19,7 @@ import psutil
 from .host import ENV, HOME, LabError, alive, sweep
 
 PATIENCE_S = 300.0  # of a busy machine
+ORDERLY_S = 30.0  # for a machine to end, and remove its files
 SPACES = ["--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--net", "--ipc"]
 ENTER = ["--pid", "--mount", "--uts", "--net", "--ipc", "--"]
 INIT = Path(__file__).with_name("init.py")
@@ -83,8 +84,10 @@ class Machine:
         if not node:
             return int(first.pid)
         for process in first.children(recursive=True):
-            if process.cmdline()[-1:] == [f"{self.folder}/{node}.json"] and _is_python(process):
-                return int(process.pid)
+            with contextlib.suppress(psutil.Error):  # one of a job's that has just ended
+                words = process.cmdline()
+                if words[:1] == [sys.executable] and words[-1] == f"{self.folder}/{node}.json":
+                    return int(process.pid)
         raise LabError(f"node '{node}' of '{self.name}' is down")
 
 
@@ -95,7 +98,7 @@ def ask(control: Path, request: dict[str, Any], who: str) -> dict[str, Any]:
             line.settimeout(PATIENCE_S)
             line.connect(str(control))
             line.sendall(json.dumps(request).encode() + b"\n")
-            reply = json.loads(line.makefile().readline() or "{}")
+            reply = json.loads(line.makefile().readline() or '{"error": "no answer"}')
     except OSError as exc:
         raise LabError(f"{who} is down: {exc}") from None
     if "error" in reply:
@@ -110,11 +113,15 @@ def new_folder(name: str, kind: str) -> Iterator[Path]:
         raise LabError(f"a {kind}'s name is up to 24 of a-z, 0-9 and _, not '{name}'")
     sweep()
     folder = HOME / name
-    HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise LabError(f"there is a {kind} '{name}'; remove it with: down {name}") from None
+    while True:
+        HOME.mkdir(mode=0o755, parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+            break
+        except FileNotFoundError:  # the last of the others has just taken `HOME` along
+            continue
+        except FileExistsError:
+            raise LabError(f"there is a {kind} '{name}'; remove it with: down {name}") from None
     try:
         (folder / "log").mkdir()
         for public in (HOME, folder, folder / "log"):
@@ -166,10 +173,15 @@ def boot(process: subprocess.Popen[str], plan: dict[str, Any], folder: Path) -> 
     process.stdin.flush()
     said = json.loads(process.stdout.readline() or "{}")  # its steps have time-outs of their own
     if "up" not in said:
-        logs = "".join(path.read_text() for path in (folder / "log").glob("*.log"))
-        words = said.get("error") or logs[-2000:]
+        words = said.get("error") or _logs(folder)[-2000:]
         raise LabError(f"'{folder.name}' does not come up: {words}")
     return process.stdin
+
+
+def _logs(folder: Path) -> str:
+    with contextlib.suppress(OSError):  # whoever fails removes them himself
+        return "".join(path.read_text() for path in (folder / "log").glob("*.log"))
+    return ""
 
 
 def remove(folder: Path) -> None:
@@ -180,10 +192,10 @@ def remove(folder: Path) -> None:
             family = process.children() or [process]
             for child in family:
                 child.terminate()
-            _, left = psutil.wait_procs([*family, process], timeout=5)
+            _, left = psutil.wait_procs([*family, process], timeout=ORDERLY_S)
             for other in left:
                 other.kill()
-            psutil.wait_procs(left, timeout=10)
+            psutil.wait_procs(left, timeout=PATIENCE_S)
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         HOME.rmdir()
@@ -191,7 +203,3 @@ def remove(folder: Path) -> None:
 
 def _supervisor(folder: Path) -> psutil.Process:
     return psutil.Process(int((folder / "supervisor").read_text().split()[0]))
-
-
-def _is_python(process: psutil.Process) -> bool:
-    return bool(process.cmdline()[0] == sys.executable)

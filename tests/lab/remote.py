@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -36,8 +37,9 @@ class Process(subprocess.Popen[str]):
 
     def send_signal(self, sig: int) -> None:
         if self.poll() is None:
-            for child in psutil.Process(self.pid).children():
-                child.send_signal(sig)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ends by itself just now
+                for child in psutil.Process(self.pid).children():
+                    child.send_signal(sig)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 QUEUE_S = 0.2  # what waits longer for its turn is dropped, as by a router
+ASKED_S = 60.0  # for a request to come: whoever asks is at work on it
 AT_ONCE = 64  # packets of one host, before the others have their turn
 TUNSETIFF, IFF_TUN, IFF_NO_PI, CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
 SYN, ACK = 0x02, 0x10
@@ -203,7 +204,7 @@ class Server:
     def answer(self, caller: socket.socket) -> None:
         """Serve one request."""
         with caller, contextlib.suppress(OSError):
-            caller.settimeout(5)
+            caller.settimeout(ASKED_S)
             request = json.loads(caller.makefile().readline() or "{}")
             port = self.names[request["host"]]
             ways = {"out": port.out, "in": port.into}
