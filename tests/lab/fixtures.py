@@ -18,8 +18,8 @@ __all__ = ["FAULTY", "Lab", "REQUIRE", "centres", "lab", "slurm", "slurm_conf"]
 
 _NUMBERS = itertools.count()
 REQUIRE = "FLWR_HPC_REQUIRE_SLURM"
-# For tests of faults: notices a dead node in about 15 s, but no healthy one of a busy machine.
-FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=10, message_timeout_s=5)
+# For tests of faults: notices a dead node in half a minute, but no healthy one of a busy machine.
+FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=20)
 
 
 class Lab:

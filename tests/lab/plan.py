@@ -30,7 +30,7 @@ class Shape:
     message_timeout_s : int
         A daemon that does not answer a message for so long has not got it.
     cred_expire_s : int
-        A requeued job waits for so long.
+        A requeued job waits for so long; what is to start a job must be with slurmd by then.
     min_job_age_s : int
         squeue knows an ended job for so long.
     grace_s : int
@@ -47,7 +47,7 @@ class Shape:
     ssh: bool = False
     slurmd_timeout_s: int = 30
     message_timeout_s: int = 10
-    cred_expire_s: int = 5
+    cred_expire_s: int = 20
     min_job_age_s: int = 300
     grace_s: int = 0
     user: str = "root"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import threading
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from lab.cluster import Cluster
+from lab.host import LabError
 from worlds.slurm_site import SlurmSite
 
 from flwr_hpc.schedulers.command import Answer
@@ -39,7 +42,8 @@ class Killer:
     def run(
         self, scheduler: SlurmScheduler, command: list[str], stdin: str, timeout_s: float
     ) -> Answer:
-        if command[0] == "sbatch" and self.armed:
+        armed = command[0] == "sbatch" and self.armed
+        if armed:
             self.armed = False
             moment_s = self._moments.uniform(0.0, self.took_s)
             self._timer = threading.Timer(moment_s, self._slurm.kill, ("slurmctld",))
@@ -47,8 +51,12 @@ class Killer:
         began = time.monotonic()
         answer = self._once(scheduler, command, stdin, timeout_s)
         if command[0] == "sbatch":
-            self.took_s = self.took_s or time.monotonic() - began
-            self.unanswered += [answer.err] if answer.code else []
+            if answer.code:
+                self.unanswered.append(answer.err)
+            elif armed:  # too late: sooner the next time
+                self.took_s /= 2
+            else:
+                self.took_s = self.took_s or time.monotonic() - began
         return answer
 
     def wait(self) -> None:
@@ -61,7 +69,9 @@ def test_slurmctld_dies_in_the_middle_of_a_submission(
 ) -> None:
     """Protects the run and the job: no refusal, no second job, none that nobody knows of."""
     killer = Killer(slurm, monkeypatch)
-    for k in range(TIMES + 1):
+    for k in itertools.count():
+        if k > TIMES and killer.unanswered:
+            break
         ours = SlurmSite(slurm, tmp_path / str(k), lost_after_s=4)
         killer.armed = k > 0
         order = ours.submit()
@@ -74,7 +84,6 @@ def test_slurmctld_dies_in_the_middle_of_a_submission(
         assert status.state == "done", status.error
         assert ours.trained() == [order]
         ours.end()
-    assert killer.unanswered, "slurmctld always died too late"
 
 
 def _end_others(slurm: Cluster, key: str) -> None:
@@ -82,4 +91,5 @@ def _end_others(slurm: Cluster, key: str) -> None:
     for line in slurm.slurm("squeue", "-h", "-o", "%i %j").splitlines():
         job, _, name = line.partition(" ")
         if not name.startswith(key):
-            slurm.slurm("scancel", job)
+            with contextlib.suppress(LabError):  # it has just found out by itself
+                slurm.slurm("scancel", job)
