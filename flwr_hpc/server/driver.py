@@ -46,7 +46,7 @@ from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
 
 POLL_S = 0.3
-RELEASE_S = 15.0  # for a released job to end
+RELEASE_S = 60.0  # for released jobs to end, before they are cancelled
 WANDB_S = 30.0  # to upload what is left
 
 
