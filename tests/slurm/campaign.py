@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 from lab.cluster import Cluster
 from lab.host import LabError
+from lab.machine import PATIENCE_S
 from lab.plan import Shape
 from safetensors.numpy import load_file
 from slurm.fault_kinds import KINDS, Disk, Missed, Scene
@@ -45,7 +46,6 @@ SETTINGS = [
 AT_ONCE = 0.35
 SESSIONS = 20  # of one run, at most
 TRIES = 5  # to repair something
-KILLED_S = 90.0  # a cancelled job's processes have ended by then, or are killed (KillWait)
 
 
 @dataclass
@@ -179,11 +179,11 @@ class Campaign:
             )
 
     def _until_cancelled_jobs_are_gone(self) -> None:
-        """Let Slurm end what the run has cancelled; what is not gone by then is left behind."""
+        """Let Slurm end what the run has cancelled; what never goes is left behind."""
         completing = ("squeue", "-h", "-a", "-t", "COMPLETING", "-o", "%A")
         for cluster in self.clusters.values():
             with suppress(LabError):
-                cluster.until(lambda c=cluster: not c.slurm(*completing), KILLED_S, "jobs' end")
+                cluster.until(lambda c=cluster: not c.slurm(*completing), PATIENCE_S, "jobs' end")
 
 
 @dataclass
