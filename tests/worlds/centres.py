@@ -17,6 +17,8 @@ from worlds.files import paths_under
 from worlds.jobs import until
 from worlds.runs import ROOT, SMALL
 
+from flwr_hpc.tracking.events import read
+
 T = TypeVar("T")
 OF_A_SITE = ("data.paths", "+facility", "facilities.")
 RUN = [setting for setting in SMALL if not setting.startswith(OF_A_SITE)]
@@ -100,8 +102,7 @@ class Centres:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         path = self.run / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("}")]
+        events = read(path) if path.exists() else []  # a torn line is none
         return [e for e in events if e["event"] == name]
 
     def codes(self) -> dict[str, int]:

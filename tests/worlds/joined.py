@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from worlds.jobs import until
 from worlds.runs import SMALL
 
 from flwr_hpc.files import read_json
+from flwr_hpc.tracking.events import read
 
 PORT = 8443
 # As SMALL, but who trains is up to the sites.
@@ -77,8 +77,7 @@ class Joined:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         path = self.path("events.jsonl")
-        lines = path.read_text().splitlines() if path.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("}")]
+        events = read(path) if path.exists() else []  # a torn line is none
         return [event for event in events if event["event"] == name]
 
     def orders(self, site: Host) -> list[str]:

@@ -15,6 +15,8 @@ import psutil
 from worlds.files import paths_under
 from worlds.jobs import command_line, until
 
+from flwr_hpc.tracking.events import read
+
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 
@@ -99,8 +101,7 @@ class Run:
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
         path = self.dir / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        events = [json.loads(line) for line in lines if line.endswith("}")]
+        events = read(path) if path.exists() else []  # a torn line is none
         return [e for e in events if name in (None, e["event"])]
 
     def until(self, what: Callable[[], T]) -> T:
