@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from worlds.batch_app import Node, make_app, make_context, make_message
-from worlds.jobs import until
+from worlds.jobs import send, until
 from worlds.stranger import open_to_others
 
 from flwr_hpc.batch_mod.carry import AppError
@@ -64,8 +65,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def node(module: ModuleType, tmp_path: Path) -> Iterator[Node]:
     node = Node(module, tmp_path / "scratch")
     yield node
-    for process in node.processes():
-        process.kill()
+    send(signal.SIGKILL, node.processes())
 
 
 def test_one_warm_job_answers(node: Node) -> None:
@@ -141,8 +141,7 @@ def test_two_ranks_call_the_app_together(module: ModuleType, tmp_path: Path) -> 
         node.send("query.add_up", fail_on=1)
     assert node.send("query.add_up").content["sum"]["sum"] == 3.0
     assert node.about()["rank"] == 0
-    for process in node.processes():
-        process.terminate()
+    send(signal.SIGTERM, node.processes())
     until(lambda: not node.processes())
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +85,30 @@ def command_line(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:  # gone, or a zombie
         return ""
+
+
+def send(number: signal.Signals, processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Send a signal to processes; return those that had not ended meanwhile."""
+    sent = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+            sent.append(process)
+    return sent
+
+
+def below(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process's descendants, none when it has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
+
+
+def connections(process: psutil.Process) -> list[Any]:
+    """Return a process's connections, none when it has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.net_connections("inet"))
+    return []
 
 
 def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FacilityConfig:
