@@ -52,7 +52,7 @@ class SshRun(Run):
         return sorted(
             str(order["version"])
             for p in self.paths_there("order.json")
-            if (order := (read_json(p) or {})["order"])["kind"] == "train"
+            if (found := read_json(p)) and (order := found["order"])["kind"] == "train"
         )
 
     def trains_there(self) -> bool:

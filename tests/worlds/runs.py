@@ -15,6 +15,7 @@ import psutil
 from worlds.files import paths_under
 from worlds.jobs import command_line, until
 
+from flwr_hpc.files import read_json
 from flwr_hpc.tracking.events import read
 
 T = TypeVar("T")
@@ -126,8 +127,8 @@ class Run:
                 if path.name != "progress.json" or path.parents[2].name != facility:
                     continue
                 if not (folder / "result.json").exists():
-                    order = json.loads((folder / "order.json").read_text())["order"]
-                    if (order["kind"], order["version"]) == ("train", version):
+                    order = (read_json(folder / "order.json") or {}).get("order", {})  # or pruned
+                    if (order.get("kind"), order.get("version")) == ("train", version):
                         return folder.name
             return None
 
