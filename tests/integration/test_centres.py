@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from worlds.centres import Centres
+from worlds.jobs import below, command_line, connections
 from worlds.runs import ROOT
 from worlds.stranger import AS_NOBODY, needs_another_user, open_to_others
 
@@ -81,7 +82,7 @@ def _go_through(seen: Seen) -> None:
     centres = seen.centres
     for site, package in (("a", "json"), ("b", "logging")):
         centres.join(site, package)
-    centres.until(lambda: _orders(centres, "b"))
+    centres.until(lambda: all(_orders(centres, site) for site in "ab"))
     _look_around(seen)
     _invite_and_revoke(seen)
     centres.commands["a"].kill()
@@ -100,9 +101,10 @@ def _look_around(seen: Seen) -> None:
     centres = seen.centres
     local = 0
     for name, command in centres.commands.items():
-        for process in psutil.Process(command.process.pid).children(recursive=True):
-            for c in process.net_connections("inet"):
-                if c.status == psutil.CONN_LISTEN and "submitit" not in " ".join(process.cmdline()):
+        for process in below(psutil.Process(command.process.pid)):
+            line = command_line(process)  # first: a fork has its parent's line, and its sockets
+            for c in connections(process):
+                if c.status == psutil.CONN_LISTEN and "submitit" not in line:
                     public = c.laddr.port == centres.port
                     seen.listening.setdefault(name, set()).add("public" if public else c.laddr.ip)
                     local = c.laddr.port if name == "server" and not public else local
@@ -150,7 +152,7 @@ def _reads(centres: Centres, token: str, certificate: str, of: str) -> int:
     answer = connection.getresponse()
     assert b"weights" not in answer.read()
     connection.close()
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     return answer.status
 
 
@@ -165,12 +167,14 @@ def _unregistered_node(centres: Centres) -> str:
         "--port=0",
         "--max-retries=1",
     ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired as exc:
-        return f"still tries: {exc.stdout!r}"
-    assert done.returncode != 0
-    return done.stdout + done.stderr
+    said = centres.base / "stranger.log"
+    with open(said, "wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as node:
+        try:
+            centres.until(lambda: node.poll() is not None)
+        finally:
+            node.kill()
+    assert node.returncode != 0
+    return said.read_text()
 
 
 def _invite_and_revoke(seen: Seen) -> None:
