@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
+from worlds.jobs import send
 from worlds.runs import Run, kill
 
 FACILITIES = ("local_a", "local_b")
@@ -46,8 +47,7 @@ def test_the_client_apps_and_the_server_app(tmp_path: Path, undisturbed: Run) ->
     dies: it goes on from the last aggregation by itself."""
     run = Run(tmp_path / "run")
     run.until_training()
-    for victim in run.until(lambda: run.children("flwr-clientapp")):
-        kill(victim.pid)
+    run.until(lambda: send(signal.SIGKILL, run.children("flwr-clientapp")))
     run.until_training(version=1)
     kill(run.server_pid())
     assert run.end() == 0, run.said()
@@ -78,10 +78,10 @@ def test_a_corrupt_reply_is_refused(tmp_path: Path) -> None:
     for rank in run.ranks("local_a"):  # so that the result is ours to spoil
         rank.suspend()
     spoil(folder)
+    run.until(lambda: run.events("order_rejected"))  # else the worker's may come first
     for rank in run.ranks("local_a"):
         rank.resume()
     assert run.end() == 0, run.said()
-    assert run.events("order_rejected")
     assert run.summary()["facilities"]["local_a"]["rejected"] >= 1
 
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import psutil
-from worlds.jobs import command_line
+from worlds.jobs import below, command_line, send
 from worlds.runs import Run, kill
 
 SUPEREXEC = "flower-superexec"
 
 
 def _superexecs(run: Run, owner: str) -> list[psutil.Process]:
-    """Return the SuperExecs below a process of the run, named by a word of its command line."""
-    return [
-        child
-        for process in run.children(owner)
-        for child in process.children(recursive=True)
-        if SUPEREXEC in command_line(child)
-    ]
+    """Return the SuperExecs below a process of the run, named by a word of its command line.
+
+    The oldest one is first: what it has just forked has its command line.
+    """
+    family = {child for process in run.children(owner) for child in below(process)}
+    found = [child for child in family if SUPEREXEC in command_line(child)]
+    return sorted(found, key=psutil.Process.create_time)
 
 
 def test_a_superexec_that_dies(tmp_path: Path) -> None:
     """Protects a site from silence: its SuperNode is started again, and finds the order."""
     run = Run(tmp_path / "run")
     order = run.until_training("local_b")
-    (victim,) = run.until(lambda: _superexecs(run, "site-local_b"))
+    victim = run.until(lambda: _superexecs(run, "site-local_b"))[0]
     kill(victim.pid)
-    run.until(lambda: [p for p in _superexecs(run, "site-local_b") if p.pid != victim.pid])
+    run.until(lambda: [p for p in _superexecs(run, "site-local_b") if p != victim])
     assert run.end() == 0, run.said()
     assert f"the {SUPEREXEC} of supernode-local_b has ended" in run.said()
     assert run.summary()["facilities"]["local_b"]["steps"] == 300
@@ -51,8 +52,7 @@ def test_the_superexec_of_the_superlink(tmp_path: Path) -> None:
     """Protects the ServerApp, which its SuperExec's death ends: the run goes on in a new one."""
     run = Run(tmp_path / "run")
     run.until_training(version=1)
-    for victim in run.until(lambda: _superexecs(run, "flower-superlink")):
-        kill(victim.pid)
+    run.until(lambda: send(signal.SIGKILL, _superexecs(run, "flower-superlink")))
     assert run.end() == 0, run.said()
     assert "starting again" in run.said()
     assert run.summary()["facilities"]["local_a"]["steps"] == 300
@@ -63,8 +63,9 @@ def test_clientapps_are_forks(tmp_path: Path) -> None:
     """Protects a busy machine from importing Flower for every message; and a run whose fork server
     dies, whose ClientApps then start on their own."""
     run = Run(tmp_path / "run", "train.steps=60")
-    (server,) = run.until(lambda: run.children("site.start.fork_server"))
-    assert run.until(lambda: [p for p in server.children() if p.status() != "zombie"])
+    found = run.until(lambda: run.children("site.start.fork_server"))
+    server = min(found, key=psutil.Process.create_time)  # the others are forks of it
+    run.until(lambda: [p for p in server.children() if command_line(p)])  # a zombie has none
     run.until_training()
     server.kill()
     run.until_training(version=1)
