@@ -6,20 +6,19 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from worlds.jobs import until
 
 PROGRAM = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 needs_sshd = pytest.mark.skipif(
     PROGRAM is None or shutil.which("ssh") is None,
     reason="needs OpenSSH's server and client: apt-get install openssh-server",
 )
-START_S = 300.0
 
 
 class Sshd:
@@ -52,14 +51,13 @@ class Sshd:
         command = [PROGRAM, "-D", "-e", "-f", str(self.folder / "sshd_config")]
         with open(self.folder / "sshd.log", "ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            assert self._process.poll() is None, self.log()
-            time.sleep(0.05)
-        raise AssertionError(f"sshd does not answer: {self.log()}")
+        until(self._answers, self.folder, explain=self.log)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self.log()
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", self.port)) == 0
 
     def log(self) -> str:
         return (self.folder / "sshd.log").read_text(errors="replace")
@@ -71,7 +69,7 @@ class Sshd:
         self._process.kill()
         self._process.wait()
         for process in family:
-            with suppress(psutil.NoSuchProcess):  # it ends with its connection
+            with suppress(psutil.NoSuchProcess):  # it has seen the other's end
                 if process.name().startswith("sshd"):
                     process.kill()
 
