@@ -385,13 +385,13 @@ def test_warm_orders_load_nothing(site: Site) -> None:
     state = allocation.state()
     assert state is not None
     cold = state.seconds["startup"] + state.seconds["load"]
-    assert results[2].seconds["first_step"] < 0.2 * cold
+    assert min(r.seconds["first_step"] for r in results[1:]) < 0.2 * cold  # one may be held up
 
 
 FAILING = """
 import os, sys
 from flwr_hpc.train import rendezvous, trainer, worker
-rendezvous.PATIENCE_S = 1.0
+rendezvous.PATIENCE_S = {patience}
 step = trainer.Trainer._train_step
 def failing(self, *args):
     if self.step == 1 and os.environ["RANK"] in {ranks}:
@@ -402,11 +402,14 @@ worker.run(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("ranks", ["1", "01"])
-def test_an_unexpected_error_is_told_and_ends_all_ranks(site: Site, ranks: str) -> None:
+@pytest.mark.parametrize(("ranks", "patience"), [("1", "1.0"), ("01", "600.0")])
+def test_an_unexpected_error_is_told_and_ends_all_ranks(
+    site: Site, ranks: str, patience: str
+) -> None:
     """Whether one rank fails while the others wait for it, or all do: the order's result has
     the reason, may be tried again, and nobody hangs."""
-    allocation = site.start(program=FAILING.replace("{ranks}", repr(ranks)))
+    program = FAILING.replace("{ranks}", repr(ranks)).replace("{patience}", patience)
+    allocation = site.start(program=program)
     order = site.order(allocation, 0, kind="train", steps=4)
     assert all(site.ended())
     result = order.result()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from worlds.jobs import STALLED_S
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.data.batches import Batch
@@ -132,7 +133,7 @@ class Team:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
-            process.join(20)
+            process.join(STALLED_S)
 
 
 def start_team(folder: Path, size: int) -> Team:
