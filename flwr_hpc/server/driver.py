@@ -334,12 +334,17 @@ def _server_state(run: RunDir) -> str:
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Turn the signals that ask us to stop into `Interrupted`."""
+    """Turn the first signal that asks us to stop into `Interrupted`, and ignore the others.
+
+    Another one must not end the clean-up before that can ignore them itself.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def stop(number: int, _: FrameType | None) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield

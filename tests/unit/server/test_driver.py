@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,12 @@ def test_what_no_disk_explains_is_not_waited_for(
     monkeypatch.setattr(driver, "_session", session)
     with pytest.raises(OSError, match="Permission denied"):
         driver._sessions(RunDir(tmp_path), Config(), _view()[0], FakeClock())
+
+
+def test_a_second_ctrl_c_does_not_end_the_clean_up() -> None:
+    """Protects an impatient user: what is left of Flower is ended before the command is."""
+    with driver.signals():
+        with pytest.raises(driver.Interrupted):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
