@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 from worlds.jobs import below, send, until
+from worlds.ports import reserve_port
 from worlds.runs import ROOT
 
 from flwr_hpc.flower.commands import FLOWER_ENV
@@ -73,16 +73,12 @@ def train_and_ask(grid: Grid, context: Context) -> None:
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 class Flower:
     """SuperLink and SuperNodes in a folder, behind the gate as docs/batch.md has it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self._reserved = folder, [reserve_port() for _ in range(1 + NODES)]
+        self.port, *self.node_ports = (kept.getsockname()[1] for kept in self._reserved)
         self.bin = Path(sys.executable).parent
         own = {
             "FLWR_HOME": str(folder / "home"),
@@ -113,7 +109,7 @@ class Flower:
         for k in range(NODES):
             config = f"partition-id={k} flwr-hpc.cpus-per-rank=1 flwr-hpc.idle-timeout-s=3600"
             config += " flwr-hpc.run-check-s=2"
-            port = f"--port={free_port()}"
+            port = f"--port={self.node_ports[k]}"
             node = f"--node-config={config}"
             self.start(f"node{k}", "flower-supernode", f"--superlink={address}", port, node)
 
@@ -154,6 +150,8 @@ class Flower:
             family += [*below(psutil.Process(process.pid)), psutil.Process(process.pid)]
         send(signal.SIGKILL, family)
         send(signal.SIGKILL, self.jobs())
+        for kept in self._reserved:
+            kept.close()
 
     def _answers(self) -> bool:
         listening = psutil.Process(self.processes[0].pid).net_connections("tcp")

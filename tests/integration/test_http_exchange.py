@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from worlds.exchange_server import server_process, write_credential
+from worlds.ports import reserve_port
 from worlds.tcp_proxy import TcpProxy
 
 from flwr_hpc.exchange.http_client import download
@@ -42,14 +42,10 @@ def payload(tmp_path):
 
 @pytest.fixture
 def line():
-    line = TcpProxy(_free_port())
-    yield line
-    line.close()
-
-
-def _free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    with reserve_port() as kept:
+        line = TcpProxy(kept.getsockname()[1])
+        yield line
+        line.close()
 
 
 @pytest.mark.parametrize("way", ["up", "down"])

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from worlds.files import paths_under
 from worlds.jobs import until
+from worlds.ports import reserve_port
 from worlds.runs import ROOT, SMALL
 
 from flwr_hpc.tracking.events import read
@@ -53,9 +53,8 @@ class Centres:
 
     def __init__(self, base: Path, *settings: str) -> None:
         self.base, self.run = base, base / "server" / "run"
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self._reserved = reserve_port()
+        self.port = self._reserved.getsockname()[1]
         address = f"serve.address=127.0.0.1:{self.port}"
         self.commands: dict[str, Command] = {}
         self.serve(address, "serve.sites=[a,b]", "run_dir=run", *RUN, *settings)
@@ -115,3 +114,4 @@ class Centres:
             if command.process.poll() is None:
                 command.process.terminate()
                 command.process.wait()
+        self._reserved.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from worlds.jobs import until
+from worlds.ports import reserve_port
 
 PROGRAM = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 needs_sshd = pytest.mark.skipif(
@@ -33,9 +34,8 @@ class Sshd:
                 command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
                 subprocess.run(command, check=True)
         shutil.copy(folder / "user_key.pub", folder / "authorized_keys")
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self._reserved = reserve_port()
+        self.port = self._reserved.getsockname()[1]
         public = (folder / "host_key.pub").read_text()
         (folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {public}")
         _private(self.config, _client(folder, self.port))
@@ -76,6 +76,7 @@ class Sshd:
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self.refuse()
+        self._reserved.close()
 
 
 @contextmanager
