@@ -7,7 +7,7 @@ from typing import Any
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
-from strategies.parts import limits, rules
+from strategies.parts import adapters, limits, rules
 from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Record, Tensors
 
@@ -100,6 +100,8 @@ class AsyncDiLoCo(AsyncStrategy):
         total = self.keep_tensors("sum", self._summed(result.base, result.arrays, weight))
         period = self.delay or self.num_sites
         scale = self.outer_lr * weight / period
+        delta = adapters.difference(result.base, result.arrays)
+        self.combined = adapters.step_of(self.arrays, [delta], [weight / period])
         if self._arrived < period:
             self._sum = total
             return _stepped(self.arrays, result.base, result.arrays, scale, None, 0.0)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
-from strategies.parts import limits, rules
+from strategies.parts import adapters, limits, rules
 from strategies.parts.balance import ExampleShares
 from strategies.parts.rules import Tensors
 
@@ -79,7 +79,10 @@ class FedAsync(AsyncStrategy):
         assert result.arrays is not None
         c = self.alpha * self.staleness_weight(staleness) * self._share(result)
         if self.moves == "model":
+            self.combined = adapters.mixture_of(self.arrays, [result.arrays], [c])
             return rules.mixed(self.arrays, result.arrays, c)
+        delta = adapters.difference(result.base, result.arrays)
+        self.combined = adapters.step_of(self.arrays, [delta], [c])
         return rules.stepped(self.arrays, result.base, result.arrays, c)
 
     def _share(self, result: SiteResult) -> float:

@@ -74,4 +74,5 @@ class FedAvg(WindowStrategy):
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean pseudo-gradient."""
         found = deltas(updates)
+        self.averaged(found, weights)
         return rules.weighted_step(self.arrays, found, weights, self.outer_lr)

@@ -154,6 +154,7 @@ class FedBackfill(AsyncStrategy):
         if self.overlap:
             self._last[facility] = result.order.seq, delta
         rho = self.share(facility) * self.staleness_weight(staleness)
+        self.averaged([delta], [rho])
         return self.outer.step(self.keep_tensors, self.arrays, [delta], [rho])
 
     def on_failure(self, failure: Failure) -> None:

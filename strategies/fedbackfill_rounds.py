@@ -171,7 +171,9 @@ class FedBackfillRounds(WindowStrategy):
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Take one step along the sum of the pseudo-gradients."""
         self._reports = []
-        return self.outer.step(self.keep_tensors, self.arrays, deltas(updates), weights)
+        found = deltas(updates)
+        self.averaged(found, weights)
+        return self.outer.step(self.keep_tensors, self.arrays, found, weights)
 
     def version_weight(self, updates: int) -> float:
         """Return the sum of all rho_k."""

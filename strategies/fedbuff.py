@@ -7,7 +7,7 @@ from typing import Any, Literal
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import SiteResult
-from strategies.parts import limits, rules
+from strategies.parts import adapters, limits, rules
 from strategies.parts.balance import ContributionBalance, ExampleShares
 from strategies.parts.rules import Tensors
 
@@ -89,8 +89,11 @@ class FedBuff(AsyncStrategy):
         full, self._buffer = self._buffer, []
         weights = [weight * self._share(facility) for facility, weight, _ in full]
         updates = [update for _, _, update in full]
-        step = rules.weighted_step if self.moves == "difference" else rules.weighted_pull
-        return step(self.arrays, updates, weights, self.outer_lr)
+        if self.moves == "difference":
+            self.averaged(updates, weights)
+            return rules.weighted_step(self.arrays, updates, weights, self.outer_lr)
+        self.combined = adapters.mixture_of(self.arrays, updates, weights)
+        return rules.weighted_pull(self.arrays, updates, weights, self.outer_lr)
 
     def _update(self, result: SiteResult) -> StoredTensors:
         assert result.base is not None

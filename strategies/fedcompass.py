@@ -212,4 +212,6 @@ class FedCompass(AsyncStrategy):
     def _merge(self, updates: Sequence[Update]) -> Tensors:
         share = self.alpha / (len(updates) if self.normalise else self.num_sites)
         weights = [share * self.staleness_weight(self.version - u.version) for u in updates]
-        return rules.weighted_step(self.arrays, deltas(updates), weights)
+        found = deltas(updates)
+        self.averaged(found, weights)
+        return rules.weighted_step(self.arrays, found, weights)

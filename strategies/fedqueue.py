@@ -118,6 +118,7 @@ class FedQueue(WindowStrategy):
     def merge(self, updates: Sequence[Update], weights: Sequence[float]) -> Tensors:
         """Step along the weighted mean of what is admitted."""
         found = deltas(updates)
+        self.averaged(found, weights)
         weights = rules.normalised(weights) if self.renormalise else weights
         return rules.weighted_step(self.arrays, found, weights)
 

@@ -170,6 +170,9 @@ class RunState:
     wall_s: float = 0.0  # Seconds of the run so far
     started_t: float | None = None
     version_s: dict[int, float] = field(default_factory=dict)  # When each version came to be
+    # How inexact the average of LoRA adapters was, by version; why where that is not known.
+    lora_inexactness: dict[int, float] = field(default_factory=dict)
+    lora_inexactness_unknown: str = ""
     # When each session began; more than one after a resume.
     sessions: list[float] = field(default_factory=list)
     # Unix seconds and seconds of the run at these moments.

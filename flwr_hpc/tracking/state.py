@@ -71,6 +71,9 @@ def _aggregated(state: RunState, e: Event) -> None:
     state.version = _count(e, "version")
     state.version_s[state.version] = e["s"]
     state.rounds_done = _count(e, "round") or state.version
+    if (inexactness := _number(e, "lora_inexactness")) is not None:
+        state.lora_inexactness[state.version] = inexactness
+    state.lora_inexactness_unknown = str(e.get("lora_inexactness_unknown") or "")
     for name, staleness in _numbers(e.get("staleness")).items():
         facility = state.facility(name)
         facility.merged += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -18,8 +18,10 @@ from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
+from strategies.parts import adapters
 from strategies.parts.average import PublishedAverage
 from strategies.parts.pace import SpeedEstimate
+from strategies.parts.rules import Record
 from strategies.parts.sizing import OrderSizing
 
 
@@ -61,6 +63,9 @@ class AsyncStrategy(HpcStrategy):
         ``busy(facility)``: whether it has an order.
     rests : callable
         ``rests(facility)``: whether it has failed and is left alone for a while.
+    combined : Combination or None
+        The average that the version being made comes from (`averaged`, `strategies.parts.adapters`)
+        and before any momentum: it is measured how exact it is for LoRA adapters.
     """
 
     in_rounds = False
@@ -87,6 +92,7 @@ class AsyncStrategy(HpcStrategy):
         self.default_options: Mapping[str, Any] = {}
         self.busy: Callable[[str], bool] = lambda facility: False
         self.rests: Callable[[str], bool] = lambda facility: False
+        self.combined: adapters.Combination | None = None
 
     def now(self) -> float:
         """Return the time on the run's clock."""
@@ -127,6 +133,11 @@ class AsyncStrategy(HpcStrategy):
         The last version is made of them, in the dtypes of the others.
         """
         return self.arrays if self.average.mean is None else self.average.mean.arrays
+
+    def averaged(self, deltas: Sequence[Record], weights: Sequence[float]) -> None:
+        """Say that the version being made is ``theta - sum_k w_k delta_k``, momentum apart."""
+        points = [adapters.point(delta) for delta in deltas]
+        self.combined = adapters.step_of(self.arrays, points, weights)
 
     def version_weight(self, updates: int) -> float:
         """Return the part of a round that the newest version stands for, made of so many updates.
@@ -212,6 +223,12 @@ class AsyncStrategy(HpcStrategy):
     def reported_weight(self, facility: str, staleness: int, updates: int) -> float:
         """Return the weight, among so many, of an update in a version."""
         return self.staleness_weight(staleness) / updates
+
+    def adapter_facts(self) -> dict[str, Any]:
+        """Return what is to tell of the adapters in the version that was just made."""
+        combined, self.combined = self.combined, None
+        silent = f"{type(self).__name__} does not say how it averages"
+        return adapters.facts(combined or silent, self.arrays)
 
     def save(self) -> dict[str, Any]:
         """Return the state as JSON."""

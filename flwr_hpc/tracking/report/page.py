@@ -163,7 +163,20 @@ def _facts(state: RunState, summary: Mapping[str, Any]) -> list[tuple[str, str, 
             f"{work / total:.0%}" if total else "–",  # noqa: RUF001
             "of the time from job handed in to its end",
         ),
+        *_inexactness(summary),
         *_node_hours(summary),
+    ]
+
+
+def _inexactness(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    found = summary["lora_inexactness"]
+    if not found:
+        return []
+    name, note = "LoRA inexactness", "of the product of averaged A and B, against the average BA"
+    if "last" not in found:
+        return [(name, "–", found["unknown"])]  # noqa: RUF001
+    return [
+        (name, f"{found['last']:.2%}", f"{note}; mean {found['mean']:.2%}, most {found['max']:.2%}")
     ]
 
 

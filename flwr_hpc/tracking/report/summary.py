@@ -28,6 +28,7 @@ def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[s
         orders, ``staleness`` the mean over the replies that were aggregated. ``node_hours`` as
         `Accounts.node_hours` tells; ``queue_wait_s`` by the scheduler's times, before how many
         ``starts`` of a job (the median and the longest of the newest ones).
+    ``lora_inexactness`` is how far averages of adapters were from exact, over the versions.
     """
     curve = state.held_out_curve()
     base: dict[str, Any] = {
@@ -42,9 +43,20 @@ def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[s
         "model": None,
         "held_out_loss_first": curve[0][2] if curve else None,
         "held_out_loss_last": curve[-1][2] if curve else None,
+        "lora_inexactness": _inexactness(state),
         "facilities": {n: _facility(f) for n, f in state.facilities.items()},
     }
     return base | {k: v for k, v in (extra or {}).items() if v is not None}
+
+
+def _inexactness(state: RunState) -> dict[str, Any] | None:
+    """Return the inexactness of averaged adapters, None of a run without."""
+    found, unknown = state.lora_inexactness, state.lora_inexactness_unknown or None
+    if not found:
+        return {"unknown": unknown} if unknown else None
+    values = list(found.values())
+    last = found[max(found)]
+    return {"last": last, "mean": statistics.fmean(values), "max": max(values), "unknown": unknown}
 
 
 def _facility(f: FacilityState) -> dict[str, Any]:

@@ -16,16 +16,17 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from flwr_hpc.protocol import WEIGHT_KEY, Order, OrderKind
+from flwr_hpc.protocol import Order, OrderKind
 from strategies.base.persistence import load_strategy, save_strategy
 from strategies.engine import messages
 from strategies.engine.engine import Engine
 from strategies.engine.flower.alike import make_alike, weight_key_of
+from strategies.engine.flower.shares import average_of, shares_of
 from strategies.engine.loop import History
 from strategies.engine.runtime import RunFailed
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
-from strategies.parts.rules import normalised
+from strategies.parts.adapters import facts
 
 PATIENCE = 4  # Flower's sample_nodes asks twice; who asks more often waits for somebody
 
@@ -102,6 +103,7 @@ class FlowerHooks:
         self._exchange: _Exchange | None = None
         self._gives_up_at: float | None = None  # waiting for enough sites
         self._weights: dict[str, float] = {}  # in the newest version
+        self._adapter_facts: dict[str, Any] = {}
         self._reasons: dict[str, str] = {}
         self._saved: dict[str, Any] = {"tensors": []}
 
@@ -209,6 +211,10 @@ class FlowerHooks:
         """Return the weight of a site in the newest version."""
         return self._weights.get(facility, 0.0)
 
+    def adapter_facts(self) -> dict[str, Any]:
+        """Return what is to tell of the adapters in the newest version."""
+        return self._adapter_facts
+
     def summary(self) -> None:
         """Log the settings."""
         self.strategy.summary()
@@ -288,7 +294,9 @@ class FlowerHooks:
         if arrays:
             self.failed = 0
             self.stored = getattr(self.strategy, "stored", None)
-            self._note_weights(good)
+            self._weights = shares_of(self.strategy, good, self._engine.facility_of)
+            average = average_of(self.strategy, good, self._weights)
+            self._adapter_facts = facts(average, arrays)
         elif replies or exchange is None:
             self._count_failure()
         return arrays or None
@@ -314,12 +322,6 @@ class FlowerHooks:
                 f"(needed {self.sites_needed()}). Last: {causes or 'no site was reachable'}"
             )
 
-    def _note_weights(self, replies: Iterable[Message]) -> None:
-        own = getattr(self.strategy, "weight_of", _examples)
-        facility_of = self._engine.facility_of
-        shares = {facility_of[r.metadata.src_node_id]: float(own(r)) or 1e-12 for r in replies}
-        self._weights = dict(zip(shares, normalised(list(shares.values())), strict=True))
-
     def _save_strategy(self) -> None:
         store = self._engine.runtime.checkpoints
         self._saved = save_strategy(self.strategy, store, str(self.round))
@@ -332,10 +334,6 @@ class FlowerHooks:
         while isinstance(strategy, Strategy):
             yield strategy
             strategy = getattr(strategy, "strategy", None)
-
-
-def _examples(reply: Message) -> float:
-    return messages.flat_metrics(reply).get(WEIGHT_KEY, 1.0)
 
 
 def _frozen(content: RecordDict) -> RecordDict:

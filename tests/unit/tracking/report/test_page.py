@@ -80,6 +80,24 @@ def test_the_report_shows_the_numbers(tmp_path: Path) -> None:
     assert len(page.all("line", **{"class": "session"})) == 1
 
 
+def test_the_report_says_how_inexact_averaged_adapters_were(tmp_path: Path) -> None:
+    """Protects the figure of a run with LoRA; one of whole models has none."""
+    events = run_events(2, 3)
+    assert "LoRA" not in report(tmp_path, events)
+    assert json.loads((tmp_path / "summary.json").read_text())["lora_inexactness"] is None
+    versions = [e for e in events if e["event"] == "aggregated"]
+    for event, value in zip(versions, (0.5, 0.25, 0.125), strict=True):
+        event["lora_inexactness"] = value
+    text = report(tmp_path, events)
+    assert "12.50%" in text
+    assert "mean 29.17%, most 50.00%" in text
+    found = json.loads((tmp_path / "summary.json").read_text())["lora_inexactness"]
+    assert found == {"last": 0.125, "mean": pytest.approx(0.875 / 3), "max": 0.5, "unknown": None}
+    for event in versions:
+        event |= {"lora_inexactness": None, "lora_inexactness_unknown": "Krum picks one"}
+    assert "Krum picks one" in report(tmp_path, events)
+
+
 def test_positions_in_a_chart_give_back_the_numbers() -> None:
     """The tooltips read values out of the drawn line; that must lose nothing to see."""
     chart = line_chart("version", [Curve("a", 0, [(0, 5.1234), (3, 2.3456)])])
