@@ -54,6 +54,9 @@ class DataConfig:
     # ``byte``, a local directory or a hub name; default: that of `model.path`, else ``byte``.
     tokenizer: str | None = None
     seq_len: int = 256  # Tokens per training sequence; of an encoder-decoder, of its encoder's
+    # Keep the documents of a sequence apart: no token sees or predicts one of another document, and
+    # positions restart with each. An encoder-decoder's are not kept apart.
+    document_mask: bool = True
     # ``next_token``, or for encoder-decoders ``span_corruption`` (T5, arXiv 1910.10683).
     objective: str = "next_token"
     # Columns of jsonl and parquet records; a record with a prompt and a response takes the

@@ -38,6 +38,15 @@ class Batch:
     # loss is taken on.
     input_ids: torch.Tensor
     labels: torch.Tensor
+    # Places of the tokens in their documents, which are kept apart by them; None: in sequences.
+    position_ids: torch.Tensor | None = None
+
+    def part(self, rows: slice) -> Batch:
+        """Return some of the sequences."""
+        places = self.position_ids
+        return Batch(
+            self.input_ids[rows], self.labels[rows], None if places is None else places[rows]
+        )
 
 
 @dataclass
@@ -70,20 +79,24 @@ class Corpus:
     held: Sequences
     held_out_sequences: int
     corruption: SpanCorruption | None = None  # Of an encoder-decoder's sequences
+    document_mask: bool = False
 
     @property
     def train_tokens(self) -> int:
         """Tokens of one epoch the loss is taken on."""
         if self.corruption:
             return len(self.train) * self.corruption.target_length
-        return self.train.tokens
+        return self.train.tokens - self.document_mask * len(self.train.starts)
 
     @property
     def held_out_tokens(self) -> int:
         """Tokens one evaluation takes the loss on, over all ranks."""
         if self.corruption:
             return len(self._held_rows) * self.corruption.target_length
-        return int(np.diff(self.held.spans[self._held_rows]).sum())
+        tokens = int(np.diff(self.held.spans[self._held_rows]).sum())
+        if self.document_mask:
+            tokens -= int(packing.first_tokens(self.held, self._held_rows).sum())
+        return tokens
 
     def batch(self, first: int, count: int) -> Batch:
         """Return `count` sequences from the `first` on; see `DataCursor`.
@@ -116,19 +129,25 @@ class Corpus:
             else:
                 spare = self._batch(self.held, rows[:1], rows[:1])
                 ignored = torch.full_like(spare.labels, packing.IGNORED)
-                yield Batch(spare.input_ids, ignored)
+                yield dataclasses.replace(spare, labels=ignored)
 
     def _batch(
         self, source: Sequences, rows: NDArray[np.int64], positions: NDArray[np.int64]
     ) -> Batch:
         """Return rows; a corrupted one depends on its place in the stream, and so on the epoch."""
         ids = source.ids[rows]
-        if self.corruption is None:
-            inputs, labels = ids.astype(np.int64), packing.labels(ids, source.spans[rows])
-        else:
+        if self.corruption:
             stream = [self.seed, zlib.crc32(self.facility.encode()), int(source is self.held)]
             inputs, labels = self.corruption.batch(ids, stream, positions)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+            return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+        labels = packing.labels(ids, source.spans[rows])
+        tokens = torch.from_numpy(ids.astype(np.int64))
+        first = packing.first_tokens(source, rows)
+        if not self.document_mask or not first.any():
+            return Batch(tokens, torch.from_numpy(labels))
+        labels[first] = packing.IGNORED  # the end of another document says nothing of it
+        places = torch.from_numpy(packing.positions(first))
+        return Batch(tokens, torch.from_numpy(labels), places)
 
     @property
     def _held_rows(self) -> NDArray[np.int64]:
@@ -166,13 +185,16 @@ def load_corpus(
         "tokenizer": _identity(tokenizer), "seq_len": cut.seq_len, "kind": data.kind,
         "keys": [data.text_key, data.prompt_key, data.response_key], "split": found.split,
         "objective": data.objective,
-        "held_out": [data.held_out_fraction, len(found.held_out)],
+        "held_out": [data.held_out_fraction, len(found.held_out)], "starts": True,
         "passages": [astuple(p) for p in read_passages(data.passages)] if data.passages else [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:  # what is mapped from there stays readable
         root = cache / "tokens" if cache else Path(scratch)
         train, held = token_cache.sequences(root, found.files, settings, build)
-    corpus = Corpus(tokenizer, facility, seed, train, held, data.held_out_sequences, corruption)
+    corpus = Corpus(
+        tokenizer, facility, seed, train, held, data.held_out_sequences, corruption,
+        data.document_mask,
+    )  # fmt: skip
     for what, part in (("to train on", corpus.train), ("held out", corpus.held)):
         if not len(part):
             raise UserError(
@@ -241,8 +263,8 @@ def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    spans = packing.stream(folder / "train.ids", train, data.seq_len, eos, pad, dtype)
-    token_cache.write_spans(folder, "train", spans, data.seq_len, dtype)
+    spans, starts = packing.stream(folder / "train.ids", train, data.seq_len, eos, pad, dtype)
+    token_cache.write_spans(folder, "train", spans, starts, data.seq_len, dtype)
     blocks = list(held)
     documents = [document for block, _ in blocks for document in block]
     pairs = [pair for _, block in blocks for pair in block]

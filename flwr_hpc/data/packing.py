@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Sequences:
     # The loss is taken on the tokens ``start <= position < stop``. ``start`` is at least 1,
     # for nothing predicts the first token.
     spans: NDArray[np.int32]
+    # Places in ``ids.ravel()`` where a document starts behind another, in order.
+    starts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -43,10 +45,26 @@ def labels(ids: Tokens, spans: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.where(inside, ids.astype(np.int64), IGNORED)
 
 
+def first_tokens(made: Sequences, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which tokens of some rows are a document's first, behind another; (n, seq_len)."""
+    seq_len = made.ids.shape[1]
+    first = np.zeros((len(rows), seq_len), np.bool_)
+    for place, row in enumerate(rows):
+        within = slice(*np.searchsorted(made.starts, [row * seq_len, (row + 1) * seq_len]))
+        first[place, made.starts[within] - row * seq_len] = True
+    return first
+
+
+def positions(first: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return each token's place in its document, as far as that lies in its row."""
+    place = np.arange(first.shape[1])
+    return place - np.maximum.accumulate(np.where(first, place, 0), axis=1)
+
+
 def stream(
     path: Path, blocks: Iterable[Block], seq_len: int, eos: int, pad: int, dtype: Any
-) -> NDArray[np.int32]:
-    """Write training sequences to a file, block by block; return their spans.
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Write training sequences to a file, block by block; return their spans and starts.
 
     Documents lie one after the other, `eos` after each, and are cut side by side; an incomplete
     last sequence is dropped. Then come the pairs, see `pack_pairs`.
@@ -54,10 +72,12 @@ def stream(
     end = np.array([eos], dtype).tobytes()
     row = seq_len * np.dtype(dtype).itemsize
     spans: list[NDArray[np.int32]] = []
+    lengths: list[NDArray[np.int64]] = []
     with path.open("wb") as ids, tempfile.TemporaryFile(dir=path.parent) as behind:
         for documents, pairs in blocks:
             for document in documents:
                 ids.write(document.astype(dtype).tobytes() + end)
+            lengths.append(_lengths(documents))
             made = pack_pairs(pairs, seq_len, eos, pad, dtype)
             behind.write(made.ids.tobytes())
             spans.append(made.spans)
@@ -68,10 +88,22 @@ def stream(
         shutil.copyfileobj(behind, ids)
         ids.flush()
         os.fsync(ids.fileno())
-    return np.concatenate([np.tile(np.array([[1, seq_len]], np.int32), (count, 1)), *spans])
+    starts = _starts(lengths)
+    starts = starts[(starts < count * seq_len) & (starts % seq_len > 0)]
+    full = np.tile(np.array([[1, seq_len]], np.int32), (count, 1))
+    return np.concatenate([full, *spans]), starts
 
 
-def pack(documents: Iterable[Tokens], seq_len: int, eos: int, pad: int, dtype: Any) -> Sequences:
+def _lengths(documents: Sequence[Tokens]) -> NDArray[np.int64]:
+    return np.array([len(document) + 1 for document in documents], np.int64)
+
+
+def _starts(lengths: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return where each document but the first starts, all written one after the other."""
+    return np.cumsum(np.concatenate([np.empty(0, np.int64), *lengths]))[:-1]
+
+
+def pack(documents: Sequence[Tokens], seq_len: int, eos: int, pad: int, dtype: Any) -> Sequences:
     """Write documents one after the other, `eos` after each, and cut for evaluation.
 
     Each sequence starts with the last token of the one before and the last is padded, so every
@@ -79,7 +111,7 @@ def pack(documents: Iterable[Tokens], seq_len: int, eos: int, pad: int, dtype: A
 
     Parameters
     ----------
-    documents : iterable of ndarray
+    documents : sequence of ndarray
     seq_len, eos, pad : int
     dtype : numpy dtype
         Of the result's ids.
@@ -93,7 +125,8 @@ def pack(documents: Iterable[Tokens], seq_len: int, eos: int, pad: int, dtype: A
     starts = np.arange(count)[:, None] * stride
     spans = np.ones((count, 2), np.int32)
     spans[:, 1] = np.minimum(seq_len, len(tokens) - starts[:, 0])
-    return Sequences(padded[starts + np.arange(seq_len)], spans)
+    row, place = np.divmod(_starts([_lengths(documents)]) - 1, stride)
+    return Sequences(padded[starts + np.arange(seq_len)], spans, row * seq_len + place + 1)
 
 
 def pack_pairs(
@@ -115,15 +148,16 @@ def pack_pairs(
 
 
 def whole(made: Sequences) -> Sequences:
-    """Return the sequences that are not padded."""
+    """Return the sequences that are not padded, whatever documents they are made of."""
     full = made.spans[:, 1] == made.ids.shape[1]
     return Sequences(made.ids[full], made.spans[full])
 
 
 def concatenate(parts: Sequence[Sequences]) -> Sequences:
     """Return one `Sequences` with the rows of all."""
-    if len(parts) == 1:
-        return parts[0]
+    before = np.cumsum([0, *(part.ids.size for part in parts)])
     return Sequences(
-        np.concatenate([part.ids for part in parts]), np.concatenate([p.spans for p in parts])
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.spans for part in parts]),
+        np.concatenate([part.starts + n for part, n in zip(parts, before[:-1], strict=True)]),
     )

@@ -2,7 +2,7 @@
 
 ::
 
-    SITE/cache/tokens/<key>/         ids and spans of `train` and `held`, published by a rename
+    SITE/cache/tokens/<key>/         ids, spans and starts of `train` and `held`, by a rename
     SITE/cache/tokens/<stat>.json    which key files of these names, sizes and times have
 
 The key is a hash of the files' content, the tokenizer and how sequences are made of tokens.
@@ -85,23 +85,24 @@ def _make(
 def write(folder: Path, name: str, made: Sequences) -> None:
     """Write sequences that are in memory."""
     made.ids.tofile(folder / f"{name}.ids")
-    write_spans(folder, name, made.spans, made.ids.shape[1], made.ids.dtype)
+    write_spans(folder, name, made.spans, made.starts, made.ids.shape[1], made.ids.dtype)
 
 
-def write_spans(folder: Path, name: str, spans: Any, seq_len: int, dtype: Any) -> None:
+def write_spans(folder: Path, name: str, spans: Any, starts: Any, seq_len: int, dtype: Any) -> None:
     """Write what belongs to the ids in ``NAME.ids``."""
     np.save(folder / f"{name}.spans.npy", spans)
+    np.save(folder / f"{name}.starts.npy", starts)
     publish(folder / f"{name}.json", json.dumps([int(seq_len), np.dtype(dtype).name]))
 
 
 def read(folder: Path, name: str) -> Sequences:
     """Return sequences whose ids stay on disk until they are looked at."""
     seq_len, dtype = json.loads((folder / f"{name}.json").read_text())
-    spans = np.load(folder / f"{name}.spans.npy")
+    spans, starts = (np.load(folder / f"{name}.{part}.npy") for part in ("spans", "starts"))
     shape = (len(spans), seq_len)
     if not len(spans):
         return Sequences(np.empty(shape, dtype), spans)
-    return Sequences(np.memmap(folder / f"{name}.ids", dtype, "r", shape=shape), spans)
+    return Sequences(np.memmap(folder / f"{name}.ids", dtype, "r", shape=shape), spans, starts)
 
 
 def _content(file: Path) -> str:

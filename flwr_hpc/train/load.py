@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flwr_hpc.config import batch_size
-from flwr_hpc.config.schema import ModelConfig
+from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
 from flwr_hpc.config.validate import check_objective
 from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
@@ -29,6 +30,8 @@ from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.phase_timer import PhaseTimer
 from flwr_hpc.worker.reporter import Reporter
 from flwr_hpc.worker.settings import WorkerSettings
+
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # transformers makes a mask for these
 
 
 def load(
@@ -56,6 +59,7 @@ def load(
         train.activation_checkpointing,
     )  # fmt: skip
     check_objective(is_encoder_decoder(built.model), settings.data.objective)
+    check_document_mask(built.model, settings.data, train)
     base = _base(settings.model, group, spool.cache)
     checkpoints = Checkpoints(spool.checkpoints, group, writer=allocation.name)
     checkpoints.sweep(lambda name: spool.allocation(name).has_job_ended)
@@ -69,6 +73,18 @@ def load(
         deadline=deadline,
         base=base,
     )  # fmt: skip
+
+
+def check_document_mask(model: Any, data: DataConfig, train: TrainConfig) -> None:
+    """Refuse an attention that would silently look over the borders of documents."""
+    attention = model.config._attn_implementation
+    if data.document_mask and train.micro_batch > 1 and attention not in MASKED_ATTENTION:
+        raise UserError(
+            f"attn_implementation={attention} keeps the documents of a sequence apart for one "
+            f"sequence at a time alone, found train.micro_batch={train.micro_batch}. Give "
+            "train.micro_batch=1, or data.document_mask=false, or one of "
+            f"{', '.join(MASKED_ATTENTION)}"
+        )
 
 
 def _base(model: ModelConfig, group: Group, cache: Path) -> str:

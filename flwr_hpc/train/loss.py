@@ -54,7 +54,10 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor]:
-    """Return what takes ``(input_ids, labels)`` through a model to the summed loss.
+    """Return what takes ``(input_ids, labels, position_ids)`` through a model to the summed loss.
+
+    Positions that restart keep what is before and behind apart: transformers masks attention by
+    them.
 
     Of long sequences or large vocabularies the logits are larger than the model. So the head
     runs chunk by chunk of the positions, and once more in the backward pass.
@@ -66,10 +69,15 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
     chunk_bytes : int
     """
 
-    def loss(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        decode = _read_and_write if inner.config.is_encoder_decoder else _write_on
-        decoder, output, again, targets = decode(inner, input_ids, labels)
+        if inner.config.is_encoder_decoder:
+            decoding = _read_and_write(inner, input_ids, labels)
+        else:
+            decoding = _write_on(inner, input_ids, labels, position_ids)
+        decoder, output, again, targets = decoding
         sequences, length = targets.shape
         vocabulary = inner.get_output_embeddings().weight.shape[0]
         size = max(1, chunk_bytes // (4 * sequences * vocabulary))
@@ -95,8 +103,10 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
 _Decoding = tuple[nn.Module, Any, dict[str, Any], Tensor]
 
 
-def _write_on(model: Any, input_ids: Tensor, labels: Tensor) -> _Decoding:
-    output = model.base_model(input_ids=input_ids)
+def _write_on(
+    model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None
+) -> _Decoding:
+    output = model.base_model(input_ids=input_ids, position_ids=position_ids)
     return model.base_model, output, {"input_ids": input_ids}, next_tokens(labels)
 
 

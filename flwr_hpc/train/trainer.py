@@ -223,7 +223,7 @@ class Trainer:
             last = i == config.accumulation - 1
             self._model.set_requires_gradient_sync(config.sync_every_micro_batch or last)  # type: ignore[operator]
             self._model.set_requires_all_reduce(last)  # type: ignore[operator]
-            loss = self._loss(batch.input_ids[part], batch.labels[part])
+            loss = self._loss(batch.part(part))
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
         for algorithm in algorithms:
@@ -237,10 +237,11 @@ class Trainer:
         self.cursor.advance(ranks.world_size, config.micro_batch * config.accumulation)
         return stats
 
-    def _loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         device = self._group.device
+        tensors = batch.input_ids, batch.labels, batch.position_ids
         return self._summed_loss(
-            input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            *(t if t is None else t.to(device, non_blocking=True) for t in tensors)
         )
 
     def _account(self, done: OrderProgress, stats: list[Tensor], last_tokens: int) -> None:
@@ -276,7 +277,7 @@ class Trainer:
         self._model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in self._held_out:
-            loss = self._loss(batch.input_ids, batch.labels)
+            loss = self._loss(batch)
             counted = (batch.labels[:, 1:] != IGNORED).any(dim=1).sum()
             sums += torch.tensor([float(loss), count_tokens(batch.labels), float(counted)])
         reshard(self._model)

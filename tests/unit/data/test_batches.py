@@ -83,7 +83,7 @@ def test_packing_is_exact(tmp_path: Path) -> None:
     stream = [*tokens("abc"), EOS, *tokens("defgh"), EOS, *tokens("ij"), EOS]
     assert corpus.train.ids.ravel().tolist() == stream[:12]
     assert corpus.train.ids.dtype == np.uint16
-    assert corpus.train_tokens == 3 * 3
+    assert corpus.train_tokens == 3 * 3 - 1  # nothing predicts the first of "ij"
     assert corpus.held.ids.tolist() == [[*tokens("xyz"), EOS]]
 
 
@@ -104,6 +104,42 @@ def test_every_held_out_token_is_predicted_once(tmp_path: Path) -> None:
         [-100, *tokens("h"), EOS, -100],
     ]
     assert corpus.held_out_tokens == 8  # nine with eos, less the very first
+
+
+def test_documents_in_a_sequence_are_kept_apart(tmp_path: Path) -> None:
+    """Positions restart with each document, and nothing predicts its first token."""
+    path = jsonl(
+        tmp_path / "x.jsonl",
+        *({"text": text} for text in ("ab", "c", "defghi")),
+        {"prompt": "p", "response": "q"},
+    )
+    held = jsonl(tmp_path / "h.jsonl", {"text": "uvwx"}, {"text": "yz"}, {"text": "!"})
+    corpus = load("jsonl", path, held=held, seq_len=6)
+    rows = {tuple(b.input_ids[0].tolist()): b for b in (corpus.batch(i, 1) for i in range(3))}
+    first = rows[(*tokens("ab"), EOS, *tokens("c"), EOS, *tokens("d"))]
+    assert first.position_ids is not None
+    assert first.position_ids.tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert first.labels.tolist() == [[-100, *tokens("b"), EOS, -100, EOS, -100]]
+    second = rows[(*tokens("efghi"), EOS)]
+    assert second.position_ids is None  # one document: nothing to keep apart
+    assert second.labels.tolist() == [[-100, *tokens("fghi"), EOS]]
+    assert corpus.train_tokens == 3 + 5 + 2
+    (batch,) = corpus.held_out(0, 1, 10)
+    assert batch.position_ids is not None
+    assert batch.input_ids.tolist() == [
+        [*tokens("uvwx"), EOS, *tokens("y")],
+        [*tokens("yz"), EOS, *tokens("!"), EOS, PAD],
+    ]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 2, 0, 1, 2]]
+    assert batch.labels.tolist() == [
+        [-100, *tokens("vwx"), EOS, -100],
+        [-100, *tokens("z"), EOS, -100, EOS, -100],
+    ]
+    assert corpus.held_out_tokens == 4 + 3
+    across = load("jsonl", path, held=held, seq_len=6, document_mask=False)
+    assert across.batch(0, 3).position_ids is None
+    assert across.train_tokens == corpus.train_tokens + 2
+    assert across.held_out_tokens == corpus.held_out_tokens + 2
 
 
 def test_prompt_and_response_masks_are_exact(tmp_path: Path) -> None:
