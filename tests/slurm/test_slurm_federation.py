@@ -107,8 +107,8 @@ def test_the_demo_learns_on_three_clusters(lab: Lab, tmp_path: Path) -> None:
     """Protects the demo's promise on Slurm: FSDP over 2 nodes x 2 ranks here, fewer there."""
     clusters = [lab.cluster(TWO_NODES), lab.cluster(ONE_NODE), lab.cluster(ONE_NODE, 1)]
     where = facilities(tmp_path / "conf", *clusters)
-    run = Run(tmp_path / "run", *where, settings=[])
+    run = Run(tmp_path / "run", *where, settings=["rounds=3"])
     ends_well(run, *clusters)
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
-        assert site["held_out_loss_last"] < 2.1
+        assert site["held_out_loss_last"] < 2.6
