@@ -27,6 +27,7 @@ DEFAULT_FACILITIES = "+facility=[local_a,local_b]"
 FIXED = {
     "model": "its checkpoint holds the weights of this model",
     "data.tokenizer": "the weights were trained on its vocabulary",
+    "train.plan": "the plan was made when it began; train.micro_batch and the like can change",
     "seed": "the order of the data is drawn from it",
     "strategy._target_": "its checkpoint holds the state of this strategy",
     "run_dir": "a run stays in its folder",

@@ -16,6 +16,7 @@ CHOICES = {
     "data.kind": ("stdlib", "text", "jsonl", "parquet"),
     "data.objective": ("next_token", "span_corruption"),
     "allocation.policy": ("warm", "per_round"),
+    "train.plan": ("none", "auto"),
     "train.loss": ("cross_entropy", "goldfish"),
     "train.precision": ("auto", "fp32", "bf16"),
     "train.activation_checkpointing": ("none", "selective", "full"),

@@ -27,7 +27,8 @@ from flwr_hpc.plan.ranking import rank
 from flwr_hpc.plan.show import NOT_YET, Ranking, show
 
 PLANNING = ("nodes=", "plan.", "data.seq_len=", "train.micro_batch=", "train.accumulation=",
-            "train.activation_checkpointing=", "train.replicate=")  # fmt: skip
+            "train.activation_checkpointing=", "train.replicate=", "train.batch_size=",
+            "train.plan=")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

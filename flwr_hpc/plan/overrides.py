@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
@@ -15,11 +16,18 @@ def plan_overrides(
     return [
         *_allocation(name, f, nodes),
         f"data.seq_len={seq_len}",
-        f"train.micro_batch={plan.micro_batch}",
-        f"train.accumulation={plan.accumulation}",
-        f"train.activation_checkpointing={plan.checkpointing}",
-        f"train.replicate={plan.replicate}",
+        *(f"train.{name}={value}" for name, value in training_settings(plan).items()),
     ]
+
+
+def training_settings(plan: ParallelPlan) -> Mapping[str, int | str]:
+    """Return the fields of ``train`` by which the trainer follows a plan."""
+    return {
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "activation_checkpointing": plan.checkpointing,
+        "replicate": plan.replicate,
+    }
 
 
 def _allocation(name: str, f: FacilityConfig, nodes: int) -> list[str]:

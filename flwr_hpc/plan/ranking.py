@@ -32,8 +32,14 @@ def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Rankin
         facility, config.nodes or facility.nodes, config.train.precision, options.efficiency,
         options.overlap,
     )  # fmt: skip
-    sequences = global_batch(options.batch_tokens, seq_len, made.ranks)
+    wanted = config.train.batch_size
+    sequences = wanted or global_batch(options.batch_tokens, seq_len, made.ranks)
     ranked = candidates(shape, made, sequences, seq_len)
+    if not ranked:
+        raise UserError(
+            f"train.batch_size={wanted} cannot be shared by the {made.ranks} ranks of {name}. "
+            f"Give a multiple, e.g. train.batch_size={made.ranks}"
+        )
     model = next((o.partition("=")[2] for o in overrides if o.startswith("model=")), None)
     return Ranking(
         name, model or config.model.path or shape.model_type, shape, made, seq_len,

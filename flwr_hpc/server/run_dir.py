@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json, try_lock
 from flwr_hpc.gate.credentials import read_credentials
+from flwr_hpc.plan.automatic import AUTO, with_plan
 
 LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
 _held: dict[Path, int] = {}
@@ -233,8 +235,15 @@ def _driver(lock: Path) -> int:
 def configure(
     overrides: Sequence[str], config_dir: str | None, serve: bool = False
 ) -> tuple[Config, bool]:
-    """Compose the configuration; a resumed run's comes from its folder. Return whether it does."""
+    """Compose the configuration; a resumed run's comes from its folder. Return whether it does.
+
+    A new run's plan is made here, and shown on stderr: the run's folder has what was chosen.
+    """
     folder, changes = split_resume(overrides)
     if folder:
         return RunDir.open(folder).resumed_config(changes), True
-    return compose_config(overrides, config_dir, serve=serve), False
+    config = compose_config(overrides, config_dir, serve=serve)
+    if config.train.plan == AUTO:
+        config, line = with_plan(config, overrides)
+        print(line, file=sys.stderr)
+    return config, False

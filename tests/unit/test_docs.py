@@ -73,7 +73,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_documented_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Protects readers from commands that are refused."""
     code = main([*arguments, "dry_run=true"])
-    assert (code, capsys.readouterr().err) == (0, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert (code, [line for line in lines if not line.startswith("train.plan=auto: ")]) == (0, [])
 
 
 def test_there_are_commands() -> None:
