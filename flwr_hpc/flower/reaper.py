@@ -15,6 +15,7 @@ import time
 
 GRACE_S = 4.0
 GIVE_UP_S = 20.0
+EXEC_S = 0.2  # after which what began another program shows what that got
 
 
 def marked(mark: str) -> list[int]:
@@ -36,7 +37,7 @@ def marked(mark: str) -> list[int]:
 def end(mark: str) -> bool:
     """Terminate, then kill, what carries the mark; return whether nothing is left."""
     start = time.monotonic()
-    while pids := marked(mark):
+    while pids := marked(mark) or _look_again(mark):
         waited = time.monotonic() - start
         if waited > GIVE_UP_S:
             return False
@@ -48,6 +49,12 @@ def end(mark: str) -> bool:
                 continue
         time.sleep(0.2 if number == signal.SIGKILL else 0.5)
     return True
+
+
+def _look_again(mark: str) -> list[int]:
+    """A process has no environment for a moment, as it begins another program."""
+    time.sleep(EXEC_S)
+    return marked(mark)
 
 
 if __name__ == "__main__":
