@@ -6,6 +6,7 @@ Attempts, patience, time-outs, errors, who is who and what is unknown are writte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -162,7 +163,11 @@ class CommandScheduler(ABC):
         return self._job(spec, submitted.job_id, self._wall())
 
     def find(self, spec: JobSpec) -> dict[str, Any] | None:
-        """Look the name up among the living jobs, then in the history if there is one."""
+        """Look the name up among the living jobs, then in the history if there is one.
+
+        There may be several, if requests that were not answered were all taken in the end: the
+        latest is the job, the others are cancelled.
+        """
         infos = self.parse_status(self._ask(self.find_command(spec.name)))
         mine = [info for info in infos if info.name == spec.name]
         if not mine:
@@ -171,6 +176,10 @@ class CommandScheduler(ABC):
         if not mine:
             return None
         latest = max(mine, key=self.age)
+        for other in mine:
+            if other is not latest and other.state != "ended":
+                with contextlib.suppress(SchedulerUnavailableError):  # without a pickle it ends
+                    self.cancel(self._job(spec, other.id, other.submitted_s or self._wall()))
         heal_pickle(spec.folder, latest.id)
         return self._job(spec, latest.id, latest.submitted_s or self._wall())
 

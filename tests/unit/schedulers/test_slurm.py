@@ -29,9 +29,11 @@ class Answers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **by_command: str | None) -> None:
         self.asked: list[str] = []
+        self.commands: list[list[str]] = []
 
         def ask(_: SlurmScheduler, command: list[str], again: bool = True) -> Answer:
             self.asked.append(command[0])
+            self.commands.append(command)
             answer = by_command[command[0]]
             if answer is None:
                 raise SchedulerUnavailableError(command[0])
@@ -265,11 +267,28 @@ def test_find_takes_the_latest_and_heals_its_pickle(
     """Protects a job whose submitter died before the pickle had its name."""
     (tmp_path / "0123abcd.pkl").write_bytes(b"p")
     text = row("PENDING", id="8") + row("PENDING", id="11") + row("RUNNING", id="12", name="other")
-    Answers(monkeypatch, squeue=text, sacct="")
+    Answers(monkeypatch, squeue=text, sacct="", scancel="")
     job = SlurmScheduler(FacilityConfig()).find(spec(tmp_path))
     assert job is not None
     assert (job["id"], job["submitted_s"]) == ("11", 1000.0)
     assert (tmp_path / "11_submitted.pkl").exists()
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_find_cancels_what_a_request_that_was_given_up_has_left(
+    away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the queue and its limits from a second job: slurmctld took both requests in the end,
+    and only the latest is ever asked about again."""
+    rows = (("PENDING", "8", "mine"), ("RUNNING", "9", "mine"), ("COMPLETED", "10", "mine"),
+            ("PENDING", "11", "mine"), ("RUNNING", "12", "other"))  # fmt: skip
+    text = "".join(row(state, id=number, name=name) for state, number, name in rows)
+    answers = Answers(monkeypatch, squeue=text, sacct="", scancel=None if away else "")
+    job = SlurmScheduler(FacilityConfig()).find(spec(tmp_path))
+    assert job is not None
+    assert job["id"] == "11"
+    cancelled = [command for command in answers.commands if command[0] == "scancel"]
+    assert cancelled == [["scancel", "--jobname=mine", number] for number in ("8", "9")]
 
 
 def test_find_does_not_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
