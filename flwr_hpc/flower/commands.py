@@ -37,7 +37,7 @@ class PublicSocket:
     certificate_key: Path
     credentials: Path
     exchange: Path  # The store of payloads
-    events: Path  # Where transfers are reported
+    events: Path  # Where transfers and starts of SuperNodes are reported
     welcome: Mapping[str, object]  # What a site is told that asks what it joins
 
     def gate_options(self) -> list[str]:

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,7 +78,7 @@ def _outside(args: argparse.Namespace) -> Outside | None:
     from flwr_hpc.exchange.http_server import exchange_app
     from flwr_hpc.gate.door import Outside
     from flwr_hpc.gate.outside import App, PublicApp
-    from flwr_hpc.gate.transfers import TransferReport
+    from flwr_hpc.gate.transfers import TransferReport, report_start
 
     host, _, port = args.public.rpartition(":")
     host = host.strip("[]")
@@ -86,7 +87,8 @@ def _outside(args: argparse.Namespace) -> Outside | None:
 
     def wrap(flower: App) -> App:
         exchange = exchange_app(Path(args.exchange), guests.folder_of_token, report=report)
-        return PublicApp(flower, guests, exchange, json.loads(args.welcome))
+        started = partial(report_start, Path(args.events))
+        return PublicApp(flower, guests, exchange, json.loads(args.welcome), started)
 
     every = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if every or ":" in host else socket.AF_INET
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--public", metavar="HOST:PORT", help="a second socket, for sites of a run")
     parser.add_argument("--credentials", metavar="FILE", help="who may come in there")
     parser.add_argument("--exchange", metavar="DIR", help="the run's store of payloads")
-    parser.add_argument("--events", metavar="FILE", help="where transfers are reported")
+    parser.add_argument("--events", metavar="FILE", help="where it reports what it sees")
     parser.add_argument("--welcome", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("program", choices=PROGRAMS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")

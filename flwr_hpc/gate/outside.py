@@ -28,6 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 EXCHANGE = re.compile(rb"/v1/exchange(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 JOIN = b"/v1/join"
+ACTIVATE = b"/v1/fleet/activate-node"  # which a SuperNode of Flower's says once, as it starts
 PUBLIC_KEY = b"flwr-public-key"  # by which a SuperNode of Flower's shows who it is
 MAX_HEADERS = 16 << 10  # bytes
 MAX_FLEET_BYTES = 64 << 20  # Flower sends arrays in pieces of 5 MB
@@ -53,13 +54,20 @@ class PublicApp:
         Serves ``/v1/exchange/``; None: there is none.
     welcome : dict
         What a site is told that asks, with its token, what it joins.
+    on_start : callable
+        Called, from any thread, with the site whose SuperNode has started.
     """
 
     def __init__(
-        self, flower: App, guests: Guests, exchange: App | None, welcome: dict[str, Any]
+        self,
+        flower: App,
+        guests: Guests,
+        exchange: App | None,
+        welcome: dict[str, Any],
+        on_start: Callable[[str], object],
     ) -> None:
         self._flower, self._guests, self._exchange = flower, guests, exchange
-        self._welcome = welcome
+        self._welcome, self._on_start = welcome, on_start
         self._heard_at: dict[str, float] = {}  # when a site's SuperNode last spoke
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,8 +86,8 @@ class PublicApp:
             raise Refused(431, f"at most {MAX_HEADERS} bytes of headers")
         headers = _headers(scope)
         if FLEET.fullmatch(path):
-            self._check_node(scope["method"], headers)
-            return self._flower
+            site = self._check_node(scope["method"], headers)
+            return self._activation(site) if path == ACTIVATE else self._flower
         if path == JOIN and scope["method"] == "GET":
             return self._join(*self._site(headers))
         if EXCHANGE.fullmatch(path) and self._exchange is not None:
@@ -87,8 +95,8 @@ class PublicApp:
             return self._exchange
         raise Refused(404, "there is nothing here")
 
-    def _check_node(self, method: str, headers: dict[bytes, list[bytes]]) -> None:
-        """Refuse who is no node of this run; that it has the key, too, Flower checks."""
+    def _check_node(self, method: str, headers: dict[bytes, list[bytes]]) -> str:
+        """Return a node's site, or refuse it; that it has the key, too, Flower checks."""
         if method != "POST":
             raise Refused(405, "POST only")
         keys, lengths = headers.get(PUBLIC_KEY, []), headers.get(b"content-length", [])
@@ -105,6 +113,20 @@ class PublicApp:
             raise Refused(411, "content-length must be given")
         if len(lengths[0]) > 12 or int(lengths[0]) > MAX_FLEET_BYTES:
             raise Refused(413, f"at most {MAX_FLEET_BYTES} bytes")
+        return site
+
+    def _activation(self, site: str) -> App:
+        """Have Flower answer, and take its yes for the start of the site's SuperNode."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def heard(message: Message) -> None:
+                if message["type"] == "http.response.start" and message["status"] == 200:
+                    await asyncio.to_thread(self._on_start, site)
+                await send(message)
+
+            await self._flower(scope, receive, heard)
+
+        return app
 
     def _site(self, headers: dict[bytes, list[bytes]]) -> tuple[str, str]:
         """Return the site whose token a request bears, and the token."""

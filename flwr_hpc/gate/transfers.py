@@ -1,4 +1,4 @@
-"""What moves between the server and its sites, in the run's events."""
+"""What the gate sees of the run's sites, in the run's events: transfers, starts of SuperNodes."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ class TransferReport:
                 seconds=round(move.seconds, 3),
                 mb_per_s=round(move.moved / MB / max(move.seconds, 1e-6), 3),
             )
+
+
+def report_start(events: Path, site: str) -> None:
+    """Write a ``supernode_started``: what the one before it held is lost."""
+    with suppress(OSError), EventLog(events, join=True) as log:
+        log.emit("supernode_started", facility=site)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import fields
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,7 +26,7 @@ from flwr_hpc.files import explain_disk_trouble, is_disk_trouble, publish, wait_
 from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.server.model_dir import base_options, publish_files, write_model
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.server.site_signs import SiteSigns
+from flwr_hpc.server.site_signs import SiteSigns, SuperNodeStarts
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.tracking.events import EventLog
 from strategies.base.hpc_strategy import HpcStrategy
@@ -111,6 +111,7 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
         settings=engine_settings(config.federation),
         check=None,  # the exchange checks replies
         lost=_signs(run, config, clock).lost,
+        restarted=_restarted(run, config),
         may_speak_for=lambda node_id, site: may_speak_for(run, config, node_id, site),
     )
     strategy = build_strategy(config.strategy)
@@ -136,6 +137,13 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
 
 def _signs(run: RunDir, config: Config, clock: Clock) -> SiteSigns:
     return SiteSigns({name: run.site_root(config, name) for name in config.here}, clock)
+
+
+def _restarted(run: RunDir, config: Config) -> Callable[[], Set[int]]:
+    """Return what tells of SuperNodes that began anew: one without a key of its own is new then."""
+    if not config.serve.address:
+        return frozenset
+    return SuperNodeStarts(run.events, run.credentials).nodes
 
 
 def may_speak_for(run: RunDir, config: Config, node_id: int, site: str) -> bool:

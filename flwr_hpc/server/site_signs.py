@@ -1,4 +1,4 @@
-"""Whether a reply is lost, by what its site shows, long before the time is up."""
+"""Whether a reply is lost, by what its site or the gate shows, long before the time is up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from flwr_hpc.clock import Clock
 from flwr_hpc.files import disk_trouble
+from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.spool import Answering, Spool
+from flwr_hpc.tracking.events import follow
 
 LOOK_S = 2.0
 ANSWERED_S = 120.0  # for a reply to travel, on a machine with much else to do
@@ -76,3 +78,29 @@ class SiteSigns:
             return "" if disk_trouble(self._roots[facility]) else words
         except OSError:
             return ""
+
+
+class SuperNodeStarts:
+    """Which SuperNodes of joined sites began anew; Flower calls them what it called those before.
+
+    Parameters
+    ----------
+    events : Path
+        Of the run, where the gate reports.
+    credentials : Path
+        Which node each site is.
+    """
+
+    def __init__(self, events: Path, credentials: Path) -> None:
+        self._events, self._credentials = follow(events), credentials
+        self._events.poll()  # nothing was sent yet to those that have started by now
+
+    def nodes(self) -> set[int]:
+        """Return those that have started since the last call."""
+        try:
+            started = [e for e in self._events.poll() if e["event"] == "supernode_started"]
+            sites = {str(e.get("facility")) for e in started}
+            known = read_credentials(self._credentials) if sites else {}
+        except (OSError, ValueError):  # the file system is away for a moment: then time tells
+            return set()
+        return {credential.node_id for site, credential in known.items() if site in sites}

@@ -194,6 +194,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "run_started": _run_started,
     "site_online": lambda e: f"{e.get('facility')}: site online",
     "site_offline": lambda e: f"{e.get('facility')}: site offline",
+    "supernode_started": lambda e: f"{e.get('facility')}: its SuperNode has started",
     "site_trouble": lambda e: f"{e.get('facility')}: {e.get('reason') or 'goes on'}",
     "site_refused": lambda e: f"{e.get('facility')}: {e.get('reason')}",
     "client_app_lost": lambda e: f"{e.get('facility')}: {e.get('reason')}",

@@ -14,7 +14,7 @@ nor trains anything twice.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
@@ -279,9 +279,11 @@ class Engine:
     def _step(self) -> None:
         if self.runtime.stop.is_set():
             raise Stopped("the run was asked to stop")
+        restarted = self.runtime.restarted()  # first: they are online by then, and are heard out
         online = self._transport.online()
         self._registry.roll_call(set(online))
         received = self._receive(online)
+        self._send_again(restarted)
         self._lose(online)
         self._tracker.expire(self.sites)
         if not self._send(online) and not received and not self._tracker.news:
@@ -301,6 +303,12 @@ class Engine:
                 site = self.sites[self.facility_of[flight.node_id]]
                 self._replies.read(site, flight, message)
         return bool(replies)
+
+    def _send_again(self, restarted: Set[int]) -> None:
+        """Send what a SuperNode took with it to its successor; a site does nothing twice."""
+        for flight in self._transport.lose(restarted):
+            if flight.request is not None:
+                self._tracker.rewind(flight.request, 0.0)
 
     def _lose(self, online: list[int]) -> None:
         launchers = {n for n, f in self.facility_of.items() if self.sites[f].launcher}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -187,6 +187,9 @@ class Runtime:
     # ``lost(facility, message id, when sent) -> why its reply will not come``, empty if it may:
     # what is known, beside Flower, of a site that works on a message.
     lost: Callable[[str, str, float], str] = _nothing_known
+    # ``restarted() -> nodes`` whose SuperNode began anew under the same id since the last call: it
+    # knows nothing of what was sent before.
+    restarted: Callable[[], Set[int]] = frozenset
     # ``may_speak_for(node id, facility)``: whether a node is who it says. Where sites have keys of
     # their own, one must not answer in another's name.
     may_speak_for: Callable[[int, str], bool] = _anybody

@@ -7,7 +7,7 @@ an empty id for a refused message; a restarted SuperNode answers nothing at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -77,15 +77,21 @@ class MessageTransport:
         ``lost(message id, flight)`` says what is known of one before its time is up. A grid that
         fetches beside the loop knows of more: ``receiving(message id)``, where it has that.
         """
-        receiving = getattr(self.grid, "receiving", lambda message_id: False)
         limit = self.clock.now() - self.settings.wait_s - self.settings.reply_grace_s
         reachable = set(online) & launchers
-        flying = [
-            (i, f) for i, f in self._flights.items() if f.node_id in reachable and not receiving(i)
-        ]
+        flying = self._unanswered(reachable)
         late = "the message or its answer was lost"
-        reasons = {i: lost(i, f) or (late if f.sent_at < limit else "") for i, f in flying}
+        reasons = {i: lost(i, f) or (late if f.sent_at < limit else "") for i, f in flying.items()}
         return [(self._flights.pop(i), reason) for i, reason in reasons.items() if reason]
+
+    def lose(self, nodes: Set[int]) -> list[InFlight]:
+        """Forget and return the messages to nodes that know nothing of them any more."""
+        return [self._flights.pop(i) for i in self._unanswered(nodes)]
+
+    def _unanswered(self, nodes: Set[int]) -> dict[str, InFlight]:
+        """Return what is in flight to nodes and of whose reply nothing is here, by message id."""
+        receiving = getattr(self.grid, "receiving", lambda message_id: False)
+        return {i: f for i, f in self._flights.items() if f.node_id in nodes and not receiving(i)}
 
     def drop(self, node_id: int) -> None:
         """Forget what is in flight to a node."""

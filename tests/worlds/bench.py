@@ -21,6 +21,7 @@ class Bench:
             clock=self.grid.clock,
             emit=lambda event, **f: self.log.append((self.grid.clock.now(), event, f)),
             settings=Settings(**settings),
+            restarted=self.grid.restarted,
         )
         self.engine = Engine(self.grid, self.runtime)
 

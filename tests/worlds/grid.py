@@ -276,6 +276,7 @@ class FakeGrid(Grid):
         self.pushed: list[Message] = []
         self._pending: dict[str, _Reply] = {}
         self._receiver: dict[str, int] = {}
+        self._restarted: set[int] = set()
         self._ids = itertools.count(1)
         self._node_ids = itertools.count(101)
         for site in sites:
@@ -302,6 +303,20 @@ class FakeGrid(Grid):
         for message_id in lost:
             del self._pending[message_id]
         return self.join(self.nodes[old])
+
+    def come_back(self, name: str) -> None:
+        """Start a SuperNode anew as the same node: what it was handling is lost."""
+        node_id, now = self.node_of(name), self.clock.now()
+        for message_id in [i for i, r in self._pending.items() if r.node_id == node_id]:
+            if self._pending[message_id].at > now:
+                del self._pending[message_id]
+        self.free_at.pop(node_id, None)
+        self._restarted.add(node_id)
+
+    def restarted(self) -> set[int]:
+        """Return the nodes that came back since the last call."""
+        nodes, self._restarted = self._restarted, set()
+        return nodes
 
     def new_run(self) -> None:
         """Begin another Flower run: messages of the last one are gone, the sites' jobs are not."""

@@ -34,6 +34,7 @@ class App:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
+        self.status = 200
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -44,7 +45,7 @@ class App:
             size += len(message.get("body", b""))
             more = message.get("more_body", False)
         self.asked.append((scope["path"], size))
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": b"served"})
 
 
@@ -59,13 +60,14 @@ class World:
         self.credentials = folder / "credentials.json"
         write_credentials(self.credentials, {"lumi": LUMI})
         self.flower, self.exchange = App(), App()
+        self.started: list[str] = []  # Sites whose SuperNodes were seen to start
         self.door = socket.create_server(("127.0.0.1", 0))
         self.port = self.door.getsockname()[1]
         self.context = ssl.create_default_context(cadata=certificate)
 
     def wrap(self, app: Any) -> PublicApp:
         guests = Guests(self.credentials)
-        return PublicApp(app, guests, self.exchange, {"run_key": "r1"})
+        return PublicApp(app, guests, self.exchange, {"run_key": "r1"}, self.started.append)
 
     def connect(self) -> ssl.SSLSocket:
         plain = socket.create_connection(("127.0.0.1", self.port), timeout=20)
@@ -157,6 +159,19 @@ def test_a_site_learns_whether_its_invitation_is_in_use(world: World) -> None:
     assert world.ask("POST", PULL, b"", node())[0] == 200
     heard_s = json.loads(world.ask("GET", "/v1/join", headers=bearer())[1])["heard_s"]
     assert heard_s >= 0.0
+
+
+def test_the_start_of_a_supernode_is_noticed(world: World) -> None:
+    """Protects the run from waiting for what the one before held; who is refused, as whoever lacks
+    the key or comes while the node counts as online, has started nothing."""
+    activate = PULL.replace("pull-messages", "activate-node")
+    world.flower.status = 403
+    assert world.ask("POST", activate, b"", node())[0] == 403
+    world.flower.status = 200
+    assert world.ask("POST", PULL, b"", node())[0] == 200
+    assert world.started == []
+    assert world.ask("POST", activate, b"", node())[0] == 200
+    assert world.started == ["lumi"]
 
 
 @pytest.mark.parametrize("headers", [{}, node(new_key_pair().public_pem), {"flwr-public-key": "?"}])

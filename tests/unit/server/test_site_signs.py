@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from worlds.clock import FakeClock
 
+from flwr_hpc.gate.credentials import Credential, write_credentials
 from flwr_hpc.server import site_signs
-from flwr_hpc.server.site_signs import ANSWERED_S, SILENT_S, UNBEGUN_S, SiteSigns
+from flwr_hpc.server.site_signs import ANSWERED_S, SILENT_S, UNBEGUN_S, SiteSigns, SuperNodeStarts
 from flwr_hpc.site.presence import Presence
 from flwr_hpc.spool import Answering, Spool
+from flwr_hpc.tracking.events import EventLog
 
 
 class Watched:
@@ -96,3 +98,19 @@ def test_a_clientapp_says_what_it_does(site: Watched, monkeypatch: pytest.Monkey
     last = site.spool.answering.read()
     assert last is not None
     assert last.answered
+
+
+def test_supernodes_that_the_gate_saw_start_are_told_once(tmp_path: Path) -> None:
+    """Protects what a dead SuperNode held: each start is told of once, by its node; those of an
+    earlier session, and other events, are none."""
+    credentials, path = tmp_path / "credentials.json", tmp_path / "events.jsonl"
+    write_credentials(credentials, {s: Credential("", "", "", n) for n, s in ((7, "a"), (8, "b"))})
+    with EventLog(path) as log:
+        log.emit("supernode_started", facility="a")
+        starts = SuperNodeStarts(path, credentials)
+        assert starts.nodes() == set()
+        log.emit("site_online", facility="a")
+        log.emit("supernode_started", facility="b")
+        log.emit("supernode_started", facility="revoked and forgotten")
+    assert starts.nodes() == {8}
+    assert starts.nodes() == set()

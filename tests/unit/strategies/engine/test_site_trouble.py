@@ -7,7 +7,7 @@ from flwr.app import ConfigRecord
 from worlds.bench import Bench, ready_bench
 from worlds.grid import FakeGrid, FakeSite, initial_arrays
 
-from flwr_hpc.protocol import TRAIN, Status
+from flwr_hpc.protocol import DESCRIBE, TRAIN, Status
 from strategies import HpcStrategy, Runtime, Settings, SiteResult, run_strategy
 
 
@@ -56,6 +56,56 @@ def test_a_reply_that_is_being_fetched_is_not_lost():
     assert isinstance(bench.run(), SiteResult)
     assert bench.engine.now() > 500
     assert [event for _, event, _ in bench.log].count("reply_lost") == 1
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_what_a_dead_supernode_held_is_sent_to_its_successor_at_once(deaths: int):
+    """Protects sites with keys, whose SuperNode returns as the same node: nobody waits for an
+    answer that cannot come, the order is trained once, and its tries are not used up."""
+    bench = ready_bench(FakeSite("a", step_s=1.0), retries=0, reply_grace_s=10_000, wait_s=60)
+    bench.train(steps=100)
+    for _ in range(deaths):
+        assert bench.engine.events(timeout=20) == []
+        bench.grid.come_back("a")
+    result = bench.run()
+    assert isinstance(result, SiteResult)
+    assert bench.engine.now() < 110
+    assert bench.grid.nodes[101].trained == {result.order.id: 1}
+    assert {"order_failed", "reply_lost"}.isdisjoint(bench.names())
+    assert bench.grid.violations == []
+
+
+def test_a_node_that_dies_before_it_said_who_it_is_is_asked_again():
+    """Protects the first minute of a site, whose person starts it twice."""
+    bench = Bench(FakeSite("a"), reply_grace_s=10_000)
+    bench.grid.lose[DESCRIBE] = 1
+    bench.engine.discover()
+    bench.grid.come_back("a")
+    assert bench.engine.wait_for(["a"], timeout=10) == ["a"]
+
+
+def test_an_answer_that_outlived_its_supernode_is_taken():
+    """Protects from asking twice: what has left the site is pulled before it is asked again."""
+    bench = ready_bench(FakeSite("a", step_s=1.0))
+    bench.train(steps=5)
+    while bench.sent(TRAIN) == 0:
+        bench.engine.discover()
+    bench.grid.clock.sleep(20.0)
+    bench.grid.come_back("a")
+    assert isinstance(bench.run(), SiteResult)
+    assert bench.sent(TRAIN) == 1
+
+
+def test_an_answer_that_is_being_fetched_is_not_asked_for_again():
+    """Protects large models on slow lines: the site has done with it."""
+    bench = ready_bench(FakeSite("a", step_s=1.0))
+    bench.grid.receiving = lambda message_id: True
+    bench.grid.lose[TRAIN] = 1
+    bench.train(steps=5)
+    assert bench.engine.events(timeout=20) == []
+    bench.grid.come_back("a")
+    assert bench.engine.events(timeout=20) == []
+    assert bench.sent(TRAIN) == 1
 
 
 @pytest.mark.parametrize("back_after_s", [None, 40.0])
