@@ -24,6 +24,7 @@ class LoraConfig:
     alpha: int = 16
     dropout: float = 0.0
     target_modules: str = "all-linear"
+    freeze_a: bool = False  # FFA-LoRA: A stays as drawn, B alone is trained and exchanged
 
 
 @dataclass

@@ -173,6 +173,8 @@ def _check_paths(c: Any) -> None:
 def _check_model(c: Any) -> None:
     if c.train.loss == "goldfish" and c.data.objective != "next_token":
         raise UserError("train.loss=goldfish goes with data.objective=next_token alone")
+    if c.model.lora.freeze_a and c.model.lora.r == 0:
+        raise UserError("model.lora.freeze_a needs an adapter. Add to the command: model.lora.r=8")
     if c.model.path:
         return
     if c.model.lora.r > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping
@@ -9,10 +10,11 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord
 
-from flwr_hpc.exchange.records import tensors
-from flwr_hpc.exchange.tensorfile import write_stream
+from flwr_hpc.exchange.records import lazy_record, tensors
+from flwr_hpc.exchange.tensorfile import TensorFile, write_stream
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import BASE, BASE_FILE
+from strategies.engine.messages import part_of
 
 # What transformers, tokenizers and peft save as text. No code: who loads the model would run it.
 SMALL_FILES = (
@@ -58,8 +60,19 @@ def base_options(folder: Path) -> dict[str, str]:
     return {BASE: sha256} if re.fullmatch("[0-9a-f]{64}", sha256) else {}
 
 
-def write_model(folder: Path, arrays: ArrayRecord) -> None:
-    """Complete a Hugging Face directory (a model's or an adapter's) with its weights."""
+def set_factors_apart(path: Path, initial: ArrayRecord) -> ArrayRecord:
+    """Keep an adapter's A, which stays as it is, in a file; return what is trained."""
+    frozen = [name for name in initial if ".lora_A." in name]
+    write_stream(path, tensors(part_of(initial, frozen)))
+    return part_of(initial, [name for name in initial if name not in frozen])
+
+
+def write_model(folder: Path, arrays: ArrayRecord, factors: Path | None = None) -> None:
+    """Complete a Hugging Face directory (a model's or an adapter's) with its weights.
+
+    With `factors`, what `set_factors_apart` has kept belongs to them.
+    """
     adapter = (folder / "adapter_config.json").exists()
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
-    write_stream(folder / name, tensors(arrays))
+    kept = tensors(lazy_record(TensorFile(factors))) if factors else ()
+    write_stream(folder / name, itertools.chain(tensors(arrays), kept))

@@ -40,6 +40,7 @@ class RunDir:
         jobs/           rendered job scripts           facilities/    local sites' folders
         exchange/       weights in transit             checkpoints/   server state
         flower/         FLWR_HOME and the app bundle   ssh/           sites on other hosts
+        lora_A.safetensors  with model.lora.freeze_a
         invitations/    of a server: one file per site     tls/       its certificate
     """
 
@@ -60,6 +61,11 @@ class RunDir:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def frozen_factors(self) -> Path:
+        """The A of adapters whose B alone is trained (`model.lora.freeze_a`)."""
+        return self.path / "lora_A.safetensors"
 
     @property
     def logs(self) -> Path:

@@ -24,7 +24,12 @@ from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import explain_disk_trouble, is_disk_trouble, publish, wait_until_writable
 from flwr_hpc.gate.credentials import read_credentials
-from flwr_hpc.server.model_dir import base_options, publish_files, write_model
+from flwr_hpc.server.model_dir import (
+    base_options,
+    publish_files,
+    set_factors_apart,
+    write_model,
+)
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.site_signs import SiteSigns, SuperNodeStarts
 from flwr_hpc.server.strategy_factory import build_strategy
@@ -127,11 +132,11 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
         version=(state or {}).get("version", 0),
     )
     _wait_for_sites(engine, run, config, (state or {}).get("version", 0) >= config.rounds)
-    initial = _initial(run, engine, checkpoints)
+    initial = _initial(run, engine, checkpoints, config.model.lora.freeze_a)
     runtime.options.update(base_options(run.model))
     exchange.expect(initial)
     final = _start(strategy, exchange, initial, config, runtime, engine)
-    write_model(run.model, final)
+    write_model(run.model, final, run.frozen_factors if config.model.lora.freeze_a else None)
     engine.release()
 
 
@@ -207,13 +212,15 @@ def _start(
     return result.arrays if result.arrays else initial
 
 
-def _initial(run: RunDir, engine: Engine, checkpoints: FileCheckpoints) -> ArrayRecord:
+def _initial(
+    run: RunDir, engine: Engine, checkpoints: FileCheckpoints, freeze_a: bool
+) -> ArrayRecord:
     """Return the weights to start from: those of the checkpoint, or new ones made by a site."""
     if engine.restored is not None:
         return checkpoints.get(global_name(int(engine.restored["version"])))
     arrays, files = engine.initialize()
     publish_files(run.model, files)
-    return arrays
+    return set_factors_apart(run.frozen_factors, arrays) if freeze_a else arrays
 
 
 def engine_settings(config: FederationConfig) -> Settings:

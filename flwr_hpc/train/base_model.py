@@ -1,11 +1,23 @@
-"""Whether all sites put their adapters on the same frozen base."""
+"""What is frozen under adapters, and whether it is the same at all sites.
+
+In FFA-LoRA (arXiv 2403.12313) the A of every adapter stays as it was drawn and B alone is trained.
+All sites have the same A, so the average of ``B_i A`` is ``mean(B_i) A``: exact, for half the
+bytes. A belongs to the frozen base then. It is drawn from the seed and the name of the tensor, in
+whole numbers first, so that it does not depend on torch, on the processor or on the other layers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensorfile import TensorFile, sha256_of
@@ -50,6 +62,35 @@ def check_base(order: Order, sha256: str) -> None:
         )
 
 
+def freeze_a(model: nn.Module, seed: int) -> None:
+    """Draw every A of a peft model, uniform within 1 / sqrt(inputs) as peft does; freeze it."""
+    for name, parameter in model.named_parameters():
+        if ".lora_embedding_" in name:
+            raise UserError(
+                "model.lora.freeze_a does not go with adapters of embeddings, whose A begins at "
+                "zero. Leave them out of model.lora.target_modules"
+            )
+        if ".lora_A." in name:
+            with torch.no_grad():
+                parameter.copy_(_drawn(name, tuple(parameter.shape), seed))
+            parameter.requires_grad_(False)
+
+
+def frozen_factors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the frozen A by name in the model, none where A is trained."""
+    return {n: p for n, p in model.named_parameters() if ".lora_A." in n and not p.requires_grad}
+
+
+def with_factors(sha256: str, factors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return the hash of a base and of what is frozen on it; the base's own if that is nothing."""
+    digest, some = hashlib.sha256(sha256.encode()), False
+    for name, tensor in factors:
+        some = True
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest() if some else sha256
+
+
 def _identity(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -75,3 +116,10 @@ def _of_tensors(files: list[Path]) -> str:
 
 def _of_files(files: list[Path]) -> str:
     return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+
+
+def _drawn(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+    bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+    uniform = np.random.default_rng([seed, key]).random(shape)
+    return torch.from_numpy(((2.0 * uniform - 1.0) * bound).astype(np.float32))

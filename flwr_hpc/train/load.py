@@ -16,9 +16,9 @@ from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import BASE_FILE
 from flwr_hpc.spool import AllocationDir
-from flwr_hpc.train.base_model import base_sha256
+from flwr_hpc.train.base_model import base_sha256, frozen_factors, with_factors
 from flwr_hpc.train.metrics import Meter
-from flwr_hpc.train.model import build, checkpoint_folder, is_encoder_decoder
+from flwr_hpc.train.model import Built, build, checkpoint_folder, is_encoder_decoder
 from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.rendezvous import Group
@@ -60,7 +60,7 @@ def load(
     )  # fmt: skip
     check_objective(is_encoder_decoder(built.model), settings.data.objective)
     check_document_mask(built.model, settings.data, train)
-    base = _base(settings.model, group, spool.cache)
+    base = _base(settings.model, built, group, spool.cache)
     checkpoints = Checkpoints(spool.checkpoints, group, writer=allocation.name)
     checkpoints.sweep(lambda name: spool.allocation(name).has_job_ended)
     meter = Meter(
@@ -87,12 +87,18 @@ def check_document_mask(model: Any, data: DataConfig, train: TrainConfig) -> Non
         )
 
 
-def _base(model: ModelConfig, group: Group, cache: Path) -> str:
-    """Return the hash of the base that an adapter lies on, as rank 0 finds it."""
+def _base(model: ModelConfig, built: Built, group: Group, cache: Path) -> str:
+    """Return the hash of an adapter's base, with what of it is frozen, as rank 0 finds it."""
     if not model.path or not model.lora.r:
         return ""
-    first = group.ranks.rank == 0
-    return str(group.broadcast(base_sha256(checkpoint_folder(model.path), cache) if first else ""))
+    sha256 = ""
+    if group.ranks.rank == 0:
+        factors = frozen_factors(built.model)
+        sha256 = with_factors(
+            base_sha256(checkpoint_folder(model.path), cache),
+            ((built.frozen[name], factors[name]) for name in sorted(factors)),
+        )
+    return str(group.broadcast(sha256))
 
 
 def _check_device(settings: WorkerSettings, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
+from flwr_hpc.train.base_model import freeze_a, frozen_factors
 from flwr_hpc.train.metrics import flops_per_token
 
 _aten = torch.ops.aten
@@ -43,6 +44,8 @@ class Built:
     # Name in the exchanged file, for each name in the model's state dict that travels:
     # Hugging Face names, tied duplicates left out; for LoRA those of the adapter file.
     names: dict[str, str]
+    # The same for an adapter's frozen A, of which only the initial weights have a copy.
+    frozen: dict[str, str]
     files: dict[str, str]  # Text files that make the weights a Hugging Face directory
     flops_per_token: float  # Of one training step; 0 where the model's shape is not known
 
@@ -68,9 +71,12 @@ def build(
     else:
         torch.manual_seed(seed + 1)  # the adapter's draw does not depend on how the base came
         model = _with_lora(base, config)
+        if config.lora.freeze_a:
+            freeze_a(model, seed)
         files |= _adapter_files(model)
     names = {name: _file_name(name) for name in exchanged(model)}
-    return Built(model, names, files, flops_per_token(base.config, model, seq_len))
+    frozen = {name: _file_name(name) for name in frozen_factors(model)}
+    return Built(model, names, frozen, files, flops_per_token(base.config, model, seq_len))
 
 
 def _recomputation(kind: str) -> dict[str, Any]:

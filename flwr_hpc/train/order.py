@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +106,7 @@ class OrderRunner:
     # The kinds of order
 
     def _initialize(self, order: Order, folder: OrderDir) -> Result:
-        self._write_weights(folder, None)
+        self._write_weights(folder, self.trainer.gather_initial)
         return Result(
             order.id, "done", weights=folder.weights.name,
             files=self.files, seconds=self.meter.seconds,
@@ -216,7 +216,7 @@ class OrderRunner:
         metrics: dict[str, float],
         active: list[Algorithm],
     ) -> Result:
-        self._write_weights(folder, order.returns)
+        self._write_weights(folder, lambda path: self.trainer.gather_weights(path, order.returns))
         with self.meter.phase("transfer", "write"):
             for algorithm in active:
                 self._writes += algorithm.end(order, folder, trained.steps)
@@ -238,10 +238,10 @@ class OrderRunner:
             found = self.trainer.evaluate()
         return {"held_out_loss": found.loss, "held_out_tokens": found.tokens}, found.sequences
 
-    def _write_weights(self, folder: OrderDir, names: Collection[str] | None) -> None:
+    def _write_weights(self, folder: OrderDir, gather: Callable[[Path], Callable[[], str]]) -> None:
         self.background.wait()  # what was gathered for the order before is written by then
         with self.meter.phase("transfer", "write"):
-            publish = self.trainer.gather_weights(folder.weights, names)
+            publish = gather(folder.weights)
 
         def write() -> dict[str, Any]:
             began = time.perf_counter()

@@ -17,6 +17,7 @@ from flwr_hpc.data.batches import Batch, Corpus, DataCursor
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.algorithms.base import Algorithm
+from flwr_hpc.train.base_model import frozen_factors
 from flwr_hpc.train.goldfish import training_batch
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
@@ -82,6 +83,8 @@ class Trainer:
         self._summed_loss = add_loss(built.model, chunk_bytes)
         tensors = exchanged(built.model)
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}
+        factors = frozen_factors(built.model)
+        self._initial = self.exchanged | {f: factors[name] for name, f in built.frozen.items()}
         self.trained = {n: t for n, t in self.exchanged.items() if t.requires_grad}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
         self._optimizer = adamw(list(self._trained.values()), config)
@@ -127,6 +130,12 @@ class Trainer:
         reshard(self._model)
         layout = self.layout(names)
         return self._gather(path, layout, (full(self.exchanged[name]) for name in layout))
+
+    def gather_initial(self, path: Path) -> Callable[[], str]:
+        """Gather what a run begins with: the weights that travel, and frozen factors once."""
+        reshard(self._model)
+        layout = layout_of(self._initial.items())
+        return self._gather(path, layout, (full(tensor) for tensor in self._initial.values()))
 
     def gather(self, path: Path, tensors: Iterator[Tensor]) -> Callable[[], str]:
         """Gather tensors that are as all of the weights, as `gather_weights` does these."""

@@ -88,13 +88,15 @@ def tiny_model(
     path: str | None = None,
     checkpointing: str = "none",
     model: dict[str, Any] | None = None,
+    freeze_a: bool = False,
+    seed: int = 0,
 ) -> Built:
     config = ModelConfig(
         path=path,
         config={} if path else model or {**LLAMA, "tie_word_embeddings": tied},
-        lora=LoraConfig(r=4 if lora else 0, alpha=8),
+        lora=LoraConfig(r=4 if lora else 0, alpha=8, freeze_a=freeze_a),
     )
-    return build(config, TinyTokenizer(), 0, SEQ_LEN, checkpointing)
+    return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing)
 
 
 def tiny_trainer(

@@ -97,6 +97,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["model.config.hidden_size=big"], "model.config.hidden_size=big must be a whole number"),
         (["model.config.num_key_value_heads=3"], "must be a multiple of num_key_value_heads=3"),
         (["data.seq_len=2048"], "model.config.max_position_embeddings=2048"),
+        (["model.lora.freeze_a=true"], "needs an adapter. Add to the command: model.lora.r=8"),
     ],
 )
 def test_wrong_settings_are_explained(overrides: list[str], said: str) -> None:

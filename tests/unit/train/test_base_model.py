@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import BASE, Order
 from flwr_hpc.train import base_model
-from flwr_hpc.train.base_model import base_sha256, check_base
+from flwr_hpc.train.base_model import base_sha256, check_base, with_factors
 
 TENSORS = {f"w{i}": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(3)}
 
@@ -46,6 +47,15 @@ def test_a_base_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert base_sha256(folder, cache) == first
     os.utime(folder / "model-0.safetensors", ns=(1, 1))
     assert base_sha256(folder, cache) == "read again"
+
+
+def test_a_frozen_a_belongs_to_the_base() -> None:
+    """Protects FFA-LoRA: a site with another A is refused as one with another base is."""
+    a = torch.arange(6.0).reshape(2, 3)
+    hashes = [with_factors("base", [("q", factor)]) for factor in (a, a.clone(), a + 1, a.T)]
+    assert hashes[0] == hashes[1]
+    assert len({*hashes, with_factors("other", [("q", a)]), with_factors("base", [])}) == 5
+    assert with_factors("base", []) == "base"
 
 
 @pytest.mark.parametrize(("theirs", "refused"), [("a" * 64, False), ("b" * 64, True), ("", False)])

@@ -144,6 +144,28 @@ def test_a_model_with_other_names_is_one_yaml(tmp_path: Path) -> None:
     assert len(layers(adapter.model)) == 4
 
 
+def test_with_a_frozen_b_alone_is_trained_and_travels() -> None:
+    """Protects FFA-LoRA: A is the same at every facility, another in every layer and run."""
+    torch.manual_seed(5)  # what a job drew before does not matter
+    one, again, other = (
+        tiny_model(lora=True, freeze_a=True, seed=seed).model.state_dict() for seed in (0, 0, 1)
+    )
+    built = tiny_model(lora=True, freeze_a=True)
+    assert built.names
+    assert all(".lora_B." in name for name in built.names.values())
+    assert {n.replace("lora_A", "lora_B") for n in built.frozen.values()} == set(
+        built.names.values()
+    )
+    for name in built.frozen:
+        bound = one[name].shape[1] ** -0.5
+        assert torch.equal(one[name], again[name])
+        assert not torch.equal(one[name], other[name])
+        assert 0.5 * bound < float(one[name].abs().max()) <= bound
+    assert len({tuple(one[name].flatten().tolist()) for name in built.frozen}) == len(built.frozen)
+    assert all(not one[name].any() for name in built.names)  # B begins at zero
+    assert not tiny_model(lora=True).frozen
+
+
 def test_every_facility_builds_the_same_model() -> None:
     """Frozen base weights never travel, so they must come out the same everywhere."""
     one, two = (tiny_model(lora=True).model.state_dict() for _ in range(2))
