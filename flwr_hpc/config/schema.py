@@ -25,6 +25,9 @@ class LoraConfig:
     dropout: float = 0.0
     target_modules: str = "all-linear"
     freeze_a: bool = False  # FFA-LoRA: A stays as drawn, B alone is trained and exchanged
+    # DoRA (arXiv 2402.09353): the norm of each output's weights is trained apart from their
+    # direction, which the adapter changes; nearer to full training, and slower than LoRA.
+    dora: bool = False
 
 
 @dataclass

@@ -175,6 +175,8 @@ def _check_model(c: Any) -> None:
         raise UserError("train.loss=goldfish goes with data.objective=next_token alone")
     if c.model.lora.freeze_a and c.model.lora.r == 0:
         raise UserError("model.lora.freeze_a needs an adapter. Add to the command: model.lora.r=8")
+    if c.model.lora.dora and not c.model.lora.r:
+        raise UserError("model.lora.dora is a kind of adapter: give its rank, e.g. model.lora.r=8")
     if c.model.path:
         return
     if c.model.lora.r > 0:

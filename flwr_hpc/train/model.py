@@ -214,6 +214,7 @@ def _lora(lora: LoraConfig, base: Any, path: str | None) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        use_dora=lora.dora,
         task_type="SEQ_2_SEQ_LM" if is_encoder_decoder(base) else "CAUSAL_LM",
         base_model_name_or_path=path,
     )
@@ -221,6 +222,8 @@ def _lora(lora: LoraConfig, base: Any, path: str | None) -> Any:
 
 def _file_name(name: str) -> str:
     """Peft puts the adapter's own name, ``default``, into the module path but not the file."""
+    if name.endswith(".lora_magnitude_vector.default.weight"):  # a module, for FSDP's sake
+        return name.removesuffix(".default.weight")
     return name.replace(".default.", ".") if ".lora_" in name else name
 
 

@@ -93,6 +93,24 @@ def test_a_model_with_other_names_is_sharded_alike(solo: Team, pair: Team, tmp_p
     assert_same(two["weights"], one["weights"])
 
 
+@pytest.mark.parametrize("model", [None, gpt2(n_embd=32, n_layer=2)], ids=["llama", "gpt2"])
+def test_dora_of_two_ranks_equals_one_process(
+    solo: Team, pair: Team, tmp_path: Path, model: dict[str, Any] | None
+) -> None:
+    """The norm of a whole row of weights, of which a rank has but a shard; magnitudes learn."""
+    kind: dict[str, Any] = {"dora": True, "model": model}
+    start = solo.run(scenario.trained, tmp_path / "0", micro_batch=8, steps=1, lr=0.0, **kind)
+    one = solo.run(scenario.trained, tmp_path / "1", micro_batch=8, **kind)
+    two = pair.run(scenario.trained, tmp_path / "2", micro_batch=4, **kind)
+    for key in ("losses", "grad_norm", "held_out"):
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
+    assert_same(two["weights"], one["weights"])
+    magnitudes = [n for n in one["weights"] if n.endswith("lora_magnitude_vector")]
+    assert magnitudes
+    for name in magnitudes:
+        assert np.abs(one["weights"][name] - start["weights"][name]).max() > 1e-4, name
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_an_encoder_decoder_is_sharded_alike(
     solo: Team, pair: Team, tmp_path: Path, lora: bool

@@ -90,11 +90,12 @@ def tiny_model(
     model: dict[str, Any] | None = None,
     freeze_a: bool = False,
     seed: int = 0,
+    dora: bool = False,
 ) -> Built:
     config = ModelConfig(
         path=path,
         config={} if path else model or {**LLAMA, "tie_word_embeddings": tied},
-        lora=LoraConfig(r=4 if lora else 0, alpha=8, freeze_a=freeze_a),
+        lora=LoraConfig(r=4 if lora or dora else 0, alpha=8, dora=dora, freeze_a=freeze_a),
     )
     return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing)
 
@@ -107,11 +108,12 @@ def tiny_trainer(
     chunk_bytes: int = CHUNK_BYTES,
     path: str | None = None,
     model: dict[str, Any] | None = None,
+    dora: bool = False,
     **train: Any,
 ) -> Trainer:
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
     config = dataclasses.replace(TRAIN, **train)
-    built = tiny_model(tied, lora, path, config.activation_checkpointing, model)
+    built = tiny_model(tied, lora, path, config.activation_checkpointing, model, dora=dora)
     return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes)
 
 

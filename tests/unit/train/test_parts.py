@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import socket
 import threading
 from pathlib import Path
@@ -115,14 +116,17 @@ def test_exchanged_names_are_those_of_hugging_face(tied: bool) -> None:
     assert len(layers(built.model)) == 2
 
 
-def test_adapter_names_are_those_of_peft() -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapter_names_are_those_of_peft(kind: str) -> None:
     """Only the adapter travels, under the names of ``adapter_model.safetensors``."""
     from peft import get_peft_model_state_dict
 
-    built = tiny_model(lora=True)
+    built = tiny_model(**{kind: True})  # type: ignore[arg-type]
     expected = get_peft_model_state_dict(built.model, save_embedding_layers=False)
     assert set(built.names.values()) == set(expected)
-    assert "adapter_config.json" in built.files
+    magnitudes = [n for n in built.names.values() if n.endswith("q_proj.lora_magnitude_vector")]
+    assert len(magnitudes) == 2 * (kind == "dora")
+    assert json.loads(built.files["adapter_config.json"])["use_dora"] is (kind == "dora")
     assert "config.json" not in built.files
 
 
