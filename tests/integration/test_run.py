@@ -115,14 +115,19 @@ def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
 
 
-def test_adapters_of_a_checkpoint(undisturbed: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("freeze_a", [False, True], ids=["lora", "ffa-lora"])
+def test_adapters_of_a_checkpoint(undisturbed: Run, tmp_path: Path, freeze_a: bool) -> None:
     """Protects LoRA with Flower's FedAdam: only the adapter travels, and peft loads it."""
     base = undisturbed.dir / "model"
     lora = ["model.lora.r=4", f"model.path={base}", f"data.tokenizer={base}"]
+    lora.append(f"model.lora.freeze_a={str(freeze_a).lower()}")
     run = Run(tmp_path / "run", "strategy=fedadam", *lora, "train.lr=0.01", "train.steps=40")
     assert run.end() == 0, run.said()
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
+    inexact = [e["lora_inexactness"] for e in run.events("aggregated")]
+    assert inexact
+    assert all((value == 0.0) is freeze_a for value in inexact)
     assert not (run.dir / "model" / "model.safetensors").exists()
     code = (
         "import sys; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
