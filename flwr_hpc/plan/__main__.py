@@ -22,8 +22,8 @@ from rich.console import Console
 from flwr_hpc.config.command_line import add_settings, command_parser
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.plan.config import PlanConfig, compose_plan
-from flwr_hpc.plan.overrides import plan_overrides
 from flwr_hpc.plan.ranking import rank
+from flwr_hpc.plan.settings import plan_overrides
 from flwr_hpc.plan.show import NOT_YET, Ranking, show
 
 PLANNING = ("nodes=", "plan.", "data.seq_len=", "train.micro_batch=", "train.accumulation=",

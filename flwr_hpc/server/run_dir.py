@@ -22,7 +22,7 @@ from flwr_hpc.config.schema import Config, parse
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json, try_lock
 from flwr_hpc.gate.credentials import read_credentials
-from flwr_hpc.plan.automatic import AUTO, with_plan
+from flwr_hpc.plan.settings import AUTO, with_plan
 
 LEFTOVERS_S = 40.0  # a killed driver's processes are ended by then
 _held: dict[Path, int] = {}

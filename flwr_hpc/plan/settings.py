@@ -1,4 +1,4 @@
-"""``train.plan=auto``: a run trains by the winner of its facilities' plans."""
+"""The winner as settings of a run: printed, or taken by the run itself (``train.plan=auto``)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from flwr_hpc.config.facility import FacilityConfig, queue_of, walltime_s
 from flwr_hpc.config.overrides import read
 from flwr_hpc.config.schema import Config
 from flwr_hpc.config.validate import check_values
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.config import PlanConfig
-from flwr_hpc.plan.overrides import training_settings
+from flwr_hpc.plan.parallel import ParallelPlan
 from flwr_hpc.plan.ranking import rank
 from flwr_hpc.plan.search import Candidate
 from flwr_hpc.plan.show import Ranking
@@ -19,6 +20,27 @@ from flwr_hpc.plan.show import Ranking
 AUTO = "auto"
 
 Settings = Mapping[str, Any]
+
+
+def plan_overrides(
+    name: str, f: FacilityConfig, nodes: int, plan: ParallelPlan, seq_len: int
+) -> list[str]:
+    """Return what a run needs to follow a plan that the trainer can execute."""
+    return [
+        *_allocation(name, f, nodes),
+        f"data.seq_len={seq_len}",
+        *(f"train.{name}={value}" for name, value in training_settings(plan).items()),
+    ]
+
+
+def training_settings(plan: ParallelPlan) -> Mapping[str, int | str]:
+    """Return the fields of ``train`` by which the trainer follows a plan."""
+    return {
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "activation_checkpointing": plan.checkpointing,
+        "replicate": plan.replicate,
+    }
 
 
 def with_plan(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
@@ -110,3 +132,19 @@ def _line(settings: Settings, given: Settings, ranking: Ranking, chosen: Candida
     yours = {name: value for name, value in given.items() if other[name] != value}
     gain = best.tokens_per_s / chosen.tokens_per_s - 1
     return f"{line}; {_words(yours)} is yours: {_words(other)} would be {gain:.0%} faster"
+
+
+def _allocation(name: str, f: FacilityConfig, nodes: int) -> list[str]:
+    """The node count, and a queue that takes so many where the facility's default does not."""
+    key = f"facilities.{name}"
+    given = [f"{key}.nodes={nodes}"] if nodes != f.nodes else []
+    wanted = replace(f, nodes=nodes)
+    if queue_of(wanted) is not None or not f.queues:
+        return given
+    for queue in f.queues:
+        there = replace(wanted, partition=queue.partition, qos=queue.qos)
+        limit = queue.walltime
+        if queue_of(there) is queue and (not limit or walltime_s(f.walltime) <= walltime_s(limit)):
+            changed = [n for n in ("partition", "qos") if getattr(queue, n) != getattr(f, n)]
+            return [*given, *(f"{key}.{n}={getattr(queue, n) or 'null'}" for n in changed)]
+    return given
