@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from worlds.files import paths_under
-from worlds.jobs import until
+from worlds.jobs import below, command_line, send, until
 from worlds.ports import reserve_port
 from worlds.runs import ROOT, SMALL
 
+from flwr_hpc.files import read_json
 from flwr_hpc.tracking.events import read
 
 T = TypeVar("T")
@@ -84,6 +86,19 @@ class Centres:
         self.commands[site] = Command(
             self.base / site, "join", path.name, *words, f"data.paths=[{package}]"
         )
+
+    def kill_supernode(self, site: str) -> None:
+        """Kill a site's SuperNode while it has a message in hand; the site starts another."""
+
+        def holds_a_message() -> bool:
+            signs = [read_json(p) for p in (self.base / site).glob("here/**/answering.json")]
+            return any(sign is not None and not sign["answered"] for sign in signs)
+
+        family = below(psutil.Process(self.commands[site].process.pid))
+        found = [p for p in family if "flower-supernode" in command_line(p)]
+        node = min(found, key=psutil.Process.create_time)  # what it forks has its command line
+        self.until(holds_a_message)
+        send(signal.SIGKILL, [node])
 
     def said(self) -> str:
         return "\n".join(f"=== {name}\n{c.said()}" for name, c in self.commands.items())
