@@ -177,6 +177,11 @@ def _check_model(c: Any) -> None:
         raise UserError("model.lora.freeze_a needs an adapter. Add to the command: model.lora.r=8")
     if c.model.lora.dora and not c.model.lora.r:
         raise UserError("model.lora.dora is a kind of adapter: give its rank, e.g. model.lora.r=8")
+    if c.model.lora.dora and c.model.lora.freeze_a:
+        raise UserError(
+            "model.lora.freeze_a makes the average of adapters exact, and DoRA's magnitudes would "
+            "make it inexact again: leave out one of model.lora.freeze_a and model.lora.dora"
+        )
     if c.model.path:
         return
     if c.model.lora.r > 0:

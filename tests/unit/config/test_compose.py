@@ -87,6 +87,10 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["allocation.idle_timeout_s=0"], "allocation.idle_timeout_s=0.0 must be greater"),
         (["data.held_out_sequences=0"], "data.held_out_sequences=0 must be greater than zero"),
         (["model.lora.dora=true"], "give its rank, e.g. model.lora.r=8"),
+        (
+            ["model.lora.r=4", "model.lora.dora=true", "model.lora.freeze_a=true"],
+            "leave out one of model.lora.freeze_a and model.lora.dora",
+        ),
         (["data.held_out_fraction=1"], "must lie between 0 (exclusive) and 1 (exclusive)"),
         (["tracking.mode=onlin"], "Did you mean 'online'? Valid: auto, online, offline, disabled"),
         (["exchange.inline_below_mb=-1"], "exchange.inline_below_mb=-1.0 must be zero or"),
