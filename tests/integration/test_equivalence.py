@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from worlds.runs import SMALL, Run
+from worlds.runs import ONE_SITE, Run
 
-ALONE = [s for s in SMALL if "local_b" not in s]  # the facilities, too
-ALONE += ["+facility=[local_a]", "train.schedule_steps=90"]
+ALONE = [*ONE_SITE, "train.schedule_steps=90"]
 PLAIN_DILOCO = ["strategy.outer_lr=1.0", "strategy.momentum=0.0"]
 
 

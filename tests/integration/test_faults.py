@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 from worlds.jobs import send
-from worlds.runs import Run, kill
+from worlds.runs import ONE_SITE, Run, kill
 
 FACILITIES = ("local_a", "local_b")
 
@@ -72,7 +72,7 @@ def test_the_superlink_and_the_driver(tmp_path: Path, undisturbed: Run) -> None:
 
 def test_a_corrupt_reply_is_refused(tmp_path: Path) -> None:
     """Protects the model: weights spoilt at a site are refused, asked for again, counted."""
-    run = Run(tmp_path / "run", "federation.retries=0", "train.steps=100", "rounds=2")
+    run = Run(tmp_path / "run", "federation.retries=0", settings=ONE_SITE)
     order = run.until_training()
     folder = run.dir / "facilities" / "local_a" / "orders" / order
     for rank in run.ranks("local_a"):  # so that the result is ours to spoil

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 from worlds.jobs import below, command_line, send
-from worlds.runs import Run, kill
+from worlds.runs import ONE_SITE, Run, kill
 
 SUPEREXEC = "flower-superexec"
 
@@ -22,25 +22,9 @@ def _superexecs(run: Run, owner: str) -> list[psutil.Process]:
     return sorted(found, key=psutil.Process.create_time)
 
 
-def test_a_superexec_that_dies(tmp_path: Path) -> None:
-    """Protects a site from silence: its SuperNode is started again, and finds the order."""
-    run = Run(tmp_path / "run")
-    order = run.until_training("local_b")
-    victim = run.until(lambda: _superexecs(run, "site-local_b"))[0]
-    kill(victim.pid)
-    run.until(lambda: [p for p in _superexecs(run, "site-local_b") if p != victim])
-    assert run.end() == 0, run.said()
-    assert f"the {SUPEREXEC} of supernode-local_b has ended" in run.said()
-    assert run.summary()["facilities"]["local_b"]["steps"] == 300
-    assert len([e for e in run.events("order_done") if e["order_id"] == order]) == 1
-    allocations = run.dir / "facilities" / "local_b" / "allocations"
-    assert len(list(allocations.iterdir())) == 1
-    assert run.left_behind() == []
-
-
 def test_a_superlink_that_is_killed_as_it_starts(tmp_path: Path) -> None:
     """Protects a run on a machine where starting takes long enough to be hit: it tries again."""
-    run = Run(tmp_path / "run", "rounds=1", "train.steps=20")
+    run = Run(tmp_path / "run", "rounds=1", "train.steps=20", settings=ONE_SITE)
     kill(run.until(lambda: run.children("flower-superlink"))[0].pid)
     assert run.end() == 0, run.said()
     assert "SuperLink did not start" in run.said()
@@ -48,27 +32,27 @@ def test_a_superlink_that_is_killed_as_it_starts(tmp_path: Path) -> None:
     assert run.left_behind() == []
 
 
-def test_the_superexec_of_the_superlink(tmp_path: Path) -> None:
-    """Protects the ServerApp, which its SuperExec's death ends: the run goes on in a new one."""
+def test_superexecs_and_the_fork_server(tmp_path: Path) -> None:
+    """Protects a site from silence when its SuperNode's SuperExec dies, a busy machine from
+    importing Flower for every message, a run whose fork server dies (its ClientApps then start on
+    their own), and the ServerApp, which its SuperExec's death ends."""
     run = Run(tmp_path / "run")
-    run.until_training(version=1)
-    run.until(lambda: send(signal.SIGKILL, _superexecs(run, "flower-superlink")))
-    assert run.end() == 0, run.said()
-    assert "starting again" in run.said()
-    assert run.summary()["facilities"]["local_a"]["steps"] == 300
-    assert run.left_behind() == []
-
-
-def test_clientapps_are_forks(tmp_path: Path) -> None:
-    """Protects a busy machine from importing Flower for every message; and a run whose fork server
-    dies, whose ClientApps then start on their own."""
-    run = Run(tmp_path / "run", "train.steps=60")
     found = run.until(lambda: run.children("site.start.fork_server"))
     server = min(found, key=psutil.Process.create_time)  # the others are forks of it
     run.until(lambda: [p for p in server.children() if command_line(p)])  # a zombie has none
-    run.until_training()
+    order = run.until_training("local_b")
+    victim = run.until(lambda: _superexecs(run, "site-local_b"))[0]
+    kill(victim.pid)
+    run.until(lambda: [p for p in _superexecs(run, "site-local_b") if p != victim])
     server.kill()
     run.until_training(version=1)
+    run.until(lambda: send(signal.SIGKILL, _superexecs(run, "flower-superlink")))
     assert run.end() == 0, run.said()
-    assert run.summary()["facilities"]["local_a"]["steps"] == 120
+    assert f"the {SUPEREXEC} of supernode-local_b has ended" in run.said()
+    assert "starting again" in run.said()
+    for facility in ("local_a", "local_b"):
+        assert run.summary()["facilities"][facility]["steps"] == 300
+    assert len([e for e in run.events("order_done") if e["order_id"] == order]) == 1
+    allocations = run.dir / "facilities" / "local_b" / "allocations"
+    assert len(list(allocations.iterdir())) == 1
     assert run.left_behind() == []

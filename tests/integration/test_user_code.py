@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from worlds.runs import Run
+from worlds.runs import ONE_SITE, Run
 
 STRATEGY = """
 from strategies import HpcStrategy
@@ -28,18 +28,17 @@ def test_own_strategy_data_and_tracking(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "half_way.py").write_text(STRATEGY)
     records = [{"prompt": f"{k} + 1 = ", "response": str(k + 1)} for k in range(400)]
-    for name in ("local_a", "local_b"):
-        pq.write_table(pa.Table.from_pylist(records), tmp_path / f"{name}.parquet")
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "records.parquet")
     run = Run(
         folder / "run",
         "strategy=custom",
         "strategy._target_=half_way.HalfWay",
         "data=parquet",
-        f"data.paths.local_a=[{tmp_path}/local_a.parquet]",
-        f"data.paths.local_b=[{tmp_path}/local_b.parquet]",
+        f"data.paths.local_a=[{tmp_path}/records.parquet]",
         "train.steps=40",
         "tracking=wandb",
         "tracking.mode=offline",
+        settings=ONE_SITE,
     )
     assert run.end() == 0, run.said()
     summary = run.summary()
