@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from _machine import record
-from worlds.torch_ranks import LLAMA, start_team, tiny_trainer
+from worlds.train.torch_ranks import LLAMA, start_team, tiny_trainer
 
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.state.background import Background

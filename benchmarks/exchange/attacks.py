@@ -1,9 +1,9 @@
 """Attacks of one site on the exchange: none succeeds; memory and time stay bounded.
 
-Every attack (`tests/worlds/attacks.py`) is drawn from its number: bytes, tables of contents,
-values, references, what lies in the store, inline arrays, unasked records. Each is refused, or
-accepted and then what the official library reads in the same bytes; after every thousand the
-honest site is served.
+Every attack (`tests/worlds/exchange/attacks.py`) is drawn from its number: bytes, tables of
+contents, values, references, what lies in the store, inline arrays, unasked records. Each is
+refused, or accepted and then what the official library reads in the same bytes; after every
+thousand the honest site is served.
 
     python benchmarks/exchange/attacks.py [COUNT]
 
@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from _machine import record
-from worlds.attacks import Attacks
+from worlds.exchange.attacks import Attacks
 
 COUNT = 10_000
 GROWTH_LIMIT_MB, CASE_LIMIT_S = 50, 5.0

@@ -11,8 +11,8 @@ from lab.place import TEMPLATES
 from lab.remote import Host, Listener
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from worlds.joined import DATA, PORT, SETTINGS, Joined
-from worlds.runs import Run
+from worlds.runs.joined import DATA, PORT, SETTINGS, Joined
+from worlds.runs.run import Run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 STEPS, ROUNDS = 40, 2

@@ -17,12 +17,12 @@ from lab.centres import Centres, missing_tun
 from lab.host import LabError
 from lab.machine import PATIENCE_S
 from lab.remote import Host, Listener
+from worlds.hosts.leftovers import left_of
 from worlds.jobs import until
-from worlds.leftovers import left_of
 
 pytestmark = pytest.mark.slurm
-WORLDS = Path(__file__).parents[1] / "worlds"
-MARK = [sys.executable, "-I", "-S", str(WORLDS / "mark.py")]
+TESTS = Path(__file__).parents[1]
+MARK = [sys.executable, "-I", "-S", str(TESTS / "worlds" / "hosts" / "mark.py")]
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), {})"
 
 
@@ -164,7 +164,7 @@ def test_nothing_is_left_when_their_owner_is_killed() -> None:
     name = f"k{os.getpid()}"
     code = (
         "import sys, time\n"
-        f"sys.path.insert(0, {str(WORLDS.parent)!r})\n"
+        f"sys.path.insert(0, {str(TESTS)!r})\n"
         "from lab.centres import Centres\n"
         f"world = Centres.up({name!r})\n"
         "world['centre_b'].popen('sleep', '1000')\n"

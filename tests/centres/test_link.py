@@ -14,7 +14,8 @@ from lab.centres import Centres
 from lab.remote import Host, Process
 from lab.wan import ACK, QUEUE_S, SYN, Direction, Port
 
-WIRE = [sys.executable, "-I", "-S", str(Path(__file__).parents[1] / "worlds" / "wire.py")]
+PROGRAM = Path(__file__).parents[1] / "worlds" / "network" / "wire.py"
+WIRE = [sys.executable, "-I", "-S", str(PROGRAM)]
 MB = 1_000_000
 
 

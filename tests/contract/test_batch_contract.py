@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from worlds.batch_app import Node, make_app
 from worlds.jobs import facility, until
+from worlds.site.batch_app import Node, make_app
 
 from flwr_hpc.batch_mod.mod import BatchError
 

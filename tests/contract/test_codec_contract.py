@@ -15,7 +15,8 @@ COMPOSED = [["topk", "int2"], ["topk", "int8"]]
 
 
 @pytest.fixture(
-    params=[*codec_names(), *COMPOSED, "worlds.codecs.Half", "worlds.codecs.Xor"], ids=str
+    params=[*codec_names(), *COMPOSED, "worlds.exchange.codecs.Half", "worlds.exchange.codecs.Xor"],
+    ids=str,
 )
 def codec(request):
     return make_codec(request.param)

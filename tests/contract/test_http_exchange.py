@@ -10,9 +10,9 @@ import threading
 
 import pytest
 import requests
-from worlds.exchange_server import ExchangeServer, write_credential
+from worlds.exchange.server import ExchangeServer, write_credential
 from worlds.jobs import until
-from worlds.tcp_proxy import BUFFER, TcpProxy
+from worlds.network.tcp_proxy import BUFFER, TcpProxy
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.errors import UserError
@@ -262,7 +262,7 @@ def test_a_revoked_site_is_told_and_does_not_try_again(tmp_path, server, payload
 
 def test_a_site_speaks_to_the_server_of_its_invitation_alone(tmp_path, payload, monkeypatch):
     """Not to one that a centre's own authorities, or the environment's, vouch for."""
-    from worlds import exchange_server
+    from worlds.exchange import server as exchange_server
 
     with ExchangeServer(tmp_path / "server") as server:
         right = exchange_server.key_and_certificate()[1]

@@ -13,9 +13,9 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from worlds.exchange_server import ExchangeServer, write_credential
+from worlds.exchange.server import ExchangeServer, write_credential
 from worlds.jobs import until
-from worlds.tcp_proxy import TcpProxy
+from worlds.network.tcp_proxy import TcpProxy
 
 from flwr_hpc.exchange.http_server import Limits
 from flwr_hpc.exchange.http_server.uploads import PARTIAL, Upload

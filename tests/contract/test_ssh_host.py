@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from worlds.jobs import until
-from worlds.runs import ROOT
-from worlds.sshd import Sshd, needs_sshd, sshd
+from worlds.network.sshd import Sshd, needs_sshd, sshd
+from worlds.runs.run import ROOT
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.ssh.host import PortTakenError, SshHost, SshLostError

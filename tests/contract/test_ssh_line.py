@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from worlds.jobs import command_line, until
-from worlds.sshd import Sshd, needs_sshd, sshd
+from worlds.network.sshd import Sshd, needs_sshd, sshd
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.invitation import Invitation

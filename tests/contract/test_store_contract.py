@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from fsspec.core import url_to_fs
-from worlds.exchange_server import ExchangeServer, write_credential
+from worlds.exchange.server import ExchangeServer, write_credential
 
 from flwr_hpc.exchange.store import Reference, make_store, store_names
 from flwr_hpc.exchange.tensors import BadPayload

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
-from worlds.grid import (
+from worlds.strategies.grid import (
     FakeGrid,
     FakeSite,
     as_numpy,
@@ -14,7 +14,7 @@ from worlds.grid import (
     name_this_process,
     pull_towards,
 )
-from worlds.strategies import ANY_NUMBER, ROUNDS, World, sites
+from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, sites
 
 from flwr_hpc.protocol import WEIGHT_KEY
 from strategies import HpcStrategy, Runtime, run_strategy

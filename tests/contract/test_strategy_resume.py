@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import Strategy
-from worlds.grid import as_numpy
-from worlds.strategies import (
+from worlds.strategies.grid import as_numpy
+from worlds.strategies.world import (
     LATE,
     ROUNDS,
     Killed,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from filelock import FileLock
-from worlds.runs import Run
-from worlds.worker_site import site, text
+from worlds.runs.run import Run
+from worlds.train.worker_site import site, text
 
 __all__ = ["site", "text", "undisturbed"]
 

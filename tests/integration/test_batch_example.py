@@ -15,8 +15,8 @@ import psutil
 import pytest
 import torch
 from worlds.jobs import below, send, until
-from worlds.ports import reserve_port
-from worlds.runs import ROOT
+from worlds.network.ports import reserve_port
+from worlds.runs.run import ROOT
 
 from flwr_hpc.flower.commands import FLOWER_ENV
 from flwr_hpc.server.bundle import connection

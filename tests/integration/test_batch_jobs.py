@@ -10,9 +10,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from worlds.batch_app import Node, make_app, make_context, make_message
+from worlds.hosts.stranger import open_to_others
 from worlds.jobs import send, until
-from worlds.stranger import open_to_others
+from worlds.site.batch_app import Node, make_app, make_context, make_message
 
 from flwr_hpc.batch_mod.carry import AppError
 from flwr_hpc.batch_mod.mod import BatchError

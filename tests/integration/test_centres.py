@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from worlds.centres import Centres
+from worlds.hosts.stranger import AS_NOBODY, needs_another_user, open_to_others
 from worlds.jobs import below, command_line, connections
-from worlds.ports import reserve_port
-from worlds.runs import ROOT
-from worlds.stranger import AS_NOBODY, needs_another_user, open_to_others
+from worlds.network.ports import reserve_port
+from worlds.runs.centres import Centres
+from worlds.runs.run import ROOT
 
 from flwr_hpc.config.invitation import read_invitation
 from flwr_hpc.errors import UserError

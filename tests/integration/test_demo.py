@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds.runs import ROOT, Run
+from worlds.runs.run import ROOT, Run
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from worlds.disk import small_disk
-from worlds.runs import ONE_SITE, Run, kill
+from worlds.hosts.disk import small_disk
+from worlds.runs.run import ONE_SITE, Run, kill
 
 
 def _troubles(run: Run) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from worlds.runs import ONE_SITE, Run
+from worlds.runs.run import ONE_SITE, Run
 
 ALONE = [*ONE_SITE, "train.schedule_steps=90"]
 PLAIN_DILOCO = ["strategy.outer_lr=1.0", "strategy.momentum=0.0"]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from worlds.jobs import until
-from worlds.runs import ONE_SITE, ROOT, Run
+from worlds.runs.run import ONE_SITE, ROOT, Run
 
 
 def test_ctrl_c_during_start_up(tmp_path: Path) -> None:

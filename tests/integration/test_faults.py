@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 from worlds.jobs import send
-from worlds.runs import ONE_SITE, Run, kill
+from worlds.runs.run import ONE_SITE, Run, kill
 
 FACILITIES = ("local_a", "local_b")
 

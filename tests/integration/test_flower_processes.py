@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 from worlds.jobs import below, command_line, send
-from worlds.runs import ONE_SITE, Run, kill
+from worlds.runs.run import ONE_SITE, Run, kill
 
 SUPEREXEC = "flower-superexec"
 

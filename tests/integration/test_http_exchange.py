@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from worlds.exchange_server import server_process, write_credential
-from worlds.ports import reserve_port
-from worlds.tcp_proxy import TcpProxy
+from worlds.exchange.server import server_process, write_credential
+from worlds.network.ports import reserve_port
+from worlds.network.tcp_proxy import TcpProxy
 
 from flwr_hpc.exchange.http_client import download
 from flwr_hpc.exchange.stores.file import FileStore

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import worlds.numerics_scenarios as scenario
-from worlds.torch_ranks import Team, start_team
+import worlds.train.numerics_scenarios as scenario
+from worlds.train.torch_ranks import Team, start_team
 
 
 @pytest.fixture(scope="module")

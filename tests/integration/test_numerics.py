@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import worlds.numerics_scenarios as scenario
+import worlds.train.numerics_scenarios as scenario
 from safetensors.numpy import load_file, save_file
-from worlds.torch_ranks import Team, start_team
+from worlds.train.torch_ranks import Team, start_team
 
 from flwr_hpc.config.compose import compose_config
 

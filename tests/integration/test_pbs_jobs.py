@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from worlds import worker as fake_worker
+from worlds.hosts.stranger import open_to_others
 from worlds.jobs import facility, install_fake_pbs, processes_of, until
-from worlds.runs import SMALL, Run
-from worlds.stranger import open_to_others
+from worlds.runs.run import SMALL, Run
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.config.schema import AllocationConfig

@@ -6,7 +6,7 @@ import signal
 
 import psutil
 import pytest
-from worlds.worker_site import RUN, Site
+from worlds.train.worker_site import RUN, Site
 
 from flwr_hpc.spool import AllocationDir, OrderDir
 

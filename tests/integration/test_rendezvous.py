@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 import torch.distributed as dist
-from worlds.torch_ranks import Team, start_team
+from worlds.train.torch_ranks import Team, start_team
 
 from flwr_hpc.train.rendezvous import Group, RankStore, prove
 from flwr_hpc.worker.lifeline import PeerLostError

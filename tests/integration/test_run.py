@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds.runs import ONE_SITE, ROOT, Run
+from worlds.runs.run import ONE_SITE, ROOT, Run
 
 
 def test_run_directory_is_complete(undisturbed: Run) -> None:

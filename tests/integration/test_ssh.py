@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.numpy import load_file
+from worlds.hosts.stranger import open_to_others
 from worlds.jobs import until
-from worlds.over_ssh import SshRun
-from worlds.runs import ROOT, Run, kill
-from worlds.sshd import Sshd, needs_sshd, sshd
-from worlds.stranger import open_to_others
+from worlds.network.sshd import Sshd, needs_sshd, sshd
+from worlds.runs.over_ssh import SshRun
+from worlds.runs.run import ROOT, Run, kill
 
 pytestmark = needs_sshd
 

@@ -16,9 +16,9 @@ import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file
+from worlds.hosts.stranger import AS_NOBODY, NOBODY, needs_another_user, open_to_others
 from worlds.jobs import command_line, connections
-from worlds.runs import Run
-from worlds.stranger import AS_NOBODY, NOBODY, needs_another_user, open_to_others
+from worlds.runs.run import Run
 
 from flwr_hpc.server.bundle import PYPROJECT
 from flwr_hpc.server.bundle import connection as flower_connection

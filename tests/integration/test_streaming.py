@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import worlds.streaming_scenarios as scenario
-from worlds.torch_ranks import Team, start_team
+import worlds.train.streaming_scenarios as scenario
+from worlds.train.torch_ranks import Team, start_team
 
 KINDS = [pytest.param({"lora": lora}, id="lora" if lora else "full") for lora in (False, True)]
 

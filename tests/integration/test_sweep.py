@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from worlds.jobs import until
-from worlds.runs import ONE_SITE, ROOT
+from worlds.runs.run import ONE_SITE, ROOT
 
 SETTINGS = [s for s in ONE_SITE if not s.startswith(("data.paths", "rounds", "train.steps"))]
 GRID = ["data.paths.local_a=[json],[no_such_package]", "train.lr=1e-3,1e-2"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from worlds.runs import ONE_SITE, Run
+from worlds.runs.run import ONE_SITE, Run
 
 STRATEGY = """
 from strategies import HpcStrategy

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from worlds.runs import ROOT
+from worlds.runs.run import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from worlds.worker_site import FAST, Site
+from worlds.train.worker_site import FAST, Site
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.protocol import Result

@@ -26,7 +26,7 @@ from lab.plan import Shape
 from safetensors.numpy import load_file
 from slurm.fault_kinds import KINDS, Disk, Missed, Scene
 from worlds.jobs import STALLED_S
-from worlds.runs import Run
+from worlds.runs.run import Run
 
 from flwr_hpc.files import read_json
 

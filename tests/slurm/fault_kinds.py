@@ -20,7 +20,7 @@ from typing import TypeVar
 import psutil
 from lab.cluster import Cluster
 from worlds.jobs import command_line
-from worlds.runs import Run
+from worlds.runs.run import Run
 
 from flwr_hpc.spool import Spool
 

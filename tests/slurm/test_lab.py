@@ -16,8 +16,8 @@ from lab.cluster import Cluster
 from lab.fixtures import Lab
 from lab.plan import Layout, Shape, login_plan
 from lab.traffic import schedule
+from worlds.hosts.leftovers import left_of
 from worlds.jobs import until
-from worlds.leftovers import left_of
 
 SMALL = Shape(accounting=False)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from lab.cluster import Cluster
-from worlds.slurm_site import SlurmSite
-from worlds.stranger import open_to_others
+from worlds.hosts.stranger import open_to_others
+from worlds.site.slurm_site import SlurmSite
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_files

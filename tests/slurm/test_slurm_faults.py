@@ -15,7 +15,7 @@ from lab.cluster import Cluster
 from lab.fixtures import Lab
 from lab.plan import Shape
 from worlds.jobs import until
-from worlds.slurm_site import SlurmSite
+from worlds.site.slurm_site import SlurmSite
 
 from flwr_hpc.config.schema import AllocationConfig
 

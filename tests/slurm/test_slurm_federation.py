@@ -10,7 +10,7 @@ from lab.cluster import Cluster
 from lab.fixtures import Lab
 from lab.plan import Shape
 from worlds.jobs import until
-from worlds.runs import SMALL, Run
+from worlds.runs.run import SMALL, Run
 
 pytestmark = pytest.mark.slurm
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from lab.cluster import Cluster
 from lab.host import LabError
-from worlds.slurm_site import SlurmSite
+from worlds.site.slurm_site import SlurmSite
 
 from flwr_hpc.schedulers.command import Answer
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler

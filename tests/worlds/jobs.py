@@ -134,11 +134,13 @@ def facility(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faci
 
 
 def register_dummy(site_packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `worlds.dummy_scheduler` known, as installing a package with it would."""
+    """Make `worlds.schedulers.dummy_scheduler` known, as installing a package with it would."""
     info = site_packages / "dummy_scheduler-1.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dummy-scheduler\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[flwr_hpc.schedulers]\ndummy=worlds.dummy_scheduler\n")
+    (info / "entry_points.txt").write_text(
+        "[flwr_hpc.schedulers]\ndummy=worlds.schedulers.dummy_scheduler\n"
+    )
     monkeypatch.syspath_prepend(str(site_packages))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context
-from worlds.batch_app import make_context
+from worlds.site.batch_app import make_context
 
 from flwr_hpc.batch_mod import compose
 from flwr_hpc.batch_mod.cache import settings_of

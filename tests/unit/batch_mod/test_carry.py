@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from flwr.app import MetricRecord, RecordDict
-from worlds.batch_app import make_app, make_context, make_message
+from worlds.site.batch_app import make_app, make_context, make_message
 
 from flwr_hpc.batch_mod import app as app_module
 from flwr_hpc.batch_mod.app import AppRef, call, copy_app, find_app, import_app

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
-from worlds.batch_app import make_context
+from worlds.site.batch_app import make_context
 
 from flwr_hpc.batch_mod.compose import settle
 from flwr_hpc.batch_mod.settings import gather

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.runs import ROOT
+from worlds.runs.run import ROOT
 
 from flwr_hpc import run as command
 from flwr_hpc.config.compose import compose_config

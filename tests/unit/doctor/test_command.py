@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from worlds.clock import FakeClock
-from worlds.doctor import FakeOutside, FakeScheduler
+from worlds.site.doctor import FakeOutside, FakeScheduler
 
 from flwr_hpc.doctor import __main__ as command
 from flwr_hpc.doctor import examine

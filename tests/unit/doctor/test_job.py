@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from worlds.clock import FakeClock
-from worlds.doctor import FakeScheduler
+from worlds.site.doctor import FakeScheduler
 
 from flwr_hpc.config.facility import FacilityConfig, QueueConfig
 from flwr_hpc.doctor.job import Probe, probe_facility

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.line import INVITATION, VERSIONS, FakeDoor
+from worlds.network.line import INVITATION, VERSIONS, FakeDoor
 
 from flwr_hpc.doctor import __main__ as command
 from flwr_hpc.doctor import line

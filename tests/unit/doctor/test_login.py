@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.doctor import FakeOutside, FakeScheduler, a_login
+from worlds.site.doctor import FakeOutside, FakeScheduler, a_login
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import ModelConfig

@@ -1,4 +1,4 @@
-"""Thousands of attacks by one site: refused or right, in bounded memory; see `worlds.attacks`."""
+"""Thousands of attacks by one site: refused or right; see `worlds.exchange.attacks`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import tracemalloc
 
 import pytest
-from worlds.attacks import Attacks
+from worlds.exchange.attacks import Attacks
 
 BATCHES, CASES = 10, 200
 

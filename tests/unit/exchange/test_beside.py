@@ -7,8 +7,8 @@ from concurrent.futures import wait
 
 import pytest
 from flwr.app import Message, RecordDict
-from worlds.exchange import Federation, initial
-from worlds.grid import VirtualClock
+from worlds.exchange.federation import Federation, initial
+from worlds.strategies.grid import VirtualClock
 
 from flwr_hpc.exchange.executors import DaemonThreads
 from flwr_hpc.exchange.grid import REJECTED

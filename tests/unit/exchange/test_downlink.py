@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Error
-from worlds.exchange import NODES, Federation
+from worlds.exchange.federation import NODES, Federation
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec, make_downlink
@@ -168,7 +168,9 @@ def test_what_is_kept_does_not_grow(tmp_path):
     assert not line.federation.files("store")
 
 
-@pytest.mark.parametrize("setting", ["topkk", "worlds.codecs.Half", [], ["int8", "topk"]], ids=str)
+@pytest.mark.parametrize(
+    "setting", ["topkk", "worlds.exchange.codecs.Half", [], ["int8", "topk"]], ids=str
+)
 def test_what_cannot_be_a_downlink(setting):
     """Said before anything starts."""
     with pytest.raises(UserError, match=r"exchange\.downlink"):

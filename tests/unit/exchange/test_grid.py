@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg
-from worlds.exchange import (
+from worlds.exchange.federation import (
     NODES,
     Federation,
     InProcess,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from worlds.exchange import Federation, InProcess, initial, plain_site, values
+from worlds.exchange.federation import Federation, InProcess, initial, plain_site, values
 
 from flwr_hpc.exchange.grid import REJECTED
 from flwr_hpc.exchange.records import RecordTensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import FedAvg
-from worlds.exchange import Federation, InProcess, initial, plain_site, values
+from worlds.exchange.federation import Federation, InProcess, initial, plain_site, values
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
@@ -25,7 +25,7 @@ def run(federation, rounds=2):
 
 def test_a_codec_of_ones_own_is_used_on_both_ways(tmp_path):
     """float16, to the site and back: nothing but the name of the class selects it."""
-    federation = Federation(tmp_path, codec="worlds.codecs.Half")
+    federation = Federation(tmp_path, codec="worlds.exchange.codecs.Half")
     sizes, plain = [], Federation(tmp_path / "plain")
     for each in (federation, plain):
         record = each.inner.site
@@ -45,7 +45,7 @@ def _noting(message, content, sizes):
 
 def test_a_codec_may_be_relative_to_what_both_sides_have(tmp_path):
     """Replies hold the bits that differ from the version the site was sent; it comes out exact."""
-    federation = Federation(tmp_path, codec="worlds.codecs.Xor")
+    federation = Federation(tmp_path, codec="worlds.exchange.codecs.Xor")
     bases, site = [], federation.inner.site
 
     def noting(message):
@@ -64,7 +64,7 @@ def test_a_codec_may_be_relative_to_what_both_sides_have(tmp_path):
 
 def test_a_base_that_is_not_published_is_refused(tmp_path):
     """A reply to a session that is over, or a lie."""
-    federation = Federation(tmp_path, codec="worlds.codecs.Xor")
+    federation = Federation(tmp_path, codec="worlds.exchange.codecs.Xor")
     site = federation.inner.site
 
     def elsewhere(message):
@@ -80,7 +80,7 @@ def test_a_base_that_is_not_published_is_refused(tmp_path):
 
 def test_a_store_of_ones_own_is_used_on_both_ways(tmp_path):
     """The scheme of the URL names the class."""
-    url = f"worlds.codecs.Drawer://{tmp_path}/drawer"
+    url = f"worlds.exchange.codecs.Drawer://{tmp_path}/drawer"
     federation = Federation(tmp_path, store=url)
     assert run(federation) < 1e-6
     assert list((tmp_path / "drawer" / "global").iterdir())
@@ -106,8 +106,8 @@ def test_any_other_place_is_fsspecs(url, kind):
     [
         ("fulll", "Did you mean 'full'"),
         ("nowhere.to.Be", "exchange.codec=nowhere.to.Be cannot be imported"),
-        ("worlds.codecs.Nothing", "cannot be imported"),
-        ("worlds.codecs.Drawer", "there is no such codec"),
+        ("worlds.exchange.codecs.Nothing", "cannot be imported"),
+        ("worlds.exchange.codecs.Drawer", "there is no such codec"),
         ("", "Valid: bf16, full"),
     ],
 )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from worlds.stranger import AS_NOBODY, needs_another_user
+from worlds.hosts.stranger import AS_NOBODY, needs_another_user
 
 from flwr_hpc.flower.processes import reserve_port
 from flwr_hpc.gate import __main__ as command

@@ -17,7 +17,7 @@ import pytest
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from worlds.stranger import AS_NOBODY, needs_another_user
+from worlds.hosts.stranger import AS_NOBODY, needs_another_user
 
 from flwr_hpc.gate import door
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.pbs_answers import NOBODY
+from worlds.schedulers.pbs_answers import NOBODY
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobSpec, SchedulerUnavailableError

@@ -6,7 +6,7 @@ import subprocess
 from typing import Any
 
 import pytest
-from worlds.pbs_answers import NOBODY, answer, job
+from worlds.schedulers.pbs_answers import NOBODY, answer, job
 
 from flwr_hpc.schedulers import mpi_rank
 from flwr_hpc.schedulers.mpi_rank import granted_s, place

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.pbs_answers import AT, AT_S, NOBODY, answer, job
+from worlds.schedulers.pbs_answers import AT, AT_S, NOBODY, answer, job
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.errors import UserError

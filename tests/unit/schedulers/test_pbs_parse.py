@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.pbs_answers import AT, AT_S, job
+from worlds.schedulers.pbs_answers import AT, AT_S, job
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import JobInfo, SchedulerUnavailableError

@@ -40,7 +40,7 @@ def test_one_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names() == sorted([*before, "dummy"])
     check_facility("mine", where)
     scheduler: Scheduler = make_scheduler(where)
-    assert type(scheduler).__module__ == "worlds.dummy_scheduler.adapter"
+    assert type(scheduler).__module__ == "worlds.schedulers.dummy_scheduler.adapter"
     where.qos = "high"
     with pytest.raises(UserError) as caught:
         check_facility("mine", where)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from worlds.clock import FakeClock
-from worlds.disk import small_disk
+from worlds.hosts.disk import small_disk
 
 from flwr_hpc.files import publish
 from flwr_hpc.server import server_app

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from worlds.stranger import open_to_others
+from worlds.hosts.stranger import open_to_others
 
 from flwr_hpc import run as run_command
 from flwr_hpc import serve

@@ -56,7 +56,8 @@ def test_a_dry_run_says_what_travels(
 
 def test_a_dry_run_of_what_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     """Protects what follows: without a shape the line is left out."""
-    assert run.main(["+facility=local_a", "dry_run=true", "exchange.codec=worlds.codecs.Half"]) == 0
+    codec = "exchange.codec=worlds.exchange.codecs.Half"
+    assert run.main(["+facility=local_a", "dry_run=true", codec]) == 0
     assert "weights: " not in capsys.readouterr().out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worlds.simulated_site import (
+from worlds.strategies.simulated_site import (
     Site,
     states,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from worlds.simulated_site import (
+from worlds.strategies.simulated_site import (
     Site,
     max_queued,
 )

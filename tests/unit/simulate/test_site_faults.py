@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from worlds.driven import record
-from worlds.simulated_site import (
+from worlds.strategies.driven import record
+from worlds.strategies.simulated_site import (
     FOREVER,
     Reply,
     Site,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from worlds.site import World
+from worlds.site.world import World
 
 
 @pytest.fixture

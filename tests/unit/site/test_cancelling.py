@@ -6,7 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
-from worlds.site import Killed, World, order
+from worlds.site.world import Killed, World, order
 
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from worlds.clock import FakeClock
-from worlds.disk import SmallDisk, small_disk
-from worlds.grid import name_this_process
-from worlds.site import Killed, World, order
+from worlds.hosts.disk import SmallDisk, small_disk
+from worlds.site.world import Killed, World, order
+from worlds.strategies.grid import name_this_process
 
 from flwr_hpc import protocol
 from flwr_hpc.clock import SystemClock

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from worlds.site import World
+from worlds.site.world import World
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import LimitsConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.site import World, order
+from worlds.site.world import World, order
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.site.manager import AllocationManager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from worlds.site import Killed, World, order
+from worlds.site.world import Killed, World, order
 
 from flwr_hpc.schedulers.base import NotYetError, SchedulerUnavailableError
 from flwr_hpc.spool import SubmissionMark

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from worlds.site import Killed, World, order
+from worlds.site.world import Killed, World, order
 
 from flwr_hpc.errors import UserError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from worlds.site import HOUR, World, long_queue, order
+from worlds.site.world import HOUR, World, long_queue, order
 
 
 @pytest.fixture

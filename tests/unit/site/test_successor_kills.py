@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from worlds.site import HOUR, Killed, World, long_queue, order
+from worlds.site.world import HOUR, Killed, World, long_queue, order
 
 
 @pytest.mark.parametrize("chain", [False, True])

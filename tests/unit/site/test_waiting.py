@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.site import World, order
+from worlds.site.world import World, order
 
 from flwr_hpc.site.monitoring.job_times import waiting_s, waits_and_runs
 from flwr_hpc.spool import QueueCycle

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
-from worlds import grid as grid_world
-from worlds.grid import FakeGrid, FakeSite, as_numpy, pull_towards
-from worlds.strategies import ANY_NUMBER, STRATEGIES
+from worlds.strategies import grid as grid_world
+from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, pull_towards
+from worlds.strategies.world import ANY_NUMBER, STRATEGIES
 
 from strategies import Runtime, run_strategy
 from strategies.fedasync import FedAsync

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord
-from worlds.driven import Driven, close, delta, minus, record, theta
-from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.driven import Driven, close, delta, minus, record, theta
+from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
 from strategies import Runtime
 from strategies.async_diloco import AsyncDiLoCo

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from worlds.driven import Driven, close, delta, theta
-from worlds.grid import FakeSite, as_numpy
-from worlds.strategies import ARGUMENTS, CONF, World, configured, sites
+from worlds.strategies.driven import Driven, close, delta, theta
+from worlds.strategies.grid import FakeSite, as_numpy
+from worlds.strategies.world import ARGUMENTS, CONF, World, configured, sites
 
 from strategies import AsyncStrategy
 from strategies.async_diloco import AsyncDiLoCo

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from worlds.driven import Driven, close, delta, minus, theta
+from worlds.strategies.driven import Driven, close, delta, minus, theta
 
 from strategies import Plan
 from strategies.fedbackfill_rounds import FedBackfillRounds

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from worlds.driven import Driven, close, delta, minus, theta
+from worlds.strategies.driven import Driven, close, delta, minus, theta
 
 from strategies.fedcompass import FedCompass
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from worlds.driven import Driven
+from worlds.strategies.driven import Driven
 
 from strategies.fedcompass import FedCompass
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
-from worlds.driven import Driven, close, delta, minus, theta
+from worlds.strategies.driven import Driven, close, delta, minus, theta
 
 from flwr_hpc.protocol import TRAIN, Order, Status
 from strategies.engine.state import SiteResult

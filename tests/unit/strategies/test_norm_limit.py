@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
-from worlds.grid import FakeSite, _array, as_numpy
-from worlds.strategies import World, ends_well
+from worlds.strategies.grid import FakeSite, _array, as_numpy
+from worlds.strategies.world import World, ends_well
 
 from flwr_hpc.protocol import ARRAYS
 from strategies.engine.runtime import Settings

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from worlds.driven import record
-from worlds.grid import VirtualClock
+from worlds.strategies.driven import record
+from worlds.strategies.grid import VirtualClock
 
 from strategies import HpcStrategy, Runtime
 from strategies.base.fields import StoredTensors

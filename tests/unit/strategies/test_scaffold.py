@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from worlds.driven import Driven, close, delta, minus, theta
-from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
-from worlds.strategies import Killed, World, sites
+from worlds.strategies.driven import Driven, close, delta, minus, theta
+from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.world import Killed, World, sites
 
 from flwr_hpc.protocol import CORRECTION, GRADIENT, ORDER, Order, from_json
 from strategies import Plan, Runtime

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from worlds.driven import Driven, delta
-from worlds.grid import FakeGrid, FakeSite, as_numpy, pull_towards, with_nan
-from worlds.strategies import Killed, World, ends_well
+from worlds.strategies.driven import Driven, delta
+from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, pull_towards, with_nan
+from worlds.strategies.world import Killed, World, ends_well
 
 from flwr_hpc.protocol import STATUS, Order, Status, from_json
 from strategies import HpcStrategy, Runtime, Settings

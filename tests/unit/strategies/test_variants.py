@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from worlds.driven import Driven, record
+from worlds.strategies.driven import Driven, record
 
 from strategies.async_diloco import AsyncDiLoCo
 from strategies.base.asynchronous import AsyncStrategy

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord
-from worlds.driven import Driven, close, delta, minus, theta
-from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.driven import Driven, close, delta, minus, theta
+from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
 from strategies import Runtime
 from strategies.decoupled_diloco import DecoupledDiLoCo

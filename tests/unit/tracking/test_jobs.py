@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds.job_events import job_events
+from worlds.tracking.job_events import job_events
 
 from flwr_hpc.tracking import accounts, state, timeline
 from flwr_hpc.tracking.accounts import Accounts

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 from worlds.clock import FakeClock
-from worlds.events import run_events
-from worlds.job_events import job_events
+from worlds.tracking.events import run_events
+from worlds.tracking.job_events import job_events
 
 from flwr_hpc.tracking.live import LiveView
 from flwr_hpc.tracking.state import fold_all

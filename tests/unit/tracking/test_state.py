@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from worlds.events import run_events
+from worlds.tracking.events import run_events
 
 from flwr_hpc.tracking.records import FacilityState, RunState
 from flwr_hpc.tracking.report.summary import summarize

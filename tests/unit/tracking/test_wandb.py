@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from worlds.events import run_events
-from worlds.job_events import job_events
+from worlds.tracking.events import run_events
+from worlds.tracking.job_events import job_events
 
 from flwr_hpc.config.schema import TrackingConfig
 from flwr_hpc.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds.torch_ranks import LLAMA, VOCABULARY, tiny_model
+from worlds.train.torch_ranks import LLAMA, VOCABULARY, tiny_model
 
 from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file
-from worlds.torch_ranks import SEQ_LEN, TRAIN, TinyCorpus, TinyTokenizer, tiny_model
+from worlds.train.torch_ranks import SEQ_LEN, TRAIN, TinyCorpus, TinyTokenizer, tiny_model
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError

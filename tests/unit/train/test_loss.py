@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, tiny_model
+from worlds.train.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, tiny_model
 
 from flwr_hpc.train.loss import IGNORED, add_loss, count_tokens, next_tokens, summed_loss
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from worlds.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
+from worlds.train.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, TinyTokenizer, tiny_model
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from worlds.site import Killed, World, order
+from worlds.site.world import Killed, World, order
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import SchedulerUnavailableError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from worlds.grid import FakeSite
-from worlds.strategies import ANY_NUMBER, ROUNDS, World, each
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, each
 
 from flwr_hpc.protocol import Status
 from strategies import FatalSiteError, RunFailed, Settings

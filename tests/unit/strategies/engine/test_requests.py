@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from worlds.bench import Bench, ready_bench
-from worlds.grid import FakeSite, with_nan
+from worlds.strategies.bench import Bench, ready_bench
+from worlds.strategies.grid import FakeSite, with_nan
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Result, Status
 from strategies import (

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import pytest
-from worlds.driven import Driven, close, delta, minus, theta
+from worlds.strategies.driven import Driven, close, delta, minus, theta
 
 from strategies.async_diloco import AsyncDiLoCo
 from strategies.decoupled_diloco import DecoupledDiLoCo

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from worlds.grid import NAMES, FakeGrid, FakeSite, as_numpy, initial_arrays
-from worlds.strategies import ANY_NUMBER, run_scripted
+from worlds.strategies.grid import NAMES, FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.world import ANY_NUMBER, run_scripted
 
 from strategies import (
     AsyncStrategy,

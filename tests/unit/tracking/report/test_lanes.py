@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from worlds.events import run_events, write_log
-from worlds.job_events import T0, job_events
+from worlds.tracking.events import run_events, write_log
+from worlds.tracking.job_events import T0, job_events
 
 from flwr_hpc.report import main
 from flwr_hpc.tracking.report.lanes import Lane, lanes

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from worlds.events import run_events, write_log
+from worlds.tracking.events import run_events, write_log
 
 from flwr_hpc.report import main
 from flwr_hpc.tracking.redact import redact, redact_text

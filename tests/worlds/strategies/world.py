@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvgM, FedYogi, Result, Strategy
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from worlds.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
 
 from strategies import (
     AsyncStrategy,
@@ -51,7 +51,7 @@ class Mixing(AsyncStrategy):
             yield name, here + alpha * (arrival.arrays[name].numpy() - here)
 
 
-CONF = Path(__file__).parents[2] / "conf" / "strategy"
+CONF = Path(__file__).parents[3] / "conf" / "strategy"
 SHORT = {"round_s": 20.0, "min_steps": 5}
 ARGUMENTS: dict[str, dict[str, Any]] = {  # by file of `conf/strategy`, in place of those there
     "fedavg_deadline": {"deadline_s": None},

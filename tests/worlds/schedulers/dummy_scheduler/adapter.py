@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worlds.dummy_scheduler.rules import RULES
+from worlds.schedulers.dummy_scheduler.rules import RULES
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.schedulers.base import Failure, JobInfo, JobSpec, JobState

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
-from worlds.grid import VirtualClock, name_this_process
+from worlds.strategies.grid import VirtualClock, name_this_process
 
 from flwr_hpc.protocol import GRADIENT, TRAIN, Order, Result, Status
 from strategies import AsyncStrategy, Failure, Plan, Runtime, SiteResult

@@ -70,7 +70,7 @@ def _xor(tensors: Tensors, base: Tensors | None, name: str) -> np.ndarray:
 
 
 class Drawer(Store):
-    """A plain folder, ``worlds.codecs.Drawer://FOLDER``."""
+    """A plain folder, ``worlds.exchange.codecs.Drawer://FOLDER``."""
 
     def _path(self, ref: Reference) -> Path:
         return Path(self.url.partition("://")[2]) / ref.key

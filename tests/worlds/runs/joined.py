@@ -9,7 +9,7 @@ from lab.centres import Centres
 from lab.remote import Host, Process
 from worlds.files import paths_under
 from worlds.jobs import until
-from worlds.runs import SMALL
+from worlds.runs.run import SMALL
 
 from flwr_hpc.files import read_json
 from flwr_hpc.tracking.events import read

@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from worlds.grid import name_this_process
 from worlds.jobs import processes_of
+from worlds.strategies.grid import name_this_process
 
 PYPROJECT = """
 [project]

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import psutil
 from worlds.files import paths_under
 from worlds.jobs import below, command_line, send, until
-from worlds.ports import reserve_port
-from worlds.runs import ROOT, SMALL
+from worlds.network.ports import reserve_port
+from worlds.runs.run import ROOT, SMALL
 
 from flwr_hpc.files import read_json
 from flwr_hpc.tracking.events import read

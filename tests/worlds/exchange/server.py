@@ -115,7 +115,7 @@ def server_process(
     (folder / "store").mkdir(parents=True, exist_ok=True)
     fields = json.dumps(asdict(limits or Limits()))
     command = [sys.executable, __file__, str(folder), str(port), fields]
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": f"{root}:{root}/tests"}) as run:
         try:
             while run.poll() is None and not _listens(port):

@@ -19,7 +19,7 @@ from flwr_hpc.files import read_json
 from flwr_hpc.tracking.events import read
 
 T = TypeVar("T")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # A model and orders small enough for a test, long enough to be killed in the middle.
 SMALL = [

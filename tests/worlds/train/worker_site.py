@@ -71,7 +71,7 @@ class Site:
         return allocation
 
     def _settings(self, train: TrainConfig) -> dict[str, Any]:
-        from worlds.torch_ranks import LLAMA
+        from worlds.train.torch_ranks import LLAMA
 
         data = DataConfig(kind="text", paths={"a": [str(self.text)]}, seq_len=32)
         return {

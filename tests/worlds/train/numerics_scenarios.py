@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as checkpoint
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from worlds.torch_ranks import tiny_model, tiny_trainer, weights_of
+from worlds.train.torch_ranks import tiny_model, tiny_trainer, weights_of
 
 from flwr_hpc.protocol import MEAN_GRADIENT, Order
 from flwr_hpc.spool import OrderDir

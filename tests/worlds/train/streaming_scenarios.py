@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.numpy import load_file
-from worlds.torch_ranks import TRAIN, tiny_trainer, weights_of
+from worlds.train.torch_ranks import TRAIN, tiny_trainer, weights_of
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.protocol import Order, Result

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 from worlds.files import paths_under
 from worlds.jobs import command_line
-from worlds.runs import SMALL, Run
-from worlds.sshd import Sshd
+from worlds.runs.run import SMALL, Run
+from worlds.network.sshd import Sshd
 
 from flwr_hpc.files import read_json
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
-from worlds.driven import record
-from worlds.grid import name_this_process
+from worlds.strategies.driven import record
+from worlds.strategies.grid import name_this_process
 
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Status

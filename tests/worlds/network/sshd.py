@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from worlds.jobs import until
-from worlds.ports import reserve_port
+from worlds.network.ports import reserve_port
 
 PROGRAM = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 needs_sshd = pytest.mark.skipif(

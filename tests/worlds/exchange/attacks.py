@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.numpy import load, save
-from worlds.exchange import Federation, values
+from worlds.exchange.federation import Federation, values
 
 from flwr_hpc.exchange.grid import REJECTED
 from flwr_hpc.exchange.store import PREFIX, Reference, node_folder
