@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from worlds.jobs import install_fake_pbs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def doctor(

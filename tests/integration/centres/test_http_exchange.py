@@ -79,11 +79,11 @@ def test_a_killed_site_goes_on_in_a_later_process(tmp_path, line, payload, way):
     command = [sys.executable, "-c", SITE, url, str(credential), way, str(payload), ref.key]
     with server_process(folder, line.server):
         line.freeze_after(25 * MB)
-        with subprocess.Popen([*command, str(target)], cwd=Path(__file__).parents[2]) as site:
+        with subprocess.Popen([*command, str(target)], cwd=Path(__file__).parents[3]) as site:
             line.frozen.wait()
             site.kill()
         line.thaw()
-        subprocess.run([*command, str(target)], cwd=Path(__file__).parents[2], check=True)
+        subprocess.run([*command, str(target)], cwd=Path(__file__).parents[3], check=True)
     moved = folder / "store" / "node-7" / f"{ref.sha256}.payload" if way == "up" else target
     assert moved.read_bytes() == payload.read_bytes()
     assert getattr(line, way) < ref.bytes + download.STREAMS * download.CHUNK
