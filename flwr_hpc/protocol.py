@@ -80,6 +80,9 @@ class Order:
     # that has those weights no more refuses. None: all weights come and replace the site's.
     merges: list[str] | None = None
     returns: list[str] | None = None  # Tensors that the reply is to carry (None: all)
+    # The server has taken all orders of this facility with lower numbers for good, or given them
+    # up: the site need not keep what came of them.
+    settled: int = 0
 
     @property
     def id(self) -> str:

@@ -115,12 +115,11 @@ class SiteExchange:
 
     def _fetch(self, ref: Reference, folder: Path) -> Path:
         path = _file(folder, ref.version)
-        if path.is_file():  # as when an order is sent again
-            path.touch()  # in use again: not to be pruned
-            return path
-        with _scratch(folder) as payload:
-            self.store.get(ref, payload)
-            save(self._decoded(ref, payload, folder), path)
+        if not path.is_file():  # it is there when an order is sent again
+            with _scratch(folder) as payload:
+                self.store.get(ref, payload)
+                save(self._decoded(ref, payload, folder), path)
+        path.touch()  # also where it is a link to an older file: not to be pruned before its order
         return path
 
     def _decoded(self, ref: Reference, payload: Path, folder: Path) -> Tensors:

@@ -26,7 +26,7 @@ from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.schedulers.registry import check_facilities, make_scheduler
 from flwr_hpc.server import preflight
-from flwr_hpc.server.driver import Interrupted, cancel_jobs, let_jobs_end, signals
+from flwr_hpc.server.driver import Interrupted, cancel_jobs, clear_sites, let_jobs_end, signals
 from flwr_hpc.server.progress import SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import Elsewhere, open_sites, site_settings, write_site
@@ -178,6 +178,8 @@ def _attend(
                         let_jobs_end(folder, config)
                 if left := cancel_jobs(folder, config):
                     view.print_line(f"could not cancel every job; look for them yourself: {left}")
+                elif code == 0:
+                    clear_sites(folder, config)
     return code, why
 
 

@@ -41,6 +41,7 @@ from flwr_hpc.server.bundle import write_bundle
 from flwr_hpc.server.progress import DiskWatch, SlowStarts, SpoolProgress
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import open_sites, write_site
+from flwr_hpc.spool import retention
 from flwr_hpc.ssh.attendant import NOBODY, Attendants
 from flwr_hpc.tracking.events import Event, EventLog, Follower, follow
 from flwr_hpc.tracking.live import LiveView
@@ -153,6 +154,8 @@ def _clean_up(run: RunDir, config: Config, view: LiveView, outcome: SessionOutco
             let_jobs_end(run, config)
     if left := cancel_jobs(run, config):
         view.print_line(f"could not cancel every job; look for them yourself: {left}")
+    elif outcome.status == "finished":
+        clear_sites(run, config)
     if not outcome.logged:
         status = "interrupted" if outcome.status == "interrupted" else "failed"
         with suppress(OSError), EventLog(run.events, join=True) as events:
@@ -179,6 +182,14 @@ def let_jobs_end(run: RunDir, config: Config) -> None:
     while waiting and time.monotonic() < deadline:
         time.sleep(max(1.0, min(5.0, *(site.scheduler.poll_s for site in waiting))))
         waiting = [site for site in waiting if site.live_jobs()]
+
+
+def clear_sites(run: RunDir, config: Config) -> None:
+    """Leave of the sites of a run that is over, with its jobs, the last checkpoint and the logs."""
+    with suppress(OSError):
+        for site in open_sites(run, config).values():
+            with site.spool.lock():
+                retention.clear(site.spool)
 
 
 def _record_costs(run: RunDir, config: Config) -> None:

@@ -38,7 +38,7 @@ from flwr_hpc.site.retries import (
 )
 from flwr_hpc.site.status import StatusBuilder
 from flwr_hpc.site.submission import Submission, job_spec
-from flwr_hpc.spool import AllocationDir, Spool
+from flwr_hpc.spool import AllocationDir, Spool, retention
 from flwr_hpc.worker.entry import work
 
 HANDOVER_S = 120.0  # for a released allocation to write down what the next one goes on from
@@ -125,12 +125,17 @@ class AllocationManager:
         An order that failed before is tried once more.
         """
         with self.spool.lock():
+            if order.seq < retention.settled(
+                self.spool, order.run_key
+            ):  # a message that was long under way
+                error = f"order '{order.id}' is settled: it is not worked on again"
+                return self._status.of_state("failed", order_id=order.id, error=error)
             folder = self.spool.order(order.id)
             result = folder.result()
             if result is not None and result.state == "failed":
                 reset_order(self.spool, order.id)
             folder.write_order(order, weights, extra_arrays)
-            self.spool.prune()
+            retention.prune(self.spool)
             return self._advance(order.id)
 
     def collect(self, order_id: str) -> Status:

@@ -323,24 +323,6 @@ class Spool:
         found = self.weights_folder.glob("*.safetensors")
         return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
-    def prune(self, keep: int = 4) -> None:
-        """Delete all finished orders but the last `keep`, and weights that no order needs.
-
-        A model's size times the rounds would fill any disk. Among the weights the newest `keep`
-        stay too: their order may not be written yet.
-        """
-        finished = [order for order in self.orders() if order.has_result]
-        for order in finished[keep:]:
-            for alloc in self.allocations():  # a requeued job reads its inbox again
-                alloc.unassign(order.id)
-            order.remove()
-        needed: set[Path | None] = set()
-        for order in self.orders():
-            needed |= {order.order()[1], *order.extra_arrays().values()}
-        for weights in self.received_weights()[keep:]:
-            if weights not in needed:
-                weights.unlink(missing_ok=True)
-
     @property
     def cache(self) -> Path:
         return self.root / "cache"

@@ -61,7 +61,9 @@ class Inbox:
         for order_id in self._allocation.inbox():
             if order_id in self._done:
                 continue
-            if self._spool.order(order_id).result() is None:
+            order = self._spool.order(order_id)
+            if order.result() is not None:
+                self._done.add(order_id)
+            elif order.exists:  # else it is settled, and just being removed with its result
                 return order_id
-            self._done.add(order_id)
         return None

@@ -46,6 +46,7 @@ class OrderFactory:
             options={**self._runtime.options, **plan.options, **binding.options},
             merges=binding.merges,
             returns=binding.returns,
+            settled=self._settled(site, seq),
         )
         request.order = order = self._with_extra_arrays(request, order)
         self._memory.orders[order.id] = order
@@ -78,6 +79,11 @@ class OrderFactory:
             if tensors is not None
         }
         return dataclasses.replace(order, extra_arrays=sorted(request.extra_arrays))
+
+    def _settled(self, site: SiteState, seq: int) -> int:
+        """Return below which number no order is open; the commit ahead of sending makes it last."""
+        mine = (o.seq for o in self._memory.orders.values() if o.facility == site.facility)
+        return min(mine, default=seq)
 
     def _due(self, site: SiteState, version: int) -> bool:
         """Return whether a version is to be evaluated at a site, and nobody has done or will."""

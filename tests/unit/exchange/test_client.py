@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -62,6 +64,15 @@ def test_an_order_sent_again_fetches_nothing_again(store, weights, tmp_path):
     path.unlink()
     with pytest.raises(BadPayload):
         site.receive(content, "arrays", tmp_path)
+
+
+def test_what_is_received_is_new_where_it_is_a_link_to_an_old_file(store, weights, tmp_path):
+    """Its order is about to be written: by its age it would be pruned before."""
+    content, site = RecordDict(), exchange(store, 0.0)
+    os.utime(weights, (0, 0))
+    site.send(content, "arrays", weights, sha256_of(weights), node_id=7)
+    path = site.receive(content, "arrays", tmp_path / "site")
+    assert path.stat().st_mtime > 0
 
 
 def test_a_payload_lies_in_the_folder_of_its_node(store, weights):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -333,30 +332,6 @@ def test_a_queued_job_is_looked_at_seldom(world: World, poll_s: float, longest: 
     gaps = [b - a for a, b in itertools.pairwise(pauses)]
     assert max(gaps) == pytest.approx(longest)
     assert max(gaps[20:]) == pytest.approx(0.5)
-
-
-def test_old_orders_and_weights_are_pruned(world: World) -> None:
-    """Protects the facility's disk, and everything an unfinished order needs."""
-    weights = [world.spool.weights(f"{k:064d}") for k in range(12)]
-    weights[0].parent.mkdir(parents=True)
-    correction = world.spool.weights(f"{99:064d}")
-    correction.write_bytes(b"c")
-    os.utime(correction, (0, 0))
-    for k in range(12):
-        weights[k].write_bytes(b"w")
-        os.utime(weights[k], (k, k))
-        extra_arrays = {"correction": correction} if k == 1 else {}
-        world.site.submit(order(k), weights[k], extra_arrays)
-        os.utime(world.spool.order(order(k).id).path / "order.json", (k, k))
-        if k != 1:
-            world.done(order(k))
-    world.site.submit(order(11), None)
-    left = sorted(p.name for p in (world.spool.root / "orders").iterdir())
-    assert left == [order(k).id for k in (1, 8, 9, 10, 11)]
-    assert world.alloc(0).inbox() == left
-    assert [w for w in weights if w.exists()] == [weights[k] for k in (1, 8, 9, 10, 11)]
-    assert world.spool.order(order(1).id).extra_arrays() == {"correction": correction}
-    assert correction.exists()
 
 
 def test_files_are_json(world: World) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from worlds.strategies.bench import Bench, ready_bench
+from worlds.strategies.bench import ARRAYS, Bench, ready_bench
 from worlds.strategies.grid import FakeSite, with_nan
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Result, Status
 from strategies import (
+    Binding,
     Failure,
     FatalSiteError,
+    Plan,
     SiteResult,
 )
 
@@ -37,6 +39,22 @@ def test_an_error_reply_is_retried(kind, code):
     arrival = bench.run()
     assert isinstance(arrival, SiteResult)
     assert site.trained == {"run-a-000000": 1}
+
+
+def test_an_order_says_below_which_number_none_is_open():
+    """A site may delete what came of those, and of no other: the newest but one may be open."""
+    bench, settled = ready_bench(FakeSite("a", step_s=10)), []
+    plan = Plan(10, prefetch_after_s=0.0, bind=lambda running: Binding(0, ARRAYS))
+    bench.engine.request("a", plan)
+    for _ in range(3):
+        while not bench.engine.due_prefetch("a"):
+            bench.engine.events()
+        bench.engine.request("a", plan)
+        settled.append(bench.run().order.settled)
+        bench.engine.settle("a")
+    assert settled == [0, 0, 1]
+    arrived = bench.run().order
+    assert (arrived.seq, arrived.settled) == (3, 2)
 
 
 def test_error_replies_end_after_the_retries():
