@@ -14,7 +14,7 @@ test: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" --numprocesses=3 --dist=worksteal
 
 test-slow: $(VENV)/.dev
-	$(PY) -m pytest -m slow --numprocesses=4 --dist=worksteal  # a process for each of them
+	$(PY) -m pytest -m slow --numprocesses=4 --dist=loadfile --no-loadscope-reorder tests/slurm tests
 
 test-fast: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" tests/unit tests/contract

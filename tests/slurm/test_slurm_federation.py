@@ -84,6 +84,7 @@ def test_one_of_two_clusters_refuses(lab: Lab, tmp_path: Path, small: list[str])
     assert f"without {refuses.name}: Slurm refused the job" in run.said()
 
 
+@pytest.mark.slow
 def test_training_goes_on_beyond_the_walltime(lab: Lab, tmp_path: Path, small: list[str]) -> None:
     """Protects long training from short walltimes: partial results, and a successor that takes
     over the trainer's state, so that not one step is lost or done twice."""

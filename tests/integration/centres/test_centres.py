@@ -25,6 +25,8 @@ from flwr_hpc.exchange.http_client.connection import Credential
 from flwr_hpc.gate.certificate import new_certificate, new_key_pair
 from flwr_hpc.join import server_door
 
+pytestmark = pytest.mark.slow
+
 # Small payloads, too, travel over the exchange; whoever waited for what is lost would do so long.
 SETTINGS = (
     *("exchange.inline_below_mb=0", "federation.reply_grace_s=3600", "federation.wait_s=5"),

@@ -20,7 +20,7 @@ from worlds.network.sshd import Sshd, needs_sshd, sshd
 from worlds.runs.over_ssh import SshRun
 from worlds.runs.run import ROOT, Run, kill
 
-pytestmark = needs_sshd
+pytestmark = [pytest.mark.slow, needs_sshd]
 
 
 @pytest.fixture

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pathlib import Path
 
 from worlds.hosts.disk import small_disk
 from worlds.runs.run import ONE_SITE, Run, kill
+
+pytestmark = pytest.mark.slow
 
 
 def _troubles(run: Run) -> list[str]:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from worlds.runs.run import ONE_SITE, Run
 
+pytestmark = pytest.mark.slow
+
 ALONE = [*ONE_SITE, "train.schedule_steps=90"]
 PLAIN_DILOCO = ["strategy.outer_lr=1.0", "strategy.momentum=0.0"]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 import signal
 from pathlib import Path
 
 import psutil
 from worlds.jobs import below, command_line, send
 from worlds.runs.run import ONE_SITE, Run, kill
+
+pytestmark = pytest.mark.slow
 
 SUPEREXEC = "flower-superexec"
 

@@ -23,7 +23,7 @@ from worlds.runs.run import Run
 from flwr_hpc.server.bundle import PYPROJECT
 from flwr_hpc.server.bundle import connection as flower_connection
 
-pytestmark = needs_another_user
+pytestmark = [pytest.mark.slow, needs_another_user]
 
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD")
 MORE_PATHS = (

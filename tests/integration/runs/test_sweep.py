@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import json
 import os
 import signal
@@ -12,6 +14,8 @@ from typing import Any
 
 from worlds.jobs import until
 from worlds.runs.run import ONE_SITE, ROOT
+
+pytestmark = pytest.mark.slow
 
 SETTINGS = [s for s in ONE_SITE if not s.startswith(("data.paths", "rounds", "train.steps"))]
 GRID = ["data.paths.local_a=[json],[no_such_package]", "train.lr=1e-3,1e-2"]

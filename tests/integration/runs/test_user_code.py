@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from worlds.runs.run import ONE_SITE, Run
+
+pytestmark = pytest.mark.slow
 
 STRATEGY = """
 from strategies import HpcStrategy

@@ -21,6 +21,8 @@ from worlds.runs.run import ROOT
 from flwr_hpc.flower.commands import FLOWER_ENV
 from flwr_hpc.server.bundle import connection
 
+pytestmark = pytest.mark.slow
+
 NODES = 2
 RUN = "num-server-rounds=2 fraction-evaluate=0.0"
 # Added to the example: a question that is answered by an exception.
