@@ -87,6 +87,11 @@ def private_folder(path: Path) -> Path:
     return path
 
 
+def existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 @contextlib.contextmanager
 def draft(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary name that is synced and becomes `path` if the block succeeds.

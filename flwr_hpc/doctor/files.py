@@ -17,23 +17,17 @@ from flwr_hpc.doctor.login import Login, login
 from flwr_hpc.doctor.outside import hub_url
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.store import make_store
+from flwr_hpc.files import existing
 from flwr_hpc.server import preflight
+from flwr_hpc.spool.disk_use import site_disk
 
 WORKDIR = "working folder"
 GB = 10**9
-# Kept at a time, in bytes per parameter: the weights of 4 orders, in and out, and 2 checkpoints
-# of weights and two moments.
-PER_PARAMETER = 4 * (4 + 4) + 12 * 2
 LEAST_BYTES = 1 * GB
 UNKNOWN_BYTES = 5 * GB
 LEAST_FILES = 10_000
 # Of one host alone; the rest is taken for shared until the probe job says otherwise.
 OWN = ("ext2", "ext3", "ext4", "xfs", "btrfs", "tmpfs", "overlay", "ramfs", "zfs")
-
-
-def existing(path: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 @login(WORKDIR)
@@ -134,7 +128,7 @@ def usage(text: str) -> list[dict[str, Any]]:
         words = [words[0] + words[1]]
     rows = []
     for of, *rest in words:
-        numbers = [w.rstrip("*") for w in rest]
+        numbers = [w.strip("*[]") for w in rest]  # over the limit; a part that did not answer
         if len(rest) >= 7 and all(numbers[k].isdigit() for k in (0, 1, 2, 4, 5, 6)):
             keys = ("kb", "kb_soft", "kb_hard", "grace", "files", "files_soft", "files_hard")
             values = (int(n) if n.isdigit() else 0 for n in numbers)
@@ -152,7 +146,7 @@ def quota_left(row: dict[str, Any]) -> tuple[int | None, int | None]:
 def needed_bytes(model: ModelConfig) -> int:
     """Return about what a run of a model keeps on disk at a time."""
     n = parameters(model)
-    return UNKNOWN_BYTES if n is None else max(LEAST_BYTES, PER_PARAMETER * n)
+    return UNKNOWN_BYTES if n is None else max(LEAST_BYTES, site_disk(n).total)
 
 
 def parameters(model: ModelConfig) -> int | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,10 +19,13 @@ from flwr_hpc.data.passages import read_passages
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.store import make_store
-from flwr_hpc.files import read_json
+from flwr_hpc.files import existing, read_json
 from flwr_hpc.gate import peers
+from flwr_hpc.plan.ranking import shape_of
 from flwr_hpc.schedulers.interpreter import check_interpreter
+from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
+from flwr_hpc.spool import disk_use
 
 JOB_PACKAGES = ("submitit", "flwr")
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
@@ -41,6 +46,86 @@ def check(config: Config) -> None:
     if config.exchange.store:
         make_store(config.exchange.store).check()
     check_facilities(config, list(config.facilities))
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run takes of one file system of this host, in bytes."""
+
+    folders: dict[str, Path]  # By the setting that moves them
+    least: int  # Without this nothing can be trained
+    most: int
+
+
+def check_space(
+    config: Config,
+    run_dir: Path,
+    free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+) -> list[str]:
+    """Return what to warn of; refuse a run that certainly does not fit, before its first job."""
+    warnings = []
+    for room in _rooms(config, run_dir):
+        place, left = ", ".join(map(str, room.folders.values())), free(_existing(room))
+        settings = " or ".join(f"{key}=/other/path" for key in room.folders)
+        fix = f"Make room there, or name another place: {settings}"
+        needs = f"{place}: {gb(left)} free; a run of this model keeps up to {gb(room.most)} there"
+        if left < room.least:
+            raise UserError(
+                f"{needs}, and cannot begin with less than {gb(room.least)}. {fix}. A site without "
+                "checkpoints takes less: train.checkpoint_every_orders=0 (what a lost job has not "
+                "sent is trained again then, with a fresh optimizer)"
+            )
+        if left < room.most:
+            warnings.append(f"warning: {needs}. {fix}")
+    return warnings
+
+
+def trained_parameters(config: Config) -> int | None:
+    """Return how many parameters travel and are trained; None where that is not known here."""
+    if config.model.lora.r:
+        return None
+    try:
+        return shape_of(config).parameters
+    except UserError:  # the trainer may know it, the planner does not
+        return None
+
+
+def site_disk_of(config: Config, parameters: int) -> disk_use.SiteDisk:
+    """Return what a site of a run keeps at most."""
+    lossy = config.exchange.feedback > 0 and make_codec(config.exchange.codec).tolerance > 0
+    checkpoints = config.train.checkpoint_every_orders > 0
+    return disk_use.site_disk(parameters, checkpoints=checkpoints, feedback=lossy)
+
+
+def gb(size: float) -> str:
+    """Return bytes in GB."""
+    return f"{size / 1e9:.3g} GB"
+
+
+def _rooms(config: Config, run_dir: Path) -> list[Room]:
+    """Return what is taken of each file system that this host sees."""
+    if (parameters := trained_parameters(config)) is None:
+        return []
+    run, sites = RunDir(run_dir), len({*config.facilities, *config.serve.sites})
+    checkpoints = config.train.checkpoint_every_orders > 0
+    least = disk_use.least_site_disk(parameters, checkpoints=checkpoints)
+    most = site_disk_of(config, parameters).total
+    server = disk_use.server_disk(parameters, sites)
+    taken = [("run_dir", run.path, disk_use.FLOAT32 * parameters, server)]
+    for name, facility in config.here.items():
+        key = "run_dir" if facility.workdir is None else f"facilities.{name}.workdir"
+        taken.append((key, run.site_root(config, name, "RUN"), least, most))
+    rooms: dict[int, Room] = {}
+    for key, path, low, high in taken:
+        device = existing(path).stat().st_dev
+        before = rooms.get(device, Room({}, 0, 0))
+        folders = {key: run.path if key == "run_dir" else path} | before.folders
+        rooms[device] = Room(folders, max(before.least, low), before.most + high)
+    return list(rooms.values())
+
+
+def _existing(room: Room) -> Path:
+    return existing(next(iter(room.folders.values())))
 
 
 def check_facilities(config: Config, names: list[str]) -> None:

@@ -19,7 +19,6 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.files import keep_files_private, publish, read_json
 from flwr_hpc.gate.credentials import read_credentials
-from flwr_hpc.plan.ranking import shape_of
 from flwr_hpc.schedulers.accounts import Account
 from flwr_hpc.schedulers.registry import make_scheduler
 from flwr_hpc.server import invitations, preflight
@@ -27,6 +26,7 @@ from flwr_hpc.server.driver import SessionOutcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import site_settings
 from flwr_hpc.site.launcher import job_spec
+from flwr_hpc.spool.disk_use import server_disk
 from flwr_hpc.ssh.attendant import Attendant, Attendants, remote_sites
 from flwr_hpc.ssh.host import SshLostError
 from flwr_hpc.tracking.live import LiveView
@@ -39,7 +39,7 @@ def show_plan(config: Config, accounts: Mapping[str, Account]) -> int:
     preflight.check(config)
     console = Console()
     console.print(_plan(config))
-    if line := _traffic(config):
+    for line in filter(None, (_traffic(config), _disk(config))):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     _print_accounts(console, config, accounts)
     planned = RunDir(Path(config.resume or config.run_dir or "runs/DATE_TIME").absolute())
@@ -55,8 +55,11 @@ def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
     preflight.check(config)
     keep_files_private()
     invitations.serve_by_ssh(config)
-    run_dir = RunDir.open(str(config.resume)) if resumed else RunDir.create(config)
     console = _Console()
+    if not resumed:  # else what it has on disk makes room as it goes on
+        for line in preflight.check_space(config, Path(config.run_dir or "runs").absolute()):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    run_dir = RunDir.open(str(config.resume)) if resumed else RunDir.create(config)
     with run_dir.lock():
         if resumed and _is_complete(run_dir, config):
             more = f"rounds={2 * config.rounds}"
@@ -190,12 +193,9 @@ def _plan(config: Config) -> Table:
 def _traffic(config: Config) -> str:
     """Say what an order sends between server and site, where the model's shape is known."""
     exchange, codec = config.exchange, make_codec(config.exchange.codec)
-    try:
-        parameters = shape_of(config).parameters
-    except UserError:  # the trainer may know it, the planner does not
-        return ""
-    up = codec.payload_gb(parameters)
-    if config.model.lora.r or up is None:
+    parameters = preflight.trained_parameters(config)
+    up = None if parameters is None else codec.payload_gb(parameters)
+    if parameters is None or up is None:
         return ""
     whole = 4e-9 * parameters
     downlink = make_downlink(exchange.downlink, codec)
@@ -204,6 +204,20 @@ def _traffic(config: Config) -> str:
         f"weights: {parameters / 1e9:.3g} B parameters, {whole:.3g} GB in float32. An order brings "
         f"{down or whole:.3g} GB to a site (exchange.downlink={_named(exchange.downlink)}) and "
         f"{up:.3g} GB back (exchange.codec={_named(exchange.codec)})"
+    )
+
+
+def _disk(config: Config) -> str:
+    """Say what the run keeps on disk, where the model's shape is known."""
+    if (parameters := preflight.trained_parameters(config)) is None:
+        return ""
+    site, gb = preflight.site_disk_of(config, parameters), preflight.gb
+    sites = len({*config.facilities, *config.serve.sites})
+    parts = f"checkpoints {gb(site.checkpoints)}, weights {gb(site.trained + site.received)}"
+    parts += f", error feedback {gb(site.feedback)}" * bool(site.feedback)
+    return (
+        f"disk: at most {gb(site.total)} at each site ({parts}; prepared data beside it) and "
+        f"{gb(server_disk(parameters, sites))} in the run directory"
     )
 
 

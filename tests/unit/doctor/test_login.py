@@ -255,6 +255,28 @@ def test_quota(tmp_path: Path, said: str, status: str) -> None:
     assert sick(tmp_path, outside=outside)["quota"].status == status
 
 
+# What Lustre prints without -q: as in the pages of two centres, the National Institute of Genetics
+# ("Change Storage Capacity") and OzSTAR ("Lustre"), where a part of the file system did not answer.
+NIG = """Disk quotas for usr your_account (uid 6000):
+      Filesystem  kbytes   quota   limit   grace   files   quota   limit   grace
+        /lustre7 982177580       0 1000000000       - 443208230       0       0       -
+uid 6000 is using default file quota setting
+"""
+OZSTAR = """Disk quotas for usr username (uid 1000):
+     Filesystem    kbytes    quota   limit   grace   files   quota   limit   grace
+          /fred [1041408]  5242880 6291456       -     [0]       0       0       -
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "left"), [(NIG, (17822420 * 1024, None)), (OZSTAR, (4201472 * 1024, None))]
+)
+def test_quota_as_centres_print_it(printed: str, left: tuple[int | None, int | None]) -> None:
+    """Protects from taking a limit for none: headings, remarks, and figures in brackets."""
+    (row,) = files.usage(printed)
+    assert files.quota_left(row) == left
+
+
 def test_quota_of_another_file_system_is_not_ours(tmp_path: Path) -> None:
     """Protects from reading the home quota for the scratch folder."""
     rows = "Disk quotas for user me (uid 1):\n Filesystem blocks quota limit grace files quota "
@@ -270,7 +292,7 @@ def test_need_follows_the_model(tmp_path: Path) -> None:
     assert 6e9 < (files.parameters(seven) or 0) < 7.5e9
     gpt = {"n_embd": 4096, "n_layer": 32, "vocab_size": 32000}
     assert 6e9 < (files.parameters(ModelConfig(config=gpt)) or 0) < 9e9
-    assert files.needed_bytes(seven) > 3e11
+    assert files.needed_bytes(seven) > 2.9e11
     assert files.needed_bytes(ModelConfig(path="org/name")) == 5 * 10**9
     (tmp_path / "model.safetensors").write_bytes(b"x" * 200)
     assert files.parameters(ModelConfig(path=str(tmp_path))) == 100

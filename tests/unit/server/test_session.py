@@ -50,7 +50,9 @@ def test_a_dry_run_says_what_travels(
     """Protects the table in docs/centres.md, and who pays for a line."""
     ways = [f"exchange.codec={codec}", f"exchange.downlink={codec}"]
     assert run.main([*model, *ways, "+facility=local_a", "dry_run=true"]) == 0
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("weights: "))
+    lines = capsys.readouterr().out.splitlines()
+    assert any(x.startswith("disk: at most") and "error feedback" in x for x in lines)
+    line = next(x for x in lines if x.startswith("weights: "))
     assert f"brings {gb} GB to a site (exchange.downlink={codec}) and {gb} GB back" in line
 
 
