@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 FLOAT32 = 4  # bytes: what travels and is trained is kept in it
 MOMENTS = 2  # of AdamW, each as large as the model
-CHECKPOINTS = 2  # that a site keeps; one more is there while it is written
+CHECKPOINTS = 2  # that a site keeps; one of them may be in the making
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def site_disk(parameters: int, *, checkpoints: bool = True, feedback: bool = Fal
         Whether its codec has error feedback.
     """
     model = FLOAT32 * parameters
-    written = CHECKPOINTS * model + (CHECKPOINTS + 1) * MOMENTS * model
+    written = CHECKPOINTS * (1 + MOMENTS) * model
     return SiteDisk(model, 2 * model, written * checkpoints, 2 * model * feedback)
 
 

@@ -66,7 +66,7 @@ class Checkpoints:
     group : Group
         The ranks that save and load together.
     keep : int
-        How many complete checkpoints stay.
+        How many complete checkpoints stay, at least 2.
     writer : str
         Name of this allocation.
     """
@@ -158,6 +158,7 @@ class Checkpoints:
         first = group.ranks.rank == 0
         exists = first and target.exists()
         if first and not exists:
+            self._make_room()
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         if group.broadcast(exists, group.background):
@@ -170,7 +171,6 @@ class Checkpoints:
                 publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
                 draft.rename(target)
                 sync_dir(self._root)
-                self._prune()
         except FAILURES as exc:
             if first:
                 shutil.rmtree(draft, ignore_errors=True)
@@ -220,7 +220,7 @@ class Checkpoints:
     def _set_aside(self, saved: Saved, reason: str) -> DamagedCheckpointError:
         """Rename a damaged one, for a person to look at; only the last such one is kept."""
         aside = saved.path.with_name(f".{saved.path.name}.damaged")
-        if self._group.ranks.rank == 0:
+        if self._group.ranks.rank == 0 and saved.path.exists():  # else deleted while it was read
             for other in self._root.glob(".*.damaged"):
                 shutil.rmtree(other, ignore_errors=True)
             saved.path.rename(aside)
@@ -236,8 +236,9 @@ class Checkpoints:
         names = [n for n in os.listdir(self._root) if "@" in n and not n.startswith(".")]
         return sorted((self._root / n for n in names), key=_place)
 
-    def _prune(self) -> None:
-        for path in self._all()[: -self._keep]:
+    def _make_room(self) -> None:
+        """Keep one less than may stay, before one more is written: the newest is among them."""
+        for path in self._all()[: 1 - self._keep]:
             # Rename first: a half-removed checkpoint must not look complete.
             waste = path.with_name(f".{path.name}.old")
             path.rename(waste)

@@ -81,6 +81,16 @@ def test_every_order_is_in_the_event_log(undisturbed: Run) -> None:
     assert len(set(done)) == len(done)
 
 
+def test_a_run_that_has_ended_leaves_its_last_checkpoints(undisturbed: Run) -> None:
+    """Protects disks: of weights the model is left, the server's checkpoint, and one of each site."""
+    weights = sorted(undisturbed.dir.rglob("*.safetensors"))
+    places = [str(p.relative_to(undisturbed.dir).parts[0]) for p in weights]
+    assert places == ["checkpoints", "checkpoints", "facilities", "facilities", "model"]
+    for facility in ("local_a", "local_b"):
+        checkpoints = undisturbed.dir / "facilities" / facility / "checkpoints"
+        assert len(list(checkpoints.iterdir())) == 1
+
+
 def test_a_finished_run_is_not_started_again(undisturbed: Run) -> None:
     """Protects an allocation from being asked for in vain."""
     again = Run(undisturbed.dir, resume=True)

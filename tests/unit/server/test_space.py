@@ -35,7 +35,7 @@ def test_a_disk_that_may_fill_up_is_warned_of(tmp_path: Path) -> None:
     """Protects from a stop in the third round; site and server are on one disk here."""
     (warning,) = space(tmp_path, 500 * GB)
     assert warning.startswith("warning: ")
-    assert "up to 578 GB" in warning  # 11 models of the site and 7 of the server
+    assert "up to 514 GB" in warning  # 9 models of the site and 7 of the server
     assert space(tmp_path, 600 * GB) == []
 
 

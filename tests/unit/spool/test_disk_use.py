@@ -11,7 +11,7 @@ MODEL = 4  # bytes of one parameter
 
 @pytest.mark.parametrize(
     ("options", "models"),
-    [({}, 11), ({"feedback": True}, 13), ({"checkpoints": False}, 3)],
+    [({}, 9), ({"feedback": True}, 11), ({"checkpoints": False}, 3)],
 )
 def test_a_site_keeps_so_many_models(options: dict[str, bool], models: int) -> None:
     """Protects the table in docs/resilience.md: three weights, and checkpoints with moments."""
