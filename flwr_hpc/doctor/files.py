@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,11 @@ def space(here: Login) -> Finding:
 
 @login("quota", needs=[WORKDIR])
 def quota(here: Login) -> Finding:
-    """Ask for this user's quota on the file system of the working folder."""
+    """Ask for the quotas that hold in the working folder: this user's and, on Lustre, others'."""
     base = existing(here.root).resolve()
     device, kind = here.outside.mount(base)
     if kind == "lustre" and here.outside.which("lfs"):
-        answer = here.outside.ask("lfs", "quota", "-q", "-u", getpass.getuser(), str(base))
-        rows = usage(answer.out)
+        rows = _lustre_usage(here, base)
     elif here.outside.which("quota"):
         answer = here.outside.ask("quota", "-w", "-p")  # it ends with 1 when over the quota
         rows = [row for row in usage(answer.out) if row["of"] == device]
@@ -109,7 +109,9 @@ def quota(here: Login) -> Finding:
         return skipped("no quota command for this file system here; the centre has one of its own")
     if not rows:
         return skipped(f"none told for {base}")
-    left, files = quota_left(rows[0])
+    both = [quota_left(row) for row in rows]
+    left = min((n for n, _ in both if n is not None), default=None)
+    files = min((n for _, n in both if n is not None), default=None)
     need = needed_bytes(here.config.model)
     found = "no limit" if left is None else f"{_gb(left)} left"
     found += "" if files is None else f", {files} files left"
@@ -119,6 +121,18 @@ def quota(here: Login) -> Finding:
             f"delete old runs, or name another place: {here.set('workdir')}=/path",
         )
     return passed(found)
+
+
+def _lustre_usage(here: Login, base: Path) -> list[dict[str, Any]]:
+    """Ask for the quotas of the user, of the group that new files will have, and of the project."""
+    found = base.stat()
+    group = found.st_gid if found.st_mode & stat.S_ISGID else os.getgid()
+    owners = [("-u", getpass.getuser()), ("-g", str(group))]
+    project = here.outside.ask("lfs", "project", "-d", str(base)).out.split()
+    if project and project[0].isdigit() and int(project[0]):
+        owners.append(("-p", project[0]))
+    answers = (here.outside.ask("lfs", "quota", "-q", *owner, str(base)) for owner in owners)
+    return [row for answer in answers for row in usage(answer.out)]
 
 
 def usage(text: str) -> list[dict[str, Any]]:

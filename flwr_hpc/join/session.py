@@ -55,6 +55,10 @@ def join(invitation: Invitation, config: Config) -> int:
     _check(invitation, config)
     keep_files_private()
     console = Console()
+    planned = _site_dir(invitation, config)
+    if not (planned.path / "run.json").exists():  # else what it has on disk makes room
+        for line in preflight.check_space(config, planned.path, joins=True):
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     folder = _open(invitation, config)
     with folder.lock():
         _show(console, invitation, config, folder)

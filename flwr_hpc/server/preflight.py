@@ -59,12 +59,24 @@ class Room:
 
 def check_space(
     config: Config,
-    run_dir: Path,
+    folder: Path,
     free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    *,
+    joins: bool = False,
 ) -> list[str]:
-    """Return what to warn of; refuse a run that certainly does not fit, before its first job."""
+    """Return what to warn of; refuse a run that certainly does not fit, before its first job.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        The run's; of a site that `joins` somebody's run, the site's.
+    free : callable
+        Returns the free bytes of a folder's file system.
+    joins : bool
+    """
     warnings = []
-    for room in _rooms(config, run_dir):
+    for room in _rooms(config, folder, joins):
         place, left = ", ".join(map(str, room.folders.values())), free(_existing(room))
         settings = " or ".join(f"{key}=/other/path" for key in room.folders)
         fix = f"Make room there, or name another place: {settings}"
@@ -102,24 +114,25 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def _rooms(config: Config, run_dir: Path) -> list[Room]:
+def _rooms(config: Config, folder: Path, joins: bool) -> list[Room]:
     """Return what is taken of each file system that this host sees."""
     if (parameters := trained_parameters(config)) is None:
         return []
-    run, sites = RunDir(run_dir), len({*config.facilities, *config.serve.sites})
+    run, sites = RunDir(folder), len({*config.facilities, *config.serve.sites})
     checkpoints = config.train.checkpoint_every_orders > 0
     least = disk_use.least_site_disk(parameters, checkpoints=checkpoints)
     most = site_disk_of(config, parameters).total
+    own = "site.dir" if joins else "run_dir"
     server = disk_use.server_disk(parameters, sites)
-    taken = [("run_dir", run.path, disk_use.FLOAT32 * parameters, server)]
+    taken = [] if joins else [(own, run.path, disk_use.FLOAT32 * parameters, server)]
     for name, facility in config.here.items():
-        key = "run_dir" if facility.workdir is None else f"facilities.{name}.workdir"
+        key = own if facility.workdir is None else f"facilities.{name}.workdir"
         taken.append((key, run.site_root(config, name, "RUN"), least, most))
     rooms: dict[int, Room] = {}
     for key, path, low, high in taken:
         device = existing(path).stat().st_dev
         before = rooms.get(device, Room({}, 0, 0))
-        folders = {key: run.path if key == "run_dir" else path} | before.folders
+        folders = {key: run.path if key == own else path} | before.folders
         rooms[device] = Room(folders, max(before.least, low), before.most + high)
     return list(rooms.values())
 

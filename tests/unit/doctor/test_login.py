@@ -277,6 +277,23 @@ def test_quota_as_centres_print_it(printed: str, left: tuple[int | None, int | N
     assert files.quota_left(row) == left
 
 
+def test_the_tightest_quota_counts(tmp_path: Path) -> None:
+    """Protects projects: at many centres the folder's project has the quota, and nobody else."""
+    here = a_login(tmp_path)
+    roomy, tight = LFS.replace("1000000 - 5", "0 - 5"), LFS
+    says = {"project": f" 4711 P {tmp_path}\n", "-u": roomy, "-g": "no quotas", "-p": tight}
+
+    def ask(*command: str, timeout_s: float = 60.0) -> Answer:
+        assert "-p" not in command or "4711" in command
+        return Answer(0, next((text for word, text in says.items() if word in command), ""))
+
+    outside: Any = here.outside
+    outside.mounted, outside.ask = ("mds@tcp:/scratch", "lustre"), ask
+    outside.programs = (*FakeOutside().programs, "lfs")
+    quota = files.quota(here)
+    assert (quota.status, quota.observed[:11]) == ("fail", "0.1 GB left")
+
+
 def test_quota_of_another_file_system_is_not_ours(tmp_path: Path) -> None:
     """Protects from reading the home quota for the scratch folder."""
     rows = "Disk quotas for user me (uid 1):\n Filesystem blocks quota limit grace files quota "

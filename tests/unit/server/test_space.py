@@ -47,6 +47,15 @@ def test_a_site_on_another_disk_is_named_by_its_setting(tmp_path: Path) -> None:
         preflight.check_space(config, tmp_path / "run", lambda path: sizes.get(path, 10**15))
 
 
+def test_a_site_that_joins_is_judged_without_the_server(tmp_path: Path) -> None:
+    """Protects a centre from a run that its disk does not hold; the server's is elsewhere."""
+    config = compose_config([*LLAMA])
+    (warning,) = preflight.check_space(config, tmp_path, lambda path: 200 * GB, joins=True)
+    assert "up to 289 GB" in warning
+    assert "site.dir=/other/path" in warning
+    assert preflight.check_space(config, tmp_path, lambda path: 300 * GB, joins=True) == []
+
+
 @pytest.mark.parametrize(
     "overrides", [["model.path=org/name", "model.lora.r=8"], ["+facility=local_a"]]
 )
