@@ -273,6 +273,7 @@ class FakeGrid(Grid):
         self.refuse = 0  # pushes answered with ""
         self.duplicate = False
         self.violations: list[str] = []
+        self.settled: dict[str, int] = {}  # facility -> below which number, by the server's word
         self.pushed: list[Message] = []
         self._pending: dict[str, _Reply] = {}
         self._receiver: dict[str, int] = {}
@@ -354,6 +355,7 @@ class FakeGrid(Grid):
         flying = [r for r in self._pending.values() if r.node_id == node_id]
         if any(r.at > self.clock.now() for r in flying) and kind != protocol.RELEASE:
             self.violations.append(f"two messages in flight to node {node_id}")
+        self._hold_to_its_word(message)
         message_id = f"m{next(self._ids)}"
         message.metadata.__dict__["_message_id"] = message_id
         self.pushed.append(message)
@@ -370,6 +372,16 @@ class FakeGrid(Grid):
         self.free_at[node_id] = at
         self._pending[message_id] = _Reply(at, Message(content, reply_to=message), node_id)
         return message_id
+
+    def _hold_to_its_word(self, message: Message) -> None:
+        """Note a question for an order of which the server said that it is settled."""
+        if protocol.ORDER in message.content:
+            order = protocol.from_json(Order, str(message.content[protocol.ORDER]["json"]))
+            settled = self.settled[order.facility] = max(
+                order.settled, self.settled.get(order.facility, 0)
+            )
+            if order.seq < settled:
+                self.violations.append(f"{order.id} was settled")
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         replies = []
