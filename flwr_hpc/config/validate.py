@@ -51,6 +51,7 @@ INTERVALS = {
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",
 }
+PASSWORD = re.compile(r"//([^/:]*):[^/]*@")
 ENCODER_DECODERS = ("mt5", "t5")
 # What models call their sizes: transformers' usual name, and those of GPT-2 and its like.
 SIZES: dict[str, tuple[str, ...]] = {
@@ -94,6 +95,7 @@ def check_values(c: Any) -> None:
     _check_limits(c)
     _check_sites(c.serve)
     _check_paths(c)
+    _check_store(c.exchange.store or "")
     _check_model(c)
     if not c.strategy.get("_target_"):
         raise UserError(
@@ -168,6 +170,17 @@ def _check_paths(c: Any) -> None:
                     f"data={c.data.kind} needs the files of facility '{name}'. "
                     f"Add to the command: 'data.paths.{name}=[/path/to/files/*]'"
                 )
+
+
+def _check_store(url: str) -> None:
+    """Refuse a secret in a URL, which is written into the run's files, invitations and logs."""
+    if found := PASSWORD.search(url):
+        without = PASSWORD.sub(rf"//{found[1]}@", url)
+        raise UserError(
+            "exchange.store has a password in it, which would be written into the run's folder, "
+            "logs and invitations. Keep it on each machine (SFTP: a key in ~/.ssh or an "
+            f"ssh-agent; S3: ~/.aws/credentials), and name exchange.store={without}"
+        )
 
 
 def _check_model(c: Any) -> None:

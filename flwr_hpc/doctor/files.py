@@ -18,6 +18,7 @@ from flwr_hpc.doctor.login import Login, login
 from flwr_hpc.doctor.outside import hub_url
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.store import make_store
+from flwr_hpc.exchange.stores.fsspec import connect, explain
 from flwr_hpc.files import existing
 from flwr_hpc.server import preflight
 from flwr_hpc.spool.disk_use import site_disk
@@ -218,7 +219,7 @@ def store(here: Login) -> Finding:
         _there_and_back(place)
     except Exception as exc:  # each of fsspec's file systems has its own kinds
         return failed(
-            f"{place}: {type(exc).__name__}: {exc}",
+            f"{place}: {explain(exc)}",
             "exchange.store=URL of a place that server and sites may write to; what a scheme needs "
             "is on its fsspec page (packages, credentials)",
         )
@@ -226,14 +227,12 @@ def store(here: Login) -> Finding:
 
 
 def _there_and_back(place: str) -> None:
-    from fsspec.core import url_to_fs  # not needed where weights lie in a folder
-
     with tempfile.TemporaryDirectory() as folder:
         payload = Path(folder) / "payload"
         payload.write_bytes(secrets.token_bytes(1024))
         reference = make_store(place).put(payload)
         make_store(place).get(reference, Path(folder) / "back")
-    fs, path = url_to_fs(place)
+    fs, path = connect(place)
     fs.rm(path, recursive=True)
 
 

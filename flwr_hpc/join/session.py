@@ -77,6 +77,7 @@ def _check(invitation: Invitation, config: Config) -> None:
     peers.check(config.federation.shared_host)
     check_facilities(config.facilities)
     settle_accounts(config.facilities)
+    preflight.check_store(config)
     preflight.check_facilities(config, invitation.sites)
 
 

@@ -43,9 +43,14 @@ def check(config: Config) -> None:
             "tracking=wandb needs the package wandb. Fix it with: pip install 'flwr-hpc[wandb]'"
         )
     make_downlink(config.exchange.downlink, make_codec(config.exchange.codec))
+    check_store(config)
+    check_facilities(config, list(config.facilities))
+
+
+def check_store(config: Config) -> None:
+    """Check that weights can travel through the store that was asked for."""
     if config.exchange.store:
         make_store(config.exchange.store).check()
-    check_facilities(config, list(config.facilities))
 
 
 @dataclass(frozen=True)

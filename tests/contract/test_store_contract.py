@@ -9,10 +9,11 @@ import uuid
 from contextlib import ExitStack
 
 import pytest
-from fsspec.core import url_to_fs
 from worlds.exchange.server import ExchangeServer, write_credential
+from worlds.network import s3_server, sftp_server
 
 from flwr_hpc.exchange.store import Reference, make_store, store_names
+from flwr_hpc.exchange.stores.fsspec import connect
 from flwr_hpc.exchange.tensors import BadPayload
 
 DATA = b"weights" * 400_000
@@ -23,13 +24,25 @@ FOLDER = "node-7"  # of the site whose credential a server's store is given
 # A new store needs a row here: places, as ``exchange.store`` names them and as fsspec does.
 PLACES = {
     "file": [("{folder}", "{folder}"), ("file://{folder}", "{folder}")],
-    "fsspec": [("memory://{name}", "memory://{name}")],
+    "fsspec": [
+        ("memory://{name}", "memory://{name}"),
+        ("sftp://far{folder}", "sftp://far{folder}"),
+        ("s3://bucket/{name}", "s3://bucket/{name}"),
+    ],
     "https": [("{server}", "{folder}")],
     "http": [("{server}", "{folder}")],
 }
 
 
-@pytest.fixture(params=[(name, i) for name in store_names() for i in range(len(PLACES[name]))])
+sftp = pytest.fixture(scope="module")(sftp_server.serve)
+s3 = pytest.fixture(scope="module")(s3_server.serve)
+REAL_SERVERS = {"sftp": sftp_server, "s3": s3_server}
+ROWS = [(name, i) for name in store_names() for i in range(len(PLACES[name]))]
+
+
+@pytest.fixture(
+    params=ROWS, ids=lambda row: f"{row[0]}{row[1]}-{PLACES[row[0]][row[1]][0].split(':')[0]}"
+)
 def store(request, tmp_path):
     name, i = request.param
     names, options = {"folder": tmp_path / "store", "name": uuid.uuid4().hex}, {}
@@ -38,9 +51,13 @@ def store(request, tmp_path):
             server = servers.enter_context(ExchangeServer(tmp_path, tls=name == "https"))
             names["server"] = server.url
             options["credential"] = write_credential(tmp_path / "credential")
+        elif (scheme := PLACES[name][i][0].partition(":")[0]) in REAL_SERVERS:
+            if reason := REAL_SERVERS[scheme].MISSING:
+                pytest.skip(reason)
+            request.getfixturevalue(scheme)
         url, place = (text.format(**names) for text in PLACES[name][i])
         made = make_store(url, **options)
-        made.place = url_to_fs(place)
+        made.place = connect(place)
         yield made
 
 

@@ -112,6 +112,15 @@ def test_wrong_settings_are_explained(overrides: list[str], said: str) -> None:
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["sftp://me:a@b:c@host/x", "simplecache::sftp://:a@b:c@host:22/x"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(url: str) -> None:
+    """Protects it from the run's folder, invitations and logs."""
+    with pytest.raises(UserError, match="has a password in it") as caught:
+        compose_config([f"exchange.store={url}"])
+    assert "a@b:c" not in str(caught.value)
+    assert compose_config(["exchange.store=sftp://me@host:22/x"]).exchange.store
+
+
 def test_own_facility_from_a_config_dir(tmp_path: Path) -> None:
     """Protects users of an installed wheel who add a cluster of their own."""
     (tmp_path / "my conf" / "facility").mkdir(parents=True)

@@ -67,10 +67,22 @@ def test_stores_are_file_systems_that_fsspec_knows(monkeypatch: pytest.MonkeyPat
     assert "no file system 'sftpp'. Did you mean 'sftp'?" in fault("exchange.store=sftpp://host/x")
 
     def missing(protocol: str) -> None:
-        raise ImportError("Install s3fs to access S3")
+        raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr("fsspec.get_filesystem_class", missing)
-    assert "Install s3fs" in fault("exchange.store=s3://bucket/x")
+    assert "install gcsfs" in fault("exchange.store=gs://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("url", "extra"),
+    [("s3://b/x", "s3"), ("sftp://h/x", "sftp"), ("simplecache::ssh://h/x", "sftp")],
+)
+def test_a_store_says_which_extra_it_lacks(
+    url: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects from a run that fails at its first payload, and from SFTP to any host at all."""
+    monkeypatch.setattr("flwr_hpc.exchange.stores.fsspec.find_spec", lambda name: None)
+    assert f"pip install 'flwr-hpc[{extra}]'" in fault(f"exchange.store={url}")
 
 
 @pytest.mark.parametrize("key", ["model.path", "data.tokenizer"])
