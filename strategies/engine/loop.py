@@ -191,15 +191,12 @@ class EventLoop:
         """Give everybody something to do who has nothing, as far as there is."""
         asked = False
         for facility, site in sorted(self.engine.sites.items()):
-            rests = not site.online or self.troubles.rests(facility)
-            if site.refusal or (rests and not driver.in_rounds):
+            busy = self.engine.busy(facility)
+            if site.refusal or (busy and not self.engine.due_prefetch(facility)):
                 continue
-            if not self.engine.busy(facility):
-                plan = driver.plan(site)
-            elif self.engine.due_prefetch(facility):
-                plan = driver.plan_next(site)
-            else:
+            if not driver.in_rounds and (not site.online or self.troubles.rests(facility)):
                 continue
+            plan = driver.plan_next(site) if busy else driver.plan(site)
             if plan is not None:
                 asked = True
                 self._trains |= plan.kind == "train"

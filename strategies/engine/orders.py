@@ -27,6 +27,7 @@ class OrderFactory:
         self._settings = runtime.settings
         self._memory = memory
         self._parts: WeakValueDictionary[Any, ArrayRecord] = WeakValueDictionary()
+        self._made: dict[str, list[Order]] = {}  # by facility; some may be no longer open
 
     def make(self, request: Request, site: SiteState, running: Order | None) -> None:
         """Give a request its weights and its number; `running` is under way at the site."""
@@ -50,6 +51,7 @@ class OrderFactory:
         )
         request.order = order = self._with_extra_arrays(request, order)
         self._memory.orders[order.id] = order
+        self._made[site.facility].append(order)
 
     def adopt(self, request: Request, order: Order) -> None:
         """Let a request go on with an order of an interrupted run; what it carries is the same."""
@@ -82,13 +84,20 @@ class OrderFactory:
 
     def _settled(self, site: SiteState, seq: int) -> int:
         """Return below which number no order is open; the commit ahead of sending makes it last."""
-        mine = (o.seq for o in self._memory.orders.values() if o.facility == site.facility)
-        return min(mine, default=seq)
+        return min((order.seq for order in self._open(site)), default=seq)
+
+    def _open(self, site: SiteState) -> list[Order]:
+        """Return a site's open orders; sought among all at first: a resumed run has some."""
+        orders = self._memory.orders
+        made = self._made.get(site.facility)
+        if made is None:
+            made = [order for order in orders.values() if order.facility == site.facility]
+        made = self._made[site.facility] = [order for order in made if order.id in orders]
+        return made
 
     def _due(self, site: SiteState, version: int) -> bool:
         """Return whether a version is to be evaluated at a site, and nobody has done or will."""
         every = self._settings.evaluate_every
         if not (every > 0 and version % every == 0) or site.evaluated == version:
             return False
-        mine = (o for o in self._memory.orders.values() if o.facility == site.facility)
-        return not any(o.evaluate and o.version == version for o in mine)
+        return not any(o.evaluate and o.version == version for o in self._open(site))

@@ -90,6 +90,8 @@ class MessageTransport:
 
     def _unanswered(self, nodes: Set[int]) -> dict[str, InFlight]:
         """Return what is in flight to nodes and of whose reply nothing is here, by message id."""
+        if not nodes:
+            return {}
         receiving = getattr(self.grid, "receiving", lambda message_id: False)
         return {i: f for i, f in self._flights.items() if f.node_id in nodes and not receiving(i)}
 

@@ -26,8 +26,9 @@ class ContributionBalance:
         """Take an arrival in; shares of arrivals are followed over about 8 of every site."""
         _blend(self.steps, facility, float(max(1, steps)), 0.3)
         self.frequency.setdefault(facility, 1.0 / sites)
-        for name in self.frequency:
-            _blend(self.frequency, name, float(name == facility), 1.0 / (8.0 * sites))
+        new = 1.0 / (8.0 * sites)
+        self.frequency = {name: (1.0 - new) * share for name, share in self.frequency.items()}
+        self.frequency[facility] += new
 
     def share(self, facility: str, sites: int, by_steps: bool, by_arrivals: bool) -> float:
         """Return g_k of FedBackfill: 1/N, with the factors asked for."""
