@@ -88,8 +88,8 @@ def private_folder(path: Path) -> Path:
 
 
 def existing(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
-    return next(p for p in (path, *path.parents) if p.exists())
+    """Return the path, or the nearest folder above it that is there and may be looked at."""
+    return next(p for p in (path, *path.parents) if os.path.exists(p))
 
 
 @contextlib.contextmanager
