@@ -14,7 +14,8 @@ test: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" --numprocesses=3 --dist=worksteal
 
 test-slow: $(VENV)/.dev
-	$(PY) -m pytest -m slow --numprocesses=4 --dist=loadfile --no-loadscope-reorder tests/slurm tests
+	$(PY) -m pytest -m slow --numprocesses=4 --dist=loadfile --no-loadscope-reorder \
+	  tests/slurm tests/centres tests/integration  # the longest first
 
 test-fast: $(VENV)/.dev
 	$(PY) -m pytest -m "not slow" tests/unit tests/contract

@@ -26,7 +26,7 @@ from lab.plan import Shape
 from safetensors.numpy import load_file
 from slurm.fault_kinds import KINDS, Disk, Missed, Scene
 from worlds.jobs import STALLED_S
-from worlds.runs.run import Run
+from worlds.runs.run import Run, trained_steps
 
 from flwr_hpc.files import read_json
 
@@ -157,8 +157,7 @@ class Campaign:
         done = [e for e in run.events("order_done") if e["kind"] == "train"]
         outcome.partial_orders = sum(e["steps"] != STEPS for e in done)
         for facility, site in summary.get("facilities", {}).items():
-            kept = scene.spool(facility).checkpoints.glob("[!.]*@*")
-            trained = max((int(path.name.rpartition("@")[2]) for path in kept), default=0)
+            trained = trained_steps(scene.spool(facility).root)
             if not site["steps"] == trained == ROUNDS * STEPS:
                 counts = f"{site['steps']} steps by the server's count, {trained} by the trainer's"
                 outcome.twice.append(f"{facility}: {counts}, {ROUNDS * STEPS} ordered")

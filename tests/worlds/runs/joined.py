@@ -81,7 +81,7 @@ class Joined:
         return [event for event in events if event["event"] == name]
 
     def orders(self, site: Host) -> list[str]:
-        """Return the training orders that a site works on, or has worked on."""
+        """Return the training orders that a site works on, or has worked on since the last one."""
         home = site.outside(f"/home/{site.user}/site")
         paths = (path for path in paths_under(home) if path.name == "order.json")
         orders = (value["order"] for path in paths if (value := read_json(path)))  # else: pruned

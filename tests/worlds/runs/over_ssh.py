@@ -12,8 +12,6 @@ from worlds.jobs import command_line
 from worlds.runs.run import SMALL, Run
 from worlds.network.sshd import Sshd
 
-from flwr_hpc.files import read_json
-
 # Small payloads, too, travel through the port; a site that is away is waited for.
 THROUGH_THE_PORT = "exchange.inline_below_mb=0"
 
@@ -46,14 +44,6 @@ class SshRun(Run):
     def jobs_there(self) -> list[str]:
         """Return the jobs that were submitted there, by allocation."""
         return sorted(p.parent.name for p in self.paths_there("job"))
-
-    def trained_there(self) -> list[str]:
-        """Return the training orders that were worked on there."""
-        return sorted(
-            str(order["version"])
-            for p in self.paths_there("order.json")
-            if (found := read_json(p)) and (order := found["order"])["kind"] == "train"
-        )
 
     def trains_there(self) -> bool:
         """Whether an order is worked on there at this moment."""

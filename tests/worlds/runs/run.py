@@ -161,6 +161,13 @@ class Run:
         return [f"{p.pid} {command_line(p)}" for p in {*mine, *marked} if p.is_running()]
 
 
+def trained_steps(folder: Path) -> int:
+    """Return the trainer's own count of steps, by the newest checkpoint below a folder."""
+    found = (path for path in paths_under(folder) if path.parent.name == "checkpoints")
+    kept = (path.name for path in found if "@" in path.name and not path.name.startswith("."))
+    return max((int(name.rpartition("@")[2]) for name in kept), default=0)
+
+
 def _in_environment(process: psutil.Process, word: str) -> bool:
     if process.pid == os.getpid():
         return False
