@@ -125,9 +125,8 @@ class AllocationManager:
         An order that failed before is tried once more.
         """
         with self.spool.lock():
-            if order.seq < retention.settled(
-                self.spool, order.run_key
-            ):  # a message that was long under way
+            # A message that was long under way:
+            if order.seq < retention.settled(self.spool, order.run_key):
                 error = f"order '{order.id}' is settled: it is not worked on again"
                 return self._status.of_state("failed", order_id=order.id, error=error)
             folder = self.spool.order(order.id)

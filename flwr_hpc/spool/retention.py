@@ -24,10 +24,10 @@ def prune(spool: Spool) -> None:
 
     What was received after the newest order was published stays: its order is about to be.
     """
-    finished = [folder for folder in spool.orders() if folder.has_result]
-    for number, folder in enumerate(finished):
-        order = folder.order()[0]
-        if number >= UNSETTLED or order.seq < settled(spool, order.run_key):
+    finished = [(folder, folder.order()[0]) for folder in spool.orders() if folder.has_result]
+    below = {key: settled(spool, key) for key in {order.run_key for _, order in finished}}
+    for number, (folder, order) in enumerate(finished):
+        if number >= UNSETTLED or order.seq < below[order.run_key]:
             for alloc in spool.allocations():  # a requeued job reads its inbox again
                 alloc.unassign(folder.id)
             folder.remove()

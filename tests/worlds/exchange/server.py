@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import os
 import socket
@@ -18,12 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import uvicorn
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from flwr_hpc.exchange.http_server import Limits, exchange_app
+from flwr_hpc.gate.certificate import new_certificate
 
 SITES = {"token-7": "node-7", "token-8": "node-8"}
 
@@ -31,25 +26,8 @@ SITES = {"token-7": "node-7", "token-8": "node-8"}
 @cache
 def key_and_certificate() -> tuple[str, str]:
     """Return a throw-away key and the certificate of 127.0.0.1 that it signs, as PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    today = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(today - datetime.timedelta(days=1))
-        .not_valid_after(today + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
-        )
-        .sign(key, hashes.SHA256())
-    )
-    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    pem = serialization.Encoding.PEM
-    return key.private_bytes(pem, *form).decode(), certificate.public_bytes(pem).decode()
+    certificate, key = new_certificate("127.0.0.1")
+    return key, certificate
 
 
 def write_credential(path: Path, token: str = "token-7", certificate: str | None = None) -> Path:
