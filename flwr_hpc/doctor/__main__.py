@@ -8,13 +8,18 @@ to look at the line to the server that wrote it, e.g.
   python -m flwr_hpc.doctor +facility=local_a --json
   python -m flwr_hpc.doctor lumi.json
 
+What collectives reach between its devices, for python -m flwr_hpc.plan to plan by:
+
+  python -m flwr_hpc.doctor --bandwidth +facility=leonardo
+
 Whether a host of your ~/.ssh/config could be a site of a run that is started here:
 
   python -m flwr_hpc.doctor ssh=HOST python=/path/there/bin/python
 
 Of a facility it looks around here, then submits a job of at most ten minutes that looks around on
 the compute nodes. The job is cancelled when this command ends, however it ends. To a server it
-sends up to 50 MB and fetches them again. Nothing else is changed.
+sends up to 50 MB and fetches them again. Nothing else is changed, but that measured bandwidths are
+kept in ~/.config/flwr-hpc.
 """
 
 from __future__ import annotations
@@ -37,9 +42,10 @@ from flwr_hpc.doctor import line, ssh
 from flwr_hpc.doctor.examine import FacilityExam, Stopped, patient, probing, settled
 from flwr_hpc.doctor.findings import Finding, skipped
 from flwr_hpc.doctor.nodes import JOB, NODES
-from flwr_hpc.doctor.show import as_json, show, verdict
+from flwr_hpc.doctor.show import as_json, show, show_bandwidths, verdict
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.files import keep_files_private
+from flwr_hpc.plan.bandwidth import keep
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.registry import check_facilities
 
@@ -55,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     keep_files_private()
+    _check_bandwidth(args)
     if ssh.wants_ssh(args.overrides):
         return _show_found(ssh.examine(args.overrides), args.json)
     if line.names_invitation(args.overrides):
@@ -62,10 +69,22 @@ def _run(args: argparse.Namespace) -> int:
     config = _configure(args)
     queue_s = _timeout_s(args.timeout)
     clock = SystemClock()
-    patients = [patient(config, n, clock, queue_s, args.nodes) for n in config.facilities]
+    patients = [
+        patient(config, n, clock, queue_s, args.nodes, args.bandwidth) for n in config.facilities
+    ]
     if config.dry_run:
         return _show_scripts(patients)
     return _examine(patients, args, clock)
+
+
+def _check_bandwidth(args: argparse.Namespace) -> None:
+    if args.bandwidth and args.no_job:
+        raise UserError("--bandwidth is measured in a job: leave out --no-job")
+    if args.bandwidth and (ssh.wants_ssh(args.overrides) or line.names_invitation(args.overrides)):
+        raise UserError(
+            "--bandwidth is measured at a facility, from its login node: "
+            "python -m flwr_hpc.doctor --bandwidth +facility=NAME"
+        )
 
 
 def _configure(args: argparse.Namespace) -> Config:
@@ -119,6 +138,9 @@ def _examine(patients: list[FacilityExam], args: argparse.Namespace, clock: Cloc
             one.findings.append(left_out)
             show(console, one.here.name, [left_out])
     code = _probe(chosen, console, clock) if chosen else 0
+    for one in patients:
+        if measured := one.bandwidths:
+            show_bandwidths(console, measured, keep(measured))
     failed = _conclude(console, {one.here.name: one.findings for one in patients}, args.json)
     return code or failed
 
@@ -192,6 +214,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, default=2, metavar="N", help=of_nodes)
     of_timeout = "how long the probe job may wait in the queue (default: 30)"
     parser.add_argument("--timeout", default="30", metavar="MINUTES", help=of_timeout)
+    of_bandwidth = "also measure collectives between the job's devices, for flwr_hpc.plan"
+    parser.add_argument("--bandwidth", action="store_true", help=of_bandwidth)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 

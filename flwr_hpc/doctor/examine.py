@@ -19,9 +19,11 @@ from flwr_hpc.doctor.files import WORKDIR
 from flwr_hpc.doctor.findings import Finding
 from flwr_hpc.doctor.job import Probe, probe_facility
 from flwr_hpc.doctor.login import ACCEPTED, Login, login
-from flwr_hpc.doctor.nodes import Nodes, nodes
+from flwr_hpc.doctor.nodes import BANDWIDTHS, Nodes, nodes
 from flwr_hpc.doctor.outside import Outside, hub_url, versions
 from flwr_hpc.doctor.probe import PACKAGES
+from flwr_hpc.errors import UserError
+from flwr_hpc.plan.bandwidth import MeasuredBandwidths
 from flwr_hpc.schedulers.registry import make_scheduler, rules_of
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import site_settings
@@ -58,15 +60,31 @@ class FacilityExam:
         """Whether nothing was found that would keep the probe job from running."""
         return not any(f.name in GATE and f.status == "fail" for f in self.findings)
 
+    @property
+    def there(self) -> Nodes:
+        """What the probe job brought back."""
+        return Nodes(self.here.name, self.probe.result, versions(PACKAGES))
+
     def look_there(self) -> list[Finding]:
         """Judge what the probe job brought back."""
-        found = nodes.run(Nodes(self.here.name, self.probe.result, versions(PACKAGES)))
+        found = nodes.run(self.there)
         self.findings = self.findings + found
         return found
 
+    @property
+    def bandwidths(self) -> MeasuredBandwidths | None:
+        """What was measured and can be relied upon."""
+        fine = any(f.name == BANDWIDTHS and f.status in ("pass", "warn") for f in self.findings)
+        return self.there.bandwidths if fine else None
+
 
 def patient(
-    config: Config, name: str, clock: Clock, queue_s: float, most_nodes: int
+    config: Config,
+    name: str,
+    clock: Clock,
+    queue_s: float,
+    most_nodes: int,
+    bandwidth: bool = False,
 ) -> FacilityExam:
     """Gather what is looked at for one facility; touches nothing."""
     facility = config.facilities[name]
@@ -78,9 +96,14 @@ def patient(
     env = rules_of(facility).environment(facility, os.environ)
     here = Login(name, config, root, scheduler, spec, Outside(env))
     urls = (hub_url({**os.environ, **facility.env}),) if facility.internet else ()
-    wanted = probe_facility(facility, most_nodes)
+    wanted = probe_facility(facility, most_nodes, bandwidth)
+    if bandwidth and wanted.nodes * wanted.ranks_per_node == 1:
+        raise UserError(
+            f"--bandwidth measures ranks with each other, and the job at {name} has one. Give it "
+            f"more, as in: facilities.{name}.nodes=2"
+        )
     own = root.with_name(f"doctor-{token}-{name}")
-    probe = Probe(name, wanted, own, scheduler, clock, queue_s, urls)
+    probe = Probe(name, wanted, own, scheduler, clock, queue_s, urls, bandwidth)
     return FacilityExam(here, probe)
 
 

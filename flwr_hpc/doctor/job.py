@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flwr_hpc.schedulers.base import (
     stderr_tail,
 )
 
-WALLTIME_S = 600
+WALLTIME_S, MEASURING_WALLTIME_S = 600, 1200
 AFTER_END_S = 30.0  # for the last files of a job that has ended, with nothing seen of it
 AFTER_START_S = probe.PING_S + probe.LOOK_S + 60.0  # the last rank may start that much later
 FIRST_LOOK_S = 5.0
@@ -48,17 +49,19 @@ class ProbeResult:
     clock_s: dict[int, tuple[float, float]] = field(default_factory=dict)
     log: str = ""  # The end of what the ranks wrote to stderr
     token: str = ""  # What a rank reads in a file that was written here
+    date: str = ""  # When it was submitted, ISO 8601, UTC
 
 
-def probe_facility(f: FacilityConfig, nodes: int) -> FacilityConfig:
+def probe_facility(f: FacilityConfig, nodes: int, bandwidth: bool = False) -> FacilityConfig:
     """Return the facility as the probe asks for it: few nodes, few minutes."""
     queue = queue_of(f)
     least = queue.min_nodes if queue else 1
-    short = walltime_s(f.walltime) > WALLTIME_S
+    longest = MEASURING_WALLTIME_S if bandwidth else WALLTIME_S
+    short = walltime_s(f.walltime) > longest
     return replace(
         f,
         nodes=max(least, min(f.nodes, nodes)),
-        walltime="00:10:00" if short else f.walltime,
+        walltime=f"00:{longest // 60}:00" if short else f.walltime,
     )
 
 
@@ -79,6 +82,8 @@ class Probe:
         How long it may wait in the queue.
     urls : tuple of str
         What compute nodes shall reach.
+    bandwidth : bool
+        Whether the ranks also measure collectives.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Probe:
         clock: Clock,
         queue_s: float,
         urls: tuple[str, ...] = (),
+        bandwidth: bool = False,
     ) -> None:
         self.name, self.folder = name, root / "probe"
         self.result = ProbeResult(facility, token=secrets.token_hex(8))
@@ -102,7 +108,7 @@ class Probe:
             binds=tuple(filter(None, (str(root), checkout()))),
         )
         self._root, self._scheduler, self._clock = root, scheduler, clock
-        self._queue_s, self._urls = queue_s, urls
+        self._queue_s, self._urls, self._bandwidth = queue_s, urls, bandwidth
         self._made = next(p for p in (root, *root.parents) if p.parent.exists())
         self.left = ""  # what could not be ended
         self._job: dict[str, Any] | None = None
@@ -119,8 +125,10 @@ class Probe:
 
     def start(self) -> None:
         """Submit the job; a refusal is part of what was found."""
-        asked = {"token": self.result.token, "urls": self._urls}
+        asked = {"token": self.result.token, "urls": self._urls, "bandwidth": self._bandwidth}
         self._submitted = self._clock.now()
+        now = datetime.fromtimestamp(self._clock.wall(), UTC)
+        self.result.date = now.isoformat(timespec="seconds")
         try:
             publish(self.folder / "ask.json", json.dumps(asked))
             self._job = self._scheduler.submit(self.spec)
@@ -195,8 +203,9 @@ class Probe:
         if started is None and waited > self._queue_s:
             said = info.reason or info.state if info else "no answer"
             return f"no sign of life after {duration(waited)}; the scheduler says: {said}"
-        if started is not None and waited - started > AFTER_START_S:
-            return f"some ranks did not come to an end in {duration(AFTER_START_S)}"
+        longest = AFTER_START_S + (probe.MEASURE_S if self._bandwidth else 0.0)
+        if started is not None and waited - started > longest:
+            return f"some ranks did not come to an end in {duration(longest)}"
         return ""
 
     def _grace_s(self) -> float:

@@ -12,10 +12,11 @@ from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.doctor.findings import Checks, Finding, failed, passed, skipped, warned
 from flwr_hpc.doctor.job import ProbeResult
 from flwr_hpc.doctor.login import duration, mend_refusal
+from flwr_hpc.plan.bandwidth import MeasuredBandwidths, MeasuredRow
 
 NODES = "compute nodes"
 NEEDED = ("torch", "transformers", "peft", "datasets")
-JOB = "probe job"
+JOB, BANDWIDTHS = "probe job", "bandwidths"
 CLOCK_WARN_S, CLOCK_FAIL_S = 5.0, 60.0
 SLOW_FILES_S = 10.0
 LEAST_TMP = 10**9
@@ -45,6 +46,19 @@ class Nodes:
         for report in self.reports:
             found[str(report["host"])].append(report)
         return dict(found)
+
+    @property
+    def bandwidths(self) -> MeasuredBandwidths | None:
+        """What the ranks measured together, as plans take it; None if they did not."""
+        first = self.reports[0] if self.reports else {}
+        measured, f = first.get("bandwidth"), self.facility
+        if not measured or "error" in measured:
+            return None
+        return MeasuredBandwidths(
+            self.name, self.probed.date, first["packages"]["torch"], measured["device"],
+            list(self.hosts), f.ranks_per_node, f.gpus_per_node,
+            [MeasuredRow(**row) for row in measured["rows"]],
+        )  # fmt: skip
 
     def set(self, field: str) -> str:
         """Return a field of the facility as it is set on the command line."""
@@ -246,6 +260,32 @@ def rendezvous(there: Nodes) -> Finding:
     if "gigabytes_s" in met[0]:
         found += f", all-reduce at {min(m['gigabytes_s'] for m in met):.1f} GB/s"
     return passed(found)
+
+
+@nodes(BANDWIDTHS, needs=["rendezvous"])
+def bandwidths(there: Nodes) -> Finding:
+    """See what collectives reached, where that was to be measured."""
+    found = [r["bandwidth"] for r in there.reports if "bandwidth" in r]
+    if not found:
+        return skipped("measured with --bandwidth, for flwr_hpc.plan")
+    faults = sorted({b["error"] for b in found if "error" in b})
+    if faults:
+        return failed(
+            "; ".join(faults),
+            "the ranks meet and large messages stall: look at the interfaces and libraries of "
+            f"{there.set('env')} (NCCL_DEBUG=INFO says which are used), or fewer nodes: --nodes 1",
+        )
+    rows = there.bandwidths.rows if there.bandwidths else []
+    if not rows:
+        return failed("not one group was measured in time", "fewer nodes: --nodes 1")
+    speeds = [row.gb_s for row in rows]
+    text = f"{len(rows)} kinds of groups: {min(speeds):.3g} to {max(speeds):.3g} GB/s"
+    if len(rows) < found[0]["kinds"]:
+        return warned(
+            f"{text}; {found[0]['kinds'] - len(rows)} kinds not measured in time",
+            "plans assume those; fewer nodes measure fewer kinds: --nodes 2",
+        )
+    return passed(text)
 
 
 @nodes("clock", needs=[JOB])

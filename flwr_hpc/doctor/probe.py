@@ -30,6 +30,7 @@ PACKAGES = (
 PING_S = 120.0  # for a file of the login node to be seen
 LOOK_S = 240.0  # for everything after that
 MEET_S = 120.0  # for the ranks to find each other
+MEASURE_S = 300.0  # for their bandwidths, where these are asked for
 MEGABYTES = 64
 
 
@@ -42,13 +43,15 @@ def run(folder: str) -> None:
     _tell(here, "hello", ranks, {"wall": time.time()})
     said["ping"] = _await_ping(here / f"ping-{ranks.rank}.json")
     _tell(here, "pong", ranks, {"wall": time.time()})
-    late = threading.Timer(LOOK_S, _give_up, (here, ranks, said))
+    measuring = bool(asked.get("bandwidth"))
+    look_s = LOOK_S + (MEASURE_S if measuring else 0.0)
+    late = threading.Timer(look_s, _give_up, (here, ranks, said, look_s))
     late.daemon = True
     late.start()
     for key, look in (("torch", _torch), ("gpus", _gpus)):
         said[key] = _tried(look)
     said["unreachable"] = {url: reach(url) for url in asked.get("urls", [])}
-    said["meeting"] = _tried(lambda: _meet(here, ranks))
+    said["meeting"] = _tried(lambda: _meet(here, ranks, said, measuring))
     late.cancel()
     _tell(here, "report", ranks, said)
 
@@ -96,9 +99,10 @@ def _await_ping(path: Path) -> bool:
     return False
 
 
-def _give_up(here: Path, ranks: Ranks, said: dict[str, Any]) -> None:
-    stage = "meeting" if "unreachable" in said else "torch"
-    said.setdefault(stage, {"error": f"no end after {LOOK_S:.0f} s"})
+def _give_up(here: Path, ranks: Ranks, said: dict[str, Any], after_s: float) -> None:
+    stages = {"meeting": "bandwidth", "unreachable": "meeting"}
+    stage = next((after for before, after in stages.items() if before in said), "torch")
+    said.setdefault(stage, {"error": f"no end after {after_s:.0f} s"})
     _tell(here, "report", ranks, said)
     os._exit(0)  # a collective call that hangs cannot be left otherwise
 
@@ -121,8 +125,8 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
-def _meet(here: Path, ranks: Ranks) -> dict[str, Any]:
-    """Meet the other ranks as the trainer does, and time an all-reduce."""
+def _meet(here: Path, ranks: Ranks, said: dict[str, Any], measuring: bool) -> dict[str, Any]:
+    """Meet the other ranks as the trainer does, and time an all-reduce, or all collectives."""
     from flwr_hpc.train.rendezvous import join
 
     began = time.monotonic()
@@ -134,8 +138,17 @@ def _meet(here: Path, ranks: Ranks) -> dict[str, Any]:
     }
     if ranks.world_size > 1:
         met["gigabytes_s"] = _bandwidth(group.device)
+        if measuring:
+            said["meeting"] = met  # should the rest hang
+            said["bandwidth"] = _tried(lambda: _measure(group.device))
     group.close()
     return met
+
+
+def _measure(device: Any) -> dict[str, Any]:
+    from flwr_hpc.doctor.collectives import measure
+
+    return measure(device, MEASURE_S / 2)
 
 
 def _bandwidth(device: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from flwr_hpc import __version__
 from flwr_hpc.doctor.findings import NEEDS, Finding
+from flwr_hpc.plan.bandwidth import MeasuredBandwidths
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "bold red", "skipped": "dim"}
 
@@ -55,6 +57,26 @@ def _lines(console: Console, title: str, findings: Sequence[Finding]) -> None:
         if f.fix:
             lines.append(f"          -> {f.fix}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_bandwidths(console: Console, measured: MeasuredBandwidths, path: Path) -> None:
+    """Print what collectives reached, and where that is kept."""
+    table = Table(
+        title=f"{measured.facility}, GB/s through each rank", title_justify="left", box=None,
+        pad_edge=False,
+    )  # fmt: skip
+    columns = ("inner", "size", "all-gather", "reduce-scatter", "all-reduce", "in plans")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in measured.rows:
+        speeds = row.all_gather, row.reduce_scatter, row.all_reduce, row.gb_s
+        table.add_row(str(row.inner), str(row.size), *(f"{speed:.3g}" for speed in speeds))
+    console.print(table)
+    console.print(
+        f"Measured {measured.origin}, with all groups of a kind at work. Kept in {path}: "
+        "python -m flwr_hpc.plan goes by it from now on.",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def verdict(findings: Mapping[str, Sequence[Finding]]) -> str:

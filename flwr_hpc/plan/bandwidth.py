@@ -2,11 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.config.schema import decode
+from flwr_hpc.errors import UserError
+from flwr_hpc.files import publish, read_json
 
 ACHIEVED = 0.8  # Of the hardware's bandwidth, by a ring of large messages
+
+
+@dataclass
+class MeasuredRow:
+    """What was measured of groups of `size` ranks that lie `inner` apart, all at work at once.
+
+    In GB/s that pass through each member of a ring (nccl-tests' bus bandwidth), which is what
+    AxoNN's volumes are divided by.
+    """
+
+    inner: int
+    size: int
+    all_gather: float
+    reduce_scatter: float
+    all_reduce: float
+
+    @property
+    def gb_s(self) -> float:
+        """Of equal volumes by each of the three, as plans do not tell them apart."""
+        return 3 / (1 / self.all_gather + 1 / self.reduce_scatter + 1 / self.all_reduce)
+
+
+@dataclass
+class MeasuredBandwidths:
+    """A facility's table as ``python -m flwr_hpc.doctor --bandwidth`` found it."""
+
+    facility: str
+    date: str  # ISO 8601, UTC
+    torch: str
+    device: str  # And what its collectives are made by
+    nodes: list[str]
+    ranks_per_node: int
+    gpus_per_node: int
+    rows: list[MeasuredRow]
+
+    @property
+    def origin(self) -> str:
+        """When and where it was measured."""
+        where = ", ".join(self.nodes[:2]) + (
+            f" and {len(self.nodes) - 2} more" * (len(self.nodes) > 2)
+        )
+        return f"on {self.date[:10]} on {where} ({self.device}, torch {self.torch})"
+
+    def is_of(self, f: FacilityConfig) -> bool:
+        """Whether ranks lie on nodes as the facility has them now: placements mean that."""
+        return (self.ranks_per_node, self.gpus_per_node) == (f.ranks_per_node, f.gpus_per_node)
+
+
+def measured_file(facility: str, env: Mapping[str, str] = os.environ) -> Path:
+    """Return where a facility's measured table is kept, for all runs of this user."""
+    base = env.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "flwr-hpc" / "bandwidth" / f"{facility}.json"
+
+
+def keep(measured: MeasuredBandwidths) -> Path:
+    """Keep a table, in place of the one before."""
+    path = measured_file(measured.facility)
+    try:
+        publish(path, json.dumps(asdict(measured), indent=1))
+    except OSError as exc:
+        raise UserError(
+            f"the bandwidths cannot be kept: {path}: {exc.strerror}. Name another place, here and "
+            "for flwr_hpc.plan: export XDG_CONFIG_HOME=DIR"
+        ) from None
+    return path
+
+
+def kept(facility: str) -> MeasuredBandwidths | None:
+    """Return a facility's measured table, if there is one."""
+    path = measured_file(facility)
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as exc:
+        raise UserError(f"{path} cannot be read: {exc}. {_again(facility)}") from None
+    if found is None:
+        return None
+    try:
+        return decode(MeasuredBandwidths, found, str(path))
+    except UserError as exc:
+        raise UserError(f"{exc} {_again(facility)}") from None
+
+
+def placements(world: int) -> list[tuple[int, int]]:
+    """Return (inner, size) of all groups that share `world` ranks evenly; neighbours first."""
+    divisors = [d for d in range(1, world + 1) if world % d == 0]
+    return [(i, s) for i in divisors for s in divisors if s > 1 and world % (i * s) == 0]
+
+
+def _again(facility: str) -> str:
+    return f"Measure anew: python -m flwr_hpc.doctor --bandwidth +facility={facility}"
 
 
 @dataclass(frozen=True)
@@ -51,16 +148,27 @@ class Bandwidths:
         return gigabytes / self.gb_s(inner, size) + collectives * self.latency_s
 
 
-def bandwidths(f: FacilityConfig) -> tuple[Bandwidths, list[str]]:
-    """Return a facility's bandwidths, and what had to be assumed for want of facts."""
+def bandwidths(
+    f: FacilityConfig, measured: MeasuredBandwidths | None = None
+) -> tuple[Bandwidths, list[str]]:
+    """Return a facility's bandwidths, and what had to be assumed for want of facts.
+
+    Parameters
+    ----------
+    f : FacilityConfig
+    measured : MeasuredBandwidths or None
+        Comes before what the facility's file says of the same groups.
+    """
+    table = {(row.inner, row.size): row.gb_s for row in f.bandwidths}
+    table |= {(row.inner, row.size): row.gb_s for row in measured.rows} if measured else {}
     link, network, assumed = f.gpu_link_gb_s, f.network_gb_s, []
     if link is None:
         link = 25.0 if f.gpus_per_node else 5.0
-        if f.ranks_per_node > 1:
+        if any(group not in table for group in placements(f.ranks_per_node)):
             assumed.append(f"gpu_link_gb_s={link:g} (PCIe 4)" if f.gpus_per_node else
                            f"gpu_link_gb_s={link:g} (shared memory)")  # fmt: skip
     if network is None:
         network = 25.0
-        assumed.append(f"network_gb_s={network:g} (one HDR or NDR200 port)")
-    table = {(row.inner, row.size): row.gb_s for row in f.bandwidths}
+        if all(inner * size <= f.ranks_per_node for inner, size in table):
+            assumed.append(f"network_gb_s={network:g} (one HDR or NDR200 port)")
     return Bandwidths(f.ranks_per_node, link, network, f.gpu_switch, table), assumed

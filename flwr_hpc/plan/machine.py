@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.plan.bandwidth import Bandwidths, bandwidths
+from flwr_hpc.plan.bandwidth import Bandwidths, MeasuredBandwidths, bandwidths
 
 # Of a GPU's memory, what the model does not count: context, communicators, fragments.
 RESERVED_GB, RESERVED_SHARE = 1.5, 0.06
@@ -37,11 +37,16 @@ class Machine:
 
 
 def machine(
-    f: FacilityConfig, nodes: int, precision: str, efficiency: float, overlap: float
+    f: FacilityConfig,
+    nodes: int,
+    precision: str,
+    efficiency: float,
+    overlap: float,
+    measured: MeasuredBandwidths | None = None,
 ) -> tuple[Machine, list[str]]:
     """Return a facility's machine, and the facts it lacks with what stands in for them."""
     gpus = f.gpus_per_node > 0
-    table, assumed = bandwidths(f)
+    table, assumed = bandwidths(f, measured)
     peak = f.peak_tflops
     if peak is None:
         peak = 312.0 if gpus else 0.1

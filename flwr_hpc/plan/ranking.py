@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
+from flwr_hpc.plan.bandwidth import MeasuredBandwidths, kept, measured_file
 from flwr_hpc.plan.config import PlanConfig, checkpoint_config
 from flwr_hpc.plan.machine import machine
 from flwr_hpc.plan.search import candidates, global_batch
@@ -28,9 +30,10 @@ def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Rankin
             f"Add to the command: data.seq_len={shape.longest}"
         )
     options = config.plan
+    measured, origin = _measured(name, facility)
     made, assumed = machine(
         facility, config.nodes or facility.nodes, config.train.precision, options.efficiency,
-        options.overlap,
+        options.overlap, measured,
     )  # fmt: skip
     wanted = config.train.batch_size
     sequences = wanted or global_batch(options.batch_tokens, seq_len, made.ranks)
@@ -43,8 +46,22 @@ def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Rankin
     model = next((o.partition("=")[2] for o in overrides if o.startswith("model=")), None)
     return Ranking(
         name, model or config.model.path or shape.model_type, shape, made, seq_len,
-        options.tokens, ranked, assumed,
+        options.tokens, ranked, assumed, origin,
     )  # fmt: skip
+
+
+def _measured(name: str, f: FacilityConfig) -> tuple[MeasuredBandwidths | None, str]:
+    """Return the bandwidths that were measured here, and where those of the plan come from."""
+    measured = kept(name)
+    if measured is not None and measured.is_of(f):
+        return measured, f"measured {measured.origin}"
+    said = "the facility's table and its links" if f.bandwidths else "80 % of the links"
+    if measured is not None:
+        said += (
+            f"; {measured_file(name)} is of ranks_per_node={measured.ranks_per_node} "
+            f"gpus_per_node={measured.gpus_per_node} and not used"
+        )
+    return None, f"{said}; to measure: python -m flwr_hpc.doctor --bandwidth +facility={name}"
 
 
 def shape_of(config: Config) -> ModelShape:

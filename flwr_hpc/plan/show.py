@@ -26,6 +26,7 @@ class Ranking:
     tokens: float  # To be trained on
     ranked: list[Candidate]
     assumed: list[str]
+    bandwidths: str  # Where those of collectives come from
 
     @property
     def winner(self) -> Candidate | None:
@@ -54,6 +55,8 @@ def show(ranking: Ranking, console: Console, rows: int) -> None:
     ]
     text = f"today = no: {NOT_YET} by the trainer. Assumed: {'; '.join(assumed)}."
     console.print(text, style="dim")
+    text = f"Bandwidths of collectives: {ranking.bandwidths}."
+    console.print(text, style="dim", highlight=False, markup=False)
 
 
 def _table(ranking: Ranking, rows: int) -> Table:

@@ -13,6 +13,8 @@ import pytest
 from lab.cluster import Cluster
 from worlds.jobs import until
 
+from flwr_hpc.plan.bandwidth import kept
+
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
 SHAPE = {
@@ -38,18 +40,33 @@ def start(slurm: Cluster, tmp_path: Path, *arguments: str) -> subprocess.Popen[s
     )
 
 
-def test_two_nodes(slurm: Cluster, tmp_path: Path) -> None:
+def test_two_nodes(
+    slurm: Cluster, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Protects the whole examination: Slurm's judgement, two nodes that meet, nothing left."""
-    doctor = start(slurm, tmp_path, "--json")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+    doctor = start(slurm, tmp_path, "--json", "--bandwidth")
     out, err = doctor.communicate()
     found = {f["name"]: f for f in json.loads(out)["facilities"]["slurm"]}
     assert doctor.returncode == 0, found
-    for name in ("account and limits", "probe job", "shared files", "packages", "rendezvous"):
+    for name in (
+        "account and limits",
+        "probe job",
+        "shared files",
+        "packages",
+        "rendezvous",
+        "bandwidths",
+    ):
         assert found[name]["status"] == "pass", found[name]
     assert "2 nodes for 00:20:00 accepted" in found["account and limits"]["observed"]
     for node in slurm.nodes:
         assert node in found["probe job"]["observed"]
     assert "2 ranks at work" in err
+    measured = kept("slurm")
+    assert measured is not None
+    assert measured.nodes == list(slurm.nodes)
+    assert [(row.inner, row.size) for row in measured.rows] == [(1, 2)]
     assert not list(tmp_path.iterdir())
     until(lambda: not slurm.active_jobs())
 

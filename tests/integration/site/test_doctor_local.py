@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from worlds.jobs import install_fake_pbs
 
+from flwr_hpc.plan.bandwidth import kept
+from flwr_hpc.plan.config import compose_plan
+from flwr_hpc.plan.ranking import rank
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -37,6 +41,25 @@ def test_two_ranks(tmp_path: Path) -> None:
     assert "2 ranks (cpu)" in found["rendezvous"]["observed"]
     assert "2 ranks at work" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_bandwidth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the whole way from a job's ranks to the plan: four ranks, every placement."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    (tmp_path / "here").mkdir()
+    code, found, _ = doctor(tmp_path / "here", "--bandwidth", "facilities.local_a.ranks_per_node=4")
+    assert code == 0, found
+    assert found["bandwidths"]["status"] == "pass", found["bandwidths"]
+    assert not list((tmp_path / "here").iterdir())
+    measured = kept("local_a")
+    assert measured is not None
+    assert [(row.inner, row.size) for row in measured.rows] == [(1, 2), (1, 4), (2, 2)]
+    for row in measured.rows:
+        assert min(row.all_gather, row.reduce_scatter, row.all_reduce) > 0
+    config = compose_plan(
+        ["model=tiny_llama", "+facility=local_a", "facilities.local_a.ranks_per_node=4"]
+    )
+    assert rank(config, "local_a").machine.bandwidths.gb_s(2, 2) == measured.rows[2].gb_s
 
 
 def test_a_job_that_dies(tmp_path: Path) -> None:

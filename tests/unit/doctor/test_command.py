@@ -47,6 +47,12 @@ def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeScheduler:
         ([*SLURM, "--timeout", "soon"], "--timeout soon is neither minutes nor HH:MM:SS"),
         ([*SLURM, "--timeout", "0"], "--timeout 0 must be longer than zero"),
         ([*SLURM, "--nodes", "0"], "--nodes 0 must be at least 1"),
+        ([*SLURM, "--bandwidth", "--no-job"], "--bandwidth is measured in a job"),
+        (["ssh=far", "--bandwidth"], "python -m flwr_hpc.doctor --bandwidth +facility=NAME"),
+        (
+            [*SLURM, "--bandwidth", "--nodes", "1", "facilities.slurm.ranks_per_node=1"],
+            "the job at slurm has one. Give it more",
+        ),
         ([*SLURM, "--config-dir", "/nowhere"], "there is no such folder"),
         ([*SLURM, "facilities.slurm.ssh=far"], "facility 'slurm' is on far: look at it there"),
     ],

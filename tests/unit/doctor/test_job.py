@@ -174,3 +174,25 @@ def test_the_probe_is_small() -> None:
     queue = QueueConfig(partition="prod", min_nodes=65)
     assert probe_facility(replace(big, queues=[queue]), 2).nodes == 65
     assert probe_facility(FACILITY, 2).nodes == 1
+
+
+def test_a_probe_that_measures_has_time_for_it(tmp_path: Path) -> None:
+    """Protects large machines: collectives take minutes, which the other checks do not have."""
+    patient = FacilityExam(tmp_path)
+    patient.probe = Probe(
+        "x", FACILITY, patient.root, patient.scheduler, patient.clock, 1800.0, bandwidth=True
+    )
+    patient.probe.start()
+    asked = json.loads((patient.root / "probe" / "ask.json").read_text())
+    assert asked["bandwidth"] is True
+    for rank in (0, 1):
+        patient.tell("hello", rank, wall=patient.clock.wall())
+    assert not patient.probe.poll()
+    patient.clock.sleep(500.0)
+    assert not patient.probe.poll()
+    patient.clock.sleep(300.0)
+    assert patient.probe.poll()
+    patient.probe.close()
+    long = replace(FACILITY, walltime="05:00:00")
+    assert probe_facility(long, 2, bandwidth=True).walltime == "00:20:00"
+    assert probe_facility(long, 2).walltime == "00:10:00"

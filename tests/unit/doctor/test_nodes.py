@@ -62,7 +62,10 @@ def test_all_is_well() -> None:
     """Protects users of a good facility from false alarms."""
     findings = found(well())
     assert {f.status for f in findings.values()} == {"pass", "skipped"}
-    assert [f.name for f in findings.values() if f.status == "skipped"] == ["outbound reach"]
+    assert [f.name for f in findings.values() if f.status == "skipped"] == [
+        "bandwidths",
+        "outbound reach",
+    ]
     assert "4 ranks on n0, n1" in findings["probe job"].observed
     assert "all-reduce at 20.0 GB/s" in findings["rendezvous"].observed
 
@@ -222,3 +225,30 @@ def test_tmp_and_outbound_reach() -> None:
     finding = found(there)["outbound reach"]
     assert finding.status == "fail"
     assert "facilities.x.internet=false" in finding.fix
+
+
+def measured(rows: list[dict[str, Any]], kinds: int = 2) -> dict[str, Any]:
+    """Return what every rank says of collectives."""
+    return {"rows": rows, "kinds": kinds, "device": "A100, NCCL"}
+
+
+def test_bandwidths() -> None:
+    """Protects the table that plans go by: whole, in part, and of a job in which it hangs."""
+    row = {"inner": 1, "size": 2, "all_gather": 50.0, "reduce_scatter": 50.0, "all_reduce": 50.0}
+    rows = [row, row | {"size": 4, "all_reduce": 20.0}]
+    assert sick(0)["bandwidths"].status == "skipped"
+    there = well()
+    for one in there.probed.reports.values():
+        one["bandwidth"] = measured(rows)
+    assert found(there)["bandwidths"].observed == "2 kinds of groups: 33.3 to 50 GB/s"
+    table = there.bandwidths
+    assert table is not None
+    assert (table.facility, table.nodes, table.ranks_per_node) == ("x", ["n0", "n1"], 2)
+    assert (table.torch, table.rows[1].size) == ("2.13.0", 4)
+    late = sick(0, bandwidth=measured(rows[:1]))["bandwidths"]
+    assert (late.status, "1 kinds not measured" in late.observed) == ("warn", True)
+    assert sick(0, bandwidth=measured([]))["bandwidths"].status == "fail"
+    there.probed.reports[3]["bandwidth"] = {"error": "no end after 540 s"}
+    hangs = found(there)["bandwidths"]
+    assert hangs.status == "fail"
+    assert "NCCL_DEBUG=INFO" in hangs.fix
