@@ -38,15 +38,19 @@ class Batch:
     # loss is taken on.
     input_ids: torch.Tensor
     labels: torch.Tensor
-    # Places of the tokens in their documents, which are kept apart by them; None: in sequences.
-    position_ids: torch.Tensor | None = None
+    # Places of the tokens in their documents; None: a sequence is one document.
+    places: torch.Tensor | None = None
+    apart: bool = True  # Documents of a sequence do not see each other
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        """What keeps documents apart in the model; None: nothing."""
+        return self.places if self.apart else None
 
     def part(self, rows: slice) -> Batch:
         """Return some of the sequences."""
-        places = self.position_ids
-        return Batch(
-            self.input_ids[rows], self.labels[rows], None if places is None else places[rows]
-        )
+        places = self.places if self.places is None else self.places[rows]
+        return Batch(self.input_ids[rows], self.labels[rows], places, self.apart)
 
 
 @dataclass
@@ -143,11 +147,12 @@ class Corpus:
         labels = packing.labels(ids, source.spans[rows])
         tokens = torch.from_numpy(ids.astype(np.int64))
         first = packing.first_tokens(source, rows)
-        if not self.document_mask or not first.any():
+        if not first.any():
             return Batch(tokens, torch.from_numpy(labels))
-        labels[first] = packing.IGNORED  # the end of another document says nothing of it
+        if self.document_mask:
+            labels[first] = packing.IGNORED  # the end of another document says nothing of it
         places = torch.from_numpy(packing.positions(first))
-        return Batch(tokens, torch.from_numpy(labels), places)
+        return Batch(tokens, torch.from_numpy(labels), places, self.document_mask)
 
     @property
     def _held_rows(self) -> NDArray[np.int64]:

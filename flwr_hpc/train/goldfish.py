@@ -1,7 +1,8 @@
 """Goldfish loss (arXiv 2406.10209): none on every k-th token, so that nothing is learnt by heart.
 
-A token is left out by a hash of the tokens before it: wherever a passage comes again, at whatever
-facility, on whatever device, the same of its tokens are never learnt.
+A token is left out by a hash of the tokens before it in its document: wherever a document comes
+again, behind whatever others in its sequence, at whatever facility, on whatever device, the same
+of its tokens are never learnt.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ def training_batch(batch: Batch, config: TrainConfig) -> Batch:
     """Return the batch with the labels that ``train.loss`` learns from."""
     if config.loss != "goldfish":
         return batch
-    dropped = left_out(batch.input_ids, config.goldfish_k, config.goldfish_h)
+    dropped = left_out(batch.input_ids, config.goldfish_k, config.goldfish_h, batch.places)
     return replace(batch, labels=batch.labels.masked_fill(dropped, IGNORED))
 
 
-def left_out(input_ids: Tensor, k: int, h: int) -> Tensor:
+def left_out(input_ids: Tensor, k: int, h: int, places: Tensor | None = None) -> Tensor:
     """Return which tokens get no loss: about one of `k`, by a hash of the `h` tokens before it.
 
-    The first `h` tokens of a sequence have no whole hash and are kept.
+    The first `h` tokens of a document, or of what of it lies in a sequence, have no whole hash and
+    are kept.
 
     Parameters
     ----------
     input_ids : Tensor (sequences, seq_len), int64
     k, h : int
+    places : Tensor (sequences, seq_len), int64, or None
+        Of the tokens in their documents; None: a sequence is one document.
 
     Returns
     -------
@@ -53,4 +57,4 @@ def left_out(input_ids: Tensor, k: int, h: int) -> Tensor:
     for mixer in MIXERS:  # so that near keys fall far apart
         key = ((key ^ (key >> 15)) % PRIME) * mixer % PRIME
     dropped[:, h:] = key * k < PRIME
-    return dropped
+    return dropped if places is None else dropped & (places >= h)

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import TrainConfig
-from flwr_hpc.data.batches import Batch
+from flwr_hpc.data.batches import Batch, Corpus
+from flwr_hpc.data.packing import Sequences, Tokens
 from flwr_hpc.errors import UserError
 from flwr_hpc.train.goldfish import left_out, training_batch
 from flwr_hpc.train.loss import IGNORED, count_tokens, next_tokens, summed_loss
@@ -66,6 +67,37 @@ def test_a_passage_is_masked_alike_wherever_it_comes() -> None:
     mask = left_out(ids, 4, 13)
     assert mask[0, 63:200].equal(mask[1, 163:300])
     assert mask[0, 63:200].any()
+
+
+def _packed(rows: list[list[Tokens]], document_mask: bool) -> Batch:
+    """Return sequences of documents as the data give them, one after the other."""
+    ids = np.stack([np.concatenate(row) for row in rows])
+    ends = np.cumsum([len(document) for row in rows for document in row])
+    starts = ends[ends % ids.shape[1] > 0]
+    spans = np.tile(np.array([[1, ids.shape[1]]], np.int32), (len(rows), 1))
+    made = Sequences(ids, spans, starts)
+    corpus = Corpus(None, "a", 0, made, made, len(rows), document_mask=document_mask)
+    return next(corpus.held_out(0, 1, len(rows)))
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_a_document_is_masked_alike_wherever_it_is_packed(document_mask: bool) -> None:
+    """Protects short passages: what stands before them in a sequence must not change the mask."""
+    documents = [row.numpy().astype(np.uint16) for row in _tokens(6, 120)]
+    passage = documents.pop()
+    rows = [
+        [passage, documents[0]],
+        [documents[1][:7], passage, documents[2][:113]],
+        [documents[3], passage],
+    ]
+    config = TrainConfig(loss="goldfish", goldfish_h=13)
+    kept = training_batch(_packed(rows, document_mask), config)
+    alone = training_batch(Batch(*[torch.from_numpy(passage.astype(np.int64))[None]] * 2), config)
+    expected = alone.labels[0, 1:]  # nothing, or another document, predicts the first
+    assert 10 < int((expected == IGNORED).sum()) < 60
+    for row, begin in enumerate((0, 7, 120)):
+        assert kept.labels[row, begin + 1 : begin + 120].equal(expected)
+    assert (kept.position_ids is not None) == document_mask
 
 
 def test_the_target_itself_does_not_count_but_the_order_does() -> None:
