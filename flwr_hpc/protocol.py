@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from types import UnionType
@@ -193,7 +194,13 @@ class Status:
 
 def to_json(record: Any) -> str:
     """Encode a dataclass as strict JSON (NaN and infinity are refused)."""
-    return json.dumps(dataclasses.asdict(record), allow_nan=False, sort_keys=True)
+    return json.dumps(vars(record), default=_fields, allow_nan=False, sort_keys=True)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(record):
+        raise TypeError(f"{record!r} is not JSON")
+    return vars(record)
 
 
 def read_status(text: str) -> Status:
@@ -216,42 +223,48 @@ def read_status(text: str) -> Status:
 
 def _check_types(value: Any, name: str) -> None:
     """Refuse a record, or JSON in it, that is not what its annotations say."""
-    kind: Any = type(value)
-    for f, hint in _hints(kind).items():
+    for f, hint, fits in _checks(cast(Any, type(value))):
         found = getattr(value, f)
-        if not _fits(found, hint):
+        if not fits(found):
             raise ValueError(f"{name}.{f} is {str(found)[:80]!r}, expected {hint}")
         if dataclasses.is_dataclass(found):
             _check_types(found, f"{name}.{f}")
 
 
-@cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+Fits = Callable[[Any], bool]
 
 
 @cache
-def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    return get_origin(hint), get_args(hint)
+def _checks(kind: Any) -> list[tuple[str, Any, Fits]]:
+    """Return a record's fields, their annotations, and what tells whether a value fits."""
+    return [(f, hint, _fits(hint)) for f, hint in get_type_hints(kind).items()]
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin, args = _parts(hint)
+def _fits(hint: Any) -> Fits:
+    origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return isinstance(value, str) and value in args
+        return lambda value: isinstance(value, str) and value in args
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in args)
+        any_of = [_fits(one) for one in args]
+        return lambda value: any(fits(value) for fits in any_of)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
-    if hint is Any:  # JSON
-        if isinstance(value, dict):
-            return all(_fits(v, Any) for v in value.values())
-        if isinstance(value, list):
-            return all(_fits(v, Any) for v in value)
-        return not isinstance(value, float) or math.isfinite(value)
+        of_values = _fits(args[1])
+        return lambda value: isinstance(value, dict) and all(map(of_values, value.values()))
+    if hint is Any:
+        return _is_json
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= MAX_NUMBER
-    return type(value) is hint and (hint is not int or abs(value) <= MAX_NUMBER)
+        return lambda value: type(value) in (int, float) and abs(value) <= MAX_NUMBER
+    if hint is int:
+        return lambda value: type(value) is int and abs(value) <= MAX_NUMBER
+    return lambda value: type(value) is hint
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def from_json(cls: type[T], text: str) -> T:
@@ -262,16 +275,30 @@ def from_json(cls: type[T], text: str) -> T:
     ValueError
         If the text is not a JSON object or lacks a required field.
     """
-    raw = json.loads(text)
+    return from_dict(cls, json.loads(text))
+
+
+def from_dict(cls: type[T], raw: Any) -> T:
+    """Make a record of a JSON object; unknown fields are ignored.
+
+    Raises
+    ------
+    ValueError
+        If it is no object or lacks a required field.
+    """
     if not isinstance(raw, dict):
-        raise ValueError(f"expected a JSON object for {cls.__name__}, found {text[:80]!r}")
-    known = {f.name for f in dataclasses.fields(cast(Any, cls))}
-    values = {k: v for k, v in raw.items() if k in known}
-    if cls is Status and isinstance(values.get("result"), dict):
-        values["result"] = from_json(Result, json.dumps(values["result"]))
-    if cls is Status and isinstance(values.get("forecast"), dict):
-        values["forecast"] = from_json(Forecast, json.dumps(values["forecast"]))
+        raise ValueError(f"expected a JSON object for {cls.__name__}, found {str(raw)[:80]!r}")
+    values = {k: v for k, v in raw.items() if k in _names(cast(Any, cls))}
+    if cls is Status:
+        for key, kind in (("result", Result), ("forecast", Forecast)):
+            if isinstance(values.get(key), dict):
+                values[key] = from_dict(kind, values[key])
     try:
         return cls(**values)
     except TypeError as exc:
         raise ValueError(f"not a {cls.__name__} record: {exc}") from None
+
+
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(f.name for f in dataclasses.fields(kind))

@@ -14,7 +14,7 @@ from typing import Any
 
 from flwr_hpc import files
 from flwr_hpc.files import publish, read_json
-from flwr_hpc.protocol import Order, Result, from_json
+from flwr_hpc.protocol import Order, Result, from_dict
 from flwr_hpc.spool.records import (
     Answering,
     Heartbeat,
@@ -54,7 +54,7 @@ class OrderDir:
         raw = read_json(self._order_file)
         if raw is None:
             raise FileNotFoundError(self._order_file)
-        order = from_json(Order, json.dumps(raw["order"]))
+        order = from_dict(Order, raw["order"])
         return order, Path(raw["weights"]) if raw["weights"] else None
 
     def extra_arrays(self) -> dict[str, Path]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from flwr_hpc.files import publish, read_json
-from flwr_hpc.protocol import from_json, to_json
+from flwr_hpc.protocol import from_dict, to_json
 
 T = TypeVar("T")
 
@@ -23,7 +22,7 @@ class RecordFile(Generic[T]):
     def read(self) -> T | None:
         """Return the record, None while there is none."""
         raw = read_json(self.path)
-        return None if raw is None else from_json(self.kind, json.dumps(raw))
+        return None if raw is None else from_dict(self.kind, raw)
 
     def write(self, record: T) -> None:
         publish(self.path, to_json(record))

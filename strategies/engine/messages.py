@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
@@ -14,6 +14,8 @@ from flwr_hpc.protocol import Order, Status
 from strategies.parts.rules import normalised
 
 CONFIG = "config"  # Flower's own key of a train config
+
+R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
 log = logging.getLogger("strategies")
 
@@ -76,11 +78,16 @@ def part_of(record: ArrayRecord, names: Iterable[str] | None) -> ArrayRecord:
     return part
 
 
+def records(content: RecordDict, kind: type[R]) -> dict[str, R]:
+    """Return the records of a kind; Flower's own properties write each one back as it is read."""
+    return {key: record for key, record in content.items() if isinstance(record, kind)}
+
+
 def options_of(content: RecordDict) -> dict[str, Any]:
     """Return the scalars of a message's config records, as an order's options."""
     return {
         key: value
-        for record in content.config_records.values()
+        for record in records(content, ConfigRecord).values()
         for key, value in record.items()
         if isinstance(value, bool | int | float | str)
     }
@@ -100,27 +107,23 @@ def read_status(message: Message) -> Status | None:
 
 def asked_only(content: RecordDict, order: Order) -> RecordDict:
     """Return what an order asks for of a launcher's reply; it sends nothing else by itself."""
-    kept: dict[str, Any] = {k: r for k, r in content.items() if isinstance(r, ConfigRecord)}
-    if isinstance(metrics := content.get(protocol.METRICS), MetricRecord):
-        kept[protocol.METRICS] = metrics
-    for key in order.asks_for:
-        if isinstance(arrays := content.get(key), ArrayRecord):
-            kept[key] = arrays
-    return RecordDict(kept)
+    asked = {ArrayRecord: order.asks_for, MetricRecord: (protocol.METRICS,)}
+    kept = {k: r for k, r in content.items() if k in asked.get(type(r), (k,))}
+    return content if len(kept) == len(content) else RecordDict(kept)
 
 
 def arrays_of(message: Message) -> ArrayRecord | None:
     """Return the weights in a reply: under our key, or else the first arrays there are."""
-    records = message.content.array_records
-    others = (record for key, record in records.items() if key != protocol.GRADIENT)
-    return records.get(protocol.ARRAYS) or next(others, None)
+    found = records(message.content, ArrayRecord)
+    others = (record for key, record in found.items() if key != protocol.GRADIENT)
+    return found.get(protocol.ARRAYS) or next(others, None)
 
 
 def flat_metrics(message: Message) -> dict[str, float]:
     """Return the finite scalar metrics of a reply."""
     return {
         key: float(value)
-        for record in message.content.metric_records.values()
+        for record in records(message.content, MetricRecord).values()
         for key, value in record.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }

@@ -7,7 +7,7 @@ from inspect import isgenerator
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, Message
+from flwr.app import Array, Message, MetricRecord
 from numpy.typing import NDArray
 
 from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Status
@@ -60,8 +60,8 @@ def reply_fault(
 
 def _claims(request: Request, message: Message, status: Status | None) -> str | None:
     """How much a reply claims to count is its weight: a number, not negative and not absurd."""
-    records = message.content.metric_records.values()
-    claims: list[Any] = [r[key] for r in records for key in (WEIGHT_KEY, "steps") if key in r]
+    metrics = messages.records(message.content, MetricRecord).values()
+    claims: list[Any] = [r[key] for r in metrics for key in (WEIGHT_KEY, "steps") if key in r]
     result = status.result if status else None
     if result is not None:
         claims += [result.examples, result.tokens, result.steps]

@@ -6,13 +6,12 @@ about all jobs at once, and no more often than it likes, by all of them together
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
 from flwr_hpc.clock import Clock
-from flwr_hpc.protocol import from_json
+from flwr_hpc.protocol import from_dict
 from flwr_hpc.schedulers.base import JobInfo, Scheduler
 from flwr_hpc.spool import SchedulerAnswer, Spool
 
@@ -48,7 +47,7 @@ class JobStates:
         raw = last.jobs.get(job["name"])
         if raw is None or raw["id"] != job["id"]:
             return JobInfo(job["id"], job["name"], "unknown")
-        return from_json(JobInfo, json.dumps(raw))
+        return from_dict(JobInfo, raw)
 
     def _ask(self, last: SchedulerAnswer) -> SchedulerAnswer:
         jobs = list(self._list_jobs())

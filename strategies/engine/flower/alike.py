@@ -38,19 +38,28 @@ def make_alike(
     """
     good = [r for r in replies if r.has_content()]
     if weight_key is not None and good:
-        forms = Counter(_form(r.content, weight_key) for r in good)
+        found = [_form(r.content, weight_key) if r.has_content() else None for r in replies]
+        forms = Counter(form for form in found if form is not None)
         most = max(forms, key=lambda form: (forms[form], _usual(form, trained), -len(form)))
-        replies = [_trimmed(r, most, weight_key) if r.has_content() else r for r in replies]
+        replies = [
+            r if form is None or form == most else _trimmed(r, form, most, weight_key)
+            for r, form in zip(replies, found, strict=True)
+        ]
         replies = _with_weight(replies, weight_key)
     _drop_odd_metrics([r for r in replies if r.has_content()])
     return replies
 
 
 def _form(content: RecordDict, weight_key: str) -> Form:
-    arrays = {("arrays", key) for key in content.array_records}
-    metrics = {("metrics", key) for key in content.metric_records}
-    weights = {("weight", k) for k, r in content.metric_records.items() if _counts(r, weight_key)}
-    return frozenset(arrays | metrics | weights)
+    form: set[tuple[str, str]] = set()
+    for key, record in content.items():
+        if isinstance(record, ArrayRecord):
+            form.add(("arrays", key))
+        elif isinstance(record, MetricRecord):
+            form.add(("metrics", key))
+            if _counts(record, weight_key):
+                form.add(("weight", key))
+    return frozenset(form)
 
 
 def _counts(record: MetricRecord, weight_key: str) -> bool:
@@ -64,12 +73,12 @@ def _usual(form: Form, trained: bool) -> bool:
     return kinds["metrics"] == kinds["weight"] == 1 and kinds["arrays"] == trained
 
 
-def _trimmed(reply: Message, form: Form, weight_key: str) -> Message:
-    if lacking := form - _form(reply.content, weight_key):
+def _trimmed(reply: Message, form: Form, wanted: Form, weight_key: str) -> Message:
+    if lacking := wanted - form:
         kind, key = min(lacking)
         what = f"no {weight_key} in '{key}'" if kind == "weight" else f"no {kind} '{key}'"
         return _error(reply, f"{what}, as most replies have it")
-    keys = {key for _, key in form}
+    keys = {key for _, key in wanted}
     reply.content = RecordDict(
         {
             key: record
@@ -82,8 +91,8 @@ def _trimmed(reply: Message, form: Form, weight_key: str) -> Message:
 
 def _with_weight(replies: list[Message], weight_key: str) -> list[Message]:
     """Return errors if nothing that arrived counts: the mean would be divided by zero."""
-    records = [m for r in replies if r.has_content() for m in r.content.metric_records.values()]
-    weights: list[Any] = [m[weight_key] for m in records if weight_key in m]
+    found = [m for r in replies if r.has_content() for m in _metrics(r).values()]
+    weights: list[Any] = [m[weight_key] for m in found if weight_key in m]
     if not weights or sum(weights) > 0:
         return replies
     return [_error(r, f"{weight_key} is 0 in all") if r.has_content() else r for r in replies]
@@ -97,14 +106,14 @@ def _error(reply: Message, reason: str) -> Message:
 
 def _drop_odd_metrics(good: list[Message]) -> None:
     """Drop the metrics that not every reply has, or has at another length."""
-    single = [r for r in good if len(r.content.metric_records) == 1]
+    found = [(reply, _metrics(reply)) for reply in good]
+    single = [(reply, *metrics.popitem()) for reply, metrics in found if len(metrics) == 1]
     if not single:
         return
-    common = set.intersection(*(_lengths(_metrics(r)[1]) for r in single))
+    common = set.intersection(*(_lengths(record) for _, _, record in single))
     names = {name for name, _ in common}
-    for reply in single:
-        key, record = _metrics(reply)
-        if set(record) != names:
+    for reply, key, record in single:
+        if record.keys() != names:
             kept = MetricRecord({k: v for k, v in record.items() if k in names})
             reply.content = RecordDict({**reply.content, key: kept})
 
@@ -113,5 +122,5 @@ def _lengths(record: MetricRecord) -> set[tuple[str, int]]:
     return {(k, len(v) if isinstance(v, list) else -1) for k, v in record.items()}
 
 
-def _metrics(reply: Message) -> tuple[str, MetricRecord]:
-    return next(iter(reply.content.metric_records.items()))
+def _metrics(reply: Message) -> dict[str, MetricRecord]:
+    return messages.records(reply.content, MetricRecord)
