@@ -205,7 +205,7 @@ def predict(case: Case, machine: Machine, shape: ModelShape) -> dict[str, float]
     plan = ParallelPlan(
         1, case.ranks, 1, case.micro_batch, case.accumulation, case.checkpointing
     )  # fmt: skip
-    needed = memory(shape, plan, SEQ_LEN, 4)
+    needed = memory(shape, plan, SEQ_LEN, 4, gloo=True)
     return {"cpu_s": step_time(shape, plan, SEQ_LEN, machine).total, "bytes": needed.total}
 
 

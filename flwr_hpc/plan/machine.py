@@ -29,6 +29,7 @@ class Machine:
     layer_overhead_s: float = 6e-4  # At least so long takes a layer, forward and backward
     memory_gb_s: float = 1200.0  # What the optimizer's pass over its state reaches
     step_overhead_s: float = 0.005  # Of an optimizer step: data, votes, the loss
+    gloo: bool = False  # Ranks talk through gloo: they have no GPUs
 
     @property
     def ranks(self) -> int:
@@ -60,6 +61,6 @@ def machine(
     made = Machine(
         nodes, f.ranks_per_node, peak * 1e12, memory, f.gpu_power_w, table,
         compute_bytes=2 if bf16 else 4, efficiency=efficiency, overlap=overlap,
-        memory_gb_s=1200.0 if gpus else 10.0,
+        memory_gb_s=1200.0 if gpus else 10.0, gloo=not gpus,
     )  # fmt: skip
     return made, assumed

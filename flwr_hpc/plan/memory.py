@@ -33,11 +33,10 @@ class Memory:
         return sorted((f.name for f in fields(self)), key=lambda n: -getattr(self, n))
 
 
-def memory(shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int) -> Memory:
-    """Predict a plan's memory.
-
-    It is the larger of two moments: between forward and backward pass, with all activations but,
-    without accumulation, no gradients; and at the end, when the last gradients are reduced.
+def memory(
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int, gloo: bool = False
+) -> Memory:
+    """Predict a plan's memory: that of the fullest moment of a step.
 
     Parameters
     ----------
@@ -46,20 +45,105 @@ def memory(shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: i
     seq_len : int
     compute_bytes : int
         Of a number in the precision of computing: 2 (bf16) or 4 (fp32).
+    gloo : bool
+        Ranks talk through gloo (CPUs), whose collectives work on copies.
     """
-    own = 4 * shape.parameters / (plan.shard * plan.tensor)
-    tokens = plan.micro_batch * seq_len
-    gathered, reduced = _buffers(shape, plan, compute_bytes)
-    kept, recomputed = _activations(shape, plan, seq_len, compute_bytes)
-    logits = _logits(shape, plan, tokens, compute_bytes)
-    turning = Memory(
-        parameters=own, optimizer=2 * own, gradients=own if plan.accumulation > 1 else 0.0,
+    step = _Step(shape, plan, seq_len, compute_bytes, gloo)
+    moments = [step.turning(), step.end()]
+    if step.prefetches:
+        moments.append(step.backward())
+    return max(moments, key=lambda m: m.total)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The moments of a step at which most is held."""
+
+    shape: ModelShape
+    plan: ParallelPlan
+    seq_len: int
+    size: int  # Of a number, in bytes
+    gloo: bool
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the next layer is gathered while one works."""
+        return self._layerwise and self.plan.shard > 1
+
+    def turning(self) -> Memory:
+        """Between forward and backward pass: all activations but, at first, no gradients."""
+        kept, recomputed = _activations(self.shape, self.plan, self.seq_len, self.size)
+        logits = _logits(self.shape, self.plan, self._tokens, self.size)
         # What is recomputed comes after the head's backward pass.
-        activations=tokens * kept + max(0.0, tokens * recomputed - logits), logits=logits,
-        buffers=gathered,
-    )  # fmt: skip
-    end = Memory(own, own, 2 * own, 0.0, 0.0, reduced)
-    return max(turning, end, key=lambda m: m.total)
+        activations = self._tokens * kept + max(0.0, self._tokens * recomputed - logits)
+        # The last gathering's array stays beside the parameters that were copied out of it.
+        gathered = self._unit * (2 if self._layerwise or self.plan.shard > 1 else 1)
+        buffers = (gathered + self._outside) * self.size
+        return self._with(self._earlier, activations, logits, buffers)
+
+    def backward(self) -> Memory:
+        """When the last layer's gradients are reduced, the next works and one more is gathered."""
+        kept, _ = _activations(self.shape, self.plan, self.seq_len, self.size)
+        gathered = (2 + self.gloo) * self._unit + 2 * self._outside
+        reduced = 4 * self._unit * (1 + 1 / self.plan.shard)
+        activations = self._tokens * kept * (1 - 1 / self.shape.layers)
+        return self._with(self._earlier, activations, 0.0, gathered * self.size + reduced)
+
+    def end(self) -> Memory:
+        """In the first layer's backward pass, or when the last gradients are reduced."""
+        layer = self._tokens * max(
+            saved_bytes(block, self.plan, self.seq_len, self.size) for block in self.shape.blocks
+        )
+        working = 2 * self.size * self._unit  # gathered parameters, and gradients
+        if self._layerwise:  # the gradients reduced before are let go of after these
+            works = max(working + layer, self._reducing(self._unit)) + 2 * self.size * self._outside
+            buffers = max(works, self._reducing(self._outside)) + 4 * self._unit
+            made = self._own - 4 * (self._unit + self._outside) / self.plan.shard
+            return self._with(self._earlier or made, 0.0, 0.0, buffers)
+        # A tied table's gradient comes twice, and is added up.
+        table = 2 * self.size * self.shape.vocabulary * self.shape.hidden * self.shape.tied
+        reducing = self._reducing(self._unit)
+        if self.plan.shard > 1:
+            reducing += self._unit * (self.size + 4 / self.plan.shard)
+        buffers = max(working + max(layer, table / self.plan.tensor), reducing)
+        return self._with(self._earlier, 0.0, 0.0, buffers)
+
+    def _reducing(self, parameters: float) -> float:
+        """Gradients in float32, beside those they were copied from, or gloo's copy."""
+        copied = self.gloo and self.plan.shard * self.plan.replicate > 1
+        return parameters * (4 + max(self.size, 4 * copied))
+
+    def _with(self, gradients: float, activations: float, logits: float, buffers: float) -> Memory:
+        return Memory(self._own, gradients, 2 * self._own, activations, logits, buffers)
+
+    @property
+    def _own(self) -> float:
+        """Bytes of this rank's parameters, in float32."""
+        return 4 * self.shape.parameters / (self.plan.shard * self.plan.tensor)
+
+    @property
+    def _earlier(self) -> float:
+        """Gradients of earlier micro batches."""
+        return self._own if self.plan.accumulation > 1 else 0.0
+
+    @property
+    def _layerwise(self) -> bool:
+        return self.shape.parameters >= ONE_UNIT_BELOW
+
+    @property
+    def _unit(self) -> float:
+        """Parameters that are gathered together: a layer's, or all."""
+        largest = max(block.parameters for block in self.shape.blocks)
+        return (largest if self._layerwise else self.shape.parameters) / self.plan.tensor
+
+    @property
+    def _outside(self) -> float:
+        """Parameters of the unit that is gathered all the time."""
+        return self.shape.outside / self.plan.tensor if self._layerwise else 0.0
+
+    @property
+    def _tokens(self) -> int:
+        return self.plan.micro_batch * self.seq_len
 
 
 def saved_bytes(block: Block, plan: ParallelPlan, seq_len: int, compute_bytes: int) -> float:
@@ -88,17 +172,3 @@ def _logits(shape: ModelShape, plan: ParallelPlan, tokens: float, compute_bytes:
     """A chunk's logits, their float32 copy, its log-softmax, and the gradients of both."""
     elements = min(tokens * shape.vocabulary, CHUNK_BYTES / 4) / plan.tensor
     return elements * (2 * compute_bytes + 8)
-
-
-def _buffers(shape: ModelShape, plan: ParallelPlan, compute_bytes: int) -> tuple[float, float]:
-    """Gathered parameters (this layer, the next, what lies outside); gradients being reduced.
-
-    FSDP2 gathers into an array of its own also where one rank has all.
-    """
-    layer = max(b.parameters for b in shape.blocks) / plan.tensor
-    outside = shape.outside / plan.tensor
-    if shape.parameters < ONE_UNIT_BELOW:
-        layer, outside = 0.0, shape.parameters / plan.tensor
-    copies = 4 if plan.shard * plan.replicate > 1 or compute_bytes < 4 else 0
-    gathered = (2 * layer + outside) * compute_bytes
-    return gathered, max(layer, outside) * (compute_bytes + copies)

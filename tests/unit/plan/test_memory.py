@@ -1,0 +1,61 @@
+"""What a plan needs of memory, against what the trainer was measured to hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flwr_hpc.config.facility import FacilityConfig
+from flwr_hpc.plan.machine import machine
+from flwr_hpc.plan.memory import memory
+from flwr_hpc.plan.parallel import ParallelPlan
+from flwr_hpc.plan.shape import ModelShape, model_shape
+
+SEQ_LEN = 128
+
+
+def _llama(hidden: int, inner: int, layers: int, vocabulary: int) -> ModelShape:
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    return model_shape(
+        {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8,
+         "vocab_size": vocabulary, "tie_word_embeddings": True, **sizes}
+    )  # fmt: skip
+
+
+ONE_UNIT = _llama(512, 1376, 4, 4096)  # 15 M parameters
+LAYERWISE = _llama(640, 1728, 6, 4096)  # 32 M
+
+
+@pytest.mark.parametrize(
+    ("shape", "plan", "measured_mb"),
+    [
+        # Embedding's backward pass: everything gathered, and two more of the table's gradients.
+        (ONE_UNIT, ParallelPlan(1, 1, 1, 1, 1, "none"), 316),
+        # Earlier gradients, and what gloo copies while it reduces those of all parameters.
+        (ONE_UNIT, ParallelPlan(1, 2, 1, 2, 2, "none"), 324),
+        (ONE_UNIT, ParallelPlan(1, 1, 1, 8, 1, "full"), 352),
+        (LAYERWISE, ParallelPlan(1, 1, 1, 1, 1, "none"), 576),
+        (LAYERWISE, ParallelPlan(1, 1, 1, 4, 1, "full"), 599),
+        # The next layer on its way to a layer at work, the last one's gradients not let go of.
+        (LAYERWISE, ParallelPlan(1, 2, 1, 2, 1, "none"), 380),
+    ],
+    ids=str,
+)
+def test_the_fullest_moment_is_foreseen(
+    shape: ModelShape, plan: ParallelPlan, measured_mb: float
+) -> None:
+    """Protects plans from memory that runs out at a moment nobody counted (plan_quality.py)."""
+    found = memory(shape, plan, SEQ_LEN, 4, gloo=True).total / 1e6
+    assert found == pytest.approx(measured_mb, rel=0.05)
+
+
+def test_only_ranks_without_gpus_pay_for_gloo() -> None:
+    """Protects plans for GPUs, whose collectives need no copies."""
+    plan = ParallelPlan(1, 2, 1, 2, 1, "none")
+    with_copies, without = (memory(LAYERWISE, plan, SEQ_LEN, 4, g).total for g in (True, False))
+    assert with_copies > without
+    facility = FacilityConfig(ranks_per_node=2)
+    cpus, _ = machine(facility, 1, "fp32", 0.5, 0.8)
+    gpus, _ = machine(replace(facility, gpus_per_node=2), 1, "fp32", 0.5, 0.8)
+    assert (cpus.gloo, gpus.gloo) == (True, False)
