@@ -127,9 +127,8 @@ def main(rounds: int, repetitions: int) -> None:
             (folder / str(k)).mkdir()
             found.append(compare(conf, folder / str(k), rounds))
             print(json.dumps(found[-1], indent=1), flush=True)
-    ratios = {
-        key: median(one[key] for one in found) for key in found[0] if isinstance(found[0][key], float)
-    }
+    names = [key for key in found[0] if "ratio" in key]
+    ratios = {name: median(one[name] for one in found) for name in names}
     print(ratios)
     record(
         "two_facilities", {"ratios": ratios, "runs": found},

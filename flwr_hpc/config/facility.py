@@ -81,6 +81,8 @@ class FacilityConfig:
     # A host of your ``~/.ssh/config`` where the site is started; default: this machine.
     ssh: str | None = None
     ssh_python: str | None = None  # Interpreter on that host; default: `python`
+    # Install this flwr-hpc for that interpreter where it has another or none (`pip install`).
+    ssh_install: bool = False
     # Further settings of the site there, as `python -m flwr_hpc.join` takes them, e.g.
     # ``model.path=/scratch/model``.
     join: list[str] = field(default_factory=list)

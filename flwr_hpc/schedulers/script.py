@@ -33,7 +33,7 @@ def render(template_name: str, fields: Mapping[str, Any], beside: str = "") -> s
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     env = Environment(
-        loader=FileSystemLoader([_templates(), *([beside] if beside else [])]),
+        loader=FileSystemLoader([templates_dir(), *([beside] if beside else [])]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -43,7 +43,8 @@ def render(template_name: str, fields: Mapping[str, Any], beside: str = "") -> s
     return env.get_template(template_name).render(fields)
 
 
-def _templates() -> Path:
+def templates_dir() -> Path:
+    """Return the folder of the shipped templates, installed or in a checkout."""
     package = Path(flwr_hpc.__file__).resolve().parent
     installed = package / "slurm_templates"
     return installed if installed.is_dir() else package.parent / "slurm_templates"

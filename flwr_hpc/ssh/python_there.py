@@ -10,9 +10,11 @@ import flwr_hpc
 from flwr_hpc import __version__
 from flwr_hpc.errors import UserError
 from flwr_hpc.ssh.host import SshHost
+from flwr_hpc.ssh.wheel import NAME, build_wheel
 
 DEFAULT = "python3"
 OLDEST = (3, 11)
+INSTALL_S = 600.0
 LOOK = """
 import json, os, socket, sys
 found = {"python": ".".join(map(str, sys.version_info[:3])), "program": sys.executable,
@@ -36,9 +38,19 @@ class PythonThere:
     home: str
     flwr_hpc: str  # Its version; empty: not installed
 
+    @property
+    def too_old(self) -> bool:
+        """Whether nothing of flwr-hpc runs on it."""
+        return tuple(map(int, self.version.split(".")[:2])) < OLDEST
+
+    @property
+    def lacks_package(self) -> bool:
+        """Whether it could have this flwr-hpc and has another or none."""
+        return not self.too_old and self.flwr_hpc != __version__
+
     def fault(self, name: str) -> str:
         """Return why it cannot be used, with the command that mends it; empty if it can."""
-        if tuple(map(int, self.version.split(".")[:2])) < OLDEST:
+        if self.too_old:
             return (
                 f"{self.program} on {name} is Python {self.version}, and flwr-hpc needs "
                 f"{'.'.join(map(str, OLDEST))} or newer. Name another one there"
@@ -66,15 +78,26 @@ def look(host: SshHost, program: str | None) -> PythonThere:
     return PythonThere(*(str(found.get(key, "")) for key in keys))
 
 
+def install(host: SshHost, there: PythonThere) -> PythonThere:
+    """Install the flwr-hpc that runs here for a Python there.
+
+    Of what it needs pip fetches what is not there; torch and what else jobs need it leaves alone.
+    """
+    wheel = f"{there.home}/flwr-hpc/{NAME}"
+    host.put(build_wheel(), wheel)
+    pip = [there.program, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    host.run([*pip, wheel], timeout_s=INSTALL_S)
+    return look(host, there.program)
+
+
 def install_command(name: str, program: str) -> str:
     """Return what installs this flwr-hpc there, from where this one came."""
     source = Path(flwr_hpc.__file__).resolve().parents[1]
     checkout = shlex.quote(str(source)) if (source / "pyproject.toml").exists() else "CHECKOUT"
-    wheel = f"flwr_hpc-{__version__}-py3-none-any.whl"
-    install = shlex.join([program, "-m", "pip", "install", f"{wheel}[train]"])
+    install = shlex.join([program, "-m", "pip", "install", f"{NAME}[train]"])
     return (
         f"python -m pip wheel --no-deps -w . {checkout} && "
-        f"scp {wheel} {name}: && ssh {name} {shlex.quote(install)}"
+        f"scp {NAME} {name}: && ssh {name} {shlex.quote(install)}"
     )
 
 

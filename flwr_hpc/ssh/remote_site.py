@@ -17,7 +17,7 @@ from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json
 from flwr_hpc.ssh.host import PortTakenError, SshHost, SshLostError
-from flwr_hpc.ssh.python_there import PythonThere, look
+from flwr_hpc.ssh.python_there import PythonThere, install, look
 from flwr_hpc.ssh.settings import CONF, FACILITY, INVITATION, facility_file, join_words
 
 KEEPER = ("-m", "flwr_hpc.join.keeper")
@@ -68,7 +68,7 @@ class RemoteSite:
         self.known = Memory(**(read_json(memory) or {}))
 
     def check(self) -> PythonThere:
-        """Look whether its Python there fits; a UserError says what to do if not."""
+        """Return its Python there, made to fit if that may be; a UserError says what to do."""
         facility = self._config.facilities[self.name]
         inside = facility.container is not None  # then `python` is the image's
         program = facility.ssh_python or (None if inside else facility.python)
@@ -77,8 +77,14 @@ class RemoteSite:
             found = look(self.host, program)
         except UserError as exc:
             raise UserError(f"{exc}: {key}=/path/there/bin/python") from None
+        by_itself = f"facilities.{self.name}.ssh_install=true"
+        if found.lacks_package and facility.ssh_install:
+            found = install(self.host, found)
         if fault := found.fault(self.host.name):
-            raise UserError(f"{self.name}: {fault}. Or name another Python there: {key}=PATH")
+            or_so = f". Or let the run install it: {by_itself}" if found.lacks_package else ""
+            raise UserError(
+                f"{self.name}: {fault}{or_so}. Or name another Python there: {key}=PATH"
+            )
         return found
 
     def attach(self, port: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ INVITATION, CONF, SITE = "invitation.json", "conf", "site"
 
 def facility_file(config: Config, name: str) -> str:
     """Return the facility as a file of configuration, for the site's own command."""
-    own = replace(config.facilities[name], ssh=None, ssh_python=None, join=[])
+    own = replace(config.facilities[name], ssh=None, ssh_python=None, ssh_install=False, join=[])
     return f"# @package facilities.{name}\n{OmegaConf.to_yaml(OmegaConf.structured(own))}"
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from worlds.runs.run import ROOT
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.ssh.host import PortTakenError, SshHost, SshLostError
+from flwr_hpc.ssh.python_there import install, look
 from flwr_hpc.ssh.wire import measure
 
 pytestmark = needs_sshd
@@ -59,6 +63,32 @@ def test_a_lost_connection_is_no_error_of_the_program(host: SshHost) -> None:
         host.run(["true"])
     host.open(ask=False)
     assert host.run(["echo", "a b  c"]) == "a b  c\n"
+
+
+def test_a_python_without_flwr_hpc_is_given_it(
+    host: SshHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects whoever has an environment there and no flwr-hpc, or another version, in it."""
+    program = _python_without_flwr_hpc(tmp_path / "ein Python")
+    there = look(host, program)
+    assert (there.flwr_hpc, there.lacks_package) == ("", True)
+    there = replace(there, home=str(tmp_path / "home"))
+    assert install(host, there).fault("far") == ""
+    monkeypatch.setattr("flwr_hpc.ssh.python_there.__version__", "0.0.9")
+    assert look(host, program).lacks_package
+
+
+def _python_without_flwr_hpc(folder: Path) -> str:
+    """Make an environment that has what flwr-hpc needs."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    needed = folder / "needed"
+    needed.mkdir()
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not re.match("_*(flwr_hpc|editable)", path.name):
+            (needed / path.name).symlink_to(path)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    (site / "needed.pth").write_text(str(needed))
+    return str(folder / "bin" / "python")
 
 
 def test_a_port_is_had_again(far: Sshd, host: SshHost, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ LAYERS = {
     "files": 0,
     "clock": 0,
     "spool": 1,
-    "ssh": 3,
     "config": 2,
     "gate": 5,  # its public socket serves the exchange
     "worker": 3,
@@ -29,6 +28,7 @@ LAYERS = {
     "data": 4,
     "tracking": 4,
     "site": 5,
+    "ssh": 5,
     "train": 5,
     "flower": 6,
     "server": 7,

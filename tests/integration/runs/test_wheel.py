@@ -11,20 +11,36 @@ from pathlib import Path
 import pytest
 from worlds.runs.run import ROOT
 
+from flwr_hpc.ssh.wheel import NAME, build_wheel
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the sources and install it alone into a folder."""
-    folder = tmp_path_factory.mktemp("wheel")
+
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def _built(folder: Path) -> Path:
+    """Build the wheel from a copy of the sources."""
     source = folder / "source"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", ".*_cache")
     shutil.copytree(ROOT, source, ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "wheel", *offline, "-w", str(folder), str(source)], check=True)
+    subprocess.run([*PIP, "wheel", *offline, "-w", str(folder), str(source)], check=True)
     (wheel,) = folder.glob("flwr_hpc-*.whl")
-    target = folder / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    return wheel
+
+
+def _carried(folder: Path) -> Path:
+    """Make the wheel that goes to other hosts."""
+    wheel = folder / NAME
+    wheel.write_bytes(build_wheel())
+    return wheel
+
+
+@pytest.fixture(scope="module", params=[_built, _carried])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install a wheel alone into a folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    wheel, target = request.param(folder), folder / "site"
+    subprocess.run([*PIP, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
     return target
 
 

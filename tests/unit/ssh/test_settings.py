@@ -50,7 +50,9 @@ def test_a_site_there_has_what_was_set_here(changes: list[str], tmp_path: Path) 
     config = compose_config([*BY_SSH, *changes])
     there = _composed_there(config, tmp_path / "ein Ort")
     assert there.facilities == {
-        "lumi": replace(config.facilities["lumi"], ssh=None, ssh_python=None, join=[])
+        "lumi": replace(
+            config.facilities["lumi"], ssh=None, ssh_python=None, ssh_install=False, join=[]
+        )
     }
     assert there.data.paths.get("lumi") == config.data.paths.get("lumi")
     assert there.data.kind == config.data.kind
