@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra.utils import instantiate
-from worlds.strategies.grid import FakeSite, as_numpy
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.toy_model import as_numpy
 from worlds.strategies.world import ROUNDS, Killed, World, each, finite, sites
 
 

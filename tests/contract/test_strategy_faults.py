@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from worlds.strategies.grid import FakeSite, as_numpy, with_nan
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.toy_model import as_numpy, with_nan
 from worlds.strategies.world import World, each, ends_well, long, sites
 
 from flwr_hpc.protocol import ARRAYS, GRADIENT, METRICS, STATUS, TRAIN, WEIGHT_KEY, Status

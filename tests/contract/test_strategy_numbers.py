@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
-from worlds.strategies.grid import (
-    FakeGrid,
-    FakeSite,
-    as_numpy,
-    initial_arrays,
-    name_this_process,
-    pull_towards,
-)
+from worlds.strategies.grid import FakeGrid, FakeSite, name_this_process
+from worlds.strategies.toy_model import as_numpy, initial_arrays, pull_towards
 from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, sites
 
 from flwr_hpc.protocol import WEIGHT_KEY

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.serverapp.strategy import Strategy
-from worlds.strategies.grid import as_numpy
+from worlds.strategies.toy_model import as_numpy
 from worlds.strategies.world import (
     LATE,
     ROUNDS,

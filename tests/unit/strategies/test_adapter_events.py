@@ -5,7 +5,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 from worlds.strategies import grid as grid_world
-from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, pull_towards
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import as_numpy, pull_towards
 from worlds.strategies.world import ANY_NUMBER, STRATEGIES
 
 from strategies import Runtime, run_strategy

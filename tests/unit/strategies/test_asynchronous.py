@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord
 from worlds.strategies.driven import Driven, close, delta, minus, record, theta
-from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import as_numpy, initial_arrays
 
 from strategies import Runtime
 from strategies.async_diloco import AsyncDiLoCo

@@ -7,7 +7,8 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from worlds.strategies.driven import Driven, close, delta, theta
-from worlds.strategies.grid import FakeSite, as_numpy
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.toy_model import as_numpy
 from worlds.strategies.world import ARGUMENTS, CONF, World, configured, sites
 
 from strategies import AsyncStrategy

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
-from worlds.strategies.grid import FakeSite, _array, as_numpy
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.toy_model import array, as_numpy
 from worlds.strategies.world import World, ends_well
 
 from flwr_hpc.protocol import ARRAYS
@@ -49,7 +50,7 @@ def test_without_a_limit_nothing_is_read():
 
 def far_away(content):
     arrays = as_numpy(content[ARRAYS])
-    content[ARRAYS] = ArrayRecord({k: _array(x + np.float32(1e6)) for k, x in arrays.items()})
+    content[ARRAYS] = ArrayRecord({k: array(x + np.float32(1e6)) for k, x in arrays.items()})
 
 
 def test_an_update_that_is_far_too_large_is_refused_also_after_a_resume():

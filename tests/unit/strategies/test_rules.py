@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord
-from worlds.strategies.grid import as_numpy, initial_arrays, pull_towards
+from worlds.strategies.toy_model import as_numpy, initial_arrays, pull_towards
 
 from strategies.parts import rules
 

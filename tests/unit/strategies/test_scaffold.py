@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from worlds.strategies.driven import Driven, close, delta, minus, theta
-from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import as_numpy, initial_arrays
 from worlds.strategies.world import Killed, World, sites
 
 from flwr_hpc.protocol import CORRECTION, GRADIENT, ORDER, Order, from_json

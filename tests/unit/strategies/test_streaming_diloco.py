@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from worlds.strategies.driven import Driven, delta
-from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, pull_towards, with_nan
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import as_numpy, pull_towards, with_nan
 from worlds.strategies.world import Killed, World, ends_well
 
 from flwr_hpc.protocol import STATUS, Order, Status, from_json

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from worlds.strategies.grid import FakeGrid, FakeSite, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import initial_arrays
 
 from strategies import Binding, Engine, Failure, Plan, Runtime, Settings, SiteResult
 

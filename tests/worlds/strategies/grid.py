@@ -18,51 +18,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from worlds.strategies.toy_model import NAMES, array, as_numpy, initial_arrays, pull_towards
 
 from flwr_hpc import protocol
 from flwr_hpc.protocol import Order, Result, Status
-
-NAMES = ("layer.weight", "layer.bias")
-
-
-def initial_arrays(dtype: str = "float32") -> ArrayRecord:
-    """Weights of a model with two tensors."""
-    rng = np.random.default_rng(0)
-    return ArrayRecord(
-        {
-            NAMES[0]: _array(rng.normal(size=(3, 4)).astype(dtype)),
-            NAMES[1]: _array(rng.normal(size=(5,)).astype(dtype)),
-        }
-    )
-
-
-def _array(x: np.ndarray) -> Any:
-    return next(iter(ArrayRecord([x]).values()))
-
-
-def as_numpy(arrays: ArrayRecord) -> dict[str, np.ndarray]:
-    return {name: array.numpy() for name, array in arrays.items()}
-
-
-def pull_towards(target: float, rate: float = 0.1) -> Callable[[dict, int], dict]:
-    """Training on a quadratic: every step moves the weights a little towards `target`."""
-
-    def train(weights: dict[str, np.ndarray], steps: int) -> dict[str, np.ndarray]:
-        keep = (1.0 - rate) ** max(1, steps)
-        return {
-            k: (w * w.dtype.type(keep) + w.dtype.type((1.0 - keep) * target))
-            for k, w in weights.items()
-        }
-
-    return train
-
-
-def with_nan(content: RecordDict) -> None:
-    """Spoil a result: its weights are no numbers."""
-    arrays = content[protocol.ARRAYS]
-    content[protocol.ARRAYS] = ArrayRecord(
-        {k: _array(a.numpy() * np.float32("nan")) for k, a in arrays.items()}
-    )
 
 
 class VirtualClock:
@@ -222,10 +181,10 @@ class FakeSite:
         content[protocol.METRICS] = MetricRecord({protocol.WEIGHT_KEY: self.examples, **metrics})
         if order.kind != "evaluate":
             names = weights if order.returns is None else order.returns
-            content[protocol.ARRAYS] = ArrayRecord({k: _array(weights[k]) for k in names})
+            content[protocol.ARRAYS] = ArrayRecord({k: array(weights[k]) for k in names})
             if order.id in self.gradients:
                 means = self.gradients[order.id]
-                content[protocol.GRADIENT] = ArrayRecord({k: _array(g) for k, g in means.items()})
+                content[protocol.GRADIENT] = ArrayRecord({k: array(g) for k, g in means.items()})
         if self.spoil is not None and order.kind == "train":
             self.spoil(content)
         return content
@@ -248,7 +207,7 @@ class FakeSite:
         if kind == "evaluate":
             return done, RecordDict({"metrics": metrics})
         trained = pull_towards(self.target)(weights, int(config.get("steps", 1)))
-        arrays = ArrayRecord({k: _array(w) for k, w in trained.items()})
+        arrays = ArrayRecord({k: array(w) for k, w in trained.items()})
         return done, RecordDict({"arrays": arrays, "metrics": metrics})
 
 

@@ -18,7 +18,8 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvgM, FedYogi, Result, Strategy
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import as_numpy, initial_arrays
 
 from strategies import (
     AsyncStrategy,

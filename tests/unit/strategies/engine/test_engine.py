@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord
 from worlds.strategies.bench import ARRAYS, Bench, ready_bench
-from worlds.strategies.grid import FakeSite, as_numpy
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.toy_model import as_numpy
 
 from flwr_hpc.protocol import ACQUIRE, DESCRIBE, TRAIN, Status
 from strategies import (

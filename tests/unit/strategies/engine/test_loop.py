@@ -11,14 +11,8 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAdam as FlowerFedAdam
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from worlds.strategies.driven import Driven
-from worlds.strategies.grid import (
-    FakeGrid,
-    FakeSite,
-    VirtualClock,
-    as_numpy,
-    initial_arrays,
-    with_nan,
-)
+from worlds.strategies.grid import FakeGrid, FakeSite, VirtualClock
+from worlds.strategies.toy_model import as_numpy, initial_arrays, with_nan
 from worlds.strategies.world import ANY_NUMBER, Killed, World, run_scripted
 
 from flwr_hpc.protocol import DESCRIBE, Status

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from worlds.strategies.bench import ARRAYS, Bench, ready_bench
-from worlds.strategies.grid import FakeSite, with_nan
+from worlds.strategies.grid import FakeSite
+from worlds.strategies.toy_model import with_nan
 
 from flwr_hpc.protocol import ACQUIRE, COLLECT, DESCRIBE, TRAIN, Result, Status
 from strategies import (

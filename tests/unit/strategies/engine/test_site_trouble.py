@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from flwr.app import ConfigRecord
 from worlds.strategies.bench import Bench, ready_bench
-from worlds.strategies.grid import FakeGrid, FakeSite, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import initial_arrays
 
 from flwr_hpc.protocol import DESCRIBE, TRAIN, Status
 from strategies import HpcStrategy, Runtime, Settings, SiteResult, run_strategy

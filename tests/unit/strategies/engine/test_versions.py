@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from worlds.strategies.grid import NAMES, FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import NAMES, as_numpy, initial_arrays
 from worlds.strategies.world import ANY_NUMBER, run_scripted
 
 from strategies import (

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
-from worlds.strategies.grid import FakeGrid, FakeSite, as_numpy, initial_arrays
+from worlds.strategies.grid import FakeGrid, FakeSite
+from worlds.strategies.toy_model import as_numpy, initial_arrays
 
 from strategies.base.start import run_strategy
 from strategies.engine.flower.alike import make_alike, weight_key_of
