@@ -28,6 +28,9 @@ class LoraConfig:
     # DoRA (arXiv 2402.09353): the norm of each output's weights is trained apart from their
     # direction, which the adapter changes; nearer to full training, and slower than LoRA.
     dora: bool = False
+    # ``nf4``: the frozen weights of the layers in 4 bit (QLoRA, arXiv 2305.14314; bitsandbytes, on
+    # GPUs), whole on every rank; or ``none``.
+    quantize: str = "none"
 
 
 @dataclass

@@ -20,6 +20,7 @@ CHOICES = {
     "train.loss": ("cross_entropy", "goldfish"),
     "train.precision": ("auto", "fp32", "bf16"),
     "train.activation_checkpointing": ("none", "selective", "full"),
+    "model.lora.quantize": ("none", "nf4"),
     "tracking.mode": ("auto", "online", "offline", "disabled"),
 }
 POSITIVE = (
@@ -190,6 +191,8 @@ def _check_model(c: Any) -> None:
         raise UserError("model.lora.freeze_a needs an adapter. Add to the command: model.lora.r=8")
     if c.model.lora.dora and not c.model.lora.r:
         raise UserError("model.lora.dora is a kind of adapter: give its rank, e.g. model.lora.r=8")
+    if c.model.lora.quantize != "none":
+        _check_quantized(c)
     if c.model.lora.dora and c.model.lora.freeze_a:
         raise UserError(
             "model.lora.freeze_a makes the average of adapters exact, and DoRA's magnitudes would "
@@ -205,6 +208,20 @@ def _check_model(c: Any) -> None:
         raise UserError("model: give model.path or model.config with a model_type")
     _check_sizes(c.model.config, c.data.seq_len)
     check_objective(c.model.config["model_type"] in ENCODER_DECODERS, c.data.objective)
+
+
+def _check_quantized(c: Any) -> None:
+    """Refuse frozen weights in 4 bit where there is no adapter, or no GPU."""
+    wanted = f"model.lora.quantize={c.model.lora.quantize}"
+    if not c.model.lora.r:
+        raise UserError(
+            f"{wanted} is of the weights below an adapter. Add to the command: model.lora.r=8"
+        )
+    if cpus := [name for name, f in c.facilities.items() if not f.gpus_per_node]:
+        raise UserError(
+            f"{wanted} trains on GPUs, and {cpus[0]} has gpus_per_node=0. Give its GPUs, "
+            f"facilities.{cpus[0]}.gpus_per_node=N, or model.lora.quantize=none"
+        )
 
 
 def check_objective(encoder_decoder: bool, objective: str) -> None:

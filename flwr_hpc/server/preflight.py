@@ -148,10 +148,13 @@ def _existing(room: Room) -> Path:
 
 def check_facilities(config: Config, names: list[str]) -> None:
     """Check what the facilities' jobs need; `names` are all that train."""
+    packages, kind = TRAIN_PACKAGES, "train"
+    if config.model.lora.quantize != "none":
+        packages, kind = (*TRAIN_PACKAGES, "bitsandbytes"), "qlora"
     for name, facility in config.here.items():
         if facility.local and facility.python is None:
-            _check_packages(name)
-        check_interpreter(name, facility, (*JOB_PACKAGES, *TRAIN_PACKAGES), "flwr-hpc[train]")
+            _check_packages(name, packages, kind)
+        check_interpreter(name, facility, (*JOB_PACKAGES, *packages), f"flwr-hpc[{kind}]")
         if facility.local and facility.container is None:
             check_pretrained(config, name, facility)
         sources.check(config.data, name, names, must_exist=facility.local)
@@ -172,12 +175,12 @@ def _check_nodes(strategy: Strategy, facilities: int) -> None:
         )
 
 
-def _check_packages(facility: str) -> None:
-    missing = [p for p in TRAIN_PACKAGES if find_spec(p) is None]
+def _check_packages(facility: str, packages: tuple[str, ...], kind: str) -> None:
+    missing = [p for p in packages if find_spec(p) is None]
     if missing:
         raise UserError(
             f"facility '{facility}' runs here, but {', '.join(missing)} cannot be imported. "
-            "Fix it with: pip install 'flwr-hpc[train]'"
+            f"Fix it with: pip install 'flwr-hpc[{kind}]'"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is frozen under adapters, and whether it is the same at all sites.
+"""What is frozen under adapters, in which precision, and whether it is the same at all sites.
 
 In FFA-LoRA (arXiv 2403.12313) the A of every adapter stays as it was drawn and B alone is trained.
 All sites have the same A, so the average of ``B_i A`` is ``mean(B_i) A``: exact, for half the
@@ -62,6 +62,51 @@ def check_base(order: Order, sha256: str) -> None:
         )
 
 
+def load_quantized(kind: Any, path: str) -> Any:
+    """Load a checkpoint onto this rank's device, its layers' matrices in 4 bit (QLoRA).
+
+    Embeddings, norms and the head stay in float32. The layers compute in the precision of what
+    comes in.
+
+    Parameters
+    ----------
+    kind : type
+        An auto class of transformers.
+    path : str
+    """
+    from transformers import BitsAndBytesConfig
+
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as exc:
+        raise UserError(
+            f"model.lora.quantize=nf4 needs bitsandbytes in the job: {exc}. Fix it with: pip "
+            "install 'flwr-hpc[qlora]' in the environment of the jobs"
+        ) from None
+    here = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = kind.from_pretrained(
+        path, dtype=torch.float32, quantization_config=quantization, device_map={"": here}
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_type_is_set = False  # taken from the first input
+    return model
+
+
+def quantized(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights that are packed into whole numbers, which are neither trained nor cut."""
+    return {p for p in model.parameters() if not p.is_floating_point()}
+
+
+def size_of(parameter: Tensor) -> int:
+    """Return how many numbers a parameter holds, packed or not."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(math.prod(state.shape))
+
+
 def freeze_a(model: nn.Module, seed: int) -> None:
     """Draw every A of a peft model, uniform within 1 / sqrt(inputs) as peft does; freeze it."""
     for name, parameter in model.named_parameters():
@@ -79,6 +124,15 @@ def freeze_a(model: nn.Module, seed: int) -> None:
 def frozen_factors(model: nn.Module) -> dict[str, Tensor]:
     """Return the frozen A by name in the model, none where A is trained."""
     return {n: p for n, p in model.named_parameters() if ".lora_A." in n and not p.requires_grad}
+
+
+def in_precision(sha256: str, quantize: str) -> str:
+    """Return the hash of a base that is packed: an adapter is of the weights it was trained on."""
+    return (
+        sha256
+        if quantize == "none"
+        else hashlib.sha256(f"{sha256} {quantize}".encode()).hexdigest()
+    )
 
 
 def with_factors(sha256: str, factors: Iterable[tuple[str, Tensor]]) -> str:

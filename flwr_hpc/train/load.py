@@ -16,7 +16,7 @@ from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import BASE_FILE
 from flwr_hpc.spool import AllocationDir
-from flwr_hpc.train.base_model import base_sha256, frozen_factors, with_factors
+from flwr_hpc.train.base_model import base_sha256, frozen_factors, in_precision, with_factors
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.model import Built, build, checkpoint_folder, is_encoder_decoder
 from flwr_hpc.train.optim import schedule_steps
@@ -95,13 +95,19 @@ def _base(model: ModelConfig, built: Built, group: Group, cache: Path) -> str:
     if group.ranks.rank == 0:
         factors = frozen_factors(built.model)
         sha256 = with_factors(
-            base_sha256(checkpoint_folder(model.path), cache),
+            in_precision(base_sha256(checkpoint_folder(model.path), cache), model.lora.quantize),
             ((built.frozen[name], factors[name]) for name in sorted(factors)),
         )
     return str(group.broadcast(sha256))
 
 
 def _check_device(settings: WorkerSettings, device: torch.device) -> None:
+    if settings.model.lora.quantize != "none" and device.type == "cpu":
+        raise UserError(
+            f"model.lora.quantize={settings.model.lora.quantize} trains on GPUs, and PyTorch "
+            f"{torch.__version__} sees none in the job of {settings.facility}. Give "
+            "model.lora.quantize=none"
+        )
     if settings.gpus_per_node and device.type == "cpu":
         here = f"facilities.{settings.facility}"
         raise UserError(

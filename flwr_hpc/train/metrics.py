@@ -16,6 +16,7 @@ from torch import nn
 
 from flwr_hpc.config.schema import DataConfig, TrainConfig
 from flwr_hpc.spool import OrderDir
+from flwr_hpc.train.base_model import size_of
 from flwr_hpc.train.progress import OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.worker.phase_timer import PhaseTimer
@@ -127,7 +128,7 @@ def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:
     trained = frozen = 0.0
     for name, p in model.named_parameters():
         if id(p) not in looked_up:
-            used = p.numel() * (active if "experts" in name.split(".") else 1.0)
+            used = size_of(p) * (active if "experts" in name.split(".") else 1.0)
             trained += used if p.requires_grad else 0.0
             frozen += 0.0 if p.requires_grad else used
     try:

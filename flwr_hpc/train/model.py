@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
-from flwr_hpc.train.base_model import freeze_a, frozen_factors
+from flwr_hpc.train.base_model import freeze_a, frozen_factors, load_quantized
 from flwr_hpc.train.metrics import flops_per_token
 
 _aten = torch.ops.aten
@@ -59,7 +59,7 @@ def build(
     model would stay apart on every rank.
     """
     torch.manual_seed(seed)
-    base = _from_checkpoint(config.path) if config.path else _from_config(config, tokenizer)
+    base = _from_checkpoint(config) if config.path else _from_config(config, tokenizer)
     base.config.use_cache = False  # the cache is for generation
     _check_size(base, tokenizer, seq_len)
     if checkpointing != "none":
@@ -127,9 +127,12 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _from_checkpoint(path: str) -> Any:
+def _from_checkpoint(config: ModelConfig) -> Any:
+    path = str(config.path)
     try:
         kind = _kind(AutoConfig.from_pretrained(path))
+        if config.lora.quantize != "none":
+            return load_quantized(kind, path)
         return kind.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as exc:
         raise UserError(

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flwr_hpc.errors import UserError
+from flwr_hpc.train.base_model import quantized
 from flwr_hpc.train.model import layers
 
 # Below this many parameters the communication calls of many units cost more than holding the
@@ -53,11 +54,13 @@ def shard(
     precision and checkpoints are the same there.
     """
     mesh = _mesh(world_size, device, replicate)
-    policy = precision_policy(precision, device)
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision_policy(precision, device)}
+    if whole := quantized(model):  # on every rank, where they are
+        options["ignored_params"] = whole
     if sum(p.numel() for p in model.parameters()) >= one_unit_below:
         for layer in layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, **options)
+    fully_shard(model, **options)
     return mesh
 
 

@@ -91,11 +91,14 @@ def tiny_model(
     freeze_a: bool = False,
     seed: int = 0,
     dora: bool = False,
+    quantize: str = "none",
 ) -> Built:
     config = ModelConfig(
         path=path,
         config={} if path else model or {**LLAMA, "tie_word_embeddings": tied},
-        lora=LoraConfig(r=4 if lora or dora else 0, alpha=8, dora=dora, freeze_a=freeze_a),
+        lora=LoraConfig(
+            r=4 if lora or dora else 0, alpha=8, dora=dora, freeze_a=freeze_a, quantize=quantize
+        ),
     )
     return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing)
 
@@ -109,11 +112,14 @@ def tiny_trainer(
     path: str | None = None,
     model: dict[str, Any] | None = None,
     dora: bool = False,
+    quantize: str = "none",
     **train: Any,
 ) -> Trainer:
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
     config = dataclasses.replace(TRAIN, **train)
-    built = tiny_model(tied, lora, path, config.activation_checkpointing, model, dora=dora)
+    built = tiny_model(
+        tied, lora, path, config.activation_checkpointing, model, dora=dora, quantize=quantize
+    )
     return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes)
 
 
