@@ -8,6 +8,8 @@ from flwr_hpc.plan.parallel import FULL, NONE, ParallelPlan
 from flwr_hpc.plan.shape import Block, ModelShape
 
 ONE_UNIT_BELOW = 30_000_000  # Smaller models are gathered whole, see `flwr_hpc.train.parallel`
+# Of a weight in nf4 with its scales: one byte for 64 of them, whose own are four for 256 bytes.
+PACKED_BYTES = 1 / 2 + 1 / 64 + 4 / 64 / 256
 CHUNK_BYTES = 2**28  # Of float32 logits that exist at a time, see `flwr_hpc.train.loss`
 
 
@@ -15,8 +17,8 @@ CHUNK_BYTES = 2**28  # Of float32 logits that exist at a time, see `flwr_hpc.tra
 class Memory:
     """Bytes per device at the peak of a step."""
 
-    parameters: float  # This rank's shard, float32
-    gradients: float  # Likewise
+    parameters: float  # This rank's shard, float32; what is packed, whole
+    gradients: float  # Of the shard's that are trained
     optimizer: float  # AdamW's two moments
     activations: float
     logits: float
@@ -48,6 +50,8 @@ def memory(
     gloo : bool
         Ranks talk through gloo (CPUs), whose collectives work on copies.
     """
+    if shape.adapter_rank:
+        return _below_adapters(shape, plan, seq_len, compute_bytes)
     step = _Step(shape, plan, seq_len, compute_bytes, gloo)
     moments = [step.turning(), step.end()]
     if step.prefetches:
@@ -172,3 +176,25 @@ def _logits(shape: ModelShape, plan: ParallelPlan, tokens: float, compute_bytes:
     """A chunk's logits, their float32 copy, its log-softmax, and the gradients of both."""
     elements = min(tokens * shape.vocabulary, CHUNK_BYTES / 4) / plan.tensor
     return elements * (2 * compute_bytes + 8)
+
+
+def _below_adapters(
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int
+) -> Memory:
+    """Between forward and backward pass, with the adapters' gradients: frozen weights have none.
+
+    Packed matrices are on every rank; one at a time is unpacked.
+    """
+    of_shard, tokens = 4 / (plan.shard * plan.tensor), plan.micro_batch * seq_len
+    trained = of_shard * shape.adapters
+    packed = shape.matrices if shape.packed else 0
+    parameters = of_shard * (shape.parameters - packed) + PACKED_BYTES * packed + trained
+    kept, recomputed = _activations(shape, plan, seq_len, compute_bytes)
+    logits = _logits(shape, plan, tokens, compute_bytes)
+    activations = tokens * kept + max(0.0, tokens * recomputed - logits)
+    layer = max(b.adapters(shape.adapter_rank) for b in shape.blocks)
+    if not shape.packed:
+        layer += max(b.parameters for b in shape.blocks)
+    unpacked = max(p.weights for b in shape.blocks for p in b.projections) if packed else 0
+    gathered = (2 * layer + shape.outside + unpacked) * compute_bytes
+    return Memory(parameters, trained, 2 * trained, activations, logits, gathered)

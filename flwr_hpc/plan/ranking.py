@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr_hpc.config.facility import FacilityConfig
@@ -22,7 +23,7 @@ BYTE_VOCABULARY = 259  # Of the tokenizer ``byte``: 256 and three special tokens
 def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Ranking:
     """Rank the plans of one facility."""
     facility = config.facilities[name]
-    shape = shape_of(config)
+    shape = _with_adapters(shape_of(config), config)
     seq_len = min(config.data.seq_len, shape.longest or config.data.seq_len)
     if seq_len < config.data.seq_len and any("data.seq_len=" in o for o in overrides):
         raise UserError(
@@ -62,6 +63,11 @@ def _measured(name: str, f: FacilityConfig) -> tuple[MeasuredBandwidths | None, 
             f"gpus_per_node={measured.gpus_per_node} and not used"
         )
     return None, f"{said}; to measure: python -m flwr_hpc.doctor --bandwidth +facility={name}"
+
+
+def _with_adapters(shape: ModelShape, config: Config) -> ModelShape:
+    lora = config.model.lora
+    return replace(shape, adapter_rank=lora.r, packed=lora.quantize != "none")
 
 
 def shape_of(config: Config) -> ModelShape:

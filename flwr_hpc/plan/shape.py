@@ -54,6 +54,10 @@ class Block:
         """Of one such layer."""
         return self.vectors + sum(p.copies * (p.weights + p.biases) for p in self.projections)
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA on one such layer's matrices."""
+        return sum(p.copies * rank * (p.inputs + p.outputs) for p in self.projections)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -70,6 +74,8 @@ class ModelShape:
     vectors: int  # Parameters outside of blocks and tables: last norms
     longest: int | None  # Positions the model takes
     encoder_decoder: bool
+    adapter_rank: int = 0  # Of LoRA below which all this is frozen; 0: all is trained
+    packed: bool = False  # The layers' frozen matrices are in 4 bit
 
     @property
     def layers(self) -> int:
@@ -86,6 +92,16 @@ class ModelShape:
     def parameters(self) -> int:
         """All parameters, tied ones once."""
         return self.outside + sum(b.count * b.parameters for b in self.blocks)
+
+    @property
+    def matrices(self) -> int:
+        """Elements of the layers' matrices."""
+        return sum(b.count * p.copies * p.weights for b in self.blocks for p in b.projections)
+
+    @property
+    def adapters(self) -> int:
+        """Parameters of LoRA on all matrices of the layers."""
+        return sum(b.count * b.adapters(self.adapter_rank) for b in self.blocks)
 
     @property
     def multiplied(self) -> int:

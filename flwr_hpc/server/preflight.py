@@ -148,7 +148,8 @@ def _existing(room: Room) -> Path:
 
 def check_facilities(config: Config, names: list[str]) -> None:
     """Check what the facilities' jobs need; `names` are all that train."""
-    packages, kind = TRAIN_PACKAGES, "train"
+    packages: tuple[str, ...] = TRAIN_PACKAGES
+    kind = "train"
     if config.model.lora.quantize != "none":
         packages, kind = (*TRAIN_PACKAGES, "bitsandbytes"), "qlora"
     for name, facility in config.here.items():

@@ -87,6 +87,12 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["allocation.idle_timeout_s=0"], "allocation.idle_timeout_s=0.0 must be greater"),
         (["data.held_out_sequences=0"], "data.held_out_sequences=0 must be greater than zero"),
         (["model.lora.dora=true"], "give its rank, e.g. model.lora.r=8"),
+        (["model.lora.quantize=nf4"], "weights below an adapter. Add to the command: model.lora.r"),
+        (
+            ["model.path=/m", "model.lora.r=8", "model.lora.quantize=nf4"],
+            "local_a has gpus_per_node=0. Give its GPUs, facilities.local_a.gpus_per_node=N",
+        ),
+        (["model.lora.quantize=int8"], "Valid: none, nf4"),
         (
             ["model.lora.r=4", "model.lora.dora=true", "model.lora.freeze_a=true"],
             "leave out one of model.lora.freeze_a and model.lora.dora",

@@ -43,6 +43,26 @@ def test_recomputing_trades_time_for_memory() -> None:
     assert 1.25 < slower / step_time(SHAPE, PLAN, 4096, MACHINE).compute < 1.34
 
 
+def test_below_an_adapter_little_is_trained() -> None:
+    """Protects the fit of LoRA and QLoRA: frozen weights have no gradient and no moments.
+
+    By hand: per layer of 8B rank 8 is 8 x (4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096)
+    for queries, keys and values together and two MLP matrices together.
+    """
+    lora = replace(SHAPE, adapter_rank=8)
+    packed = replace(lora, packed=True)
+    assert lora.adapters == 32 * 8 * (4096 + 6144 + 8192 + 4096 + 28672 + 14336 + 4096)
+    whole, some, four_bits = (memory(s, PLAN, 4096, 2) for s in (SHAPE, lora, packed))
+    assert whole.optimizer == 2 * whole.parameters
+    assert some.optimizer == 8 * lora.adapters / 16
+    assert some.parameters == 4 * (lora.parameters + lora.adapters) / 16
+    matrices = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
+    rest = lora.parameters - matrices + lora.adapters
+    assert four_bits.parameters == pytest.approx(4 * rest / 16 + 0.515869 * matrices)
+    alone = replace(PLAN, shard=1, micro_batch=1)
+    assert memory(packed, alone, 4096, 2).parameters < 9e9 < memory(lora, alone, 4096, 2).parameters
+
+
 def test_a_slow_network_shows() -> None:
     """Protects the choice of a mesh: what computing cannot hide is counted, and no more."""
     slow = replace(MACHINE, bandwidths=Bandwidths(4, 300, 5))

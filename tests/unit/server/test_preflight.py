@@ -60,6 +60,15 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install 'flwr-hpc[train]'" in fault()
 
 
+def test_4_bits_need_one_package_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects from a wait in the queue for a job that lacks bitsandbytes."""
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name != "bitsandbytes" or None)
+    lora = ["model.path=/m", "model.lora.r=8", "model.lora.quantize=nf4"]
+    said = fault("+facility=local_a", "facilities.local_a.gpus_per_node=2", *lora)
+    assert "bitsandbytes cannot be imported" in said
+    assert "pip install 'flwr-hpc[qlora]'" in said
+
+
 def test_stores_are_file_systems_that_fsspec_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects from an exchange that nobody reaches."""
     for good in ("/shared/x", "file:///shared/x", "memory://x", "simplecache::memory://x"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ from safetensors.numpy import save_file
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import BASE, Order
 from flwr_hpc.train import base_model
-from flwr_hpc.train.base_model import base_sha256, check_base, with_factors
+from flwr_hpc.train.base_model import (
+    base_sha256,
+    check_base,
+    in_precision,
+    load_quantized,
+    with_factors,
+)
 
 TENSORS = {f"w{i}": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(3)}
 
@@ -67,3 +74,16 @@ def test_an_order_of_another_base_is_refused(theirs: str, refused: bool) -> None
             check_base(order, "a" * 64)
     else:
         check_base(order, "a" * 64)
+
+
+def test_a_packed_base_is_another_one() -> None:
+    """Protects adapters from a base in another precision than the one they were trained on."""
+    assert in_precision("base", "none") == "base"
+    assert len({"base", in_precision("base", "nf4"), in_precision("other", "nf4")}) == 3
+
+
+def test_4_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects users of an environment without it from a traceback in the job."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    with pytest.raises(UserError, match=r"pip install 'flwr-hpc\[qlora\]' in the environment"):
+        load_quantized(None, "path")

@@ -5,11 +5,15 @@ Tried on no such machine.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from flwr_hpc.config.schema import LoraConfig, ModelConfig
+from flwr_hpc.errors import UserError
+from flwr_hpc.train.load import _check_device
 from flwr_hpc.train.parallel import precision_policy
 from flwr_hpc.train.rendezvous import Failure, interfaces
 
@@ -25,6 +29,15 @@ def test_bf16_only_where_the_device_computes_in_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert precision_policy("auto", CUDA).param_dtype == dtype
     assert precision_policy("bf16", CUDA).param_dtype == torch.bfloat16  # who asks for it gets it
+
+
+def test_4_bits_on_a_cpu_are_refused() -> None:
+    """Protects from a job whose GPUs torch does not see, and which would crawl."""
+    model = ModelConfig(path="m", lora=LoraConfig(r=8, quantize="nf4"))
+    settings: Any = SimpleNamespace(model=model, facility="a", gpus_per_node=4)
+    with pytest.raises(UserError, match=r"sees none in the job of a\. Give model\.lora\.quantize"):
+        _check_device(settings, torch.device("cpu"))
+    _check_device(settings, CUDA)
 
 
 def test_out_of_memory_is_not_tried_again() -> None:
