@@ -1,0 +1,81 @@
+"""Means that a few wrong updates cannot move far: pure functions, some numbers of all at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from strategies.parts.rules import Record, Tensor
+
+BLOCK = 1 << 20  # numbers of every update that are held at a time
+
+Centre = Callable[[Tensor], Tensor]  # (updates, numbers) to (numbers,)
+
+
+def median(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the median of each number (arXiv 1803.01498)."""
+    return _by_block(tensors, lambda block: np.median(block, axis=0))
+
+
+def trimmed_mean(tensors: Sequence[Tensor], cut: float) -> Tensor:
+    """Return the mean of each number without the share `cut` at either end (arXiv 1803.01498)."""
+    check_cut(cut)
+    low = int(cut * len(tensors))
+    high = len(tensors) - low
+
+    def centre(block: Tensor) -> Tensor:
+        ordered = np.partition(block, (low, high - 1), axis=0)
+        return np.asarray(ordered[low:high].mean(axis=0))
+
+    return _by_block(tensors, centre)
+
+
+def check_cut(cut: float) -> None:
+    """Refuse a share that would leave nothing."""
+    if not 0 <= cut < 0.5:
+        raise ValueError(f"cut={cut} must be at least 0 and below 0.5")
+
+
+def krum(updates: Sequence[Record], malicious: int, selected: int) -> list[int]:
+    """Return which updates lie closest to their neighbours (Krum, arXiv 1703.02757).
+
+    An update's score is the sum of its squared distances to the n - f - 2 next to it, at least to
+    one; those of the lowest scores are taken, in the order of the updates.
+
+    Parameters
+    ----------
+    updates : sequence of mapping
+    malicious : int
+        f: how many may be wrong.
+    selected : int
+        1 is Krum, more are Multi-Krum.
+    """
+    distances = squared_distances(updates)
+    count = max(1, len(updates) - malicious - 2)
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.sort(distances, axis=1)[:, :count]
+    scores = nearest.sum(axis=1) if len(updates) > 1 else np.zeros(1)
+    return sorted(int(i) for i in np.argsort(scores, kind="stable")[:selected])
+
+
+def squared_distances(updates: Sequence[Record]) -> Tensor:
+    """Return the squared distance of every update to every other, float64 (updates, updates)."""
+    products = np.zeros((len(updates), len(updates)))
+    for name in updates[0]:
+        tensors = [update[name].numpy().reshape(-1) for update in updates]
+        for start in range(0, tensors[0].size, BLOCK):
+            block = np.stack([t[start : start + BLOCK].astype(np.float64) for t in tensors])
+            block -= block.mean(axis=0)  # near each other: else the digits would cancel out
+            products += block @ block.T
+    squares = np.diag(products)
+    return np.asarray(np.maximum(squares[:, None] + squares[None, :] - 2 * products, 0.0))
+
+
+def _by_block(tensors: Sequence[Tensor], centre: Centre) -> Tensor:
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    found = np.empty(flat[0].shape, dtype=flat[0].dtype)
+    for start in range(0, found.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        found[part] = centre(np.stack([tensor[part] for tensor in flat]))
+    return found.reshape(tensors[0].shape)
