@@ -85,8 +85,8 @@ class TrainConfig:
     # ``none``, or ``auto``: micro batch, accumulation, checkpointing and replicas of the fastest
     # plan for the facilities at hand (`python -m flwr_hpc.plan`), but for those the command names.
     plan: str = "none"
-    micro_batch: int = 4  # Sequences per rank and forward pass
-    # Micro batches per optimizer step; global batch = micro_batch x accumulation x ranks.
+    micro_batch: int = 4  # Sequences per rank (or group of `tensor` ranks) and forward pass
+    # Micro batches per optimizer step; global batch = micro_batch x accumulation x ranks / tensor.
     accumulation: int = 1
     # Sequences of an optimizer step over all ranks of a facility; sets the accumulation, with
     # `micro_batch` at most. Default: as many as micro batches and accumulation make.
@@ -117,6 +117,9 @@ class TrainConfig:
     # Replicas of the sharded model (HSDP): each has ranks / replicate neighbouring ranks, over
     # which it is sharded, and gradients are summed over the replicas once per step. 1: FSDP.
     replicate: int = 1
+    # Tensor parallelism: so many neighbouring ranks split the matrices of each layer and work on
+    # the same sequences. A replica's ranks are shards x tensor.
+    tensor: int = 1
     reset_optimizer: bool = False  # Forget the inner optimizer's state at every order
     # Save the trainer's state after so many training orders (0: never).
     checkpoint_every_orders: int = 1

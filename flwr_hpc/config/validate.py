@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from operator import attrgetter
@@ -26,7 +27,7 @@ CHOICES = {
 POSITIVE = (
     *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
-    *("train.replicate", "train.batch_size", "train.schedule_steps"),
+    *("train.replicate", "train.tensor", "train.batch_size", "train.schedule_steps"),
     *("allocation.idle_timeout_s", "federation.wait_s"),
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
@@ -54,6 +55,8 @@ INTERVALS = {
 }
 PASSWORD = re.compile(r"//([^/:]*):[^/]*@")
 ENCODER_DECODERS = ("mt5", "t5")
+# Families whose layers the trainer cannot split over ranks, see `flwr_hpc.train.parallel`.
+UNSPLIT = ("gpt2", "mixtral", "mt5", "t5")
 # What models call their sizes: transformers' usual name, and those of GPT-2 and its like.
 SIZES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
@@ -91,8 +94,9 @@ def check_values(c: Any) -> None:
         within(f"train.betas[{i}]", beta, "[0, 1)")
     for name, facility in c.facilities.items():
         check_shape(name, facility)
-        batch_size.shared(c.train, facility.nodes * facility.ranks_per_node, name)
-        _check_replicas(name, facility.nodes * facility.ranks_per_node, c.train.replicate)
+        ranks = facility.nodes * facility.ranks_per_node
+        check_mesh(ranks, c.train.replicate, c.train.tensor, name)
+        batch_size.shared(c.train, ranks, name)
     _check_limits(c)
     _check_sites(c.serve)
     _check_paths(c)
@@ -104,13 +108,50 @@ def check_values(c: Any) -> None:
         )
 
 
-def _check_replicas(name: str, ranks: int, replicate: int) -> None:
-    if ranks % replicate:
-        valid = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+def check_mesh(ranks: int, replicate: int, tensor: int, facility: str = "") -> None:
+    """Refuse ranks that are no replicas x shards x tensor ranks."""
+    of = f" of {facility} (nodes x ranks_per_node)" if facility else ""
+    if ranks % tensor:
         raise UserError(
-            f"train.replicate={replicate} replicas cannot share the {ranks} ranks of {name} "
-            f"(nodes x ranks_per_node). Valid: {valid}"
+            f"train.tensor={tensor}: groups of {tensor} ranks cannot share the {ranks} ranks{of}. "
+            f"Valid: {_divisors(ranks)}"
         )
+    if ranks // tensor % replicate:
+        groups = f" in groups of train.tensor={tensor}" if tensor > 1 else ""
+        raise UserError(
+            f"train.replicate={replicate} replicas cannot share the {ranks} ranks{of}{groups}. "
+            f"Valid: {_divisors(ranks // tensor)}"
+        )
+
+
+def check_tensor(sizes: Mapping[str, Any], tensor: int) -> None:
+    """Refuse to split a model's layers over so many ranks, as far as its configuration says.
+
+    Parameters
+    ----------
+    sizes : mapping
+        ``model.config``, or the ``config.json`` of a checkpoint.
+    tensor : int
+    """
+    if tensor == 1:
+        return
+    if (kind := sizes.get("model_type")) in UNSPLIT:
+        raise UserError(
+            f"train.tensor={tensor} cannot split the layers of model_type={kind} (families like "
+            "Llama, Qwen, Gemma and GPT-NeoX can be split). Valid: train.tensor=1"
+        )
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    split = {key: sizes[key] for name in names if sizes.get(key := size_key(sizes, name))}
+    if any(size % tensor for size in split.values()):
+        given = ", ".join(f"{key}={size}" for key, size in split.items())
+        raise UserError(
+            f"train.tensor={tensor} does not divide the model's {given}. "
+            f"Valid: {_divisors(math.gcd(*split.values()))}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _check_limits(c: Any) -> None:
@@ -198,6 +239,12 @@ def _check_model(c: Any) -> None:
             "model.lora.freeze_a makes the average of adapters exact, and DoRA's magnitudes would "
             "make it inexact again: leave out one of model.lora.freeze_a and model.lora.dora"
         )
+    if c.train.tensor > 1 and (c.model.lora.dora or c.model.lora.quantize != "none"):
+        key = "model.lora.dora" if c.model.lora.dora else "model.lora.quantize"
+        raise UserError(
+            f"{key} takes matrices as a whole, and train.tensor splits them: leave out one of "
+            f"{key} and train.tensor"
+        )
     if c.model.path:
         return
     if c.model.lora.r > 0:
@@ -207,6 +254,7 @@ def _check_model(c: Any) -> None:
     if not c.model.config.get("model_type"):
         raise UserError("model: give model.path or model.config with a model_type")
     _check_sizes(c.model.config, c.data.seq_len)
+    check_tensor(c.model.config, c.train.tensor)
     check_objective(c.model.config["model_type"] in ENCODER_DECODERS, c.data.objective)
 
 

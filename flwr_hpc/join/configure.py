@@ -20,7 +20,7 @@ from flwr_hpc.errors import UserError
 OWN = (
     *("data.kind", "data.text_key", "data.prompt_key", "data.response_key"),
     *("data.tokenizer", "model.path", "train.micro_batch", "train.accumulation"),
-    *("train.precision", "train.activation_checkpointing", "train.replicate"),
+    *("train.precision", "train.activation_checkpointing", "train.replicate", "train.tensor"),
 )
 OURS = re.compile(
     r"facility|facilities\..+|allocation(\..+)?|site\..+|dry_run|data|federation\.shared_host"

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
+
+from flwr_hpc.train.parallel.tensor_parallel import share_of_positions
 
 IGNORED = -100
 CHUNK_BYTES = 2**28  # Of float32 logits that exist at a time
@@ -53,7 +56,9 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor]:
+def add_loss(
+    model: Any, chunk_bytes: int = CHUNK_BYTES, tensor: DeviceMesh | None = None
+) -> Callable[..., Tensor]:
     """Return what takes ``(input_ids, labels, position_ids)`` through a model to the summed loss.
 
     Positions that restart keep what is before and behind apart: transformers masks attention by
@@ -67,6 +72,8 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
     model : nn.Module
         Of transformers, causal or encoder-decoder, with or without peft, sharded or not.
     chunk_bytes : int
+    tensor : DeviceMesh or None
+        Ranks that split the layers: each returns the loss of its share of the positions.
     """
 
     def loss(
@@ -78,6 +85,7 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
         else:
             decoding = _write_on(inner, input_ids, labels, position_ids)
         decoder, output, again, targets = decoding
+        last, targets = share_of_positions(output.last_hidden_state, targets, tensor)
         sequences, length = targets.shape
         vocabulary = inner.get_output_embeddings().weight.shape[0]
         size = max(1, chunk_bytes // (4 * sequences * vocabulary))
@@ -86,7 +94,7 @@ def add_loss(model: Any, chunk_bytes: int = CHUNK_BYTES) -> Callable[..., Tensor
             with _decoded(decoder, output, hidden):
                 return summed_loss(inner.forward(**again).logits, targets)
 
-        hidden = torch.split(output.last_hidden_state, size, dim=1)
+        hidden = torch.split(last, size, dim=1)
         chunks = zip(hidden, targets.split(size, 1), strict=True)  # type: ignore[no-untyped-call]
         if size >= length:
             return head(*next(chunks))

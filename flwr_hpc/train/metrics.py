@@ -103,7 +103,8 @@ class Meter:
 
     def _tokens_per_step(self) -> int:
         sequences = self.train.micro_batch * self.train.accumulation
-        return sequences * self.group.ranks.world_size * self.data.seq_len
+        copies = self.group.ranks.world_size // self.train.tensor
+        return sequences * copies * self.data.seq_len
 
 
 def flops_per_token(config: Any, model: nn.Module, seq_len: int) -> float:

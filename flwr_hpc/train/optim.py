@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flwr_hpc.config.schema import TrainConfig
-from flwr_hpc.train.parallel import local
+from flwr_hpc.train.parallel.tensors import holders, local
 
 
 def gradient(parameter: Tensor) -> Tensor:
@@ -20,11 +21,24 @@ def gradient(parameter: Tensor) -> Tensor:
     return local(parameter.grad)
 
 
-def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor, replicate: int = 1) -> Tensor:
+def sum_gradients(parameters: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum gradients that come in parts over a group of ranks, all in one reduction."""
+    grads = [gradient(p) for p in parameters]
+    if not grads:
+        return
+    together = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(together, group=group)
+    parts = torch.split(together, [grad.numel() for grad in grads])
+    for grad, part in zip(grads, parts, strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
     """Scale gradients down to a global norm of at most `largest` (0: leave them).
 
-    Shards are disjoint, so their squares add up over the ranks of each replica; the loss comes
-    along in the same reduction, and the device is not waited for.
+    The squares of what a rank holds add up over the ranks, each divided by the number of ranks
+    that hold the same; the loss comes along in the same reduction, and the device is not waited
+    for.
 
     Parameters
     ----------
@@ -32,35 +46,43 @@ def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor, replicate: 
     largest : float
     loss_sum : Tensor ()
         Of this rank.
-    replicate : int
-        How many replicas hold the same shards.
 
     Returns
     -------
     Tensor (2,), float32
         Loss and gradient norm (before clipping) over all ranks.
     """
-    grads = [gradient(p) for p in parameters]
-    squares = torch.nn.utils.get_total_norm(grads).square() / replicate
-    stats = torch.stack([loss_sum, squares])
+    ranks = dist.get_world_size()
+    alike = defaultdict(list)
+    for p in parameters:
+        alike[holders(p, ranks)].append(gradient(p))
+    squares = [
+        torch.nn.utils.get_total_norm(grads).square() / count for count, grads in alike.items()
+    ]
+    stats = torch.stack([loss_sum, torch.stack(squares).sum()])
     dist.all_reduce(stats)
     stats[1].sqrt_()
     if largest > 0:
-        torch._foreach_mul_(grads, torch.clamp(largest / stats[1], max=1.0))
+        scale = torch.clamp(largest / stats[1], max=1.0)
+        for grads in alike.values():
+            torch._foreach_mul_(grads, scale)
     return stats
 
 
 def adamw(parameters: list[Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101); weight decay on matrices only, not on norms and biases."""
-    matrices = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    """AdamW (arXiv 1711.05101); weight decay on matrices only, not on norms and biases.
+
+    One kernel takes parameters of one mesh, so these are groups, too.
+    """
+    groups: dict[tuple[bool, Any], list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        groups[p.ndim >= 2, getattr(p, "device_mesh", None)].append(p)
     beta1, beta2 = config.betas
     optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+        [
+            {"params": some, "weight_decay": config.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), some in groups.items()
+        ],
         lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True,
     )  # fmt: skip
     for p in parameters:  # before the first step, so that a checkpoint can be loaded in place

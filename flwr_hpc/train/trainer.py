@@ -21,8 +21,9 @@ from flwr_hpc.train.base_model import frozen_factors
 from flwr_hpc.train.goldfish import training_batch
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
-from flwr_hpc.train.optim import adamw, clip, learning_rate, step_if_finite
-from flwr_hpc.train.parallel import ONE_UNIT_BELOW, full, local, put, reshard, shard
+from flwr_hpc.train.optim import adamw, clip, learning_rate, step_if_finite, sum_gradients
+from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW, meshes, reshard, shard
+from flwr_hpc.train.parallel.tensors import full, local, put
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
@@ -42,7 +43,7 @@ class Trainer:
         Cumulative step at which the schedule ends.
     group : Group
     one_unit_below : int
-        See `parallel.shard`.
+        See `sharding.shard`.
     chunk_bytes : int
         See `loss.add_loss`.
 
@@ -76,17 +77,21 @@ class Trainer:
         self._config = config
         self._total_steps = total_steps
         self._group = group
-        shard(
-            built.model, group.ranks.world_size, group.device, config.precision, one_unit_below,
-            config.replicate,
-        )  # fmt: skip
-        self._summed_loss = add_loss(built.model, chunk_bytes)
+        # The ranks that split a copy's layers work on the same data.
+        self._copies, self._copy = (
+            n // config.tensor for n in (group.ranks.world_size, group.ranks.rank)
+        )
+        over = meshes(group.ranks.world_size, group.device, config.replicate, config.tensor)
+        self._tensor = over.tensor
+        unsummed = shard(built.model, over, group.device, config.precision, one_unit_below)
+        self._summed_loss = add_loss(built.model, chunk_bytes, self._tensor)
         tensors = exchanged(built.model)
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}
         factors = frozen_factors(built.model)
         self._initial = self.exchanged | {f: factors[name] for name, f in built.frozen.items()}
         self.trained = {n: t for n, t in self.exchanged.items() if t.requires_grad}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
+        self._unsummed = [p for n, p in self._trained.items() if n in unsummed]
         self._optimizer = adamw(list(self._trained.values()), config)
         self._held_out: list[Batch] | None = None
 
@@ -198,7 +203,7 @@ class Trainer:
                 self._check_finite(stats[-2], steps_ago=2)
             done.steps += 1
             done.tokens += tokens
-            done.sequences += len(batch.input_ids) * self._group.ranks.world_size
+            done.sequences += len(batch.input_ids) * self._copies
             report(done.steps, lambda at=tokens: float(stats[-1][0]) / max(1, at))  # type: ignore[misc]
         if stats:
             self._check_finite(stats[-1], steps_ago=1)
@@ -211,21 +216,20 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         count = self._config.micro_batch * self._config.accumulation
-        return self._corpus.batch(self.cursor.first(self._group.ranks.rank, count), count)
+        return self._corpus.batch(self.cursor.first(self._copy, count), count)
 
     def _agree(self, batch: Batch, stop: Stop) -> tuple[int, Stop]:
         """Return the tokens of the global batch, and the most urgent reason of any rank to stop."""
         votes = [float(stop == reason) for reason in Stop]
         tokens, *counts = self._group.total([float(count_tokens(batch.labels)), *votes])
-        return int(tokens), max(reason for reason in Stop if counts[reason])
+        return int(tokens) // self._config.tensor, max(reason for reason in Stop if counts[reason])
 
     def _train_step(self, batch: Batch, tokens: int, algorithms: Sequence[Algorithm]) -> Tensor:
         """Take one step; return (summed loss, gradient norm) over all ranks, float32 (2,)."""
         config, device = self._config, self._group.device
-        ranks = self._group.ranks
-        _seed(self.step * ranks.world_size + ranks.rank)
+        _seed(self.step * self._copies + self._copy)
         # FSDP averages over the ranks; the loss is to be averaged over all tokens.
-        scale = ranks.world_size / max(1, tokens)
+        scale = self._group.ranks.world_size / max(1, tokens)
         loss_sum = torch.zeros((), device=device)
         for i in range(config.accumulation):
             part = slice(i * config.micro_batch, (i + 1) * config.micro_batch)
@@ -235,15 +239,17 @@ class Trainer:
             loss = self._loss(batch.part(part))
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()
+        if self._tensor:
+            sum_gradients(self._unsummed, self._tensor.get_group())
         for algorithm in algorithms:
             algorithm.gradients()
-        stats = clip(self._parameters(), config.clip, loss_sum, config.replicate)
+        stats = clip(self._parameters(), config.clip, loss_sum)
         for options in self._optimizer.param_groups:
             options["lr"] = self.lr_scale * learning_rate(self.step, config, self._total_steps)
         step_if_finite(self._optimizer, stats)
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.cursor.advance(ranks.world_size, config.micro_batch * config.accumulation)
+        self.cursor.advance(self._copies, config.micro_batch * config.accumulation)
         return stats
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -264,7 +270,7 @@ class Trainer:
         if bool(stats.isfinite().all()):
             return
         config = self._config
-        count = config.micro_batch * config.accumulation * self._group.ranks.world_size
+        count = config.micro_batch * config.accumulation * self._copies
         first = self.cursor.sequences - steps_ago * count
         raise DivergedError(
             f"training diverged: loss or gradient norm is not finite in step "
@@ -279,9 +285,8 @@ class Trainer:
         """Return the token-weighted loss on the held-out set; a collective call."""
         if self._held_out is None:
             # Equally many on every rank: a forward pass gathers parameters from all of them.
-            ranks = self._group.ranks
             self._held_out = list(
-                self._corpus.held_out(ranks.rank, ranks.world_size, self._config.micro_batch)
+                self._corpus.held_out(self._copy, self._copies, self._config.micro_batch)
             )
         self._model.eval()
         sums = torch.zeros(3, dtype=torch.float64)
@@ -294,6 +299,7 @@ class Trainer:
         loss_sum, tokens, sequences = self._group.total(sums.tolist())
         if not tokens:
             raise UserError("the held-out set has no tokens; raise data.held_out_fraction")
+        tokens, sequences = (n / self._config.tensor for n in (tokens, sequences))
         return Evaluated(loss_sum / tokens, int(tokens), int(sequences))
 
     # Checkpoints

@@ -7,7 +7,7 @@ from torch import Tensor
 from flwr_hpc.protocol import Order
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.optim import gradient
-from flwr_hpc.train.parallel import local
+from flwr_hpc.train.parallel.tensors import local
 from flwr_hpc.train.trainer import Trainer
 
 

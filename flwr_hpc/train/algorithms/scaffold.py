@@ -16,7 +16,7 @@ from flwr_hpc.protocol import GRADIENT, MEAN_GRADIENT, Order
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.optim import gradient
-from flwr_hpc.train.parallel import full, local, put
+from flwr_hpc.train.parallel.tensors import full, local, put
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import read_weights
 

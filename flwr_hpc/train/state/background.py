@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flwr_hpc.train.parallel import local
+from flwr_hpc.train.parallel.tensors import local
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.worker.lifeline import Cause, RankError, cause_of
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import worlds.train.checkpoint_scenarios as checkpoints
 import worlds.train.numerics_scenarios as scenario
 from worlds.train.torch_ranks import Team, start_team
 
@@ -60,18 +61,134 @@ def test_a_checkpoint_goes_from_four_ranks_to_two_to_one(
     teams: dict[int, Team], tmp_path: Path
 ) -> None:
     """The next allocations may have other shapes: replicas, shards alone, a single rank."""
-    teams[4].run(scenario.save_then_go_on, tmp_path, micro_batch=2, replicate=2)
-    two = teams[2].run(scenario.restore_save_then_go_on, tmp_path, micro_batch=4)
-    one = teams[1].run(scenario.restore_then_go_on, tmp_path, micro_batch=8)
-    expected = teams[1].run(scenario.straight_on, tmp_path / "straight", micro_batch=8)
+    teams[4].run(checkpoints.save_then_go_on, tmp_path, micro_batch=2, replicate=2)
+    two = teams[2].run(checkpoints.restore_save_then_go_on, tmp_path, micro_batch=4)
+    one = teams[1].run(checkpoints.restore_then_go_on, tmp_path, micro_batch=8)
+    expected = teams[1].run(checkpoints.straight_on, tmp_path / "straight", micro_batch=8)
     assert_same(two, expected)
     assert_same(one, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_tensor_ranks_equal_one_process(
+    teams: dict[int, Team], tmp_path: Path, tied: bool, lora: bool
+) -> None:
+    """TP 2, TP 2 x FSDP 2, HSDP 2 x TP 2; with FedProx, whose pull is taken shard by shard."""
+    # The gradients of adapters are smaller, and eps not below them: see `TRAIN`.
+    scale = {"clip": 0.1, "eps": 1e-5} if lora else {"clip": 0.2}
+    kind: dict[str, Any] = {"tied": tied, "lora": lora, "mu": 0.1, **scale}
+    one = teams[1].run(scenario.trained, tmp_path / "1", micro_batch=8, **kind)
+    assert one["grad_norm"] > kind["clip"], "not clipped"
+    for ranks, mesh in (
+        (2, {"micro_batch": 8}),
+        (4, {"micro_batch": 4}),
+        (4, {"micro_batch": 4, "replicate": 2}),
+    ):
+        found = teams[ranks].run(scenario.trained, tmp_path / "n", tensor=2, **mesh, **kind)
+        assert_alike(found, one)
+
+
+def assert_alike(found: dict[str, Any], one: dict[str, Any]) -> None:
+    for key in ("losses", "train_loss", "grad_norm", "held_out"):
+        np.testing.assert_allclose(found[key], one[key], rtol=1e-5, err_msg=key)
+    for key in ("tokens", "sequences", "held_out_counts"):
+        assert found[key] == one[key], f"{key}: ranks of a group take the same data"
+    assert_same(found["weights"], one["weights"])
+
+
+LAYERS = {
+    "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+GROUPED = {**LAYERS, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = [
+    {"model_type": "qwen2", **LAYERS, "num_key_value_heads": 2},
+    {"model_type": "qwen3", **GROUPED},
+    {"model_type": "gemma2", **GROUPED},
+    {"model_type": "gpt_neox", **LAYERS},
+]
+
+
+@pytest.mark.parametrize("model", FAMILIES, ids=lambda model: str(model["model_type"]))
+def test_families_are_split_alike(
+    teams: dict[int, Team], tmp_path: Path, model: dict[str, Any]
+) -> None:
+    """Grouped heads, biases, norms of each head, a soft cap, queries and keys in one matrix."""
+    kind: dict[str, Any] = {"model": model, "clip": 0.2, "lora": model["model_type"] == "qwen2"}
+    one = teams[1].run(scenario.trained, tmp_path / "1", micro_batch=8, **kind)
+    four = teams[4].run(scenario.trained, tmp_path / "4", micro_batch=4, tensor=2, **kind)
+    assert_alike(four, one)
+
+
+def test_what_saves_memory_goes_with_tensor_ranks(teams: dict[int, Team], tmp_path: Path) -> None:
+    """A loss in chunks, recomputed layers and gradients that are summed once per step."""
+    saving: dict[str, Any] = {
+        "micro_batch": 2, "accumulation": 2, "chunk_bytes": 4096,
+        "activation_checkpointing": "selective", "sync_every_micro_batch": False,
+    }  # fmt: skip
+    one = teams[1].run(scenario.gradients, micro_batch=8)
+    four = teams[4].run(scenario.gradients, tensor=2, **saving)
+    assert_same(four, one)
+
+
+def test_scaffold_goes_with_tensor_ranks(teams: dict[int, Team], tmp_path: Path) -> None:
+    """Sums of gradients and corrections are those of whole tensors."""
+    for folder in ("1", "2"):
+        (tmp_path / folder).mkdir()
+    one = teams[1].run(scenario.with_variates, tmp_path / "1", micro_batch=8)
+    two = teams[2].run(scenario.with_variates, tmp_path / "2", micro_batch=8, tensor=2)
+    assert_same(two["weights"], one["weights"])
+    assert_same(two["mean"], one["mean"], rtol=1e-4)
+
+
+def test_tensor_ranks_drop_the_same(teams: dict[int, Team]) -> None:
+    """What all of them hold, as norms and biases, stays the same on all of them."""
+    dropout = {"hidden_dropout": 0.5, "attention_dropout": 0.5}
+    model = {"model_type": "gpt_neox", **LAYERS, **dropout}
+    assert teams[2].run(scenario.replicas_differ, model=model, tensor=2) == []
+
+
+def test_a_checkpoint_goes_from_tensor_ranks_to_shards_and_back(
+    teams: dict[int, Team], tmp_path: Path
+) -> None:
+    """TP 2 x FSDP 2, FSDP 4, TP 2, one rank: no tensor is torn or lost on the way."""
+    teams[4].run(checkpoints.save_then_go_on, tmp_path, micro_batch=4, tensor=2)
+    four = teams[4].run(checkpoints.restore_save_then_go_on, tmp_path, micro_batch=2)
+    two = teams[2].run(checkpoints.restore_save_then_go_on, tmp_path, micro_batch=8, tensor=2)
+    one = teams[1].run(checkpoints.restore_then_go_on, tmp_path, micro_batch=8)
+    expected = teams[1].run(checkpoints.straight_on, tmp_path / "straight", micro_batch=8)
+    for found in (four, two, one):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tensor": 3}, "train.tensor=3: groups of 3 ranks cannot share the 2 ranks. Valid: 1, 2"),
+        ({"dora": True}, "how to split q_proj.lora_magnitude_vector"),
+        ({"model": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}}, "=gpt2"),
+        ({"model": {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}},
+         "model_type=bloom has no plan in transformers"),
+        ({"model": {"model_type": "phi3", **LAYERS, "pad_token_id": 0}}, "colwise_gather_output"),
+        ({"model": {"model_type": "olmo2", **LAYERS}}, "olmo2"),
+        ({"model": {"model_type": "llama", **LAYERS, "num_key_value_heads": 1}},
+         "num_attention_heads=4, num_key_value_heads=1, intermediate_size=44. Valid: 1"),
+    ],
+    ids=["ranks", "dora", "gpt2", "no plan", "fused", "norms of all heads", "heads"],
+)  # fmt: skip
+def test_what_cannot_be_split_is_refused(
+    teams: dict[int, Team], options: dict[str, Any], words: str
+) -> None:
+    """Protects from a model that trains, and is another one: refused with words, on all ranks."""
+    error = teams[2].run(scenario.trainer_error, **{"tensor": 2, **options})
+    assert error.startswith("UserError")
+    assert words in error
 
 
 def test_replicas_that_the_ranks_cannot_share_are_refused(teams: dict[int, Team]) -> None:
     """The error names what is valid, before anything is trained."""
     words = teams[2].run(scenario.trainer_error, replicate=3)
-    assert words == "UserError: train.replicate=3 replicas cannot share 2 ranks. Valid: 1, 2"
+    assert words == "UserError: train.replicate=3 replicas cannot share the 2 ranks. Valid: 1, 2"
 
 
 def test_selective_checkpointing_changes_nothing(teams: dict[int, Team], tmp_path: Path) -> None:

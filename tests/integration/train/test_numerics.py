@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import worlds.train.checkpoint_scenarios as checkpoints
 import worlds.train.numerics_scenarios as scenario
 from safetensors.numpy import load_file, save_file
 from worlds.train.torch_ranks import Team, start_team
@@ -133,11 +134,11 @@ def test_dropout_is_drawn_by_the_step(pair: Team, tmp_path: Path) -> None:
     """A job that goes on after a preemption drops what the first one would have dropped."""
     model = gpt2(n_embd=32, n_layer=2, n_positions=32, resid_pdrop=0.5)
     options: dict[str, Any] = {"steps": 3, "model": model}
-    again, _ = pair.run(scenario.interrupted, _new(tmp_path / "1"), 1, **options)
-    once, _ = pair.run(scenario.uninterrupted, _new(tmp_path / "2"), **options)
+    again, _ = pair.run(checkpoints.interrupted, _new(tmp_path / "1"), 1, **options)
+    once, _ = pair.run(checkpoints.uninterrupted, _new(tmp_path / "2"), **options)
     assert_same(again, once, rtol=0)
     without, _ = pair.run(
-        scenario.uninterrupted, _new(tmp_path / "3"), 3, model=model | {"resid_pdrop": 0.0}
+        checkpoints.uninterrupted, _new(tmp_path / "3"), 3, model=model | {"resid_pdrop": 0.0}
     )
     assert any((without[name] != value).any() for name, value in once.items())
 
@@ -188,8 +189,8 @@ def test_orders_in_a_row_equal_uninterrupted_training(
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_interrupted_equals_uninterrupted(pair: Team, tmp_path: Path, lora: bool) -> None:
     """A signal at one rank ends the order on all; restored, it gives the same bits."""
-    once, once_loss = pair.run(scenario.uninterrupted, tmp_path / "1", 4, lora=lora)
-    again, again_loss = pair.run(scenario.interrupted, tmp_path / "2", 2, 4, lora=lora)
+    once, once_loss = pair.run(checkpoints.uninterrupted, tmp_path / "1", 4, lora=lora)
+    again, again_loss = pair.run(checkpoints.interrupted, tmp_path / "2", 2, 4, lora=lora)
     assert_same(again, once, rtol=0)
     assert again_loss == pytest.approx(once_loss, rel=1e-12)
 
@@ -199,8 +200,8 @@ def test_checkpoint_of_two_ranks_is_restored_on_one(
     solo: Team, pair: Team, tmp_path: Path, lora: bool
 ) -> None:
     """The next allocation may have another shape."""
-    expected = pair.run(scenario.save_then_go_on, tmp_path, micro_batch=4, lora=lora)
-    found = solo.run(scenario.restore_then_go_on, tmp_path, micro_batch=8, lora=lora)
+    expected = pair.run(checkpoints.save_then_go_on, tmp_path, micro_batch=4, lora=lora)
+    found = solo.run(checkpoints.restore_then_go_on, tmp_path, micro_batch=8, lora=lora)
     assert_same(found, expected)
 
 
@@ -209,7 +210,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(
     pair: Team, tmp_path: Path, lora: bool
 ) -> None:
     """What is written is the state at the order's end, and the weights lie on the disk once."""
-    found = pair.run(scenario.staged, tmp_path, lora=lora)
+    found = pair.run(checkpoints.staged, tmp_path, lora=lora)
     assert_same(found["states"][1], found["states"][0], rtol=0)
     assert len(found["files"]) == 2, "each rank writes its own shards"
     assert len(found["inodes"]) == 1
@@ -218,7 +219,7 @@ def test_a_checkpoint_is_written_while_training_goes_on(
 
 def test_the_last_two_checkpoints_stay(pair: Team, tmp_path: Path) -> None:
     """Nothing half-written is left behind, and saving again is harmless."""
-    names = pair.run(scenario.saved_thrice, tmp_path)
+    names = pair.run(checkpoints.saved_thrice, tmp_path)
     assert names == ["run-a-000001@0000000002", "run-a-000001@0000000003"]
 
 
@@ -227,7 +228,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_next_one_loaded(
     pair: Team, tmp_path: Path, file: str
 ) -> None:
     """One bad file does not block a site for good; it stays for a person to look at."""
-    words, step, names = pair.run(scenario.damaged, tmp_path, file)
+    words, step, names = pair.run(checkpoints.damaged, tmp_path, file)
     assert "run-a-000001@0000000002 is damaged" in words[0]
     assert step == 2
     assert names == [".run-a-000001@0000000002.damaged", "run-a-000001@0000000001"]
@@ -237,7 +238,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_words(
     pair: Team, tmp_path: Path
 ) -> None:
     """torch's own error passes every ``except Exception``; and no half of a file is left."""
-    error, left = pair.run(scenario.failing_save, tmp_path)
+    error, left = pair.run(checkpoints.failing_save, tmp_path)
     assert error.startswith("RankError: checkpoint")
     assert "ValueError: no" in error
     assert left == []
@@ -245,7 +246,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_words(
 
 def test_a_failure_in_the_background_is_everybodys(pair: Team, tmp_path: Path) -> None:
     """No rank waits in a checkpoint for one that could not write the weights before it."""
-    words, left = pair.run(scenario.failing_in_the_background, tmp_path)
+    words, left = pair.run(checkpoints.failing_in_the_background, tmp_path)
     assert "a file" in words[0]
     assert words[1] == words[0]
     assert left == []
@@ -371,9 +372,9 @@ def test_a_step_without_finite_gradients_is_not_taken(
 def test_two_ranks_go_on_with_the_data_of_four(pair: Team, tmp_path: Path) -> None:
     """No sequence comes twice or never after a job of another size has taken over."""
     four = start_team(_new(tmp_path / "team4"), 4)
-    first = four.run(scenario.seen_on_four_then_two, tmp_path / "c", two=False)
+    first = four.run(checkpoints.seen_on_four_then_two, tmp_path / "c", two=False)
     four.close()
-    rest = pair.run(scenario.seen_on_four_then_two, tmp_path / "c", two=True)
+    rest = pair.run(checkpoints.seen_on_four_then_two, tmp_path / "c", two=True)
     assert first + rest == list(range(2 * 8 + 2 * 4))
 
 

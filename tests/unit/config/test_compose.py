@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -72,6 +73,18 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["train.lr=nan"], "train.lr=nan must be greater than zero"),
         (["train.clip=-1"], "train.clip=-1.0 must be zero or greater"),
         (["train.replicate=3"], "train.replicate=3 replicas cannot share the"),
+        (["train.tensor=0"], "train.tensor=0 must be greater than zero"),
+        (["train.tensor=3"], "train.tensor=3: groups of 3 ranks cannot share the 2 ranks of local"),
+        (
+            ["train.tensor=2", "train.replicate=2"],
+            "cannot share the 2 ranks of local_a (nodes x ranks_per_node) in groups of train.ten",
+        ),
+        (["train.tensor=2", "model=tiny_gpt2"], "cannot split the layers of model_type=gpt2"),
+        (
+            ["train.tensor=2", "model.config.num_attention_heads=3"],
+            "num_attention_heads=3",
+        ),
+        (["train.tensor=2", "model.lora.r=2", "model.lora.dora=true"], "leave out one of model.l"),
         (["train.warmup_steps=-1"], "train.warmup_steps=-1 must be zero or greater"),
         (["train.weight_decay=-1"], "train.weight_decay=-1.0 must be zero or greater"),
         (["train.min_lr_ratio=1.5"], "train.min_lr_ratio=1.5 must lie between 0 and 1"),
@@ -335,6 +348,8 @@ def test_a_batch_size_is_shared_by_the_ranks() -> None:
         assert (made.micro_batch, made.accumulation) == (micro, accumulation)
     with pytest.raises(UserError, match=r"by the 2 ranks of facility local_a.*batch_size=8"):
         compose_config(["train.batch_size=7"])
+    made = batch_size.shared(replace(train, tensor=2), 4, "x")
+    assert (made.micro_batch, made.accumulation) == (4, 3), "two groups of ranks, not four ranks"
     with pytest.raises(UserError, match=r"leave train\.accumulation out"):
         compose_config(["train.batch_size=8", "train.accumulation=2"])
 

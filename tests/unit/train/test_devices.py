@@ -14,7 +14,7 @@ import torch
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError
 from flwr_hpc.train.load import _check_device
-from flwr_hpc.train.parallel import precision_policy
+from flwr_hpc.train.parallel.sharding import precision_policy
 from flwr_hpc.train.rendezvous import Failure, interfaces
 
 CUDA = torch.device("cuda")

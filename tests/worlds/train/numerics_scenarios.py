@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as checkpoint
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from worlds.train.checkpoint_scenarios import go_to, place
 from worlds.train.torch_ranks import tiny_model, tiny_trainer, weights_of
 
 from flwr_hpc.protocol import MEAN_GRADIENT, Order
@@ -21,15 +20,12 @@ from flwr_hpc.train.algorithms.base import Algorithm
 from flwr_hpc.train.algorithms.fedprox import FedProx
 from flwr_hpc.train.algorithms.scaffold import Scaffold
 from flwr_hpc.train.optim import gradient
-from flwr_hpc.train.parallel import full
+from flwr_hpc.train.parallel.tensors import full, holders, local
 from flwr_hpc.train.progress import DivergedError
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.train.state.background import Background
-from flwr_hpc.train.state.checkpoint import Checkpoints, DamagedCheckpointError
+from flwr_hpc.train.state.checkpoint import Checkpoints
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.train.weights import write_weights
-from flwr_hpc.worker.deadline import Stop
-from flwr_hpc.worker.lifeline import RankError
 from strategies.diloco import DiLoCo
 
 
@@ -46,6 +42,7 @@ def trained(group: Group, folder: Path, steps: int = 4, mu: float = 0.0, **optio
         "last_loss": done.last_loss,
         "tokens": done.tokens,
         "grad_norm": done.last_grad_norm,
+        "sequences": (done.sequences, trainer.cursor.sequences),
         "held_out": held_out.loss,
         "held_out_counts": (held_out.tokens, held_out.sequences),
         "weights": weights_of(trainer, folder / "weights.safetensors", group),
@@ -80,13 +77,13 @@ def with_variates(group: Group, folder: Path, at: int = 0, steps: int = 3, **opt
         done = trainer.train(at, algorithms=[variates])
         checkpoints = Checkpoints(folder / "checkpoints", group)
         tensors = trainer.tensors() | variates.tensors()
-        checkpoints.save("run-a-000001", at, tensors, _place(trainer))
+        checkpoints.save("run-a-000001", at, tensors, place(trainer))
         trainer = tiny_trainer(group, **options)
         variates = Scaffold(trainer, file)
         saved = checkpoints.newest()
         assert saved is not None
         checkpoints.load(saved, trainer.tensors() | variates.tensors())
-        _go_to(trainer, saved.meta)
+        go_to(trainer, saved.meta)
     trainer.train(steps, done, algorithms=[variates])
     for write in variates.end(_order({MEAN_GRADIENT: True}), OrderDir(folder), steps):
         write()
@@ -150,58 +147,15 @@ def two_steps_with_proximal(group: Group, folder: Path, mu: float) -> Any:
     return *weights, moments
 
 
-def interrupted(group: Group, folder: Path, at: int, steps: int, **options: Any) -> Any:
-    """Train up to a signal, save, start afresh, restore, finish."""
-    trainer = tiny_trainer(group, **options)
-    trainer.train(2)  # an order before
-    done = trainer.train(steps, should_stop=_signal_at(trainer, 2 + at, group))
-    assert (done.steps, done.stopped) == (at, Stop.LEAVE)
-    save(group, folder / "checkpoints", trainer)
-    again = tiny_trainer(group, **options)
-    restore(group, folder / "checkpoints", again)
-    done = again.train(steps, done)
-    assert (done.steps, done.stopped) == (steps, Stop.NO)
-    return weights_of(again, folder / "weights.safetensors", group), done.loss_sum
-
-
-def uninterrupted(group: Group, folder: Path, steps: int, **options: Any) -> Any:
+def replicas_differ(group: Group, **options: Any) -> list[str]:
+    """Train; return which parameters are not the same on all ranks that hold them whole."""
     trainer = tiny_trainer(group, **options)
     trainer.train(2)
-    done = trainer.train(steps)
-    return weights_of(trainer, folder / "weights.safetensors", group), done.loss_sum
-
-
-def save_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
-    trainer = tiny_trainer(group, **options)
-    trainer.train(3)
-    save(group, folder / "checkpoints", trainer)
-    trainer.train(2)
-    return weights_of(trainer, folder / "weights.safetensors", group)
-
-
-def restore_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
-    trainer = tiny_trainer(group, **options)
-    restore(group, folder / "checkpoints", trainer)
-    trainer.train(2)
-    return weights_of(trainer, folder / "weights.safetensors", group)
-
-
-def restore_save_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
-    """As `restore_then_go_on`, from a checkpoint of its own of the same state."""
-    trainer = tiny_trainer(group, **options)
-    restore(group, folder / "checkpoints", trainer)
-    if group.ranks.rank == 0:
-        shutil.rmtree(folder / "checkpoints")
-    group.broadcast(None)
-    save(group, folder / "checkpoints", trainer)
-    trainer.train(2)
-    return weights_of(trainer, folder / "weights.safetensors", group)
-
-
-def straight_on(group: Group, folder: Path, **options: Any) -> Any:
-    trainer = tiny_trainer(group, **options)
-    trainer.train(5)
-    return weights_of(trainer, folder / "weights.safetensors", group)
+    own = {n: local(p).detach().numpy() for n, p in trainer.trained.items() if holders(p, 2) == 2}
+    every: list[Any] = [None] * group.ranks.world_size
+    torch.distributed.all_gather_object(every, own)
+    assert own
+    return [name for name in own if (every[0][name] != every[1][name]).any()]
 
 
 def trainer_error(group: Group, **options: Any) -> str:
@@ -231,96 +185,6 @@ def step_flops(group: Group, checkpointing: str) -> tuple[int, int]:
     return counter.get_total_flops(), kept
 
 
-def staged(group: Group, folder: Path, lora: bool = False) -> dict[str, Any]:
-    """Stage an order's end, train on, write it down beside that, and restore it elsewhere."""
-    trainer, checkpoints = tiny_trainer(group, lora=lora), Checkpoints(folder / "c", group)
-    trainer.train(2)
-    file = folder / "order" / "weights.safetensors"
-    write_weights = trainer.gather_weights(file)
-    write = checkpoints.stage("run-a-000001", 2, trainer.tensors(), _place(trainer), file)
-    states = [{n: full(t).numpy() for n, t in trainer.tensors().items()}]
-    trainer.train(1)
-    background = Background(group)
-    background.start(lambda: (write_weights(), write(), None)[-1])
-    trainer.train(1)
-    background.wait()
-    again = tiny_trainer(group, lora=lora)
-    saved = checkpoints.newest()
-    assert saved is not None
-    checkpoints.load(saved, again.tensors(), again.load_weights)
-    states.append({n: full(t).numpy() for n, t in again.tensors().items()})
-    names = [name for t in saved.path.glob("*.distcp") for name in [t.name]]
-    inodes = {path.stat().st_ino for path in (file, saved.path / "weights.safetensors")}
-    held = checkpoint.FileSystemReader(saved.path).read_metadata().state_dict_metadata
-    return {"states": states, "files": names, "inodes": inodes, "held": sorted(held)}
-
-
-def failing_in_the_background(group: Group, folder: Path) -> tuple[list[str], list[str]]:
-    """Write a file where rank 0 cannot, and then a checkpoint; return what all ranks are told."""
-    trainer, checkpoints = tiny_trainer(group), Checkpoints(folder / "c", group)
-    (folder / "a file").touch()
-    file = folder / "a file" / "weights.safetensors"
-    write_weights = trainer.gather_weights(file)
-    write = checkpoints.stage("run-a-000001", 1, trainer.tensors(), _place(trainer))
-    background, words = Background(group), ""
-    background.start(lambda: (background.together(write_weights), background.together(write))[1])
-    try:
-        background.wait()
-    except RankError as exc:
-        words = str(exc)
-    every: list[Any] = [None] * group.ranks.world_size
-    torch.distributed.all_gather_object(every, words)
-    return every, sorted(path.name for path in folder.glob("c/*"))
-
-
-def saved_thrice(group: Group, folder: Path) -> list[str]:
-    trainer = tiny_trainer(group)
-    for _ in range(3):
-        trainer.train(1)
-        save(group, folder, trainer)
-    save(group, folder, trainer)  # the same once more changes nothing
-    return sorted(p.name for p in folder.iterdir())
-
-
-def damaged(group: Group, folder: Path, file: str) -> tuple[list[str], int, list[str]]:
-    """Spoil the newest of two checkpoints; return what is said, the step reached and the names."""
-    trainer = tiny_trainer(group)
-    for _ in range(2):
-        trainer.train(1)
-        save(group, folder, trainer)
-    if group.ranks.rank == 0:
-        for path in (folder / "run-a-000001@0000000002").glob(file):
-            path.write_bytes(path.read_bytes()[:9])
-    words, again = [], tiny_trainer(group)
-    try:
-        restore(group, folder, again)
-    except DamagedCheckpointError as exc:
-        words.append(str(exc))
-        restore(group, folder, again)
-    again.train(1)
-    return words, again.step, sorted(p.name for p in folder.iterdir())
-
-
-def failing_save(group: Group, folder: Path) -> tuple[str, list[str]]:
-    """Save where one rank cannot write; return what is said and what is left."""
-    trainer = tiny_trainer(group)
-    trainer.train(1)
-    write = checkpoint.FileSystemWriter.write_data
-    if group.ranks.rank:
-        checkpoint.FileSystemWriter.write_data = _fail  # type: ignore[method-assign]
-    try:
-        save(group, folder, trainer)
-    except Exception as exc:
-        return f"{type(exc).__name__}: {exc}", sorted(p.name for p in folder.iterdir())
-    finally:
-        checkpoint.FileSystemWriter.write_data = write  # type: ignore[method-assign]
-    return "", []
-
-
-def _fail(*_: Any) -> Any:
-    raise ValueError("no")
-
-
 def diverging(group: Group) -> tuple[str, int]:
     """Return how training at an infinite learning rate ends, and after how many steps."""
     trainer = tiny_trainer(group, lr=math.inf)
@@ -347,26 +211,6 @@ def poisoned(group: Group, folder: Path, poison: float) -> Any:
     except DivergedError as exc:
         words = str(exc)
     return *states, {n: full(t).numpy() for n, t in trainer.tensors().items()}, words
-
-
-def seen_on_four_then_two(group: Group, folder: Path, two: bool) -> list[int]:
-    """Train two steps, or go on after them; return the first ids of all sequences seen."""
-    trainer = tiny_trainer(group, micro_batch=2)
-    checkpoints, seen = Checkpoints(folder, group), []
-    if two:
-        saved = checkpoints.newest()
-        assert saved is not None
-        checkpoints.load(saved, trainer.tensors())
-        _go_to(trainer, saved.meta)
-    batch = trainer._corpus.batch
-    trainer._corpus.batch = lambda first, count: (
-        seen.extend(range(first, first + count)), batch(first, count)
-    )[1]  # fmt: skip
-    trainer.train(2)
-    save(group, folder, trainer)
-    every: list[Any] = [None] * group.ranks.world_size
-    torch.distributed.all_gather_object(every, seen)
-    return sorted(number for numbers in every for number in numbers)
 
 
 def load_error(group: Group, path: Path) -> str:
@@ -399,20 +243,6 @@ def moments(group: Group) -> list[float]:
     return [*sizes, _size(trainer)]
 
 
-def save(group: Group, folder: Path, trainer: Trainer) -> None:
-    tensors, place = trainer.tensors(), _place(trainer)
-    Checkpoints(folder, group).save("run-a-000001", trainer.step, tensors, place)
-
-
-def restore(group: Group, folder: Path, trainer: Trainer) -> None:
-    checkpoints = Checkpoints(folder, group)
-    saved = checkpoints.newest()
-    assert saved is not None
-    assert saved.order_id == "run-a-000001"
-    checkpoints.load(saved, trainer.tensors())
-    _go_to(trainer, saved.meta)
-
-
 def _order(options: dict[str, Any]) -> Order:
     return Order("run", "a", 0, "train", options=options)
 
@@ -420,20 +250,6 @@ def _order(options: dict[str, Any]) -> Order:
 def _begun(algorithm: Algorithm) -> Algorithm:
     algorithm.begin(_order({}))
     return algorithm
-
-
-def _place(trainer: Trainer) -> dict[str, int]:
-    return {"step": trainer.step, "sequences": trainer.cursor.sequences}
-
-
-def _go_to(trainer: Trainer, place: dict[str, int]) -> None:
-    trainer.step, trainer.cursor.sequences = place["step"], place["sequences"]
-
-
-def _signal_at(trainer: Trainer, step: int, group: Group) -> Any:
-    """Only the last rank gets the signal; all have to end at the same step."""
-    last = group.ranks.rank == group.ranks.world_size - 1
-    return lambda: Stop.LEAVE if last and trainer.step == step else Stop.NO
 
 
 def _size(trainer: Trainer) -> float:

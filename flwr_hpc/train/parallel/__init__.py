@@ -1,0 +1,1 @@
+"""How ranks share a model: replicas x shards x tensor ranks."""

@@ -1,0 +1,44 @@
+"""A rank's part of a sharded tensor, and the way from and to a whole one."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard (no copy)."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def holders(tensor: Tensor, ranks: int) -> int:
+    """Return how many of all ranks hold the same part of a tensor as this one."""
+    if not isinstance(tensor, DTensor):
+        return ranks
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return ranks // prod(mesh.size(i) for i, p in enumerate(placements) if not p.is_replicate())
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Gather a copy of a tensor on the CPU in float32; a collective call."""
+    whole: Any = tensor.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    own = whole.untyped_storage().data_ptr() == local(tensor).untyped_storage().data_ptr()
+    return whole.to("cpu", torch.float32, copy=own)  # type: ignore[no-any-return]
+
+
+def put(value: Tensor, target: Tensor) -> None:
+    """Copy this rank's part of a full tensor, known to every rank, into `target`."""
+    value = value.to(target.dtype)
+    if isinstance(target, DTensor):
+        # src_data_rank=None: every rank cuts its own shard, nothing is sent.
+        value = local(
+            distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        )
+    with torch.no_grad():
+        local(target).copy_(value)
