@@ -27,8 +27,8 @@ from flwr_hpc.plan.settings import plan_overrides
 from flwr_hpc.plan.show import NOT_YET, Ranking, show
 
 PLANNING = ("nodes=", "plan.", "data.seq_len=", "train.micro_batch=", "train.accumulation=",
-            "train.activation_checkpointing=", "train.replicate=", "train.batch_size=",
-            "train.plan=")  # fmt: skip
+            "train.activation_checkpointing=", "train.replicate=", "train.tensor=",
+            "train.batch_size=", "train.plan=")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def _show_winner(
     if best.tokens_per_s > 1.01 * winner.tokens_per_s:
         gain = best.tokens_per_s / winner.tokens_per_s - 1
         kind = f"{best.plan.mesh}, {best.plan.checkpointing}"
-        console.print(f"{gain:+.0%} would bring {kind} ({NOT_YET}: {best.plan.missing}).")
+        console.print(f"{gain:+.0%} would bring {kind} ({NOT_YET}: {best.missing}).")
     facility = config.facilities[ranking.facility]
     others = tuple(f"facilities.{n}." for n in config.facilities if n != ranking.facility)
     kept = [o for o in overrides if not o.startswith((*PLANNING, "+facility=", *others))]
@@ -77,7 +77,7 @@ def _show_winner(
 
 
 def _fix(ranking: Ranking) -> str:
-    nearest = next((c for c in ranking.ranked if not c.plan.missing), None)
+    nearest = next((c for c in ranking.ranked if not c.missing), None)
     if nearest is None:
         raise UserError(f"no plan at {ranking.facility} can be executed by today's trainer")
     return (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from flwr_hpc.plan.parallel import FULL, NONE, ParallelPlan
 from flwr_hpc.plan.shape import Block, ModelShape
 
-ONE_UNIT_BELOW = 30_000_000  # Smaller models are gathered whole, see `flwr_hpc.train.parallel`
+ONE_UNIT_BELOW = 30_000_000  # Smaller models are gathered whole, see `parallel.sharding`
 # Of a weight in nf4 with its scales: one byte for 64 of them, whose own are four for 256 bytes.
 PACKED_BYTES = 1 / 2 + 1 / 64 + 4 / 64 / 256
 CHUNK_BYTES = 2**28  # Of float32 logits that exist at a time, see `flwr_hpc.train.loss`
@@ -102,7 +102,8 @@ class _Step:
         if self._layerwise:  # the gradients reduced before are let go of after these
             works = max(working + layer, self._reducing(self._unit)) + 2 * self.size * self._outside
             buffers = max(works, self._reducing(self._outside)) + 4 * self._unit
-            made = self._own - 4 * (self._unit + self._outside) / self.plan.shard
+            whole = self._unit + self._outside / self.plan.tensor
+            made = self._own - 4 * whole / self.plan.shard
             return self._with(self._earlier or made, 0.0, 0.0, buffers)
         # A tied table's gradient comes twice, and is added up.
         table = 2 * self.size * self.shape.vocabulary * self.shape.hidden * self.shape.tied
@@ -132,7 +133,7 @@ class _Step:
 
     @property
     def _layerwise(self) -> bool:
-        return self.shape.parameters >= ONE_UNIT_BELOW
+        return self.shape.parameters >= ONE_UNIT_BELOW or self.plan.tensor > 1
 
     @property
     def _unit(self) -> float:
@@ -142,8 +143,8 @@ class _Step:
 
     @property
     def _outside(self) -> float:
-        """Parameters of the unit that is gathered all the time."""
-        return self.shape.outside / self.plan.tensor if self._layerwise else 0.0
+        """Parameters of the unit that is gathered all the time, whole on every tensor rank."""
+        return float(self.shape.outside) if self._layerwise else 0.0
 
     @property
     def _tokens(self) -> int:
@@ -196,5 +197,5 @@ def _below_adapters(
     if not shape.packed:
         layer += max(b.parameters for b in shape.blocks)
     unpacked = max(p.weights for b in shape.blocks for p in b.projections) if packed else 0
-    gathered = (2 * layer + shape.outside + unpacked) * compute_bytes
+    gathered = (2 * layer / plan.tensor + shape.outside + unpacked) * compute_bytes
     return Memory(parameters, trained, 2 * trained, activations, logits, gathered)

@@ -30,11 +30,6 @@ class ParallelPlan:
         return self.copies * self.micro_batch * self.accumulation
 
     @property
-    def missing(self) -> str:
-        """What today's trainer lacks to execute the plan: tensor parallelism; else empty."""
-        return "TP" if self.tensor > 1 else ""
-
-    @property
     def mesh(self) -> str:
         """Replicate x shard x tensor."""
         return f"{self.replicate} x {self.shard} x {self.tensor}"

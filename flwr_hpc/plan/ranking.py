@@ -67,7 +67,9 @@ def _measured(name: str, f: FacilityConfig) -> tuple[MeasuredBandwidths | None, 
 
 def _with_adapters(shape: ModelShape, config: Config) -> ModelShape:
     lora = config.model.lora
-    return replace(shape, adapter_rank=lora.r, packed=lora.quantize != "none")
+    packed = lora.quantize != "none"
+    splits = shape.splits and not (packed or lora.dora)
+    return replace(shape, adapter_rank=lora.r, packed=packed, splits=splits)
 
 
 def shape_of(config: Config) -> ModelShape:

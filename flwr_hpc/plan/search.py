@@ -22,6 +22,7 @@ class Candidate:
     time: StepTime
     tokens_per_s: float  # Of the allocation
     over_bytes: float  # What it needs above the device's memory; 0: it fits
+    missing: str = ""  # What the trainer lacks to execute it
 
     @property
     def fits(self) -> bool:
@@ -31,7 +32,7 @@ class Candidate:
     @property
     def executable(self) -> bool:
         """Whether it fits, and today's trainer can execute it."""
-        return self.fits and not self.plan.missing
+        return self.fits and not self.missing
 
     @property
     def reason(self) -> str:
@@ -98,4 +99,6 @@ def _candidate(shape: ModelShape, machine: Machine, plan: ParallelPlan, seq_len:
     needed = memory(shape, plan, seq_len, machine.compute_bytes, machine.gloo)
     time = step_time(shape, plan, seq_len, machine)
     over = 0.0 if machine.memory_bytes is None else needed.total - machine.memory_bytes
-    return Candidate(plan, needed, time, plan.sequences * seq_len / time.total, max(0.0, over))
+    missing = "TP" if plan.tensor > 1 and not shape.splits else ""
+    speed = plan.sequences * seq_len / time.total
+    return Candidate(plan, needed, time, speed, max(0.0, over), missing)

@@ -40,6 +40,7 @@ def training_settings(plan: ParallelPlan) -> Mapping[str, int | str]:
         "accumulation": plan.accumulation,
         "activation_checkpointing": plan.checkpointing,
         "replicate": plan.replicate,
+        "tensor": plan.tensor,
     }
 
 
@@ -69,7 +70,7 @@ def with_plan(config: Config, overrides: Sequence[str]) -> tuple[Config, str]:
 def _given(config: Config, overrides: Sequence[str]) -> Settings:
     """Return the settings of a plan that the user has decided."""
     keys = {read(override).key_or_group for override in overrides}
-    names = ("micro_batch", "accumulation", "activation_checkpointing", "replicate")
+    names = ("micro_batch", "accumulation", "activation_checkpointing", "replicate", "tensor")
     return {n: getattr(config.train, n) for n in names if f"train.{n}" in keys}
 
 
@@ -81,8 +82,8 @@ def _ranking(config: Config, name: str, given: Settings) -> Ranking:
             f"Give it, as in: +facility={name} facilities.{name}.gpu_memory_gb=16"
         )
     if train.batch_size is None and {"micro_batch", "accumulation"} <= given.keys():
-        ranks = facility.nodes * facility.ranks_per_node
-        train = replace(train, batch_size=train.micro_batch * train.accumulation * ranks)
+        copies = facility.nodes * facility.ranks_per_node // given.get("tensor", 1)
+        train = replace(train, batch_size=train.micro_batch * train.accumulation * copies)
     run = {f.name: getattr(config, f.name) for f in fields(Config)}
     return rank(PlanConfig(**run | {"train": train}), name)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr_hpc.config.validate import ENCODER_DECODERS, SIZES, size_key
+from flwr_hpc.config.validate import ENCODER_DECODERS, SIZES, UNSPLIT, size_key
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.families import Family, family
 
@@ -76,6 +76,7 @@ class ModelShape:
     encoder_decoder: bool
     adapter_rank: int = 0  # Of LoRA below which all this is frozen; 0: all is trained
     packed: bool = False  # The layers' frozen matrices are in 4 bit
+    splits: bool = True  # Whether the trainer can split its layers over tensor ranks
 
     @property
     def layers(self) -> int:
@@ -144,6 +145,7 @@ def model_shape(config: Mapping[str, Any], vocabulary: int | None = None) -> Mod
         tied=config.get("tie_word_embeddings", sort.tied),
         positions=(longest or 1024) if sort.learned_positions else 0,
         vectors=_norm(sort, sizes.hidden), longest=longest, encoder_decoder=False,
+        splits=kind not in UNSPLIT,
     )  # fmt: skip
 
 
@@ -275,10 +277,12 @@ def _encoder_decoder(config: Mapping[str, Any], sort: Family, vocabulary: int | 
         kind, s.hidden, vocab, s.heads, s.kv_heads, blocks,
         tied=True, positions=0,  # by transformers, whatever the configuration says
         vectors=2 * s.hidden + 2 * biases, longest=None, encoder_decoder=True,
+        splits=kind not in UNSPLIT,
     )  # fmt: skip
 
 
 def tensor_degrees(shape: ModelShape, most: int) -> list[int]:
-    """Return how many ways heads can be split evenly, up to `most`."""
-    common = math.gcd(shape.heads, shape.kv_heads)
+    """Return how many ways heads and MLPs can be split evenly, up to `most`."""
+    inner = [p.inputs for block in shape.blocks for p in block.projections if p.reduces]
+    common = math.gcd(shape.heads, shape.kv_heads, *inner)
     return [d for d in range(1, most + 1) if common % d == 0]

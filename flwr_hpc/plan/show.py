@@ -91,5 +91,5 @@ def _cells(ranking: Ranking, c: Candidate) -> list[str]:
     return [
         plan.mesh, str(plan.micro_batch), str(plan.accumulation), plan.checkpointing,
         f"{c.memory.total / 1e9:.1f}", *(speed if c.fits else ["-"] * 5),
-        f"no: {plan.missing}" if plan.missing else "yes", c.reason,
+        f"no: {c.missing}" if c.missing else "yes", c.reason,
     ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from flwr_hpc.plan.axonn import Grid, layer_volumes
+from flwr_hpc.plan.axonn import Grid, Volumes, layer_volumes
 from flwr_hpc.plan.machine import Machine
 from flwr_hpc.plan.parallel import FULL, NONE, SELECTIVE, ParallelPlan
 from flwr_hpc.plan.shape import Block, ModelShape, Projection
@@ -69,24 +69,32 @@ def _communication(
     """Seconds of a micro batch's tensor and shard collectives, and of a step's over replicas."""
     grid = Grid(rows=plan.tensor, depth=plan.shard, data=plan.replicate)
     tokens = plan.copies * plan.micro_batch * seq_len
-    head = Projection(shape.hidden, shape.vocabulary)
-    rows = depth = data = 0.0
-    for count, projection in [*_all(shape.blocks), (1, head)]:
-        volumes = layer_volumes(
+
+    def volumes(projection: Projection, grid: Grid) -> Volumes:
+        return layer_volumes(
             projection.inputs, projection.outputs, tokens, grid,
             transposed=projection.reduces, recomputed=plan.checkpointing == FULL,
             activation_bytes=machine.compute_bytes, gather_bytes=machine.compute_bytes,
             scatter_bytes=4, gradient_bytes=4,
         )  # fmt: skip
-        rows += count * projection.active * volumes.rows
-        depth += count * projection.copies * volumes.depth
-        data += count * projection.copies * volumes.data
-    layers = shape.layers + 1
-    table, inner = machine.bandwidths, plan.tensor
+
+    # Each tensor rank runs the whole head on a share of the positions: it is sharded over them,
+    # too, and what it sends is the gradient of these positions to the others.
+    own = plan.tensor * plan.shard
+    head = volumes(Projection(shape.hidden, shape.vocabulary), Grid(depth=own, data=plan.replicate))
+    positions = plan.micro_batch * seq_len * (1 - 1 / plan.tensor)
+    rows, data, depth = positions * shape.hidden * machine.compute_bytes, head.data, 0.0
+    for count, projection in _all(shape.blocks):
+        sent = volumes(projection, grid)
+        rows += count * projection.active * sent.rows
+        depth += count * projection.copies * sent.depth
+        data += count * projection.copies * sent.data
+    layers, table = shape.layers, machine.bandwidths
     return (
-        table.seconds(1, plan.tensor, rows / 1e9, collectives=4 * layers),
-        table.seconds(inner, plan.shard, depth / 1e9, collectives=3 * layers),
-        table.seconds(inner * plan.shard, plan.replicate, data / 1e9, collectives=layers),
+        table.seconds(1, plan.tensor, rows / 1e9, collectives=4 * layers + 1),
+        table.seconds(plan.tensor, plan.shard, depth / 1e9, collectives=3 * layers)
+        + table.seconds(1, own, head.depth / 1e9, collectives=3),
+        table.seconds(own, plan.replicate, data / 1e9, collectives=layers + 1),
     )
 
 

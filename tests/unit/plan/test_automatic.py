@@ -33,7 +33,7 @@ def test_the_run_has_the_settings_that_the_command_prints(
     words = next(line for line in printed if line.startswith("python -m flwr_hpc.run")).split()
     wanted = [w for w in words if w.startswith("train.")]
     config = planned(*LEONARDO)
-    assert len(wanted) == 4
+    assert len(wanted) == 5
     for word in wanted:
         name, value = word.removeprefix("train.").split("=")
         assert str(getattr(config.train, name)) == value

@@ -50,9 +50,10 @@ def test_the_winner_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     assert config.facilities["leonardo"].nodes == 4
     assert config.facilities["leonardo"].qos is None  # the debug queue takes two nodes
     assert config.train.activation_checkpointing in ("none", "selective", "full")
-    assert config.train.replicate >= 1
     train = config.train
-    assert train.micro_batch * train.accumulation * 16 * config.data.seq_len == 2**20
+    copies = 16 // train.tensor
+    assert copies % train.replicate == 0
+    assert train.micro_batch * train.accumulation * copies * config.data.seq_len == 2**20
 
 
 def test_what_does_not_fit_says_by_how_much() -> None:
@@ -74,12 +75,26 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plans_that_the_trainer_cannot_execute_do_not_win() -> None:
-    """Protects from settings that nothing follows: today's trainer has no tensor parallelism."""
-    ranking = rank(compose_plan(["model=llama3_8b", "+facility=leonardo", "nodes=4"]), "leonardo")
-    winner = ranking.winner
-    assert winner is not None
-    assert winner.plan.tensor == 1
-    assert any(c.fits and "TP" in c.plan.missing for c in ranking.ranked)
+    """Protects from settings that are refused: the trainer does not split experts, or DoRA."""
+    mixtral = ["model=mixtral_8x7b", "+facility=jupiter", "nodes=16"]
+    dora = ["model=llama3_8b", "+facility=leonardo", "model.lora.dora=true"]
+    for overrides in (mixtral, dora):
+        config = compose_plan(overrides)
+        ranking = rank(config, next(iter(config.facilities)))
+        assert ranking.winner is None or ranking.winner.plan.tensor == 1
+        split = [c for c in ranking.ranked if c.plan.tensor > 1]
+        assert split
+        assert {c.missing for c in split} == {"TP"}
+
+
+def test_a_plan_with_tensor_ranks_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Protects batches of fewer sequences than ranks: groups of ranks share a sequence."""
+    batch = ["nodes=16", "train.batch_size=32"]
+    assert main(["model=llama3_70b", "+facility=leonardo", *batch, "data.seq_len=8192"]) == 0
+    command = next(line for line in capsys.readouterr().out.splitlines() if "flwr_hpc.run" in line)
+    train = compose_config(shlex.split(command)[3:]).train
+    assert train.tensor > 1
+    assert 64 // train.tensor * train.micro_batch * train.accumulation == 32
 
 
 def test_the_plan_of_an_encoder_decoder_names_its_objective(
