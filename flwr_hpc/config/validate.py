@@ -56,7 +56,7 @@ INTERVALS = {
 PASSWORD = re.compile(r"//([^/:]*):[^/]*@")
 ENCODER_DECODERS = ("mt5", "t5")
 # Families whose layers the trainer cannot split over ranks, see `flwr_hpc.train.parallel`.
-UNSPLIT = ("gpt2", "mixtral", "mt5", "t5")
+UNSPLIT = ("gpt2", "mixtral")
 # What models call their sizes: transformers' usual name, and those of GPT-2 and its like.
 SIZES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
@@ -138,7 +138,7 @@ def check_tensor(sizes: Mapping[str, Any], tensor: int) -> None:
     if (kind := sizes.get("model_type")) in UNSPLIT:
         raise UserError(
             f"train.tensor={tensor} cannot split the layers of model_type={kind} (families like "
-            "Llama, Qwen, Gemma and GPT-NeoX can be split). Valid: train.tensor=1"
+            "Llama, Qwen, Gemma, GPT-NeoX and T5 can be split). Valid: train.tensor=1"
         )
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     split = {key: sizes[key] for name in names if sizes.get(key := size_key(sizes, name))}

@@ -8,8 +8,8 @@ is the same on all of them, and the head's loss is taken by each of a share of t
 
 Which layers these are transformers says in its plan for the family (``base_model_tp_plan``): shapes
 alone do not tell whether a matrix of queries, keys and values can be cut (GPT-NeoX's lies head by
-head, GPT-2's does not), nor which norm works on a head. The blocks that the plan makes are checked:
-no parameter in them may be one that it does not name.
+head, GPT-2's does not), nor which norm works on a head. For T5, of which it has none, there is one
+here. The blocks of a plan are checked: no parameter in them may be one that it does not name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from torch.utils._pytree import tree_map_only
 
 from flwr_hpc.config.validate import check_tensor
@@ -33,6 +33,22 @@ from flwr_hpc.train.parallel.tensors import local
 # transformers' words. The last: not split, and its gradient comes in parts.
 COLUMNS, ROWS, WHOLE = "colwise", "rowwise", "replicated_with_grad_allreduce"
 INDEX = re.compile(r"\.\d+\.")
+# transformers has no plan for T5. Its biases for relative positions have a column for each head.
+_ATTENTION = {"q": COLUMNS, "k": COLUMNS, "v": COLUMNS, "o": ROWS}
+_T5_BLOCKS = {
+    "SelfAttention": _ATTENTION | {"relative_attention_bias": COLUMNS},
+    "EncDecAttention": _ATTENTION,
+    "DenseReluDense": {"wi": COLUMNS, "wi_0": COLUMNS, "wi_1": COLUMNS, "wo": ROWS},
+}
+_T5 = {
+    f"{stack}.block.*.layer.*.{block}.{layer}": style
+    for stack in ("encoder", "decoder")
+    for block, styles in _T5_BLOCKS.items()
+    for layer, style in styles.items()
+}
+OWN_PLANS = {"t5": _T5, "mt5": _T5}
+# What a layer hands on to the next one's attention: each rank has that of its heads.
+PER_HEAD = ("position_bias",)
 
 
 def split(model: Any, mesh: DeviceMesh) -> set[str]:
@@ -75,6 +91,7 @@ def share_of_positions(
 def layer_plan(config: Any) -> Mapping[str, str]:
     """Return how each layer of a family is split, by name with ``*`` for its number."""
     plan: Mapping[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    plan = OWN_PLANS.get(config.model_type, plan)
     if not plan or (unknown := set(plan.values()) - {COLUMNS, ROWS, WHOLE}):
         lacks = f"{', '.join(sorted(unknown))} layers" if plan else "no plan in transformers"
         raise UserError(
@@ -112,7 +129,7 @@ def _check(block: nn.Module, styles: Mapping[str, str], family: str, degree: int
             + ". Valid: train.tensor=1"
         )
     for child, style in styles.items():
-        for part, dim in _linears(block.get_submodule(child), style):
+        for part, dim in _parts(block.get_submodule(child), style):
             if dim is not None and part.weight.shape[dim] % degree:
                 raise UserError(
                     f"train.tensor={degree} does not divide {part.weight.shape[dim]}, a size of "
@@ -126,16 +143,18 @@ def _split_block(
     """Split a block; return what of it is not split."""
     for child, style in styles.items():
         layer = block.get_submodule(child)
-        for part, dim in _linears(layer, style):
+        for part, dim in _parts(layer, style):
             if dim is not None:
-                _split_linear(part, dim, mesh)
+                _split_layer(part, dim, mesh)
         if style == ROWS:
             layer.register_forward_hook(partial(_leave, mesh))
     block.register_forward_pre_hook(partial(_enter, mesh), with_kwargs=True)
+    if isinstance(heads := getattr(block, "n_heads", None), int):  # T5 counts; others do not
+        block.n_heads = heads // mesh.size()  # type: ignore[assignment]
     return [p for p in block.parameters() if not isinstance(p, DTensor)]
 
 
-def _linears(layer: nn.Module, style: str) -> Iterator[tuple[nn.Linear, int | None]]:
+def _parts(layer: nn.Module, style: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int | None]]:
     """Yield the linear layers of one that may have an adapter, and where their weights are cut.
 
     Of an adapter B A of a matrix that is cut by columns B is cut likewise; by rows A.
@@ -145,16 +164,19 @@ def _linears(layer: nn.Module, style: str) -> Iterator[tuple[nn.Linear, int | No
         if isinstance(part, nn.Linear) and style in dims:
             whole, dim = dims[style]
             yield part, None if whole in name.split(".") else dim
+        elif isinstance(part, nn.Embedding) and style == COLUMNS:
+            yield part, 1
 
 
-def _split_linear(layer: nn.Linear, dim: int, mesh: DeviceMesh) -> None:
+def _split_layer(layer: nn.Linear | nn.Embedding, dim: int, mesh: DeviceMesh) -> None:
     for name, parameter in list(layer.named_parameters()):
         if dim < parameter.ndim:  # all but the bias of a layer that is cut by rows
             part = _part(parameter.detach(), mesh, dim)
             setattr(layer, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
     # Each rank adds its share of a bias that is not cut.
-    portion = 1.0 if dim == 0 else 1.0 / mesh.size()
-    layer.forward = MethodType(partial(_forward, portion=portion), layer)  # type: ignore[method-assign]
+    multiply = partial(_multiply, portion=1.0 if dim == 0 else 1.0 / mesh.size())
+    forward = multiply if isinstance(layer, nn.Linear) else _look_up
+    layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
 
 
 def _part(tensor: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
@@ -162,9 +184,13 @@ def _part(tensor: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
     return distribute_tensor(tensor, mesh, [Shard(dim)], src_data_rank=None)
 
 
-def _forward(layer: nn.Linear, value: Tensor, portion: float) -> Tensor:
+def _multiply(layer: nn.Linear, value: Tensor, portion: float) -> Tensor:
     bias = None if layer.bias is None else local(layer.bias) * portion
     return linear(value, local(layer.weight), bias)
+
+
+def _look_up(layer: nn.Embedding, ids: Tensor) -> Tensor:
+    return embedding(ids, local(layer.weight))
 
 
 def _enter(mesh: DeviceMesh, _: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -176,7 +202,9 @@ def _enter(mesh: DeviceMesh, _: nn.Module, args: Any, kwargs: Any) -> Any:
         whole = DTensor.from_local(value, mesh, [Replicate()], run_check=False)
         return whole.to_local(grad_placements=[Partial()])
 
-    return tree_map_only(Tensor, shared, (args, kwargs))
+    own = {name: value for name, value in kwargs.items() if name in PER_HEAD}
+    args, kwargs = tree_map_only(Tensor, shared, (args, kwargs))
+    return args, kwargs | own
 
 
 def _leave(mesh: DeviceMesh, _: nn.Module, args: Any, output: Tensor) -> Tensor:

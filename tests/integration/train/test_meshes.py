@@ -101,11 +101,16 @@ LAYERS = {
     "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip
 GROUPED = {**LAYERS, "num_key_value_heads": 2, "head_dim": 8}
+SPANS = {
+    "d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+}  # fmt: skip
 FAMILIES = [
     {"model_type": "qwen2", **LAYERS, "num_key_value_heads": 2},
     {"model_type": "qwen3", **GROUPED},
     {"model_type": "gemma2", **GROUPED},
     {"model_type": "gpt_neox", **LAYERS},
+    {"model_type": "t5", **SPANS},
+    {"model_type": "mt5", **SPANS, "feed_forward_proj": "gated-gelu"},
 ]
 
 
@@ -113,8 +118,11 @@ FAMILIES = [
 def test_families_are_split_alike(
     teams: dict[int, Team], tmp_path: Path, model: dict[str, Any]
 ) -> None:
-    """Grouped heads, biases, norms of each head, a soft cap, queries and keys in one matrix."""
-    kind: dict[str, Any] = {"model": model, "clip": 0.2, "lora": model["model_type"] == "qwen2"}
+    """Grouped heads, biases, norms of each head, a soft cap, queries and keys in one matrix;
+    an encoder with biases for relative positions."""
+    lora = model["model_type"] in ("qwen2", "mt5")
+    scale = {"clip": 0.1, "eps": 1e-5} if lora else {"clip": 0.2}
+    kind: dict[str, Any] = {"model": model, "lora": lora, **scale}
     one = teams[1].run(scenario.trained, tmp_path / "1", micro_batch=8, **kind)
     four = teams[4].run(scenario.trained, tmp_path / "4", micro_batch=4, tensor=2, **kind)
     assert_alike(four, one)
