@@ -108,8 +108,7 @@ class _Step:
         # A tied table's gradient comes twice, and is added up.
         table = 2 * self.size * self.shape.vocabulary * self.shape.hidden * self.shape.tied
         reducing = self._reducing(self._unit)
-        if self.plan.shard > 1:
-            reducing += self._unit * (self.size + 4 / self.plan.shard)
+        reducing += 4 * self._unit / self.plan.shard if self.plan.shard > 1 else 0.0
         buffers = max(working + max(layer, table / self.plan.tensor), reducing)
         return self._with(self._earlier, 0.0, 0.0, buffers)
 

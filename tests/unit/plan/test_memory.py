@@ -32,8 +32,10 @@ LAYERWISE = _llama(640, 1728, 6, 4096)  # 32 M
     [
         # Embedding's backward pass: everything gathered, and two more of the table's gradients.
         (ONE_UNIT, ParallelPlan(1, 1, 1, 1, 1, "none"), 316),
-        # Earlier gradients, and what gloo copies while it reduces those of all parameters.
-        (ONE_UNIT, ParallelPlan(1, 2, 1, 2, 2, "none"), 324),
+        # Earlier gradients, and the array that was gathered beside what was copied out of it.
+        (_llama(512, 1376, 6, 6144), ParallelPlan(1, 2, 1, 1, 2, "none"), 404),
+        # The same without earlier gradients, and of activations next to nothing.
+        (_llama(384, 1024, 4, 3072), ParallelPlan(1, 2, 1, 4, 1, "full"), 142),
         (ONE_UNIT, ParallelPlan(1, 1, 1, 8, 1, "full"), 352),
         (LAYERWISE, ParallelPlan(1, 1, 1, 1, 1, "none"), 576),
         (LAYERWISE, ParallelPlan(1, 1, 1, 4, 1, "full"), 599),
