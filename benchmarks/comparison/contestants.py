@@ -47,7 +47,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedavg, job per round": Contestant(
         "strategies.fedavg.FedAvg", _LONG, policy="per_round", on_text={STEPS: [800, 1600, 3200]}
     ),
-    "fedavg": Contestant("strategies.fedavg.FedAvg", _LONG),
+    "fedavg": Contestant("strategies.fedavg.FedAvg", _LONG, on_text={STEPS: [800, 1600, 3200]}),
     "fedadam": Contestant(
         "flwr.serverapp.strategy.FedAdam",
         {STEPS: [25, 50, 100, 200], "eta": [0.01, 0.03, 0.1]},
@@ -63,6 +63,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedavg, quorum": Contestant(
         "strategies.fedavg.FedAvg",
         {STEPS: [50, 100, 200], "quorum": [2, 3], "grace_s": [60.0, 300.0]},
+        on_text={STEPS: [100, 200, 400]},
     ),
     "diloco, job per round": Contestant(
         "strategies.diloco.DiLoCo", {STEPS: [200, 400, 800], **_OUTER}, policy="per_round"
@@ -79,11 +80,13 @@ CONTESTANTS: dict[str, Contestant] = {
     "decoupled_diloco": Contestant(
         "strategies.decoupled_diloco.DecoupledDiLoCo",
         {STEPS: [50, 100, 200], "quorum": [2, 3], "momentum": [0.5, 0.8]},
+        on_text={"outer_lr": [0.4, 0.7, 1.0]},
     ),
     "decoupled_diloco, averaged and sized": Contestant(
         "strategies.decoupled_diloco.DecoupledDiLoCo",
         {"outer_lr": [0.7, 1.2, 2.0], "round_s": [60.0, 100.0], "quorum": [2, 3]},
         _SIZED | {"momentum": 0.5},
+        on_text={"outer_lr": [0.7, 1.2, 2.0]},
     ),
     "async_diloco": Contestant(
         "strategies.async_diloco.AsyncDiLoCo",
@@ -99,9 +102,12 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedasync": Contestant(
         "strategies.fedasync.FedAsync",
         {STEPS: [50, 100, 200], "alpha": [0.3, 0.6, 0.9, 1.0]},
+        on_text={STEPS: [50, 100, 200]},
     ),
-    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER),
-    "fedbuff, debiased": Contestant("strategies.fedbuff.FedBuff", _BUFFER, {"debias": True}),
+    "fedbuff": Contestant("strategies.fedbuff.FedBuff", _BUFFER, on_text=_TEXT),
+    "fedbuff, debiased": Contestant(
+        "strategies.fedbuff.FedBuff", _BUFFER, {"debias": True}, on_text=_TEXT
+    ),
     "fedbuff, averaged and sized": Contestant(
         "strategies.fedbuff.FedBuff",
         {"outer_lr": [2.0, 4.0, 8.0], "round_s": [60.0, 100.0], "buffer_size": [2, 4]},
@@ -111,15 +117,18 @@ CONTESTANTS: dict[str, Contestant] = {
     "fedcompass": Contestant(
         "strategies.fedcompass.FedCompass",
         {"min_steps": [10, 20, 40], "max_steps": [50, 100], "slack": [1.2, 1.5]},
+        on_text={"max_steps": [50, 100, 200]},
     ),
     "fedqueue, job per round": Contestant(
         "strategies.fedqueue.FedQueue",
         {"round_s": [1800.0, 3600.0, 7200.0], **_QUEUE},
         policy="per_round",
+        on_text={"round_s": [1800.0, 3600.0, 7200.0]},
     ),
     "fedqueue": Contestant(
         "strategies.fedqueue.FedQueue",
         {"round_s": [300.0, 600.0, 1800.0], **_QUEUE},
+        on_text={"round_s": [300.0, 600.0, 1800.0]},
     ),
     "fedbackfill": Contestant(
         "strategies.fedbackfill.FedBackfill",
