@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from worlds.train.torch_ranks import TRAIN, TinyCorpus, tiny_model
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.protocol import BASE, Order
@@ -19,8 +20,12 @@ from flwr_hpc.train.base_model import (
     check_base,
     in_precision,
     load_quantized,
+    quantized,
     with_factors,
 )
+from flwr_hpc.train.rendezvous import join
+from flwr_hpc.train.trainer import Trainer
+from flwr_hpc.worker.ranks import Ranks
 
 TENSORS = {f"w{i}": np.arange(6, dtype=np.float32).reshape(2, 3) + i for i in range(3)}
 
@@ -80,6 +85,19 @@ def test_a_packed_base_is_another_one() -> None:
     """Protects adapters from a base in another precision than the one they were trained on."""
     assert in_precision("base", "none") == "base"
     assert len({"base", in_precision("base", "nf4"), in_precision("other", "nf4")}) == 3
+
+
+def test_packed_weights_are_not_cut(tmp_path: Path) -> None:
+    """Protects 4-bit weights: whole numbers can be neither averaged nor cast to bf16 by FSDP."""
+    group = join(tmp_path, Ranks(0, 1, 0, 1), timeout_s=600)
+    built = tiny_model(lora=True)
+    packed = torch.nn.Parameter(torch.arange(8, dtype=torch.uint8), requires_grad=False)
+    built.model.get_submodule("base_model.model.lm_head").register_parameter("packed", packed)
+    trainer = Trainer(built, TinyCorpus(), TRAIN, TRAIN.steps, group, 0)
+    names = {type(p).__name__ for p in built.model.parameters()}
+    assert (names, quantized(built.model)) == ({"DTensor", "Parameter"}, {packed})
+    assert "packed" not in " ".join(trainer.exchanged)
+    group.close()
 
 
 def test_4_bits_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
