@@ -40,10 +40,10 @@ def layer_volumes(
     transposed: bool = False,
     recomputed: bool = True,
     accumulation: int = 1,
-    activation_bytes: int = 2,
-    gather_bytes: int = 2,
-    scatter_bytes: int = 2,
-    gradient_bytes: int = 4,
+    activation_bytes: float = 2,
+    gather_bytes: float = 2,
+    scatter_bytes: float = 2,
+    gradient_bytes: float = 4,
 ) -> Volumes:
     """Return what one step sends for a matrix of `inputs` x `outputs`.
 
@@ -64,7 +64,7 @@ def layer_volumes(
         Activations are recomputed in the backward pass.
     accumulation : int
         Micro batches per step.
-    activation_bytes, gather_bytes, scatter_bytes, gradient_bytes : int
+    activation_bytes, gather_bytes, scatter_bytes, gradient_bytes : float
         Per element of activations, of gathered weights, of scattered and of replicated gradients.
     """
     local = tokens / (grid.data * grid.depth)

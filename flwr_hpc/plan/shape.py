@@ -55,7 +55,7 @@ class Block:
         return self.vectors + sum(p.copies * (p.weights + p.biases) for p in self.projections)
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA on one such layer's matrices."""
+        """Parameters of LoRA on one such layer's matrices, those of one input as one matrix."""
         return sum(p.copies * rank * (p.inputs + p.outputs) for p in self.projections)
 
 
@@ -105,6 +105,11 @@ class ModelShape:
         return sum(b.count * b.adapters(self.adapter_rank) for b in self.blocks)
 
     @property
+    def trained(self) -> int:
+        """Parameters that have gradients and moments."""
+        return self.adapters if self.adapter_rank else self.parameters
+
+    @property
     def multiplied(self) -> int:
         """Elements of matrices that a token is multiplied with: of experts only the active."""
         layers = sum(
@@ -115,7 +120,10 @@ class ModelShape:
     def flops_per_token(self, seq_len: int) -> float:
         """``6 N + 12 L d seq_len`` (PaLM, arXiv 2204.02311): what MFU is defined by."""
         width = sum(b.count * b.attention_width for b in self.blocks)
-        return 6.0 * self.multiplied + 12.0 * width * seq_len
+        products = 6.0 * self.multiplied
+        if self.adapter_rank:  # frozen weights have no gradient
+            products = 4.0 * self.multiplied + 6.0 * self.adapters
+        return products + 12.0 * width * seq_len
 
 
 def model_shape(config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:

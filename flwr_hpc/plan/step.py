@@ -37,7 +37,7 @@ def step_time(shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Mach
     compute = _compute(shape, plan, seq_len, machine)
     tensor, shard, replicate = _communication(shape, plan, seq_len, machine)
     hidden = machine.overlap * compute
-    own = shape.parameters / (plan.shard * plan.tensor)
+    own = shape.trained / (plan.shard * plan.tensor)
     return StepTime(
         compute=plan.accumulation * compute,
         tensor=plan.accumulation * tensor,
@@ -52,14 +52,17 @@ def _compute(shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Machi
     tokens = plan.micro_batch * seq_len
     again = {NONE: 0.0, SELECTIVE: 0.0, FULL: 1.0}[plan.checkpointing]
     rate = machine.peak_flops * machine.efficiency
+    passes = 2 if shape.adapter_rank else 3  # forward, gradients of inputs, and of weights
     seconds = 0.0
     for block in shape.blocks:
-        products = 2 * sum(p.active * p.weights for p in block.projections)
+        products = 2.0 * sum(p.active * p.weights for p in block.projections)
         attention = 2 * block.attention_width * seq_len  # causal: half of all pairs
-        flops = tokens * (products + attention) * (3 + again) / plan.tensor
+        if shape.adapter_rank:  # what is frozen has no gradient, what is added has
+            products += 2 * (3 + again) / (2 + again) * block.adapters(shape.adapter_rank)
+        flops = tokens * (products * (passes + again) + attention * (3 + again)) / plan.tensor
         seconds += block.count * max(flops / rate, machine.layer_overhead_s * (3 + again) / 3)
     chunked = tokens * shape.vocabulary * 4 > 2**28  # then the head runs once more
-    head = 2 * tokens * shape.vocabulary * shape.hidden * (4 if chunked else 3) / plan.tensor
+    head = 2 * tokens * shape.vocabulary * shape.hidden * (passes + chunked) / plan.tensor
     return seconds + head / rate
 
 
@@ -70,12 +73,15 @@ def _communication(
     grid = Grid(rows=plan.tensor, depth=plan.shard, data=plan.replicate)
     tokens = plan.copies * plan.micro_batch * seq_len
 
-    def volumes(projection: Projection, grid: Grid) -> Volumes:
+    def volumes(projection: Projection, grid: Grid, packed: bool = False) -> Volumes:
+        added = shape.adapter_rank * (projection.inputs + projection.outputs) / projection.weights
+        trained = added if shape.adapter_rank else 1.0
+        gathered = added + (not packed)
         return layer_volumes(
             projection.inputs, projection.outputs, tokens, grid,
             transposed=projection.reduces, recomputed=plan.checkpointing == FULL,
-            activation_bytes=machine.compute_bytes, gather_bytes=machine.compute_bytes,
-            scatter_bytes=4, gradient_bytes=4,
+            activation_bytes=machine.compute_bytes, gather_bytes=gathered * machine.compute_bytes,
+            scatter_bytes=4 * trained, gradient_bytes=4 * trained,
         )  # fmt: skip
 
     # Each tensor rank runs the whole head on a share of the positions: it is sharded over them,
@@ -85,7 +91,7 @@ def _communication(
     positions = plan.micro_batch * seq_len * (1 - 1 / plan.tensor)
     rows, data, depth = positions * shape.hidden * machine.compute_bytes, head.data, 0.0
     for count, projection in _all(shape.blocks):
-        sent = volumes(projection, grid)
+        sent = volumes(projection, grid, shape.packed)
         rows += count * projection.active * sent.rows
         depth += count * projection.copies * sent.depth
         data += count * projection.copies * sent.data

@@ -63,6 +63,23 @@ def test_below_an_adapter_little_is_trained() -> None:
     assert memory(packed, alone, 4096, 2).parameters < 9e9 < memory(lora, alone, 4096, 2).parameters
 
 
+def test_an_adapter_makes_steps_shorter() -> None:
+    """Protects LoRA's time: 4 N and not 6 N; packed weights are gathered from nobody."""
+    slow = replace(MACHINE, bandwidths=Bandwidths(4, 300, 1), overlap=0.0)
+    lora = replace(SHAPE, adapter_rank=8)
+    whole, some, packed = (
+        step_time(s, PLAN, 4096, slow) for s in (SHAPE, lora, replace(lora, packed=True))
+    )
+    tokens = 2 * 4 * 4096
+    flops = tokens * (4 * SHAPE.multiplied + 6 * lora.adapters + 6 * 32 * 4096 * 4096)
+    flops += tokens * 2 * 128256 * 4096  # the head once more
+    assert some.compute == pytest.approx(flops / 156e12)
+    assert lora.flops_per_token(4096) < 0.75 * SHAPE.flops_per_token(4096)
+    assert some.shard == pytest.approx(whole.shard / 2, rel=0.1)  # no gradients are scattered
+    assert packed.shard < 0.2 * some.shard  # of the head, and of adapters
+    assert some.optimizer < whole.optimizer / 4  # most of it the step itself
+
+
 def test_a_slow_network_shows() -> None:
     """Protects the choice of a mesh: what computing cannot hide is counted, and no more."""
     slow = replace(MACHINE, bandwidths=Bandwidths(4, 300, 5))
