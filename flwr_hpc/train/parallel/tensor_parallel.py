@@ -64,7 +64,13 @@ def split(model: Any, mesh: DeviceMesh) -> set[str]:
     check_tensor(inner.config.to_dict(), mesh.size())
     plan = layer_plan(inner.config)
     unsplit: set[int] = set()
-    for parent, styles in _blocks(inner.base_model, plan):
+    blocks = _blocks(inner.base_model, plan)
+    if not blocks:
+        raise UserError(
+            f"train.tensor finds no layers of the plan for model_type={inner.config.model_type} in "
+            f"{type(inner).__name__}. Valid: train.tensor=1"
+        )
+    for parent, styles in blocks:
         _check(parent, styles, inner.config.model_type, mesh.size())
         unsplit |= {id(p) for p in _split_block(parent, styles, mesh)}
     return {name for name, p in model.named_parameters() if id(p) in unsplit}
@@ -101,26 +107,27 @@ def layer_plan(config: Any) -> Mapping[str, str]:
     return plan
 
 
-def _blocks(
-    model: nn.Module, plan: Mapping[str, str]
-) -> Iterator[tuple[nn.Module, dict[str, str]]]:
-    """Yield the modules that hold what the plan names, with the style of each."""
+def _blocks(model: nn.Module, plan: Mapping[str, str]) -> list[tuple[nn.Module, dict[str, str]]]:
+    """Return the modules that hold what the plan names, with the style of each."""
     blocks: dict[str, dict[str, str]] = {}
     for name, _ in model.named_modules():
         if style := plan.get(INDEX.sub(".*.", name)):
             parent, _, child = name.rpartition(".")
             blocks.setdefault(parent, {})[child] = style
-    for parent, styles in blocks.items():
-        yield model.get_submodule(parent), styles
+    return [(model.get_submodule(parent), styles) for parent, styles in blocks.items()]
 
 
 def _check(block: nn.Module, styles: Mapping[str, str], family: str, degree: int) -> None:
     """Refuse a block that would compute something else if it was split."""
     kind = f"{type(block).__name__} of model_type={family}"
-    known = tuple(f"{child}." for child in styles)
-    others = [n for n, _ in block.named_parameters() if not n.startswith(known)]
-    others += [n for n, p in block.named_parameters() if "lora_magnitude_vector" in n.split(".")]
-    others += [n for n, p in block.named_parameters() if not p.is_floating_point()]
+    known = {
+        id(parameter)
+        for child, style in styles.items()
+        for part, _ in _parts(block.get_submodule(child), style)
+        for parameter in part.parameters()
+        if parameter.is_floating_point()  # else it is packed
+    }
+    others = [name for name, p in block.named_parameters() if id(p) not in known]
     ends = [child for child, style in styles.items() if style == ROWS]
     if others or len(ends) != 1:
         raise UserError(
@@ -154,15 +161,17 @@ def _split_block(
     return [p for p in block.parameters() if not isinstance(p, DTensor)]
 
 
-def _parts(layer: nn.Module, style: str) -> Iterator[tuple[nn.Linear | nn.Embedding, int | None]]:
-    """Yield the linear layers of one that may have an adapter, and where their weights are cut.
+def _parts(layer: nn.Module, style: str) -> Iterator[tuple[Any, int | None]]:
+    """Yield the parts of a layer, which may have an adapter, and where their weights are cut.
 
     Of an adapter B A of a matrix that is cut by columns B is cut likewise; by rows A.
     """
-    dims: dict[str, tuple[str, int]] = {COLUMNS: ("lora_A", 0), ROWS: ("lora_B", 1)}
+    if style == WHOLE:
+        yield layer, None
+        return
+    whole, dim = ("lora_A", 0) if style == COLUMNS else ("lora_B", 1)
     for name, part in layer.named_modules():
-        if isinstance(part, nn.Linear) and style in dims:
-            whole, dim = dims[style]
+        if isinstance(part, nn.Linear):
             yield part, None if whole in name.split(".") else dim
         elif isinstance(part, nn.Embedding) and style == COLUMNS:
             yield part, 1
