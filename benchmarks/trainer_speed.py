@@ -45,7 +45,7 @@ from flwr_hpc.spool import Spool
 from flwr_hpc.train.load import load
 from flwr_hpc.train.model import build, layers
 from flwr_hpc.train.order import OrderRunner
-from flwr_hpc.train.parallel import ONE_UNIT_BELOW
+from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW
 from flwr_hpc.train.rendezvous import join
 from flwr_hpc.worker.deadline import Deadline
 from flwr_hpc.worker.phase_timer import PhaseTimer
