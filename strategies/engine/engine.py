@@ -146,7 +146,8 @@ class Engine:
         orders = self._memory.orders.values()
         needed = {extra_name(key, order) for order in orders for key in order.extra_arrays}
         if self._state:
-            needed |= {global_name(order.version) for order in orders if order.version >= 0}
+            versions = {order.version for order in orders}  # few of many orders
+            needed |= {global_name(version) for version in versions if version >= 0}
         self.runtime.checkpoints.commit(
             {
                 **self._state,
@@ -162,7 +163,7 @@ class Engine:
             "seq": dict(m.seq),
             "evaluated": dict(m.evaluated),
             "norms": dict(m.norms),
-            "orders": [dict(vars(order)) for order in m.orders.values()],
+            "orders": [vars(order) for order in m.orders.values()],
         }
 
     def now(self) -> float:
@@ -183,11 +184,13 @@ class Engine:
         FatalSiteError
             With the reasons of those that are left out.
         """
-        reasons = {n: s.refusal for n, s in sorted(self.sites.items()) if s.refusal}
-        left = sorted(self.sites.keys() - reasons.keys())
-        if not reasons or len(left) >= count:
+        reasons = {n: s.refusal for n, s in self.sites.items() if s.refusal}
+        if not reasons:
             return
-        words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        left = sorted(self.sites.keys() - reasons.keys())
+        if len(left) >= count:
+            return
+        words = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
         if left:
             words += f"\nA round needs {count} sites; left: {', '.join(left)}."
         raise FatalSiteError(words)
