@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import worlds.train.checkpoint_scenarios as checkpoints
 import worlds.train.numerics_scenarios as scenario
+from worlds.train.comparing import assert_same
 from worlds.train.torch_ranks import Team, start_team
 
 
@@ -21,14 +22,6 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]
     yield teams
     for team in teams.values():
         team.close()
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-5) -> None:
-    """Compare tensor by tensor, relative to its norm."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        difference = np.linalg.norm(found[name].astype(np.float64) - value)
-        assert difference <= rtol * np.linalg.norm(value), (name, difference)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -44,6 +37,24 @@ def test_replicas_of_shards_equal_one_process(
         np.testing.assert_allclose(four[key], one[key], rtol=1e-5, err_msg=key)
     assert one["grad_norm"] > kind["clip"], "not clipped"
     assert_same(four["weights"], one["weights"])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_an_encoder_decoder_is_sharded_alike(
+    teams: dict[int, Team], tmp_path: Path, lora: bool
+) -> None:
+    """T5: encoder and decoder layers are units by structure, three tied embeddings one tensor."""
+    model: dict[str, Any] = {
+        "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 44, "num_layers": 2,
+        "num_heads": 2, "dropout_rate": 0.0,
+    }  # fmt: skip
+    one = teams[1].run(scenario.trained, tmp_path / "1", micro_batch=8, model=model, lora=lora)
+    two = teams[2].run(scenario.trained, tmp_path / "2", micro_batch=4, model=model, lora=lora)
+    for key in ("losses", "grad_norm", "held_out"):
+        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
+    assert one["losses"][-1] < one["losses"][0]
+    assert any("decoder.block.1" in name for name in one["weights"])
+    assert_same(two["weights"], one["weights"])
 
 
 @pytest.mark.parametrize("every", [True, False])

@@ -11,15 +11,8 @@ import pytest
 import worlds.train.checkpoint_scenarios as checkpoints
 import worlds.train.numerics_scenarios as scenario
 from safetensors.numpy import load_file, save_file
+from worlds.train.comparing import KINDS, assert_same, gpt2
 from worlds.train.torch_ranks import Team, start_team
-
-from flwr_hpc.config.compose import compose_config
-
-KINDS = [
-    pytest.param({"tied": tied, "lora": lora}, id=f"{'tied' if tied else 'untied'}-{name}")
-    for tied in (True, False)
-    for lora, name in ((False, "full"), (True, "lora"))
-]
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +32,6 @@ def solo(teams: dict[int, Team]) -> Team:
 @pytest.fixture
 def pair(teams: dict[int, Team]) -> Team:
     return teams[2]
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any], rtol: float = 1e-5) -> None:
-    """Compare tensor by tensor, relative to its norm."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        difference = np.linalg.norm(found[name].astype(np.float64) - value)
-        assert difference <= rtol * np.linalg.norm(value), (name, difference)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,11 +63,6 @@ def test_goldfish_loss_of_two_ranks_equals_one_process(
     assert two["held_out_counts"] == plain["held_out_counts"], "evaluation leaves nothing out"
 
 
-def gpt2(**changed: Any) -> dict[str, Any]:
-    """Return the shipped model that shares no name with Llama."""
-    return dict(compose_config(["model=tiny_gpt2"]).model.config) | changed
-
-
 def test_a_model_with_other_names_is_sharded_alike(solo: Team, pair: Team, tmp_path: Path) -> None:
     """GPT-2: Conv1D, biases, learnt positions and a tied head, a unit per layer on two ranks."""
     model = gpt2(n_embd=32, n_layer=2, n_positions=32)
@@ -110,24 +90,6 @@ def test_dora_of_two_ranks_equals_one_process(
     assert magnitudes
     for name in magnitudes:
         assert np.abs(one["weights"][name] - start["weights"][name]).max() > 1e-4, name
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_an_encoder_decoder_is_sharded_alike(
-    solo: Team, pair: Team, tmp_path: Path, lora: bool
-) -> None:
-    """T5: encoder and decoder layers are units by structure, three tied embeddings one tensor."""
-    model: dict[str, Any] = {
-        "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 44, "num_layers": 2,
-        "num_heads": 2, "dropout_rate": 0.0,
-    }  # fmt: skip
-    one = solo.run(scenario.trained, tmp_path / "1", micro_batch=8, model=model, lora=lora)
-    two = pair.run(scenario.trained, tmp_path / "2", micro_batch=4, model=model, lora=lora)
-    for key in ("losses", "grad_norm", "held_out"):
-        np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
-    assert one["losses"][-1] < one["losses"][0]
-    assert any("decoder.block.1" in name for name in one["weights"])
-    assert_same(two["weights"], one["weights"])
 
 
 def test_dropout_is_drawn_by_the_step(pair: Team, tmp_path: Path) -> None:
