@@ -38,7 +38,7 @@ KEPT = [
 
 @dataclass(frozen=True)
 class Built:
-    """A model on the CPU in float32."""
+    """A model on the CPU, in float32 as soon as it is sharded."""
 
     model: nn.Module
     # Name in the exchanged file, for each name in the model's state dict that travels:
@@ -133,12 +133,25 @@ def _from_checkpoint(config: ModelConfig) -> Any:
         kind = _kind(AutoConfig.from_pretrained(path))
         if config.lora.quantize != "none":
             return load_quantized(kind, path)
-        return kind.from_pretrained(path, dtype=torch.float32)
+        return _mapped(kind, path, config.lora.dora)
     except (OSError, ValueError) as exc:
         raise UserError(
             f"model.path={path} cannot be loaded: {_first_line(exc)}. Give a local directory "
             "that holds a language model, or a hub name in the local Hugging Face cache."
         ) from None
+
+
+def _mapped(kind: Any, path: str, dora: bool) -> Any:
+    """Load a checkpoint in its own precision: its weights stay in the file, mapped, till sharded.
+
+    So no rank holds the whole model, however large. Not where float32 gives other numbers: of
+    buffers that are computed in the model's precision, and of DoRA's magnitudes.
+    """
+    if not dora:
+        model = kind.from_pretrained(path, dtype="auto")
+        if all(b.dtype == torch.float32 for b in model.buffers() if b.is_floating_point()):
+            return model
+    return kind.from_pretrained(path, dtype=torch.float32)
 
 
 def checkpoint_folder(path: str) -> Path:

@@ -14,6 +14,7 @@ from flwr_hpc.config.validate import check_mesh
 from flwr_hpc.train.base_model import quantized
 from flwr_hpc.train.model import layers
 from flwr_hpc.train.parallel.tensor_parallel import split
+from flwr_hpc.train.parallel.tensors import in_float32
 
 # Below this many parameters the communication calls of many units cost more than holding the
 # gathered model: one unit, gathered once per step. (tiny_llama, 2 ranks on gloo: 173 ms a step
@@ -92,10 +93,12 @@ def shard(
         options["ignored_params"] = whole
     large = sum(p.numel() for p in model.parameters()) >= one_unit_below
     unsummed = split(model, over.tensor) if over.tensor else set()
+    # A unit at a time in float32 as a whole: of what is mapped from a file each rank reads all, and
+    # keeps its shards.
     if large or over.tensor:
         for layer in layers(model):
-            fully_shard(layer, mesh=over.layers, **options)
-    fully_shard(model, mesh=over.rest, **options)
+            fully_shard(in_float32(layer), mesh=over.layers, **options)
+    fully_shard(in_float32(model), mesh=over.rest, **options)
     return unsummed
 
 

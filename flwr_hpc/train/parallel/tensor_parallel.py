@@ -180,7 +180,7 @@ def _parts(layer: nn.Module, style: str) -> Iterator[tuple[Any, int | None]]:
 def _split_layer(layer: nn.Linear | nn.Embedding, dim: int, mesh: DeviceMesh) -> None:
     for name, parameter in list(layer.named_parameters()):
         if dim < parameter.ndim:  # all but the bias of a layer that is cut by rows
-            part = _part(parameter.detach(), mesh, dim)
+            part = _part(parameter.detach().float(), mesh, dim)
             setattr(layer, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
     # Each rank adds its share of a bias that is not cut.
     multiply = partial(_multiply, portion=1.0 if dim == 0 else 1.0 / mesh.size())

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -30,6 +30,14 @@ def full(tensor: Tensor) -> Tensor:
         whole = whole.full_tensor()
     own = whole.untyped_storage().data_ptr() == local(tensor).untyped_storage().data_ptr()
     return whole.to("cpu", torch.float32, copy=own)  # type: ignore[no-any-return]
+
+
+def in_float32(module: nn.Module) -> nn.Module:
+    """Return a module with the parameters that are not sharded yet in float32."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()  # the same parameter: it may be tied
+    return module
 
 
 def put(value: Tensor, target: Tensor) -> None:
