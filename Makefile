@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Everything in benchmarks/, about three hours; those on Slurm clusters need root.
+# Everything in benchmarks/, several hours; those on Slurm clusters need root.
 bench: $(VENV)/.dev
 	for script in benchmarks/[a-z]*.py benchmarks/exchange/*.py benchmarks/clusters/[a-z]*.py \
 	  benchmarks/comparison/compare.py; do $(PY) $$script || exit 1; done
