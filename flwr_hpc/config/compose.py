@@ -186,6 +186,8 @@ def _unknown_key(key: str, schema: type) -> str:
     where = f"'{'.'.join(path)}'" if path else "the configuration"
     if not names:
         return f"{where} has no key '{last}'. To add one: +{key}=VALUE"
+    if last in names and path[0] == "facilities":
+        return f"{key}: the command names no facility '{path[1]}'. Add to it: +facility={path[1]}"
     hint = closest(last, names) or ""
     if key == "facility":
         hint = " Facilities are added with a plus: +facility=NAME."

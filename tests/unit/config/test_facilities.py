@@ -223,6 +223,12 @@ def test_unknown_queues_are_the_users_business() -> None:
     assert queue_of(facility) is None
 
 
+def test_a_setting_of_a_facility_that_is_not_named() -> None:
+    """Protects who relies on the two local facilities, which are only there if none is named."""
+    with pytest.raises(UserError, match=r"names no facility 'local_a'\. Add .*\+facility=local_a"):
+        compose_config(["facilities.local_a.nodes=2"])
+
+
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
