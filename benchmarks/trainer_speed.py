@@ -77,7 +77,6 @@ SIZES = {
     "14M": Size(384, 8, 2, 2, 7),
     "46M": Size(640, 9, 1, 1, 7),
     "1M": Size(128, 5, 2, 8, 7),
-    "14M in large steps": Size(384, 8, 16, 3, 5),
 }
 SETUPS = ((1, 1), (2, 1), (2, 2))  # ranks, and replicas of the model (train.replicate)
 WAYS = ("ours", "bare", "hf")

@@ -82,7 +82,7 @@ class TrainConfig:
     """The trainer inside an allocation."""
 
     steps: int = 110  # Inner optimizer steps per order (H)
-    # ``none``, or ``auto``: micro batch, accumulation, checkpointing and replicas of the fastest
+    # ``none``, or ``auto``: micro batch, accumulation, checkpointing and mesh of the fastest
     # plan for the facilities at hand (`python -m flwr_hpc.plan`), but for those the command names.
     plan: str = "none"
     micro_batch: int = 4  # Sequences per rank (or group of `tensor` ranks) and forward pass

@@ -144,8 +144,9 @@ def _from_checkpoint(config: ModelConfig) -> Any:
 def _mapped(kind: Any, path: str, dora: bool) -> Any:
     """Load a checkpoint in its own precision: its weights stay in the file, mapped, till sharded.
 
-    So no rank holds the whole model, however large. Not where float32 gives other numbers: of
-    buffers that are computed in the model's precision, and of DoRA's magnitudes.
+    So no rank holds the whole of a safetensors checkpoint that is sharded layer by layer. Not where
+    float32 gives other numbers: of buffers that are computed in the model's precision, and of
+    DoRA's magnitudes; nor of what transformers converts as it loads, as Mixtral's experts.
     """
     if not dora:
         model = kind.from_pretrained(path, dtype="auto")
