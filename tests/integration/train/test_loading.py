@@ -12,7 +12,7 @@ import torch
 import worlds.train.loading_scenarios as scenario
 from transformers import AutoModelForCausalLM
 from worlds.train.comparing import assert_same
-from worlds.train.torch_ranks import LLAMA, Team, start_team
+from worlds.train.torch_ranks import LLAMA, Team, start_teams
 
 from flwr_hpc.config.schema import ModelConfig
 from flwr_hpc.train.model import build
@@ -22,10 +22,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]:
-    teams = {size: start_team(tmp_path_factory.mktemp(f"team{size}"), size) for size in (1, 2)}
-    yield teams
-    for team in teams.values():
-        team.close()
+    yield from start_teams(tmp_path_factory.mktemp, (1, 2))
 
 
 def _checkpoint(folder: Path, dtype: torch.dtype, **sizes: Any) -> Path:

@@ -11,17 +11,13 @@ import pytest
 import worlds.train.checkpoint_scenarios as checkpoints
 import worlds.train.numerics_scenarios as scenario
 from worlds.train.comparing import assert_same
-from worlds.train.torch_ranks import Team, start_team
+from worlds.train.torch_ranks import Team, start_teams
 
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]:
     """One, two and four processes of a thread each; started once."""
-    sizes = (1, 2, 4)
-    teams = {size: start_team(tmp_path_factory.mktemp(f"team{size}"), size) for size in sizes}
-    yield teams
-    for team in teams.values():
-        team.close()
+    yield from start_teams(tmp_path_factory.mktemp, (1, 2, 4))
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -12,16 +12,13 @@ import worlds.train.checkpoint_scenarios as checkpoints
 import worlds.train.numerics_scenarios as scenario
 from safetensors.numpy import load_file, save_file
 from worlds.train.comparing import KINDS, assert_same, gpt2
-from worlds.train.torch_ranks import Team, start_team
+from worlds.train.torch_ranks import Team, start_team, start_teams
 
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]:
     """One process alone, and two together; started once, as importing torch takes longest."""
-    teams = {size: start_team(tmp_path_factory.mktemp(f"team{size}"), size) for size in (1, 2)}
-    yield teams
-    for team in teams.values():
-        team.close()
+    yield from start_teams(tmp_path_factory.mktemp, (1, 2))
 
 
 @pytest.fixture

@@ -8,17 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from worlds.train import quantized_scenarios as scenario
-from worlds.train.torch_ranks import Team, start_team, tiny_model
+from worlds.train.torch_ranks import Team, start_teams, tiny_model
 
 pytest.importorskip("bitsandbytes")
 
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]:
-    teams = {size: start_team(tmp_path_factory.mktemp(f"team{size}"), size) for size in (1, 2)}
-    yield teams
-    for team in teams.values():
-        team.close()
+    yield from start_teams(tmp_path_factory.mktemp, (1, 2))
 
 
 @pytest.fixture(scope="module")

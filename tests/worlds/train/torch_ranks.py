@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -144,6 +144,14 @@ class Team:
             pipe.send(None)
         for process in self.processes:
             process.join(STALLED_S)
+
+
+def start_teams(folders: Callable[[str], Path], sizes: Sequence[int]) -> Iterator[dict[int, Team]]:
+    """Yield teams by size, for a fixture: started once, as importing torch takes longest."""
+    teams = {size: start_team(folders(f"team{size}"), size) for size in sizes}
+    yield teams
+    for team in teams.values():
+        team.close()
 
 
 def start_team(folder: Path, size: int) -> Team:
