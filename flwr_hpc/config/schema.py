@@ -205,6 +205,10 @@ class FederationConfig:
     # Refuse an update whose norm is above so many times the median of its site's last ones
     # (e.g. 10); reads both models once more for every result. None: no limit.
     update_norm_limit: float | None = None
+    # Scale an update whose norm is above this, or above this quantile of the norms of all sites'
+    # last updates (e.g. 0.5), down to it; reads both models once more, too. None: as they come.
+    clip_update_norm: float | None = None
+    clip_update_quantile: float | None = None
     # How often the driver starts Flower anew, from the last aggregation, when SuperLink or
     # the ServerApp died.
     restarts: int = 2

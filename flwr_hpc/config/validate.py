@@ -33,7 +33,7 @@ POSITIVE = (
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
     *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
     *("federation.update_norm_limit", "site.limits.node_hours", "site.limits.nodes"),
-    "site.limits.steps",
+    *("site.limits.steps", "federation.clip_update_norm"),
 )
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
@@ -49,6 +49,7 @@ INTERVALS = {
     "train.goldfish_k": "[2, 1e6]",
     "train.goldfish_h": "[1, 1e6]",
     "exchange.feedback": "[0, 1]",
+    "federation.clip_update_quantile": "(0, 1)",
     "allocation.renew_quantile": "(0, 1)",
     "data.held_out_fraction": "(0, 1)",
     "model.lora.dropout": "[0, 1)",
@@ -85,7 +86,13 @@ def check_values(c: Any) -> None:
             if (value := attrgetter(key)(c)) is not None:
                 check(key, value)
     for key, interval in INTERVALS.items():
-        within(key, attrgetter(key)(c), interval)
+        if (value := attrgetter(key)(c)) is not None:
+            within(key, value, interval)
+    if c.federation.clip_update_norm and c.federation.clip_update_quantile:
+        raise UserError(
+            "federation.clip_update_norm and federation.clip_update_quantile are two ways to say "
+            "how long an update may be: give one of them"
+        )
     if c.allocation.renew_ahead not in ("forecast", "off"):
         _check_walltime("allocation.renew_ahead", c.allocation.renew_ahead)
     if len(c.train.betas) != 2:

@@ -119,6 +119,14 @@ def arrays_of(message: Message) -> ArrayRecord | None:
     return found.get(protocol.ARRAYS) or next(others, None)
 
 
+def with_arrays(content: RecordDict, arrays: ArrayRecord) -> RecordDict:
+    """Return a reply's content with other weights, under the key that its own have."""
+    found = records(content, ArrayRecord)
+    others = (key for key in found if key != protocol.GRADIENT)
+    key = protocol.ARRAYS if protocol.ARRAYS in found else next(others)
+    return RecordDict({**content, key: arrays})
+
+
 def flat_metrics(message: Message) -> dict[str, float]:
     """Return the finite scalar metrics of a reply."""
     return {

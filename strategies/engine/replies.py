@@ -16,7 +16,7 @@ from strategies.engine.runtime import Runtime
 from strategies.engine.state import InFlight, Memory, Request, SiteResult, SiteState
 from strategies.engine.transport import NODE_UNAVAILABLE
 from strategies.engine.validate import reply_fault
-from strategies.parts.norms import NormLimit
+from strategies.parts.norms import Judged, UpdateNorms, scaled_update
 
 WARM = ("ready", "running", "done")
 KNOWN = ("queued", "starting", "ready", "running", "done")  # the site has the order
@@ -32,7 +32,10 @@ class ReplyReader:
         self._settings = runtime.settings
         self._now = runtime.clock.now
         self._memory = memory
-        self._norms = NormLimit(runtime.settings.update_norm_limit, memory.norms)
+        s = runtime.settings
+        self._norms = UpdateNorms(
+            s.update_norm_limit, s.clip_update_norm, s.clip_update_quantile, memory.norms
+        )
 
     def read(self, site: SiteState, flight: InFlight, message: Message) -> None:
         """Take a reply; one to a request that is forgotten tells of the allocation only."""
@@ -113,13 +116,18 @@ class ReplyReader:
             message.content = messages.asked_only(message.content, order)
         arrays = messages.arrays_of(message)
         wrong = reply_fault(request, message, arrays, status, site.launcher, self._runtime.check)
-        wrong = wrong or self._norm_fault(request, arrays)
+        judged = Judged(wrong) if wrong else self._judge(site, request, arrays)
+        wrong = judged.fault
         if wrong:
             self._telemetry.rejected(order, wrong)
             self._tracker.fail(request, f"rejected: {wrong}")
             return
         request.phase = "arrived"
         metrics = messages.flat_metrics(message)
+        if judged.scale < 1.0 and arrays is not None and request.base is not None:
+            arrays = scaled_update(request.base, arrays, judged.scale)
+            message.content = messages.with_arrays(message.content, arrays)
+            metrics["update_scale"] = judged.scale
         if status is not None and status.result is not None:
             metrics = {**metrics, **status.result.metrics}
         now = self._now()
@@ -132,11 +140,11 @@ class ReplyReader:
             )
         )
 
-    def _norm_fault(self, request: Request, arrays: ArrayRecord | None) -> str | None:
-        checked = request.kind == "train" and request.plan.checked
+    def _judge(self, site: SiteState, request: Request, arrays: ArrayRecord | None) -> Judged:
+        checked = request.kind == "train" and (site.launcher or request.plan.checked)
         if not checked or arrays is None or request.base is None:
-            return None
-        return self._norms.fault(request.facility, request.base, arrays)
+            return Judged()
+        return self._norms.judge(request.facility, request.base, arrays)
 
     def _evaluated(self, site: SiteState, order: Order, metrics: Mapping[str, float]) -> None:
         loss = metrics.get("held_out_loss")

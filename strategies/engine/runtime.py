@@ -132,6 +132,10 @@ class Settings:
     # Refuse an update whose norm is above so many times the median of its site's last ones; see
     # `strategies.parts.norms`.
     update_norm_limit: float | None = None
+    # Scale an update whose norm is above this, or above this quantile of the norms of all sites'
+    # last updates, down to it.
+    clip_update_norm: float | None = None
+    clip_update_quantile: float | None = None
 
 
 def _no_event(event: str, **fields: Any) -> None:

@@ -92,6 +92,12 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         (["train.betas=[0.9]"], "takes two numbers"),
         (["train.schedule_steps=0"], "train.schedule_steps=0 must be greater than zero"),
         (["federation.wait_s=0"], "federation.wait_s=0.0 must be greater than zero"),
+        (["federation.clip_update_norm=0"], "federation.clip_update_norm=0.0 must be greater"),
+        (["federation.clip_update_quantile=1"], "federation.clip_update_quantile=1.0 must lie"),
+        (
+            ["federation.clip_update_quantile=0.5", "federation.clip_update_norm=1"],
+            "give one of them",
+        ),
         (["federation.retries=-1"], "federation.retries=-1 must be zero or greater"),
         (["allocation.retries=-1"], "allocation.retries=-1 must be zero or greater"),
         (["allocation.max_successors=-1"], "max_successors=-1 must be zero or greater"),
