@@ -90,7 +90,12 @@ class Tensors(ABC):
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Return the values; float16 and bfloat16 as float32, which is exact."""
-        return _widen(self.raw(name), self.layout[name].dtype)
+        return widen(self.raw(name), self.layout[name].dtype)
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Return a range of the first dimension, as stored; a tensor without one is whole."""
+        bits = self.raw(name)
+        return bits[start:stop] if bits.ndim else bits
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +145,7 @@ def check_values(name: str, bits: NDArray[Any], info: TensorInfo, model: TensorI
     values = bits.reshape(-1)
     for start in range(0, values.size, CHUNK):
         with np.errstate(over="ignore", invalid="ignore"):
-            cast = _cast(_widen(values[start : start + CHUNK], info.dtype), model)
+            cast = _cast(widen(values[start : start + CHUNK], info.dtype), model)
             low, high = float(cast.min()), float(cast.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise BadPayload(f"tensor '{name}' has a value that is not finite in {model.dtype}")
@@ -186,7 +191,8 @@ def _cast(values: NDArray[Any], model: TensorInfo) -> NDArray[Any]:
     return values.astype(model.widened if model.dtype == "BF16" else model.stored, copy=False)
 
 
-def _widen(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
+def widen(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return the values of stored bits: half precisions as float32, which is exact."""
     if dtype == "BF16":  # bfloat16 is the upper half of a float32
         wide = np.empty(bits.shape, np.uint32)
         np.left_shift(bits, np.uint32(16), out=wide)

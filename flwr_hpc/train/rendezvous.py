@@ -111,6 +111,21 @@ class Group:
             mine = Failure.of(exc)
         return result, self.failures(mine, patience_s)
 
+    def refuse_together(self, work: Callable[[], None]) -> None:
+        """Do a piece of work on every rank; raise on all what the user can fix on any of them.
+
+        The work must make no collective call: a rank that has failed takes part in none.
+        """
+        refusal = ""
+        try:
+            work()
+        except UserError as exc:
+            refusal = str(exc)
+        if self.largest(float(bool(refusal))):
+            refusals: list[str] = [""] * self.ranks.world_size
+            dist.all_gather_object(refusals, refusal, group=self.control)
+            raise UserError(next(filter(None, refusals)))
+
     def failures(self, mine: Failure | None, patience_s: float | None = None) -> list[Failure]:
         """Tell all ranks how this one fared and return what went wrong on any of them.
 

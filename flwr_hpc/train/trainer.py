@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, learning_rate, step_if_finite, sum_gradients
 from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW, meshes, reshard, shard
-from flwr_hpc.train.parallel.tensors import full, local, put
+from flwr_hpc.train.parallel.tensors import full, local
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
@@ -108,7 +108,7 @@ class Trainer:
         return layout_of((n, t) for n, t in self.exchanged.items() if n in chosen)
 
     def load_weights(self, path: Path, names: Collection[str] | None = None) -> None:
-        """Take over weights; each rank reads the file and keeps its shard.
+        """Take over weights, each rank its shards of them; a collective call.
 
         Parameters
         ----------
@@ -117,8 +117,14 @@ class Trainer:
             Tensors that the file holds (None: all); the others stay as they are.
         """
         reshard(self._model)
-        for name, value in read_weights(path, self.layout(names)):
-            put(value, self.exchanged[name])
+        layout = self.layout(names)
+        targets = {name: self.exchanged[name] for name in layout}
+        self._group.refuse_together(lambda: read_weights(path, layout, targets))
+
+    def load_extra(self, path: Path, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors, sharded as weights of the same names, from a file of all that travels."""
+        layout = self.layout()
+        self._group.refuse_together(lambda: read_weights(path, layout, targets))
 
     def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
         """Publish the weights, or those named, in float32; a collective call.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flwr_hpc.errors import UserError
@@ -16,9 +18,12 @@ from flwr_hpc.exchange.tensors import (
     BadPayload,
     Layout,
     TensorInfo,
+    Tensors,
     check_layout,
     check_values,
+    widen,
 )
+from flwr_hpc.train.parallel.tensors import extent, local
 
 HOST_SHARE = 0.25  # Of the host's memory that weights may take while they wait to be written
 
@@ -57,10 +62,19 @@ def gathered_weights(
     return lambda: write_weights(path, layout, waiting)
 
 
-def read_weights(path: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of a file, in the order of `layout`; bfloat16 as float32.
+def read_weights(path: Path, layout: Layout, targets: Mapping[str, Tensor]) -> None:
+    """Fill this rank's parts of tensors from a file; bfloat16 becomes what they are.
 
-    All ranks read it whole, and so refuse it together.
+    Of the file it reads nothing but its header and these parts, and so knows no more of the
+    values: ranks have to refuse it together (`Group.refuse_together`).
+
+    Parameters
+    ----------
+    path : Path
+    layout : Layout
+        Of all that the file has to hold.
+    targets : mapping of str to Tensor
+        Some or all of it.
     """
     try:
         file = TensorFile(path)
@@ -68,11 +82,21 @@ def read_weights(path: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"weights {path} cannot be read: {exc}") from None
     try:
         check_layout(file.layout, layout, FLOATS)
-        for name in layout:
-            check_values(name, file.raw(name), file.layout[name], layout[name])
-            yield name, torch.from_numpy(file.tensor(name))
+        for name, target in targets.items():
+            bits, dtype = _part(file, name, extent(target)), file.layout[name].dtype
+            check_values(name, bits, file.layout[name], layout[name])
+            with torch.no_grad():
+                local(target).copy_(torch.from_numpy(widen(bits, dtype)))
     except BadPayload as exc:
         raise UserError(
             f"weights {path.name} do not fit the model: {exc}. "
             "All facilities must use the same model configuration and tokenizer."
         ) from None
+
+
+def _part(tensors: Tensors, name: str, where: tuple[slice, ...]) -> NDArray[Any]:
+    """Return a part of a tensor, as stored."""
+    if not where:
+        return tensors.raw(name)
+    first, *others = where
+    return tensors.rows(name, first.start, first.stop)[slice(None), *others]

@@ -16,9 +16,8 @@ from flwr_hpc.protocol import GRADIENT, MEAN_GRADIENT, Order
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.optim import gradient
-from flwr_hpc.train.parallel.tensors import full, local, put
+from flwr_hpc.train.parallel.tensors import full, local
 from flwr_hpc.train.trainer import Trainer
-from flwr_hpc.train.weights import read_weights
 
 
 class Scaffold(Algorithm):
@@ -38,10 +37,8 @@ class Scaffold(Algorithm):
         self._trained = trainer.trained
         self._sums = _zeros(self._trained)
         self._correction = _zeros(self._trained) if correction else {}
-        if correction:  # each rank reads the file and keeps its shard
-            for name, value in read_weights(correction, trainer.layout()):
-                if name in self._correction:
-                    put(value, self._correction[name])
+        if correction:
+            trainer.load_extra(correction, self._correction)
 
     def gradients(self) -> None:
         """Add this step's gradients to the sum, and then the correction to them."""

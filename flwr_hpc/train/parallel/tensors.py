@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard (no copy)."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def extent(tensor: Tensor) -> tuple[slice, ...]:
+    """Return where this rank's part lies in the whole tensor, a range of each dimension."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    (part,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return tuple(slice(a, a + n) for a, n in zip(part.offsets, part.sizes, strict=True))
 
 
 def holders(tensor: Tensor, ranks: int) -> int:
@@ -38,15 +46,3 @@ def in_float32(module: nn.Module) -> nn.Module:
         if parameter.is_floating_point() and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.float()  # the same parameter: it may be tied
     return module
-
-
-def put(value: Tensor, target: Tensor) -> None:
-    """Copy this rank's part of a full tensor, known to every rank, into `target`."""
-    value = value.to(target.dtype)
-    if isinstance(target, DTensor):
-        # src_data_rank=None: every rank cuts its own shard, nothing is sent.
-        value = local(
-            distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        )
-    with torch.no_grad():
-        local(target).copy_(value)

@@ -95,3 +95,26 @@ def test_every_family_computes_as_in_float32(family: str, tmp_path: Path) -> Non
     ids = torch.arange(2, 2 + SEQ_LEN)[None]
     found = in_float32(model.eval())(ids).logits
     torch.testing.assert_close(found, expected.eval()(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"tensor": 2}], ids=["shards", "tensor"])
+def test_a_rank_reads_its_shards_alone(
+    teams: dict[int, Team], tmp_path: Path, mesh: dict[str, Any]
+) -> None:
+    """Protects the file system from ranks that each read all weights; no tensor is even here."""
+    found = teams[2].run(scenario.bytes_read, tmp_path, **mesh)
+    ((whole, _),) = teams[1].run(scenario.bytes_read, tmp_path)
+    assert all(read == held for read, held in found)
+    assert whole <= sum(read for read, _ in found) < 1.1 * whole  # some both hold
+    assert max(read for read, _ in found) < 0.6 * whole
+
+
+@pytest.mark.parametrize("row", [0, 66], ids=["of the first rank", "of the last"])
+def test_what_one_rank_finds_all_ranks_refuse(
+    teams: dict[int, Team], tmp_path: Path, row: int
+) -> None:
+    """Protects the ranks from waiting for one that refused its part, and from going on without."""
+    words = teams[2].run(scenario.refusals, tmp_path, row, float("nan"))
+    assert words[0] == words[1]
+    assert "'model.embed_tokens.weight' has a value that is not finite" in words[0]
+    assert teams[2].run(scenario.refusals, tmp_path, row, 0.5) == ["taken", "taken"]

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from worlds.train.torch_ranks import tiny_model, tiny_trainer, weights_of
 
+from flwr_hpc.errors import UserError
+from flwr_hpc.train import weights
 from flwr_hpc.train.parallel.sharding import meshes, shard
 from flwr_hpc.train.rendezvous import Group
 
@@ -46,3 +49,44 @@ def trained(group: Group, folder: Path, path: Path, **options: Any) -> dict[str,
     return {
         "losses": losses, "weights": weights_of(trainer, folder / "weights.safetensors", group),
     }  # fmt: skip
+
+
+def bytes_read(group: Group, folder: Path, **options: Any) -> list[list[int]]:
+    """Return of each rank how many bytes it read and checked of a file, and how many it holds."""
+    trainer, path = tiny_trainer(group, **options), folder / "weights.safetensors"
+    trainer.save_weights(path)
+    group.broadcast(None)
+    check, read = weights.check_values, [0]
+
+    def counted(name: str, bits: Any, *args: Any) -> None:
+        read[0] += bits.nbytes
+        check(name, bits, *args)
+
+    weights.check_values = counted
+    try:
+        trainer.load_weights(path)
+    finally:
+        weights.check_values = check
+    held = sum(4 * shard.numel() for shard in trainer.shards())
+    every: list[list[int]] = [[]] * group.ranks.world_size
+    torch.distributed.all_gather_object(every, [read[0], held])
+    return every
+
+
+def refusals(group: Group, folder: Path, row: int, value: float, **options: Any) -> list[str]:
+    """Spoil one number of a file; return what the loading of it says on every rank."""
+    trainer, path = tiny_trainer(group, **options), folder / "weights.safetensors"
+    trainer.save_weights(path)
+    if group.ranks.rank == 0:
+        tensors = load_file(path)
+        tensors["model.embed_tokens.weight"][row, 3] = value
+        save_file(tensors, path)
+    group.broadcast(None)
+    words = "taken"
+    try:
+        trainer.load_weights(path)
+    except UserError as exc:
+        words = str(exc)
+    every = [""] * group.ranks.world_size
+    torch.distributed.all_gather_object(every, words)
+    return every
