@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 import strategies
 from flwr_hpc.errors import UserError, closest
 from flwr_hpc.server.strategy_options import check_options
+from strategies import AsyncStrategy
 
 
 def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
@@ -42,7 +43,25 @@ def build_strategy(spec: dict[str, Any], key: str = "strategy") -> Strategy:
             f"{key}._target_={target} is not a subclass of flwr.serverapp.strategy.Strategy "
             f"(it makes a {type(strategy).__name__})"
         )
+    _check_wrapped(strategy, key)
     return strategy
+
+
+def _check_wrapped(strategy: Strategy, key: str) -> None:
+    """Refuse wrappers of Flower's that would do without a word what nobody meant."""
+    name, inner = type(strategy).__name__, getattr(strategy, "strategy", None)
+    if name.startswith("DifferentialPrivacyClientSide"):
+        raise UserError(
+            f"{key}._target_={name} leaves clipping to a mod of the ClientApp, and sites of this "
+            "run have none: nothing would be clipped. Clip at the server, which adds the noise "
+            "anyway: strategy=private strategy.clip=1.0 strategy.noise_multiplier=1.0"
+        )
+    if isinstance(inner, AsyncStrategy):
+        raise UserError(
+            f"{key}._target_={name} works on rounds of Flower's kind, and {type(inner).__name__} "
+            "has a loop of its own, which would be left out. Give a strategy of "
+            "flwr.serverapp.strategy, or strategies.diloco.DiLoCo"
+        )
 
 
 def _explain(exc: BaseException) -> str:

@@ -29,7 +29,8 @@ def average_of(
     strategy: Strategy, replies: Sequence[Message], shares: Mapping[str, float]
 ) -> Combination | str:
     """Return the average of the replies that a round's version comes from, or why there is none."""
-    ours = callable(getattr(strategy, "weight_of", None))
+    wraps = isinstance(getattr(strategy, "strategy", None), Strategy)
+    ours = callable(getattr(strategy, "weight_of", None)) and not wraps
     if not ours and type(strategy).aggregate_train not in AVERAGING:
         return f"{type(strategy).__name__} is not known to average the replies"
     models = [next(iter(r.content.array_records.values())) for r in replies]

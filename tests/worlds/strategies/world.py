@@ -61,6 +61,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # by file of `conf/strategy`, in place
     "decoupled_diloco": {"quorum": 2, "grace_s": 0.0},
     "fedcompass": {"min_steps": 5, "max_steps": 10},
     "fedqueue": {"round_s": 200.0, "min_steps": 5},
+    "private": {"noise_multiplier": 0.0, "min_updates": 1},  # noise is never the same
     "fedbackfill": SHORT,
     "fedbackfill_rounds": {**SHORT, "grace": 0.0},
 }
