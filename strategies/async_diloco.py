@@ -7,7 +7,8 @@ from typing import Any
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
-from strategies.parts import adapters, limits, rules
+from strategies.parts import limits, rules
+from strategies.parts.lora import adapters
 from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Record, Tensors
 

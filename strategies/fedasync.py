@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
-from strategies.parts import adapters, limits, rules
+from strategies.parts import limits, rules
 from strategies.parts.balance import ExampleShares
+from strategies.parts.lora import adapters
 from strategies.parts.rules import Tensors
 
 

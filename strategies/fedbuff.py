@@ -7,8 +7,9 @@ from typing import Any, Literal
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import SiteResult
-from strategies.parts import adapters, limits, rules
+from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance, ExampleShares
+from strategies.parts.lora import adapters
 from strategies.parts.rules import Tensors
 
 

@@ -18,8 +18,8 @@ from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
-from strategies.parts import adapters
 from strategies.parts.average import PublishedAverage
+from strategies.parts.lora import adapters
 from strategies.parts.pace import SpeedEstimate
 from strategies.parts.rules import Record
 from strategies.parts.sizing import OrderSizing
@@ -64,8 +64,8 @@ class AsyncStrategy(HpcStrategy):
     rests : callable
         ``rests(facility)``: whether it has failed and is left alone for a while.
     combined : Combination or None
-        The average that the version being made comes from (`averaged`, `strategies.parts.adapters`)
-        and before any momentum: it is measured how exact it is for LoRA adapters.
+        The average that the version being made comes from (`averaged`)
+        and before any momentum; `strategies.parts.lora.adapters` measures how exact it is.
     """
 
     in_rounds = False

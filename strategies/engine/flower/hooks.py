@@ -26,7 +26,7 @@ from strategies.engine.loop import History
 from strategies.engine.runtime import RunFailed
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
-from strategies.parts.adapters import facts
+from strategies.parts.lora.adapters import facts
 
 PATIENCE = 4  # Flower's sample_nodes asks twice; who asks more often waits for somebody
 

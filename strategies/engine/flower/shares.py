@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYog
 
 from flwr_hpc.protocol import WEIGHT_KEY
 from strategies.engine import messages
-from strategies.parts.adapters import Combination, mean_of
+from strategies.parts.lora.adapters import Combination, mean_of
 from strategies.parts.rules import normalised
 
 # Of Flower's: a median, Krum or what differential privacy clips is no average of the replies.

@@ -16,7 +16,7 @@ from flwr_hpc.train.model import build
 from flwr_hpc.train.rendezvous import join
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.ranks import Ranks
-from strategies.parts.adapters import inexactness, mean_of
+from strategies.parts.lora.adapters import inexactness, mean_of
 
 
 def test_two_sites_with_one_a_are_averaged_exactly(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from strategies.parts import adapters, rules
+from strategies.parts import rules
+from strategies.parts.lora import adapters
 
 RANK = 3
 SHAPES = {"q": (5, 7), "v": (9, 4)}  # outputs, inputs

@@ -1,0 +1,1 @@
+"""What is particular to averages of LoRA adapters."""
