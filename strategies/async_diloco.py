@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Tensor, Tensors, blockwise
 from strategies.parts.lora import adapters
 from strategies.parts.pace import SpeedEstimate
-from strategies.parts.rules import Record, Tensors
+from strategies.parts.rules import Record
 
 
 class AsyncDiLoCo(AsyncStrategy):
@@ -112,23 +115,37 @@ class AsyncDiLoCo(AsyncStrategy):
         return _stepped(self.arrays, result.base, result.arrays, scale, m, pull)
 
     def _summed(self, base: Record, trained: Record, weight: float) -> Tensors:
-        for name, delta in rules.record_delta(base, trained):
+        def rule(start: Tensor, end: Tensor, before: Tensor | None = None) -> Tensor:
+            delta = rules.pseudo_gradient(start, end)
             delta = delta.dtype.type(weight) * delta
-            yield name, delta if self._sum is None else self._sum[name].numpy() + delta
+            return delta if before is None else np.asarray(before + delta)
+
+        for name, array in base.items():
+            before = [] if self._sum is None else [self._sum[name]]
+            yield name, blockwise(rule, array, trained[name], *before)
 
     def _momenta(self, total: Record, period: int) -> Tensors:
+        def rule(whole: Tensor, before: Tensor | None = None) -> Tensor:
+            mean = np.asarray(whole / whole.dtype.type(period))
+            return rules.momentum_step(before, mean, self.momentum)
+
         for name, array in total.items():
-            mean = array.numpy() / array.numpy().dtype.type(period)
-            before = None if self._m is None else self._m[name].numpy()
-            yield name, rules.momentum_step(before, mean, self.momentum)
+            before = [] if self._m is None else [self._m[name]]
+            yield name, blockwise(rule, array, *before)
 
 
 def _stepped(
-    theta: Record, base: Record, trained: Record, scale: float, m: Record | None, pull: float
+    theta: Record, base: Record, trained: Record, scale: float, momentum: Record | None, pull: float
 ) -> Tensors:
     """Yield ``theta - scale delta - pull m``."""
-    for (name, delta), array in zip(rules.record_delta(base, trained), theta.values(), strict=True):
+
+    def rule(here: Tensor, start: Tensor, end: Tensor, m: Tensor | None = None) -> Tensor:
+        delta = rules.pseudo_gradient(start, end)
         direction = delta.dtype.type(scale) * delta
         if m is not None:
-            direction = direction + direction.dtype.type(pull) * m[name].numpy()
-        yield name, rules.descend(array.numpy(), direction)
+            direction = direction + direction.dtype.type(pull) * m
+        return rules.descend(here, direction)
+
+    for name, array in theta.items():
+        m = [] if momentum is None else [momentum[name]]
+        yield name, blockwise(rule, array, base[name], trained[name], *m)

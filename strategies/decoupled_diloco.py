@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from strategies.base.window import WindowStrategy
 from strategies.parts import rules
+from strategies.parts.blocks import Lazy, Tensors
 from strategies.parts.buffer import Update, deltas
 from strategies.parts.outer import OuterSGD
-from strategies.parts.rules import Tensors
 
 
 class DecoupledDiLoCo(WindowStrategy):
@@ -63,7 +63,7 @@ class DecoupledDiLoCo(WindowStrategy):
         """Take the outer step along the radial-directional mean."""
         found = deltas(updates)
 
-        def merged(name: str) -> rules.Tensor:
-            return rules.radial_directional([d[name].numpy() for d in found], weights)
+        def merged(name: str) -> Lazy:
+            return rules.radial_directional(name, found, weights)
 
         return self.outer.step(self.keep_tensors, self.arrays, merged)

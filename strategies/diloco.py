@@ -7,8 +7,9 @@ from typing import Literal
 
 from strategies.base.hpc_strategy import HpcStrategy
 from strategies.parts import rules
+from strategies.parts.blocks import Lazy, Tensors
 from strategies.parts.outer import OuterSGD
-from strategies.parts.rules import Record, Tensor, Tensors
+from strategies.parts.rules import Record
 
 
 class DiLoCo(HpcStrategy):
@@ -49,7 +50,7 @@ class DiLoCo(HpcStrategy):
     ) -> Tensors:
         """Return the weights after the outer step."""
 
-        def delta_of(name: str) -> Tensor:
+        def delta_of(name: str) -> Lazy:
             return rules.combined_delta(name, self.arrays, trained, weights)
 
         return self.outer.step(self.keep_tensors, self.arrays, delta_of)

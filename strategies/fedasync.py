@@ -8,8 +8,8 @@ from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.balance import ExampleShares
+from strategies.parts.blocks import Tensors
 from strategies.parts.lora import adapters
-from strategies.parts.rules import Tensors
 
 
 class FedAsync(AsyncStrategy):

@@ -9,8 +9,8 @@ from typing import Any
 from strategies.base.window import WindowStrategy
 from strategies.engine.state import Plan, SiteState
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Tensors
 from strategies.parts.buffer import Update, deltas
-from strategies.parts.rules import Tensors
 
 
 class FedAvg(WindowStrategy):

@@ -10,8 +10,8 @@ from strategies.base.fields import StoredTensors
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance
+from strategies.parts.blocks import Tensor, Tensors, blockwise
 from strategies.parts.outer import PartialNesterov
-from strategies.parts.rules import Tensors
 
 
 class FedBackfill(AsyncStrategy):
@@ -176,7 +176,9 @@ class FedBackfill(AsyncStrategy):
         share = result.metrics.get("local_update_share", 0.0)
         last = self._last.get(result.facility)
         before = last[1] if share and last else None
+
+        def rule(delta: Tensor, former: Tensor) -> Tensor:
+            return rules.descend(delta, former, share)
+
         for name, delta in rules.record_delta(result.base, result.arrays):
-            if before is not None:
-                delta = rules.descend(delta, before[name].numpy(), share)
-            yield name, delta
+            yield name, delta if before is None else blockwise(rule, delta, before[name])

@@ -10,9 +10,9 @@ from strategies.base.window import WindowStrategy
 from strategies.engine.state import Binding, Plan, SiteResult, SiteState
 from strategies.parts import limits
 from strategies.parts.balance import ContributionBalance
+from strategies.parts.blocks import Tensors
 from strategies.parts.buffer import Update, deltas
 from strategies.parts.outer import PartialNesterov
-from strategies.parts.rules import Tensors
 
 NO_WORK = ("queued", "ended")  # states of an allocation in which an order does not go on
 

@@ -9,8 +9,8 @@ from strategies.base.fields import StoredTensors
 from strategies.engine.state import SiteResult
 from strategies.parts import limits, rules
 from strategies.parts.balance import ContributionBalance, ExampleShares
+from strategies.parts.blocks import Tensors
 from strategies.parts.lora import adapters
-from strategies.parts.rules import Tensors
 
 
 class FedBuff(AsyncStrategy):

@@ -9,9 +9,9 @@ from typing import ClassVar
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Tensors
 from strategies.parts.buffer import Buffer, Update, deltas
 from strategies.parts.pace import SpeedEstimate
-from strategies.parts.rules import Tensors
 
 
 @dataclass

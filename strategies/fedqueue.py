@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from strategies.base.window import WindowStrategy
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Tensors
 from strategies.parts.buffer import Update, deltas
 from strategies.parts.pace import SpeedEstimate
-from strategies.parts.rules import Tensors
 
 
 class FedQueue(WindowStrategy):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from strategies.fedavg import FedAvg
 from strategies.parts import limits, robust, rules
+from strategies.parts.blocks import Tensor, Tensors, blockwise
 from strategies.parts.buffer import Update, deltas
-from strategies.parts.rules import Record, Tensor, Tensors
+from strategies.parts.rules import Record
 
 RULES = ("median", "trimmed_mean", "krum")
 
@@ -62,15 +63,17 @@ class RobustFedAvg(FedAvg):
             return super().merge([updates[k] for k in taken], [1.0 / len(taken)] * len(taken))
         return self._centred(deltas(updates))
 
-    def _centred(self, found: Sequence[Record]) -> Iterator[tuple[str, Tensor]]:
-        for name, array in self.arrays.items():
-            tensors = [delta[name].numpy() for delta in found]
+    def _centred(self, found: Sequence[Record]) -> Tensors:
+        def rule(here: Tensor, *updates: Tensor) -> Tensor:
             centre = (
-                robust.median(tensors)
+                robust.median(updates)
                 if self.rule == "median"
-                else robust.trimmed_mean(tensors, self.cut)
+                else robust.trimmed_mean(updates, self.cut)
             )
-            yield name, rules.descend(array.numpy(), centre, self.outer_lr)
+            return rules.descend(here, centre, self.outer_lr)
+
+        for name, array in self.arrays.items():
+            yield name, blockwise(rule, array, *(delta[name] for delta in found))
 
     def reported_weight(self, facility: str, staleness: int, updates: int) -> float:
         """Return what a site counts that was taken; of a median, all alike."""

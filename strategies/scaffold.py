@@ -12,8 +12,8 @@ from strategies.base.fields import StoredTensors
 from strategies.engine.state import Plan, SiteResult, SiteState
 from strategies.fedavg import FedAvg
 from strategies.parts import rules
+from strategies.parts.blocks import Tensors
 from strategies.parts.buffer import Update
-from strategies.parts.rules import Tensors
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from strategies.base.window import check_window
 from strategies.engine.messages import part_of
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Lazy, Tensors
 from strategies.parts.buffer import Buffer, Update, deltas
 from strategies.parts.fragments import Fragments
 from strategies.parts.pace import SpeedEstimate
-from strategies.parts.rules import Tensor, Tensors
 
 # Of an order's options: the synchronization it takes part in; it waited for the one before it.
 WINDOW, AHEAD = "window", "ahead"
@@ -273,8 +273,8 @@ class StreamingDiLoCo(AsyncStrategy):
         moved = deltas(updates)
         weights = [self._weight(update) for update in updates]
 
-        def delta_of(name: str) -> Tensor:
-            return rules.weighted_mean([delta[name].numpy() for delta in moved], weights)
+        def delta_of(name: str) -> Lazy:
+            return rules.mean_of(name, moved, weights)
 
         index = window % len(self.parts)
         return self.outer.step(self.keep_tensors, self.arrays, index, delta_of)

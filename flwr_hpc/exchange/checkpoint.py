@@ -8,16 +8,26 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord
-from numpy.typing import NDArray
 
 from flwr_hpc.exchange.records import lazy_record
-from flwr_hpc.exchange.tensorfile import TensorFile, write_stream
+from flwr_hpc.exchange.tensorfile import (
+    Numbers,
+    TensorFile,
+    aligned,
+    write_safetensors,
+    write_stream,
+)
+from flwr_hpc.exchange.tensors import TensorInfo
 from flwr_hpc.files import publish, read_json
+
+HELD = 64 << 20  # bytes of arrays that are in memory already and may wait there
 
 
 class FileCheckpoints:
@@ -39,8 +49,8 @@ class FileCheckpoints:
         self._folder = folder
         self._files = self._committed()[1]
 
-    def put(self, name: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> ArrayRecord:
-        """Write a set of tensors, one at a time, and return it as a lazy record.
+    def put(self, name: str, tensors: Iterable[tuple[str, Numbers]]) -> ArrayRecord:
+        """Write a set of tensors, a block at a time, and return it as a lazy record.
 
         It survives this process only if the next `commit` names it.
 
@@ -51,10 +61,10 @@ class FileCheckpoints:
         """
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ValueError(f"'{name}' may hold letters, digits, '.', '_' and '-' only")
-        file = f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
-        write_stream(self._folder / file, tensors)
-        self._files[name] = file
-        return self.get(name)
+        path = self._folder / f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
+        sha256 = _write(path, iter(tensors))
+        self._files[name] = path.name
+        return lazy_record(TensorFile(path, sha256))
 
     def get(self, name: str) -> ArrayRecord:
         """Return what was put last, or restored, under a name; KeyError if nothing was."""
@@ -91,3 +101,28 @@ class FileCheckpoints:
         for path in self._folder.iterdir():
             if path.name not in keep:
                 path.unlink(missing_ok=True)
+
+
+def _write(path: Path, tensors: Iterator[tuple[str, Numbers]]) -> str | None:
+    """Write tensors; return the sha256 if it came with the writing.
+
+    Those that are computed as they are read take no memory until then: with all names and shapes
+    known beforehand the file is written once.
+    """
+    known: dict[str, Numbers] = {}
+    held = 0
+    for name, tensor in tensors:
+        if name in known:
+            raise ValueError(f"{path}: tensor '{name}' comes twice")
+        known[name] = tensor
+        held += tensor.nbytes if isinstance(tensor, np.ndarray) else 0
+        if held > HELD:
+            write_stream(path, chain(_emptied(known), tensors))
+            return None
+    layout = aligned({name: TensorInfo.of(tensor) for name, tensor in known.items()})
+    return write_safetensors(path, ((name, known[name]) for name in layout), layout)
+
+
+def _emptied(known: dict[str, Numbers]) -> Iterator[tuple[str, Numbers]]:
+    for name in list(known):
+        yield name, known.pop(name)

@@ -14,9 +14,9 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from flwr_hpc.exchange.tensors import (
     STORED,
     BadPayload,
     Layout,
+    Shaped,
     TensorInfo,
     Tensors,
     size_range,
@@ -36,6 +37,16 @@ FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
 MAX_HEADER = 8 << 20  # bytes; some 60,000 tensors
 ENTRY, METADATA = 128, 4096  # bytes of a header, at most: for a tensor but its name; for the rest
 PIECE = 1 << 20  # bytes copied at a time
+
+
+class Blocks(Shaped, Protocol):
+    """An array that comes as its flat blocks, in order."""
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        """Yield the blocks."""
+
+
+Numbers = NDArray[Any] | Blocks
 
 
 class TensorFile(Tensors):
@@ -103,9 +114,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_safetensors(
-    path: Path, tensors: Iterable[tuple[str, NDArray[Any]]], layout: Layout
-) -> str:
+def write_safetensors(path: Path, tensors: Iterable[tuple[str, Numbers]], layout: Layout) -> str:
     """Write tensors as they come; return the file's sha256.
 
     The file appears whole or not at all.
@@ -113,7 +122,7 @@ def write_safetensors(
     Parameters
     ----------
     path : Path
-    tensors : iterable of (str, NDArray)
+    tensors : iterable of (str, NDArray or Blocks)
         In the order of `layout`; the stored bits (uint16 for ``BF16``).
     layout : Layout
 
@@ -133,15 +142,16 @@ def write_safetensors(
             if name != wanted or (array.dtype, array.shape) != (info.stored, info.shape):
                 found = f"'{name}' {array.dtype} {array.shape}"
                 raise ValueError(f"{path}: found {found}, expected '{wanted}' {info}")
-            data = _bytes(array)
-            f.write(data)
-            digest.update(data)
+            for block in _blocks(array):
+                data = _bytes(block)
+                f.write(data)
+                digest.update(data)
         if rest := next(expected, None):
             raise ValueError(f"{path}: tensor '{rest[0]}' is missing")
     return digest.hexdigest()
 
 
-def write_stream(path: Path, tensors: Iterable[tuple[str, NDArray[Any]]]) -> None:
+def write_stream(path: Path, tensors: Iterable[tuple[str, Numbers]]) -> None:
     """Write tensors whose names and shapes are not known beforehand.
 
     A safetensors file begins with its table of contents, so the numbers go to a second file
@@ -155,7 +165,8 @@ def write_stream(path: Path, tensors: Iterable[tuple[str, NDArray[Any]]]) -> Non
             if name in layout:
                 raise ValueError(f"{path}: tensor '{name}' comes twice")
             layout[name], starts[name] = TensorInfo.of(array), body.tell()
-            body.write(_bytes(array))
+            for block in _blocks(array):
+                body.write(_bytes(block))
         ordered = aligned(layout)
         with draft(path) as temporary, open(temporary, "wb") as f:
             f.write(_header(ordered))
@@ -211,6 +222,10 @@ def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
             raise EOFError("a file of ours became shorter while it was read")
         target.write(piece)
         count -= len(piece)
+
+
+def _blocks(array: Numbers) -> Iterable[NDArray[Any]]:
+    return [array] if isinstance(array, np.ndarray | np.generic) else array
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:

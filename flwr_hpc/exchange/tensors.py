@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,18 @@ class BadPayload(ValueError):
     """A payload that must not touch the model; the message says why."""
 
 
+class Shaped(Protocol):
+    """An array, or what becomes one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its numbers."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Dtype (safetensors' name) and shape of one tensor."""
@@ -48,7 +60,7 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, array: NDArray[Any]) -> TensorInfo:
+    def of(cls, array: Shaped) -> TensorInfo:
         """Describe an array; BadPayload if safetensors has no such dtype."""
         name = NAMES.get(array.dtype.newbyteorder("<"))
         if name is None:

@@ -22,7 +22,8 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import Strategy
 
 from strategies.engine.runtime import CheckpointStore
-from strategies.parts.rules import Tensor, Tensors, tensors
+from strategies.parts.blocks import Lazy, Tensor, Tensors
+from strategies.parts.rules import tensors
 
 KIND = "~"  # key, in the JSON, of what JSON has no form for
 PLAIN = {bool, int, float, str, type(None)}
@@ -56,7 +57,7 @@ class StoredTensors(Mapping[str, Array]):
 
 
 # ``keep(label, pairs)``: `strategies.HpcStrategy.keep_tensors`
-Keep = Callable[[str, Iterable[tuple[str, Tensor]]], StoredTensors]
+Keep = Callable[[str, Iterable[tuple[str, Lazy]]], StoredTensors]
 
 
 def names_of(cls: type, attribute: str = "persistent") -> tuple[str, ...]:
@@ -260,7 +261,7 @@ def form_of(value: Any) -> str:
     return ""
 
 
-def pairs_of(value: Any) -> Iterator[tuple[str, Tensor]]:
+def pairs_of(value: Any) -> Tensors:
     """Yield the arrays of an attribute by name."""
     if isinstance(value, ArrayRecord):
         yield from tensors(value)
@@ -282,7 +283,7 @@ def shaped(record: ArrayRecord, form: str) -> Any:
     return in_order[0] if form == "array" else in_order
 
 
-def _copies(pairs: Tensors) -> Tensors:
+def _copies(pairs: Tensors) -> Iterator[tuple[str, Tensor]]:
     """A strategy may change its own state in place; a mapped file it may not."""
     for name, tensor in pairs:
         yield name, np.array(tensor)

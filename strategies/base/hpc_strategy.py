@@ -20,7 +20,8 @@ from strategies.engine.loop import EvaluateFn
 from strategies.engine.runtime import Runtime
 from strategies.engine.validate import NewWeights, check_version, shapes_of
 from strategies.parts import limits, rules
-from strategies.parts.rules import Record, Tensor
+from strategies.parts.blocks import Lazy
+from strategies.parts.rules import Record
 
 log = logging.getLogger("strategies")
 
@@ -76,7 +77,7 @@ class HpcStrategy(Strategy):
             return 1.0
         return messages.flat_metrics(reply).get(WEIGHT_KEY, 1.0)
 
-    def keep_tensors(self, label: str, tensors: Iterable[tuple[str, Tensor]]) -> StoredTensors:
+    def keep_tensors(self, label: str, tensors: Iterable[tuple[str, Lazy]]) -> StoredTensors:
         """Put tensors into the checkpoint store, one at a time, to be read from there.
 
         They survive a restart, and are deleted, with the `persistent` field that holds them. No

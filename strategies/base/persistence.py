@@ -19,7 +19,7 @@ from strategies.base.fields import (
     shaped,
 )
 from strategies.engine.runtime import CheckpointStore, Runtime
-from strategies.parts.rules import Tensor
+from strategies.parts.blocks import Lazy
 
 HISTORIES = (
     "train_metrics_clientapp",
@@ -35,7 +35,7 @@ class NamesFields(Protocol):
     runtime: Runtime
     kept: int  # How often `keep_tensors` was called: no name is used twice
 
-    def keep_tensors(self, label: str, tensors: Iterable[tuple[str, Tensor]]) -> StoredTensors:
+    def keep_tensors(self, label: str, tensors: Iterable[tuple[str, Lazy]]) -> StoredTensors:
         """Put tensors into the checkpoint store."""
 
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 from strategies.base.asynchronous import AsyncStrategy
 from strategies.engine.state import Failure, Plan, SiteResult, SiteState
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Tensors
 from strategies.parts.buffer import Buffer, Update
 from strategies.parts.draw import drawn
-from strategies.parts.rules import Tensors
 
 
 def check_window(

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
-from numpy.typing import NDArray
+
+from strategies.parts.blocks import Lazy
 
 
 class RunFailed(RuntimeError):
@@ -55,7 +56,7 @@ class SystemClock:
 class CheckpointStore(Protocol):
     """Where the server's state survives."""
 
-    def put(self, name: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> ArrayRecord:
+    def put(self, name: str, tensors: Iterable[tuple[str, Lazy]]) -> ArrayRecord:
         """Store tensors under a name, one at a time, and return them (maybe lazy)."""
 
     def get(self, name: str) -> ArrayRecord:
@@ -78,7 +79,7 @@ class MemoryCheckpoints:
         self._records: dict[str, ArrayRecord] = {}
         self._state: str | None = None
 
-    def put(self, name: str, tensors: Iterable[tuple[str, NDArray[Any]]]) -> ArrayRecord:
+    def put(self, name: str, tensors: Iterable[tuple[str, Lazy]]) -> ArrayRecord:
         """Store copies."""
         record = ArrayRecord({key: Array(np.asarray(tensor)) for key, tensor in tensors})
         self._records[name] = record

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, Message, RecordDict
-from numpy.typing import NDArray
 
 from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Order, OrderKind, Status
+from strategies.parts.blocks import Lazy
 
-ExtraArrays = Mapping[str, Callable[[], Iterable[tuple[str, NDArray[Any]]] | None]]
+ExtraArrays = Mapping[str, Callable[[], Iterable[tuple[str, Lazy]] | None]]
 
 
 @dataclass(frozen=True)

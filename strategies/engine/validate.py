@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import isgenerator
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, Message, MetricRecord
-from numpy.typing import NDArray
 
 from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Status
 from strategies.engine import messages
 from strategies.engine.runtime import RunFailed
 from strategies.engine.state import Request
+from strategies.parts.blocks import Blocks, Lazy, Tensor, Tensors
 from strategies.parts.rules import Record
 
 MOST = 1e15  # examples, tokens or steps of one order
@@ -21,7 +21,7 @@ MOST = 1e15  # examples, tokens or steps of one order
 Check = Callable[[Mapping[str, Any], Mapping[str, Any]], str | None]
 
 # What `aggregate`, `on_result`, `on_wake` and `merge` may return: pairs or a mapping.
-NewWeights = Iterable[tuple[str, NDArray[Any]]] | Mapping[str, Any]
+NewWeights = Iterable[tuple[str, Lazy]] | Mapping[str, Any]
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
@@ -103,13 +103,10 @@ def _gradient(request: Request, message: Message, check: Check | None) -> str | 
 
 def shapes_of(model: Record) -> Shapes:
     """Return shape and dtype of every tensor."""
-    tensors = ((name, array.numpy()) for name, array in model.items())
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}
+    return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in model.items()}
 
 
-def check_version(
-    new: NewWeights, model: Shapes, source: str
-) -> Iterator[tuple[str, NDArray[Any]]]:
+def check_version(new: NewWeights, model: Shapes, source: str) -> Tensors:
     """Yield new weights in the model's dtypes, one tensor at a time.
 
     Parameters
@@ -133,10 +130,19 @@ def check_version(
         if name in seen:
             raise _refusal(source, f"it has '{name}' twice", model)
         seen.add(name)
-        wrong, cast = _cast(tensor, *model[name])
-        if wrong:
+        shape, dtype = model[name]
+        opaque = dtype == np.uint8 and len(shape) == 1  # bytes, for example trees of XGBoost
+        if tuple(tensor.shape) != shape and not opaque:
+            wrong = f"has the shape {tuple(tensor.shape)}; the model's is {shape}"
             raise _refusal(source, f"{name} {wrong}", model)
-        yield name, cast
+
+        def checked(numbers: Tensor, name: str = name, dtype: Any = dtype) -> Tensor:
+            wrong, cast = _cast(numbers, dtype)
+            if wrong:
+                raise _refusal(source, f"{name} {wrong}", model)
+            return cast
+
+        yield name, Blocks(checked, tensor) if isinstance(tensor, Blocks) else checked(tensor)
     if not seen and isgenerator(new):
         raise RunFailed(
             f"{source} yielded nothing. A function with `yield` in it is a generator and never "
@@ -147,23 +153,20 @@ def check_version(
         raise _refusal(source, f"{missing[0]} is missing ({len(missing)} in all)", model)
 
 
-def _pair(pair: Any, source: str) -> tuple[str, NDArray[Any]]:
+def _pair(pair: Any, source: str) -> tuple[str, Lazy]:
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
         raise RunFailed(
             f"{source} yielded a {type(pair).__name__}, not a pair of a name and a tensor. "
             "Yield `name, tensor` for every tensor of the model, or return a dict of them"
         )
-    tensor = pair[1]
-    return pair[0], tensor.numpy() if isinstance(tensor, Array) else np.asarray(tensor)
+    name, tensor = pair
+    if isinstance(tensor, Blocks):
+        return name, tensor
+    return name, tensor.numpy() if isinstance(tensor, Array) else np.asarray(tensor)
 
 
-def _cast(
-    tensor: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> tuple[str, NDArray[Any]]:
-    """Return what is wrong with a tensor, or nothing, and the tensor in the model's dtype."""
-    opaque = dtype == np.uint8 and len(shape) == 1  # bytes, for example trees of XGBoost
-    if tuple(tensor.shape) != shape and not opaque:
-        return f"has the shape {tuple(tensor.shape)}; the model's is {shape}", tensor
+def _cast(tensor: Tensor, dtype: np.dtype[Any]) -> tuple[str, Tensor]:
+    """Return what is wrong with numbers, or nothing, and they in the model's dtype."""
     if not _finite(tensor):
         return "is not finite (NaN or infinity)", tensor
     if tensor.dtype == dtype:
@@ -175,7 +178,7 @@ def _cast(
     return "" if _finite(cast) else f"is too large for the model's {dtype}", cast
 
 
-def _finite(tensor: NDArray[Any]) -> bool:
+def _finite(tensor: Tensor) -> bool:
     return tensor.dtype.kind in "biu" or bool(np.isfinite(tensor).all())
 
 

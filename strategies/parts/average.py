@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.base.fields import Keep, StoredTensors
 from strategies.parts import limits, rules
+from strategies.parts.blocks import Tensor, blockwise
 from strategies.parts.rules import Record
 
 
@@ -53,5 +54,8 @@ class PublishedAverage:
         self._rounds += rho
         c = min(1.0, (1.0 + self.gamma) * rho / (self._rounds + self.gamma))
         mean: Record = former if self.mean is None else self.mean
-        pairs = ((n, rules.interpolated(mean[n].numpy(), new[n].numpy(), c)) for n in new)
-        self.mean = keep("mean", pairs)
+
+        def rule(x: Tensor, y: Tensor) -> Tensor:
+            return rules.interpolated(x, y, c)
+
+        self.mean = keep("mean", ((n, blockwise(rule, mean[n], new[n])) for n in new))

@@ -12,8 +12,8 @@ from flwr.app import Array, ArrayRecord
 
 from strategies.base.fields import Keep
 from strategies.engine.messages import part_of
+from strategies.parts.blocks import Lazy, Tensors, as_is
 from strategies.parts.outer import OuterSGD
-from strategies.parts.rules import Tensor, Tensors
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a name counts the layers
 
@@ -90,13 +90,13 @@ class Fragments:
         keep: Keep,
         theta: ArrayRecord,
         index: int,
-        delta_of: Callable[[str], Tensor],
+        delta_of: Callable[[str], Lazy],
     ) -> Tensors:
         """Return the next version's tensors, of which those of one fragment are new."""
         chosen = set(self.parts(theta)[index])
         part = part_of(theta, [name for name in theta if name in chosen])
         stepped = self._outers[index].step(keep, part, delta_of)
         return (
-            next(stepped) if name in chosen else (name, array.numpy())
+            next(stepped) if name in chosen else (name, as_is(array))
             for name, array in theta.items()
         )

@@ -17,12 +17,11 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from strategies.parts import rules
-from strategies.parts.made import made_record
-from strategies.parts.rules import Record, Tensor, record_delta
+from strategies.parts.blocks import Lazy, Tensor, blockwise, flat_blocks, made_record
+from strategies.parts.rules import Record, record_delta
 
 WINDOW = 20  # updates of a site that count
 ENOUGH = 5  # as many as make a median
-CHUNK = 1 << 20  # numbers squared at a time
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def clip_scale(norm: float, bound: float) -> float:
 def update_norm(base: Record, trained: Record) -> float:
     """Return the norm of the difference, over the tensors that were returned; in one pass."""
     deltas = record_delta({name: base[name] for name in trained}, trained)
-    return math.sqrt(math.fsum(_square(delta.reshape(-1)) for _, delta in deltas))
+    squares = (_square(block) for _, delta in deltas for block in flat_blocks(delta))
+    return math.sqrt(math.fsum(squares))
 
 
 def scaled_update(base: ArrayRecord, trained: ArrayRecord, scale: float) -> ArrayRecord:
@@ -101,16 +101,15 @@ def scaled_update(base: ArrayRecord, trained: ArrayRecord, scale: float) -> Arra
     return trained if scale == 1.0 else made_record(trained, partial(_scaled, base, trained, scale))
 
 
-def _scaled(base: ArrayRecord, trained: ArrayRecord, scale: float, name: str) -> Tensor:
-    start, end = base[name].numpy(), trained[name].numpy()
-    moved = rules.descend(start, rules.pseudo_gradient(start, end), scale)
-    return np.asarray(moved, dtype=end.dtype)
+def _scaled(base: ArrayRecord, trained: ArrayRecord, scale: float, name: str) -> Lazy:
+    def rule(start: Tensor, end: Tensor) -> Tensor:
+        moved = rules.descend(start, rules.pseudo_gradient(start, end), scale)
+        return np.asarray(moved, dtype=end.dtype)
+
+    return blockwise(rule, base[name], trained[name])
 
 
 def _square(values: Tensor) -> float:
     """Return the sum of squares, in float64: in float32 large ones would be infinite."""
-    total = 0.0
-    for start in range(0, values.size, CHUNK):
-        part = values[start : start + CHUNK].astype(np.float64)
-        total += float(part @ part)
-    return total
+    wide = values.astype(np.float64)
+    return float(wide @ wide)

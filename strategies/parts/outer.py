@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from strategies.base.fields import Keep, StoredTensors
 from strategies.parts import limits, rules
-from strategies.parts.rules import Record, Tensor, Tensors
+from strategies.parts.blocks import Lazy, Tensor, Tensors, blockwise
+from strategies.parts.rules import Record
 
 
 def _check(lr: float, momentum: float) -> None:
@@ -39,7 +40,7 @@ class OuterSGD:
         self,
         keep: Keep,
         theta: Record,
-        delta_of: Callable[[str], Tensor],
+        delta_of: Callable[[str], Lazy],
     ) -> Tensors:
         """Return the tensors of the next version; the new momentum is stored on the way.
 
@@ -57,21 +58,29 @@ class OuterSGD:
             self._m = keep("momentum", self._momenta(theta, delta_of))
         return self._step(theta, delta_of)
 
-    def _momenta(self, theta: Record, delta_of: Callable[[str], Tensor]) -> Tensors:
+    def _momenta(self, theta: Record, delta_of: Callable[[str], Lazy]) -> Tensors:
+        def rule(delta: Tensor, before: Tensor | None = None) -> Tensor:
+            return rules.momentum_step(before, delta, self.momentum)
+
         old = self._m
         for name in theta:
-            before = None if old is None else old[name].numpy()
-            yield name, rules.momentum_step(before, delta_of(name), self.momentum)
+            before = [] if old is None else [old[name]]
+            yield name, blockwise(rule, delta_of(name), *before)
 
-    def _step(self, theta: Record, delta_of: Callable[[str], Tensor]) -> Tensors:
-        for name, array in theta.items():
-            m = None if self._m is None else self._m[name].numpy()
-            if m is not None and not self.nesterov:
-                yield name, rules.descend(array.numpy(), m, self.lr)
-                continue
-            delta = delta_of(name)
+    def _step(self, theta: Record, delta_of: Callable[[str], Lazy]) -> Tensors:
+        def plain(here: Tensor, m: Tensor) -> Tensor:
+            return rules.descend(here, m, self.lr)
+
+        def nesterov(here: Tensor, delta: Tensor, m: Tensor | None = None) -> Tensor:
             m = delta if m is None else m
-            yield name, rules.nesterov_step(array.numpy(), delta, m, self.lr, self.momentum)
+            return rules.nesterov_step(here, delta, m, self.lr, self.momentum)
+
+        for name, array in theta.items():
+            m = [] if self._m is None else [self._m[name]]
+            if m and not self.nesterov:
+                yield name, blockwise(plain, array, *m)
+            else:
+                yield name, blockwise(nesterov, array, delta_of(name), *m)
 
 
 class PartialNesterov:
@@ -126,14 +135,26 @@ class PartialNesterov:
 
     def _momenta(self, theta: Record, deltas: Sequence[Record], rhos: Sequence[float]) -> Tensors:
         old, beta = self._m, self.momentum ** sum(rhos)
+
+        def rule(*found: Tensor) -> Tensor:
+            updates, before = found[: len(deltas)], found[len(deltas) :]
+            move = rules.weighted_sum(updates, rhos)
+            return rules.momentum_step(before[0] if before else None, move, beta)
+
         for name in theta:
-            before = None if old is None else old[name].numpy()
-            yield name, rules.momentum_step(before, rules.weighted_sum(name, deltas, rhos), beta)
+            before = [] if old is None else [old[name]]
+            yield name, blockwise(rule, *(delta[name] for delta in deltas), *before)
 
     def _step(self, theta: Record, deltas: Sequence[Record], rhos: Sequence[float]) -> Tensors:
         pull = self.momentum * sum(rhos)
+
+        def rule(here: Tensor, *found: Tensor) -> Tensor:
+            updates, m = found[: len(deltas)], found[len(deltas) :]
+            move = rules.weighted_sum(updates, rhos)
+            if m:
+                move = move + move.dtype.type(pull) * m[0]
+            return rules.descend(here, move, self.lr)
+
         for name, array in theta.items():
-            move = rules.weighted_sum(name, deltas, rhos)
-            if self._m is not None:
-                move = move + move.dtype.type(pull) * self._m[name].numpy()
-            yield name, rules.descend(array.numpy(), move, self.lr)
+            m = [] if self._m is None else [self._m[name]]
+            yield name, blockwise(rule, array, *(delta[name] for delta in deltas), *m)

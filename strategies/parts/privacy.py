@@ -10,8 +10,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 
 from strategies.parts import limits, rules
-from strategies.parts.made import made_record
-from strategies.parts.rules import Tensor
+from strategies.parts.blocks import Tensor, made_record
 
 BLOCK = 1 << 20  # numbers that are drawn at a time
 

@@ -1,21 +1,18 @@
-"""Means that a few wrong updates cannot move far: pure functions, some numbers of all at a time."""
+"""Means that a few wrong updates cannot move far: pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from strategies.parts.rules import Record, Tensor
-
-BLOCK = 1 << 20  # numbers of every update that are held at a time
-
-Centre = Callable[[Tensor], Tensor]  # (updates, numbers) to (numbers,)
+from strategies.parts.blocks import BLOCK, Tensor
+from strategies.parts.rules import Record
 
 
 def median(tensors: Sequence[Tensor]) -> Tensor:
     """Return the median of each number (arXiv 1803.01498)."""
-    return _by_block(tensors, lambda block: np.median(block, axis=0))
+    return np.asarray(np.median(np.stack(tensors), axis=0))
 
 
 def trimmed_mean(tensors: Sequence[Tensor], cut: float) -> Tensor:
@@ -23,12 +20,8 @@ def trimmed_mean(tensors: Sequence[Tensor], cut: float) -> Tensor:
     check_cut(cut)
     low = int(cut * len(tensors))
     high = len(tensors) - low
-
-    def centre(block: Tensor) -> Tensor:
-        ordered = np.partition(block, (low, high - 1), axis=0)
-        return np.asarray(ordered[low:high].mean(axis=0))
-
-    return _by_block(tensors, centre)
+    ordered = np.partition(np.stack(tensors), (low, high - 1), axis=0)
+    return np.asarray(ordered[low:high].mean(axis=0))
 
 
 def check_cut(cut: float) -> None:
@@ -70,12 +63,3 @@ def squared_distances(updates: Sequence[Record]) -> Tensor:
             products += block @ block.T
     squares = np.diag(products)
     return np.asarray(np.maximum(squares[:, None] + squares[None, :] - 2 * products, 0.0))
-
-
-def _by_block(tensors: Sequence[Tensor], centre: Centre) -> Tensor:
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    found = np.empty(flat[0].shape, dtype=flat[0].dtype)
-    for start in range(0, found.size, BLOCK):
-        part = slice(start, start + BLOCK)
-        found[part] = centre(np.stack([tensor[part] for tensor in flat]))
-    return found.reshape(tensors[0].shape)

@@ -1,7 +1,8 @@
 """Aggregation rules: pure functions, one tensor at a time, on numpy arrays.
 
 No rule needs the whole model in memory: the arrays may be memory-mapped, and the functions over
-records are generators of (name, tensor). Notation: theta are the global weights,
+records are generators of (name, tensor), where a large tensor is computed block by block as it is
+read (`strategies.parts.blocks`). Notation: theta are the global weights,
 ``delta_k = theta_base - theta_k`` the pseudo-gradient of site k against the version it STARTED
 from, tau its staleness in versions. Arithmetic is float32 (float64 where a tensor is); results
 have the dtype of the global tensor.
@@ -11,19 +12,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from strategies.parts import limits
-
-Tensor = NDArray[Any]
-Tensors = Iterator[tuple[str, Tensor]]
+from strategies.parts.blocks import Lazy, Tensor, Tensors, as_is, blockwise, flat_blocks
 
 
 class _Array(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
     def numpy(self) -> Tensor: ...
 
 
@@ -169,35 +173,42 @@ def staleness_rule(
 def tensors(record: Record) -> Tensors:
     """Yield the (name, tensor) pairs of a record, loading one at a time."""
     for name, array in record.items():
-        yield name, array.numpy()
+        yield name, as_is(array)
 
 
 def record_mean(records: Sequence[Record], weights: Sequence[float]) -> Tensors:
     """Yield the weighted mean of records."""
     for name in records[0]:
-        yield name, weighted_mean([r[name].numpy() for r in records], weights)
+        yield name, mean_of(name, records, weights)
 
 
 def record_delta(base: Record, trained: Record) -> Tensors:
     """Yield the pseudo-gradient of a record against its base."""
     for name, array in base.items():
-        yield name, pseudo_gradient(array.numpy(), trained[name].numpy())
+        yield name, blockwise(pseudo_gradient, array, trained[name])
+
+
+def mean_of(name: str, records: Sequence[Record], weights: Sequence[float]) -> Lazy:
+    """Return the weighted mean of one tensor."""
+    return blockwise(lambda *xs: weighted_mean(xs, weights), *(r[name] for r in records))
 
 
 def combined_delta(
     name: str, base: Record, trained: Sequence[Record], weights: Sequence[float]
-) -> Tensor:
+) -> Lazy:
     """Return ``sum_k w_k (theta - theta_k)`` of one tensor, weights normalised."""
-    theta = base[name].numpy()
-    return weighted_mean([pseudo_gradient(theta, r[name].numpy()) for r in trained], weights)
+
+    def rule(theta: Tensor, *xs: Tensor) -> Tensor:
+        return weighted_mean([pseudo_gradient(theta, x) for x in xs], weights)
+
+    return blockwise(rule, base[name], *(r[name] for r in trained))
 
 
-def weighted_sum(name: str, deltas: Sequence[Record], weights: Sequence[float]) -> Tensor:
-    """Return ``sum_k w_k delta_k`` of one tensor; the weights are taken as they are."""
-    first = deltas[0][name].numpy()
-    total = np.zeros(first.shape, dtype=_math(first).dtype)
+def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_k w_k delta_k``; the weights are taken as they are."""
+    total = np.zeros(deltas[0].shape, dtype=_math(deltas[0]).dtype)
     for delta, weight in zip(deltas, weights, strict=True):
-        total += total.dtype.type(weight) * delta[name].numpy()
+        total += total.dtype.type(weight) * delta
     return total
 
 
@@ -208,57 +219,84 @@ def weighted_step(
 
     Weights s(tau_k) / K are FedBuff's (arXiv 2106.06639): those below 1 / K shorten the step.
     """
+
+    def rule(here: Tensor, *found: Tensor) -> Tensor:
+        return descend(here, weighted_sum(found, weights), lr)
+
     for name, array in theta.items():
-        here = array.numpy()
-        yield name, descend(here, weighted_sum(name, deltas, weights), lr)
+        yield name, blockwise(rule, array, *(delta[name] for delta in deltas))
 
 
 def weighted_pull(
     theta: Record, trained: Sequence[Record], weights: Sequence[float], lr: float = 1.0
 ) -> Tensors:
     """Yield ``theta - lr sum_k w_k (theta - theta_k)``; the weights are taken as they are."""
-    for name, array in theta.items():
-        here = array.numpy()
+
+    def rule(here: Tensor, *xs: Tensor) -> Tensor:
         total = np.zeros(here.shape, dtype=_math(here).dtype)
-        for record, weight in zip(trained, weights, strict=True):
-            total += total.dtype.type(weight) * pseudo_gradient(here, record[name].numpy())
-        yield name, descend(here, total, lr)
+        for x, weight in zip(xs, weights, strict=True):
+            total += total.dtype.type(weight) * pseudo_gradient(here, x)
+        return descend(here, total, lr)
+
+    for name, array in theta.items():
+        yield name, blockwise(rule, array, *(record[name] for record in trained))
 
 
 def stepped(theta: Record, base: Record, trained: Record, scale: float) -> Tensors:
     """Yield ``theta - scale (base - trained)``."""
+
+    def rule(here: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        return descend(here, pseudo_gradient(start, end), scale)
+
     for name, array in theta.items():
-        delta = pseudo_gradient(base[name].numpy(), trained[name].numpy())
-        yield name, descend(array.numpy(), delta, scale)
+        yield name, blockwise(rule, array, base[name], trained[name])
 
 
 def mixed(theta: Record, trained: Record, alpha: float) -> Tensors:
     """Yield ``(1 - alpha) theta + alpha theta_k`` (FedAsync, arXiv 1903.03934)."""
-    for name, array in theta.items():
-        here = array.numpy()
+
+    def rule(here: Tensor, there: Tensor) -> Tensor:
         kind = _math(here).dtype.type
-        there = _math(trained[name].numpy())
-        yield name, _like(kind(1.0 - alpha) * _math(here) + kind(alpha) * there, here)
+        return _like(kind(1.0 - alpha) * _math(here) + kind(alpha) * _math(there), here)
 
-
-def radial_directional(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return ``(sum w ||delta|| / sum w) phi(sum w phi(delta))``, phi the unit vector.
-
-    Norms and directions are averaged apart, so that sites that pull in different directions do
-    not shorten the step (Decoupled DiLoCo, arXiv 2604.21428). All zero: zero.
-    """
-    share = normalised(weights)
-    norms = [float(np.linalg.norm(_math(d))) for d in deltas]
-    direction = np.zeros(deltas[0].shape, dtype=_math(deltas[0]).dtype)
-    for delta, norm, w in zip(deltas, norms, share, strict=True):
-        if norm > 0:
-            direction += direction.dtype.type(w / norm) * _math(delta)
-    length = float(np.linalg.norm(direction))
-    radius = sum(w * n for w, n in zip(share, norms, strict=True))
-    scale = radius / length if length > 0 else 0.0
-    return np.asarray(direction * direction.dtype.type(scale))
+    for name, array in theta.items():
+        yield name, blockwise(rule, array, trained[name])
 
 
 def descend(theta: Tensor, direction: Tensor, lr: float = 1.0) -> Tensor:
     """Return ``theta - lr direction`` in the dtype of theta."""
     return _like(_math(theta) - direction.dtype.type(lr) * direction, theta)
+
+
+# ---- one tensor as a whole ------------------------------------------------------------------
+
+
+def radial_directional(name: str, deltas: Sequence[Record], weights: Sequence[float]) -> Lazy:
+    """Return ``(sum w ||delta|| / sum w) phi(sum w phi(delta))``, phi the unit vector.
+
+    Norms and directions are averaged apart, so that sites that pull in different directions do
+    not shorten the step (Decoupled DiLoCo, arXiv 2604.21428). All zero: zero.
+    """
+    found, share = [delta[name] for delta in deltas], normalised(weights)
+    norms = [_norm(as_is(delta)) for delta in found]
+
+    def direction(*xs: Tensor) -> Tensor:
+        total = np.zeros(xs[0].shape, dtype=_math(xs[0]).dtype)
+        for x, norm, w in zip(xs, norms, share, strict=True):
+            if norm > 0:
+                total += total.dtype.type(w / norm) * _math(x)
+        return total
+
+    length = _norm(blockwise(direction, *found))
+    radius = sum(w * n for w, n in zip(share, norms, strict=True))
+    scale = radius / length if length > 0 else 0.0
+
+    def scaled(*xs: Tensor) -> Tensor:
+        mean = direction(*xs)
+        return np.asarray(mean * mean.dtype.type(scale))
+
+    return blockwise(scaled, *found)
+
+
+def _norm(array: Lazy) -> float:
+    return math.hypot(*(float(np.linalg.norm(_math(block))) for block in flat_blocks(array)))

@@ -8,13 +8,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi
 from worlds.strategies.grid import FakeGrid, FakeSite, name_this_process
 from worlds.strategies.toy_model import as_numpy, initial_arrays, pull_towards
-from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, sites
+from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, each, sites
 
 from flwr_hpc.protocol import WEIGHT_KEY
 from strategies import HpcStrategy, Runtime, run_strategy
 from strategies.diloco import DiLoCo
 from strategies.fedavg import FedAvg as OurFedAvg
 from strategies.fedbuff import FedBuff
+from strategies.parts import blocks
 
 
 def plain_grid(dtype: str = "float64") -> tuple[FakeGrid, ArrayRecord]:
@@ -51,6 +52,16 @@ def test_flowers_strategies_do_as_in_flower(kind, monkeypatch):
         assert set(found) == set(expected)
         for r in expected:
             assert dict(found[r]) == pytest.approx(dict(expected[r]), rel=1e-9)
+
+
+@each
+def test_large_tensors_are_averaged_as_small_ones_are(make, monkeypatch):
+    """Protects models whose tensors are computed a block at a time: the same numbers."""
+    whole = World(sites()).serve(make)
+    monkeypatch.setattr(blocks, "BLOCK", 1)
+    in_blocks = as_numpy(World(sites()).serve(make).arrays)
+    for name, tensor in as_numpy(whole.arrays).items():
+        np.testing.assert_allclose(in_blocks[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_the_dtype_of_the_model_is_kept():

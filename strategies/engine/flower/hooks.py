@@ -21,6 +21,7 @@ from strategies.base.persistence import load_strategy, save_strategy
 from strategies.engine import messages
 from strategies.engine.engine import Engine
 from strategies.engine.flower.alike import make_alike, weight_key_of
+from strategies.engine.flower.mean import aggregate
 from strategies.engine.flower.shares import average_of, shares_of
 from strategies.engine.loop import History
 from strategies.engine.runtime import RunFailed
@@ -285,9 +286,9 @@ class FlowerHooks:
         self._reasons = exchange.reasons if exchange else {}
         good = [r for r in replies if r.has_content()]
         self.round, self.trained = self.round + 1, True
-        arrays: ArrayRecord | None = None
+        arrays: Mapping[str, Any] | None = None
         if not replies or len(good) >= self._settings.min_sites:
-            arrays, metrics = self.strategy.aggregate_train(self.round, replies)
+            arrays, metrics = aggregate(self.strategy, self.round, replies)
             if metrics is not None:
                 self._history.result.train_metrics_clientapp[self.round] = metrics
         self._save_strategy()

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.parts import rules
-from strategies.parts.rules import Record, Tensor
+from strategies.parts.blocks import Tensor
+from strategies.parts.rules import Record
 
 CHUNK = 4096  # columns of all factors that are in float64 at a time
 

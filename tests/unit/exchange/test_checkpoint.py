@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import builtins
 import os
+import weakref
 
 import numpy as np
 import pytest
 
+from flwr_hpc.exchange import checkpoint
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
-from flwr_hpc.exchange.records import LazyArray
+from flwr_hpc.exchange.records import LazyArray, source_of
+from flwr_hpc.exchange.tensorfile import sha256_of
 
 
 class Killed(BaseException):
@@ -159,3 +162,39 @@ def test_names_that_are_no_file_names_are_refused(tmp_path, name):
     """Names become file names."""
     with pytest.raises(ValueError, match="may hold"):
         FileCheckpoints(tmp_path).put(name, [])
+
+
+class Computed:
+    """An array that is there block by block."""
+
+    shape, dtype = (2, 3), np.dtype(np.float32)
+
+    def __iter__(self):
+        yield from (np.full(4, 7, np.float32), np.full(2, 8, np.float32))
+
+
+def test_what_is_computed_is_written_once(tmp_path, monkeypatch):
+    """Protects disk and memory: with all shapes known, one pass, hashed on the way."""
+    monkeypatch.setattr(checkpoint, "write_stream", None)
+    record = FileCheckpoints(tmp_path).put("w", iter([("a", Computed()), ("b", np.int64(5))]))
+    np.testing.assert_array_equal(record["a"].numpy(), [[7, 7, 7], [7, 8, 8]])
+    assert int(record["b"].numpy()) == 5
+    (path,) = tmp_path.iterdir()
+    assert source_of(record)._sha256 == sha256_of(path)
+
+
+def test_what_is_in_memory_is_written_as_it_comes(tmp_path, monkeypatch):
+    """Protects memory from a strategy that yields whole tensors: they are not gathered."""
+    monkeypatch.setattr(checkpoint, "HELD", 100)
+    alive = []
+
+    def tensors():
+        for n in range(20):
+            tensor = np.full(10, n, np.float32)
+            alive.append(weakref.ref(tensor))
+            assert sum(ref() is not None for ref in alive) <= 5
+            yield f"w{n}", tensor
+            del tensor
+
+    record = FileCheckpoints(tmp_path).put("w", tensors())
+    assert [float(record[f"w{n}"].numpy()[9]) for n in range(20)] == list(range(20))

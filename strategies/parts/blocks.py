@@ -1,0 +1,167 @@
+"""Arrays that are computed when they are read, a block at a time: none need be whole in memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Union
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+BLOCK = 1 << 19  # numbers; a few such arrays lie in a core's cache
+
+Tensor = NDArray[Any]
+Lazy = Union[Tensor, "Blocks"]
+Tensors = Iterator[tuple[str, Lazy]]
+Rule = Callable[..., Tensor]
+
+
+class Blocks:
+    """A rule of arrays of one shape, number by number, that is computed as it is read.
+
+    Iterating gives its flat blocks, in order, which all cores compute. Operands that are loaded
+    by ``numpy()`` are mapped as long as an iteration lasts.
+
+    Parameters
+    ----------
+    rule : callable
+        Pure, of flat arrays of the same length; returns one of that length.
+    *operands : NDArray, Blocks, or object with ``shape``, ``dtype`` and ``numpy()``
+        Of one shape. Its ``lazy()``, if it has one, may return Blocks in place of an array.
+    """
+
+    def __init__(self, rule: Rule, *operands: Any) -> None:
+        self._rule, self._operands = rule, operands
+        self.shape: tuple[int, ...] = tuple(operands[0].shape)
+        nothing = [np.empty(0, np.dtype(operand.dtype)) for operand in operands]
+        self.dtype: np.dtype[Any] = rule(*nothing).dtype
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the blocks: `BLOCK` numbers, the last one what is left."""
+        read, size = self._opened(), math.prod(self.shape)
+        parts = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+        cores = len(os.sched_getaffinity(0))
+        if cores == 1 or len(parts) < 2:
+            yield from map(read, parts)
+            return
+        ahead: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(cores, "blocks") as pool:
+            try:
+                for part in parts:
+                    ahead.append(pool.submit(read, part))
+                    if len(ahead) > cores:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:  # who reads may stop early
+                for future in ahead:
+                    future.cancel()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Tensor:
+        """Return the whole array."""
+        whole, start = np.empty(math.prod(self.shape), self.dtype), 0
+        for block in self:
+            whole[start : start + block.size] = block
+            start += block.size
+        return np.asarray(whole.reshape(self.shape), dtype=dtype)
+
+    def _opened(self) -> Callable[[slice], Tensor]:
+        reads = [_reader(operand) for operand in self._operands]
+        return lambda part: self._rule(*(read(part) for read in reads))
+
+
+def blockwise(rule: Rule, *operands: Any) -> Lazy:
+    """Return `rule` of the operands, see `Blocks`: at once where they are small."""
+    shape = tuple(operands[0].shape)
+    if math.prod(shape) > BLOCK:
+        return Blocks(rule, *operands)
+    return rule(*(_loaded(operand).reshape(-1) for operand in operands)).reshape(shape)
+
+
+def as_is(array: Any) -> Lazy:
+    """Return an array to be read block by block."""
+    return blockwise(np.asarray, array)
+
+
+def flat_blocks(array: Lazy) -> Iterator[Tensor]:
+    """Yield an array's numbers in order, some at a time."""
+    if isinstance(array, Blocks):
+        yield from array
+    else:
+        flat = array.reshape(-1)
+        yield from (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def _reader(operand: Any) -> Callable[[slice], Tensor]:
+    operand = operand.lazy() if hasattr(operand, "lazy") else operand
+    if isinstance(operand, Blocks):
+        return operand._opened()
+    flat = _loaded(operand).reshape(-1)
+    return lambda part: flat[part]
+
+
+def _loaded(operand: Any) -> Tensor:
+    return operand.numpy() if hasattr(operand, "numpy") else np.asarray(operand)
+
+
+# ---- as Flower's arrays -----------------------------------------------------------------------
+
+
+class MadeArray(Array):
+    """A Flower array whose values are computed anew by each `numpy`; nothing is kept.
+
+    Parameters
+    ----------
+    like : Array
+        Has the same shape and dtype.
+    make : callable
+        Returns the values, the same ones each time.
+    """
+
+    def __init__(self, like: Array, make: Callable[[], Lazy]) -> None:
+        self.dtype, self.shape, self.stype = like.dtype, like.shape, "numpy.ndarray"
+        self._make = make
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]
+        """The array in numpy's own format, as a plain `Array` would hold it."""
+        return self._plain().data
+
+    def numpy(self) -> Tensor:
+        """Return the values."""
+        return np.asarray(self._make())
+
+    def lazy(self) -> Lazy:
+        """Return the values, large ones to be read block by block."""
+        return self._make()
+
+    def slice_array(self) -> list[tuple[str, Any]]:
+        """Cut ``data`` into chunks, without Flower's cache of them."""
+        return self._plain().slice_array()
+
+    def deflate(self) -> bytes:
+        """Serialize as a plain `Array`, which is what the receiver knows."""
+        return self._plain().deflate()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MadeArray:
+        return self
+
+    def __repr__(self) -> str:
+        return f"MadeArray(dtype={self.dtype}, shape={self.shape})"
+
+    def _plain(self) -> Array:
+        return Array(np.asarray(self.numpy()))
+
+
+def made_record(like: ArrayRecord, make: Callable[[str], Lazy]) -> ArrayRecord:
+    """Return a record of the names, shapes and dtypes of another; ``make(name)`` its tensors."""
+    record = ArrayRecord()  # its other constructors would read every array
+    for name, array in like.items():
+        record[name] = MadeArray(array, partial(make, name))
+    return record
