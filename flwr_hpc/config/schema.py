@@ -111,6 +111,12 @@ class TrainConfig:
     goldfish_k: int = 4
     goldfish_h: int = 13
     precision: str = "auto"  # ``auto`` (bf16 where the device has it), ``fp32`` or ``bf16``
+    # GPUs may round the factors of matrix products in fp32 to TF32 (10 bits of mantissa), which is
+    # several times faster there.
+    tf32: bool = False
+    # Compile each layer (torch.compile) when it first runs: minutes once, fewer and larger kernels
+    # from there on. Takes a C++ compiler in the job.
+    compile: bool = False
     # What of the activations the backward pass computes again: ``none``, ``selective`` (all but
     # the results of matrix products and attention) or ``full`` (each layer).
     activation_checkpointing: str = "none"

@@ -233,6 +233,11 @@ def _check_store(url: str) -> None:
 
 
 def _check_model(c: Any) -> None:
+    if c.train.tf32 and c.train.precision == "bf16":
+        raise UserError(
+            "train.tf32 is for matrix products in fp32, and train.precision=bf16 has none: leave "
+            "out one of train.tf32 and train.precision"
+        )
     if c.train.loss == "goldfish" and c.data.objective != "next_token":
         raise UserError("train.loss=goldfish goes with data.objective=next_token alone")
     if c.model.lora.freeze_a and c.model.lora.r == 0:

@@ -47,6 +47,11 @@ class Batch:
         """What keeps documents apart in the model; None: nothing."""
         return self.places if self.apart else None
 
+    def pinned(self) -> Batch:
+        """Return it in memory from which a GPU copies while it computes."""
+        places = self.places if self.places is None else self.places.pin_memory()
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), places, self.apart)
+
     def part(self, rows: slice) -> Batch:
         """Return some of the sequences."""
         places = self.places if self.places is None else self.places[rows]

@@ -21,6 +21,7 @@ OWN = (
     *("data.kind", "data.text_key", "data.prompt_key", "data.response_key"),
     *("data.tokenizer", "model.path", "train.micro_batch", "train.accumulation"),
     *("train.precision", "train.activation_checkpointing", "train.replicate", "train.tensor"),
+    *("train.tf32", "train.compile"),
 )
 OURS = re.compile(
     r"facility|facilities\..+|allocation(\..+)?|site\..+|dry_run|data|federation\.shared_host"

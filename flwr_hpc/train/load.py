@@ -22,6 +22,9 @@ from flwr_hpc.train.model import Built, build, checkpoint_folder, is_encoder_dec
 from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.order import OrderRunner
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.runtime.compiling import check_compiler
+from flwr_hpc.train.runtime.device import set_product_precision
+from flwr_hpc.train.runtime.garbage import freeze
 from flwr_hpc.train.state.background import Background
 from flwr_hpc.train.state.checkpoint import Checkpoints
 from flwr_hpc.train.state.site_state import SiteState
@@ -46,6 +49,9 @@ def load(
     _check_device(settings, group.device)
     spool = allocation.spool
     torch.set_num_threads(group.ranks.cpu_threads())
+    set_product_precision(settings.train, group.device)
+    if settings.train.compile:
+        check_compiler(group.device)
     tokenizer = settings.data.tokenizer or settings.model.path
     corpus = load_corpus(
         dataclasses.replace(settings.data, tokenizer=tokenizer),
@@ -67,6 +73,7 @@ def load(
         timer, reporter, group, train, settings.data, built.flops_per_token, settings.peak_tflops
     )
     trainer = Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group)
+    freeze()
     return OrderRunner(
         SiteState(trainer, checkpoints, Background(group), train, meter),
         files=built.files | ({BASE_FILE: json.dumps({"sha256": base})} if base else {}),

@@ -19,6 +19,7 @@ from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.base_model import size_of
 from flwr_hpc.train.progress import OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.runtime.device import peak_bytes
 from flwr_hpc.worker.phase_timer import PhaseTimer
 from flwr_hpc.worker.reporter import Reporter
 
@@ -168,7 +169,7 @@ def mfu(tokens_per_s: float, flops: float, devices: int, peak_tflops: float | No
 
 def peak_memory_gb(device: torch.device) -> float:
     """Return the most memory this rank held so far, in GB: the device's, or resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    if (allocated := peak_bytes(device)) is not None:
+        return allocated / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.spool import AllocationDir
+from flwr_hpc.train.runtime.device import backends, choose_device
 from flwr_hpc.worker.lifeline import (
     Cause,
     Lifeline,
@@ -196,7 +197,7 @@ def join(
     meet = _host if ranks.rank == 0 else _visit
     values, peers, secret = meet(path, ranks, timeout_s)
     lifeline = Lifeline(peers, on_silent=on_silent)
-    device = _device(ranks)
+    device = choose_device(ranks)
     store = RankStore(values, timeout_s)
     _open_process_group(store, ranks, device)
     control = dist.new_group(backend="gloo", timeout=FOREVER)
@@ -209,21 +210,13 @@ def join(
 
 def _open_process_group(store: RankStore, ranks: Ranks, device: torch.device) -> None:
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        backends(device),
         store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=COLLECTIVE,
-        device_id=device if device.type == "cuda" else None,
+        device_id=None if device.type == "cpu" else device,
     )
-
-
-def _device(ranks: Ranks) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _interfaces() -> list[str]:

@@ -26,6 +26,8 @@ from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW, meshes, reshard, sh
 from flwr_hpc.train.parallel.tensors import full, local
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.runtime.garbage import collect_at, uncollected
+from flwr_hpc.train.runtime.prefetch import Prefetch
 from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
 from flwr_hpc.worker.deadline import Stop
 
@@ -83,7 +85,9 @@ class Trainer:
         )
         over = meshes(group.ranks.world_size, group.device, config.replicate, config.tensor)
         self._tensor = over.tensor
-        unsummed = shard(built.model, over, group.device, config.precision, one_unit_below)
+        unsummed = shard(
+            built.model, over, group.device, config.precision, one_unit_below, config.compile
+        )
         self._summed_loss = add_loss(built.model, chunk_bytes, self._tensor)
         tensors = exchanged(built.model)
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}
@@ -94,6 +98,7 @@ class Trainer:
         self._unsummed = [p for n, p in self._trained.items() if n in unsummed]
         self._optimizer = adamw(list(self._trained.values()), config)
         self._held_out: list[Batch] | None = None
+        self._batches = Prefetch(self._make_batch)
 
     # Weights
 
@@ -198,19 +203,20 @@ class Trainer:
         stats: list[Tensor] = []
         tokens, began = 0, time.perf_counter()
         self._model.train()
-        while done.steps < steps:
-            batch = training_batch(self._next_batch(), self._config)
-            counted, done.stopped = self._agree(batch, should_stop())
-            if done.stopped:
-                break
-            tokens = counted
-            stats.append(self._train_step(batch, tokens, algorithms))
-            if len(stats) > 1:  # of the step before: the device is busy with this one
-                self._check_finite(stats[-2], steps_ago=2)
-            done.steps += 1
-            done.tokens += tokens
-            done.sequences += len(batch.input_ids) * self._copies
-            report(done.steps, lambda at=tokens: float(stats[-1][0]) / max(1, at))  # type: ignore[misc]
+        with uncollected():
+            while done.steps < steps:
+                batch = self._next_batch()
+                counted, done.stopped = self._agree(batch, should_stop())
+                if done.stopped:
+                    break
+                tokens = counted
+                stats.append(self._train_step(batch, tokens, algorithms))
+                if len(stats) > 1:  # of the step before: the device is busy with this one
+                    self._check_finite(stats[-2], steps_ago=2)
+                done.steps += 1
+                done.tokens += tokens
+                done.sequences += len(batch.input_ids) * self._copies
+                report(done.steps, lambda at=tokens: float(stats[-1][0]) / max(1, at))  # type: ignore[misc]
         if stats:
             self._check_finite(stats[-1], steps_ago=1)
             self._account(done, stats, tokens)
@@ -220,9 +226,18 @@ class Trainer:
     def _parameters(self) -> list[Tensor]:
         return list(self._trained.values())
 
+    @property
+    def _per_step(self) -> int:
+        """Sequences of this rank (or group of tensor ranks) in a step."""
+        return self._config.micro_batch * self._config.accumulation
+
     def _next_batch(self) -> Batch:
-        count = self._config.micro_batch * self._config.accumulation
-        return self._corpus.batch(self.cursor.first(self._copy, count), count)
+        first = self.cursor.first(self._copy, self._per_step)
+        return self._batches.get(first, then=first + self._per_step * self._copies)
+
+    def _make_batch(self, first: int) -> Batch:
+        batch = training_batch(self._corpus.batch(first, self._per_step), self._config)
+        return batch if self._group.device.type == "cpu" else batch.pinned()
 
     def _agree(self, batch: Batch, stop: Stop) -> tuple[int, Stop]:
         """Return the tokens of the global batch, and the most urgent reason of any rank to stop."""
@@ -255,7 +270,8 @@ class Trainer:
         step_if_finite(self._optimizer, stats)
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.cursor.advance(self._copies, config.micro_batch * config.accumulation)
+        self.cursor.advance(self._copies, self._per_step)
+        collect_at(self.step)
         return stats
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -276,7 +292,7 @@ class Trainer:
         if bool(stats.isfinite().all()):
             return
         config = self._config
-        count = config.micro_batch * config.accumulation * self._copies
+        count = self._per_step * self._copies
         first = self.cursor.sequences - steps_ago * count
         raise DivergedError(
             f"training diverged: loss or gradient norm is not finite in step "

@@ -29,6 +29,9 @@ from flwr_hpc.worker.ranks import Ranks
 from flwr_hpc.worker.reporter import Reporter
 from flwr_hpc.worker.settings import WorkerSettings
 
+# Where a user sets up torch's allocator of GPU memory, by any of its names.
+GPU_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 if TYPE_CHECKING:
     from flwr_hpc.train.order import OrderRunner
     from flwr_hpc.train.rendezvous import Failure
@@ -212,7 +215,10 @@ def _refuse(folder: OrderDir, order: Order, error: str, fatal: bool) -> None:
 
 
 def _prepare_environment(settings: WorkerSettings) -> None:
-    """Before anything of Hugging Face is imported."""
+    """Before torch or anything of Hugging Face is imported."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if not any(name in os.environ for name in GPU_ALLOCATOR):
+        # Sizes that change (gathered layers, evaluation) leave no gaps that nothing fits into.
+        os.environ[GPU_ALLOCATOR[0]] = "expandable_segments:True"
     if not settings.internet:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"

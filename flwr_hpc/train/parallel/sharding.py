@@ -15,6 +15,8 @@ from flwr_hpc.train.base_model import quantized
 from flwr_hpc.train.model import layers
 from flwr_hpc.train.parallel.tensor_parallel import split
 from flwr_hpc.train.parallel.tensors import in_float32
+from flwr_hpc.train.runtime.compiling import compile_layers
+from flwr_hpc.train.runtime.device import computes_in_bf16
 
 # Below this many parameters the communication calls of many units cost more than holding the
 # gathered model: one unit, gathered once per step. (tiny_llama, 2 ranks on gloo: 173 ms a step
@@ -57,15 +59,9 @@ def _mesh(device: torch.device, sizes: dict[str, int], names: tuple[str, ...]) -
 def precision_policy(precision: str, device: torch.device) -> MixedPrecisionPolicy:
     """Return what to compute in; parameters and reductions stay float32.
 
-    ``auto`` is bf16 on CUDA devices that compute in it and fp32 everywhere else.
+    ``auto`` is bf16 on GPUs that compute in it and fp32 everywhere else.
     """
-    bf16 = precision == "bf16" or (
-        precision == "auto"
-        and device.type == "cuda"
-        # Emulated, as on a V100, it is slower than fp32.
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    if not bf16:
+    if precision != "bf16" and not (precision == "auto" and computes_in_bf16(device)):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -76,12 +72,14 @@ def shard(
     device: torch.device,
     precision: str = "auto",
     one_unit_below: int = ONE_UNIT_BELOW,
+    compiled: bool = False,
 ) -> set[str]:
     """Split and shard the model in place, and move it to the device.
 
     A decoder layer is one unit of communication and the rest, tied embeddings included,
     another; a small model that is not split is one unit altogether. Also at world size 1, so
-    that mixed precision and checkpoints are the same there.
+    that mixed precision and checkpoints are the same there. With `compiled` the layers are compiled
+    as they first run.
 
     Returns
     -------
@@ -95,10 +93,13 @@ def shard(
     unsummed = split(model, over.tensor) if over.tensor else set()
     # A unit at a time in float32 as a whole: of what is mapped from a file each rank reads all, and
     # keeps its shards.
+    units = layers(model)
     if large or over.tensor:
-        for layer in layers(model):
+        for layer in units:
             fully_shard(in_float32(layer), mesh=over.layers, **options)
     fully_shard(in_float32(model), mesh=over.rest, **options)
+    if compiled:
+        compile_layers(units)
     return unsummed
 
 

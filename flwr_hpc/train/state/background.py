@@ -92,7 +92,7 @@ def _told(error: BaseException | None) -> tuple[str, Cause] | None:
 class Staging:
     """Copies of this rank's shards in host memory, in buffers that are used again.
 
-    They cost as much host memory as the shards; on CUDA it is pinned, so that copying them takes
+    They cost as much host memory as the shards; of a GPU's it is pinned, so that copying them takes
     a fraction of the time that writing them does.
     """
 
@@ -102,18 +102,22 @@ class Staging:
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return copies of the same kind, sharded alike."""
         copies = {name: self._copied(name, tensor.detach()) for name, tensor in tensors.items()}
-        if any(local(tensor).is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+        if any(_on_gpu(local(tensor)) for tensor in tensors.values()):
+            torch.accelerator.synchronize()
         return copies
 
     def _copied(self, name: str, tensor: Tensor) -> Tensor:
         part = local(tensor)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != part.shape:
-            buffer = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+            buffer = torch.empty_like(part, device="cpu", pin_memory=_on_gpu(part))
             self._buffers[name] = buffer
         buffer.copy_(part, non_blocking=True)
         if not isinstance(tensor, DTensor):
             return buffer
         # `from_local` would move it to the mesh's device.
         return DTensor(buffer, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"

@@ -16,8 +16,34 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.train.load import _check_device
 from flwr_hpc.train.parallel.sharding import precision_policy
 from flwr_hpc.train.rendezvous import Failure, interfaces
+from flwr_hpc.train.runtime.device import backends, choose_device
+from flwr_hpc.worker.ranks import Ranks
 
 CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("cuda", "cpu:gloo,cuda:nccl"), ("xpu", "cpu:gloo,xpu:xccl")]
+)
+def test_ranks_take_the_gpus_there_are_in_turn(
+    monkeypatch: pytest.MonkeyPatch, kind: str, backend: str
+) -> None:
+    """NVIDIA's and AMD's (cuda), Intel's (xpu), each with its own collectives beside the host's."""
+    taken: list[Any] = []
+    devices = torch.get_device_module(kind)
+    monkeypatch.setattr(devices, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "device_count", lambda: 4)
+    monkeypatch.setattr(devices, "set_device", taken.append)
+    for local_rank in (0, 3, 5):
+        assert backends(choose_device(Ranks(local_rank, 8, local_rank, 8))) == backend
+    assert taken == [torch.device(kind, index) for index in (0, 3, 1)]
+
+
+def test_without_a_gpu_ranks_take_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And talk by gloo alone."""
+    for devices in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(devices, "is_available", lambda: False)
+    assert backends(choose_device(Ranks())) == "gloo"
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, None)])

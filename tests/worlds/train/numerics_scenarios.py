@@ -185,6 +185,21 @@ def step_flops(group: Group, checkpointing: str) -> tuple[int, int]:
     return counter.get_total_flops(), kept
 
 
+def kept_bytes(group: Group, **options: Any) -> int:
+    """Return how many bytes autograd keeps for the backward pass of a step, weights too."""
+    trainer = tiny_trainer(group, **options)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = max(storage.nbytes(), kept.get(storage.data_ptr(), 0))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        trainer.train(1)
+    return sum(kept.values())
+
+
 def diverging(group: Group) -> tuple[str, int]:
     """Return how training at an infinite learning rate ends, and after how many steps."""
     trainer = tiny_trainer(group, lr=math.inf)

@@ -1,0 +1,36 @@
+"""torch.compile, a layer at a time: equal layers are compiled once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from flwr_hpc.errors import UserError
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile next to nothing; refuse ``train.compile`` where that fails, as all would later."""
+    try:
+        torch.compile(lambda x: x.sin() + 1.0)(torch.ones(8, device=device))
+    except Exception as exc:  # many kinds: of dynamo, inductor, and what these call
+        raise UserError(
+            f"train.compile=true, and torch.compile does not work in the job on this "
+            f"{device.type}: {_reason(exc)}. It takes a C++ compiler (module load gcc, or CXX=...) "
+            "and, for GPUs, Triton, which comes with torch. Load them by the facility's setup, "
+            "or give train.compile=false"
+        ) from None
+
+
+def compile_layers(layers: list[nn.Module]) -> None:
+    """Have each layer compiled when it first runs.
+
+    Call after sharding: gathering parameters stays outside. Of transformers' activation
+    checkpointing, which is inside of `forward`, the sharded class has its own.
+    """
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def _reason(exc: Exception) -> str:
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return (lines[0] if lines else type(exc).__name__)[:300].rstrip(".")

@@ -1,0 +1,53 @@
+"""Compiled layers compute what eager ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import worlds.train.numerics_scenarios as scenario
+from worlds.train.comparing import assert_same
+from worlds.train.torch_ranks import Team, start_teams
+
+T5 = {
+    "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 44, "num_layers": 2, "num_heads": 2,
+    "dropout_rate": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    for teams in start_teams(tmp_path_factory.mktemp, (2,)):
+        yield teams[2]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param({"activation_checkpointing": "full"}, id="full"),
+        pytest.param({"activation_checkpointing": "selective"}, marks=pytest.mark.slow, id="some"),
+        pytest.param({"lora": True}, marks=pytest.mark.slow, id="lora"),
+        pytest.param({"tensor": 2}, marks=pytest.mark.slow, id="tensor-ranks"),
+        pytest.param({"model": T5}, marks=pytest.mark.slow, id="t5"),
+    ],
+)
+def test_compiled_layers_equal_eager_ones(pair: Team, tmp_path: Path, kind: dict[str, Any]) -> None:
+    """Loss, gradient norm, held-out loss and weights, with what else changes a layer."""
+    options: dict[str, Any] = {"eps": 1e-5, **kind}
+    eager = pair.run(scenario.trained, tmp_path / "1", **options)
+    found = pair.run(scenario.trained, tmp_path / "2", compile=True, **options)
+    for key in ("losses", "grad_norm", "held_out"):
+        np.testing.assert_allclose(found[key], eager[key], rtol=1e-5, err_msg=key)
+    assert_same(found["weights"], eager["weights"])
+
+
+def test_compiled_layers_are_recomputed_all_the_same(pair: Team) -> None:
+    """transformers checkpoints inside of `forward`, where compiling a layer may lose it."""
+    plain, saving = (
+        pair.run(scenario.kept_bytes, compile=compiled, activation_checkpointing=kind)
+        for compiled, kind in ((False, "none"), (True, "full"))
+    )
+    assert saving < 0.6 * plain
