@@ -43,6 +43,8 @@ class ModelConfig:
     # start from random weights; used when `path` is not set. ``vocab_size`` defaults to the
     # tokenizer's.
     config: dict[str, Any] = field(default_factory=dict)
+    # The trained model is saved in files of at most so many GB, with an index.
+    max_shard_gb: float = 5.0
     lora: LoraConfig = field(default_factory=LoraConfig)  # On with ``lora.r`` above 0; needs `path`
 
 

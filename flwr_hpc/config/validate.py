@@ -26,6 +26,7 @@ CHOICES = {
 }
 POSITIVE = (
     *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
+    "model.max_shard_gb",
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
     *("train.replicate", "train.tensor", "train.batch_size", "train.schedule_steps"),
     *("allocation.idle_timeout_s", "federation.wait_s"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from flwr.app import ArrayRecord
+import numpy as np
+from flwr.app import Array, ArrayRecord
 
 from flwr_hpc.exchange.records import lazy_record, tensors
-from flwr_hpc.exchange.tensorfile import TensorFile, write_stream
+from flwr_hpc.exchange.tensorfile import TensorFile, aligned, write_safetensors, write_stream
+from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import BASE, BASE_FILE
 from strategies.engine.messages import part_of
@@ -35,6 +38,9 @@ SMALL_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+MODEL, ADAPTER = "model.safetensors", "adapter_model.safetensors"
+INDEX = f"{MODEL}.index.json"
+SHARD_BYTES = 5 * 10**9
 MOST_BYTES = 64 << 20  # of a file; tokenizers of 250,000 words have 20 to 35 million
 
 log = logging.getLogger("flwr_hpc")
@@ -67,12 +73,68 @@ def set_factors_apart(path: Path, initial: ArrayRecord) -> ArrayRecord:
     return part_of(initial, [name for name in initial if name not in frozen])
 
 
-def write_model(folder: Path, arrays: ArrayRecord, factors: Path | None = None) -> None:
+def write_model(
+    folder: Path,
+    arrays: ArrayRecord,
+    factors: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Complete a Hugging Face directory (a model's or an adapter's) with its weights.
 
-    With `factors`, what `set_factors_apart` has kept belongs to them.
+    One tensor after the other is loaded. Files left by an earlier call that cut the model
+    otherwise are removed: transformers would take them first.
+
+    Parameters
+    ----------
+    folder : Path
+    arrays : ArrayRecord
+    factors : Path or None
+        What `set_factors_apart` has kept, which belongs to them.
+    shard_bytes : int
+        Larger models are cut into files of at most so many bytes of tensors, with the index that
+        transformers reads; a larger tensor has a file of its own. An adapter is one file.
     """
-    adapter = (folder / "adapter_config.json").exists()
-    name = "adapter_model.safetensors" if adapter else "model.safetensors"
-    kept = tensors(lazy_record(TensorFile(factors))) if factors else ()
-    write_stream(folder / name, itertools.chain(tensors(arrays), kept))
+    if (folder / "adapter_config.json").exists():
+        kept = tensors(lazy_record(TensorFile(factors))) if factors else ()
+        write_stream(folder / ADAPTER, itertools.chain(tensors(arrays), kept))
+        return
+    infos = {name: _info(array) for name, array in arrays.items()}
+    parts = _shards(infos, shard_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    for name, part in zip(names if len(parts) > 1 else [MODEL], parts, strict=True):
+        layout = aligned({tensor: infos[tensor] for tensor in part})
+        write_safetensors(folder / name, ((t, arrays[t].numpy()) for t in layout), layout)
+    written = {MODEL}
+    if len(parts) > 1:
+        publish(folder / INDEX, _index(infos, dict(zip(names, parts, strict=True))))
+        written = {INDEX, *names}
+    for old in [folder / MODEL, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
+        if old.name not in written:
+            old.unlink(missing_ok=True)
+
+
+def _info(array: Array) -> TensorInfo:
+    scalar = TensorInfo.of(np.empty(0, np.dtype(array.dtype)))
+    return TensorInfo(scalar.dtype, tuple(array.shape))
+
+
+def _shards(layout: Layout, most: int) -> list[list[str]]:
+    """Deal out tensors in their order; a new file begins where one would grow above `most`."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, info in layout.items():
+        if parts[-1] and size + info.nbytes > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += info.nbytes
+    return parts
+
+
+def _index(layout: Layout, files: Mapping[str, list[str]]) -> str:
+    total = {
+        "total_parameters": sum(info.size for info in layout.values()),
+        "total_size": sum(info.nbytes for info in layout.values()),
+    }
+    of = {name: file for file, names in files.items() for name in names}
+    return json.dumps({"metadata": total, "weight_map": of}, indent=2, sort_keys=True) + "\n"

@@ -136,7 +136,12 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
     runtime.options.update(base_options(run.model))
     exchange.expect(initial)
     final = _start(strategy, exchange, initial, config, runtime, engine)
-    write_model(run.model, final, run.frozen_factors if config.model.lora.freeze_a else None)
+    write_model(
+        run.model,
+        final,
+        run.frozen_factors if config.model.lora.freeze_a else None,
+        int(config.model.max_shard_gb * 1e9),
+    )
     engine.release()
 
 

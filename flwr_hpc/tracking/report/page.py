@@ -224,7 +224,8 @@ def _timeline(state: RunState) -> Gantt | None:
 def _model(run_dir: Path) -> str | None:
     """Return where the trained model lies, if it was written."""
     folder = run_dir.resolve() / "model"
-    return str(folder) if any(folder.glob("*.safetensors")) else None
+    whole = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+    return str(folder) if any((folder / name).is_file() for name in whole) else None
 
 
 def _earlier(path: Path) -> dict[str, Any]:

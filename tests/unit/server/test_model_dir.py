@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,3 +95,78 @@ def test_a_run_begins_with_b_alone(tmp_path):
     assert list(server_app._initial(run, engine, None, freeze_a=True)) == ["q.lora_B.weight"]
     assert list(load_file(run.frozen_factors)) == ["q.lora_A.weight"]
     assert list(server_app._initial(run, engine, None, freeze_a=False)) == list(initial)
+
+
+def _llama():
+    """Return a small model of transformers and its weights as a strategy hands them over."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=2, tie_word_embeddings=True,
+    ))  # fmt: skip
+    weights = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    return model, weights
+
+
+def test_a_large_model_is_saved_in_files_with_an_index(tmp_path):
+    """transformers loads it, every tensor once; files keep to the limit or hold one."""
+    from transformers import AutoModelForCausalLM
+
+    model, weights = _llama()
+    model.config.save_pretrained(tmp_path)
+    record = ArrayRecord({name: Array(value) for name, value in weights.items()})
+    limit = 3000
+    write_model(tmp_path, record, shard_bytes=limit)
+    files = {f.name: load_file(f) for f in sorted(tmp_path.glob("*.safetensors"))}
+    assert len(files) > 3
+    assert [*files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    assert sorted(n for held in files.values() for n in held) == sorted(weights)
+    sizes = [sum(v.nbytes for v in held.values()) for held in files.values()]
+    assert all(
+        size <= limit or len(held) == 1 for size, held in zip(sizes, files.values(), strict=True)
+    )
+    assert max(sizes) > limit, "the embedding alone is larger"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"] == {n: file for file, held in files.items() for n in held}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters()
+    for name, value in found:
+        assert np.array_equal(value.detach().numpy(), weights[name]), name
+
+
+def test_only_one_tensor_is_loaded_at_a_time(tmp_path):
+    """Protects a server whose memory is smaller than the model."""
+    loaded = []
+
+    class Counted(Array):
+        def numpy(self):
+            loaded.append(len(list(tmp_path.glob("model-*.safetensors"))))
+            return super().numpy()
+
+    record = ArrayRecord()
+    for i in range(4):
+        record[f"w{i}"] = Counted(np.full((10, 10), i, np.float32))
+    write_model(tmp_path, record, shard_bytes=400)
+    assert loaded == [0, 1, 2, 3]  # each is in its file before the next
+
+
+@pytest.mark.parametrize("sizes", [(400, 10**9), (10**9, 400), (400, 800)])
+def test_a_model_that_is_cut_otherwise_replaces_the_one_before(tmp_path, sizes):
+    """A run that goes on with another limit leaves no file that would be read in its place."""
+    for step, size in enumerate(sizes):
+        record = ArrayRecord(
+            {f"w{i}": Array(np.full((10, 10), step, np.float32)) for i in range(4)}
+        )
+        write_model(tmp_path, record, shard_bytes=size)
+    names = {f.name for f in tmp_path.iterdir()}
+    whole = sizes[-1] == 10**9
+    count = 0 if whole else 1600 // sizes[-1]
+    expected = {f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)}
+    assert names == expected | {"model.safetensors" if whole else "model.safetensors.index.json"}
+    for file in tmp_path.glob("*.safetensors"):
+        assert all((value == 1).all() for value in load_file(file).values())

@@ -172,10 +172,13 @@ def test_the_place_of_the_model_survives_a_rebuild(tmp_path: Path) -> None:
     assert (summary["model"], summary["status"], summary["note"]) == ("/m", "finished", 1)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"]
+)
 def test_the_trained_model_is_found(tmp_path: Path, name: str) -> None:
     """The summary says where it lies, once it was written."""
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").write_text("{}")  # without its index
     report(tmp_path, run_events(1, 1))
     assert json.loads((tmp_path / "summary.json").read_text())["model"] is None
     (tmp_path / "model" / name).write_text("{}")
