@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Union
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
 BLOCK = 1 << 19  # numbers; a few such arrays lie in a core's cache
@@ -22,11 +23,12 @@ Tensors = Iterator[tuple[str, Lazy]]
 Rule = Callable[..., Tensor]
 
 
-class Blocks:
+class Blocks(NDArrayOperatorsMixin):
     """A rule of arrays of one shape, number by number, that is computed as it is read.
 
     Iterating gives its flat blocks, in order, which all cores compute. Operands that are loaded
-    by ``numpy()`` are mapped as long as an iteration lasts.
+    by ``numpy()`` are mapped as long as an iteration lasts. Arithmetic with numbers and arrays of
+    the same shape makes Blocks, too; `np.asarray` the whole array.
 
     Parameters
     ----------
@@ -39,6 +41,7 @@ class Blocks:
     def __init__(self, rule: Rule, *operands: Any) -> None:
         self._rule, self._operands = rule, operands
         self.shape: tuple[int, ...] = tuple(operands[0].shape)
+        self.ndim = len(self.shape)
         nothing = [np.empty(0, np.dtype(operand.dtype)) for operand in operands]
         self.dtype: np.dtype[Any] = rule(*nothing).dtype
 
@@ -71,6 +74,16 @@ class Blocks:
             start += block.size
         return np.asarray(whole.reshape(self.shape), dtype=dtype)
 
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any
+    ) -> Any:
+        """Calculate later, where that is number by number; ``x += y`` makes another x."""
+        simple = method == "__call__" and ufunc.nout == 1 and not options
+        if simple and all(np.shape(x) in ((), self.shape) for x in inputs):
+            return Blocks(partial(_applied, ufunc, inputs), *filter(np.ndim, inputs))
+        whole = (np.asarray(x) if isinstance(x, Blocks) else x for x in inputs)
+        return getattr(ufunc, method)(*whole, **options)
+
     def _opened(self) -> Callable[[slice], Tensor]:
         reads = [_reader(operand) for operand in self._operands]
         return lambda part: self._rule(*(read(part) for read in reads))
@@ -96,6 +109,12 @@ def flat_blocks(array: Lazy) -> Iterator[Tensor]:
     else:
         flat = array.reshape(-1)
         yield from (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def _applied(ufunc: np.ufunc, inputs: Sequence[Any], *arrays: Tensor) -> Tensor:
+    """Call with arrays in place of those inputs that are no single numbers."""
+    given = iter(arrays)
+    return np.asarray(ufunc(*(next(given) if np.ndim(x) else x for x in inputs)))
 
 
 def _reader(operand: Any) -> Callable[[slice], Tensor]:

@@ -115,3 +115,19 @@ def test_arrays_in_memory_come_as_blocks_too():
     for array in (whole, Blocks(np.asarray, whole)):
         assert [len(block) for block in flat_blocks(array)] == [4, 4, 2]
         np.testing.assert_array_equal(np.concatenate(list(flat_blocks(array))), whole.reshape(-1))
+
+
+def test_a_users_formula_stays_in_blocks():
+    """Protects who writes a rule of a rule: plain arithmetic, and nothing whole in memory."""
+    x, y = (np.random.default_rng(n).random(SHAPE, np.float32) for n in (1, 2))
+    sizes = []
+    delta = Blocks(lambda block: sizes.append(block.size) or block, x)
+    found = 0.9 * delta + y - np.sqrt(delta) / 2
+    found += delta
+    assert isinstance(found, Blocks)
+    assert sizes == [0]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(found), 0.9 * x + y - np.sqrt(x) / 2 + x)
+    by_rows = delta * y[:1]  # another shape
+    np.testing.assert_array_equal(by_rows, x * y[:1])
+    assert np.add.reduce(delta, axis=None) == np.add.reduce(x, axis=None)
