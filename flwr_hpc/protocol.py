@@ -33,6 +33,9 @@ ARRAYS = "arrays"  # ArrayRecord: weights of the global model, or of the trained
 CORRECTION = "correction"  # ArrayRecord: to be added to every gradient of the order
 GRADIENT = "gradient"  # ArrayRecord: mean of the gradients of the order's steps
 METRICS = "metrics"  # MetricRecord of a finished order
+# ArrayRecord: low-rank factors that are added to the frozen weights under adapters, for the order
+# alone: U by the name of an adapter's B and V by that of its A.
+RESIDUAL = "residual"
 ORDER = "order"  # ConfigRecord {"json": Order}
 STATUS = "status"  # ConfigRecord {"json": Status}
 WAIT = "wait"  # ConfigRecord {"wait_s": float}; absent: block until done
@@ -73,7 +76,8 @@ class Order:
     # What the strategy's train config adds: ``proximal-mu`` (FedProx), ``lr-scale`` (factor
     # on the learning rate), `LOCAL_UPDATE_SHARE` and `MEAN_GRADIENT`.
     options: dict[str, Any] = field(default_factory=dict)
-    # Keys of the further arrays in the message, beside the weights: `CORRECTION`.
+    # Keys of the further arrays in the message, beside the weights: `CORRECTION` and
+    # `RESIDUAL`.
     extra_arrays: list[str] = field(default_factory=list)
     # The site goes on from the weights that its order with the number ``after`` (an option)
     # left there, and only these tensors, which are all that come, are merged into them: ``(1

@@ -6,11 +6,13 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
 
 from flwr_hpc.exchange.records import lazy_record, tensors
 from flwr_hpc.exchange.tensorfile import TensorFile, aligned, write_safetensors, write_stream
@@ -18,6 +20,7 @@ from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.files import publish, read_json
 from flwr_hpc.protocol import BASE, BASE_FILE
 from strategies.engine.messages import part_of
+from strategies.parts.rules import Record
 
 # What transformers, tokenizers and peft save as text. No code: who loads the model would run it.
 SMALL_FILES = (
@@ -78,6 +81,7 @@ def write_model(
     arrays: ArrayRecord,
     factors: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
+    residual: Record | None = None,
 ) -> None:
     """Complete a Hugging Face directory (a model's or an adapter's) with its weights.
 
@@ -93,10 +97,14 @@ def write_model(
     shard_bytes : int
         Larger models are cut into files of at most so many bytes of tensors, with the index that
         transformers reads; a larger tensor has a file of its own. An adapter is one file.
+    residual : Record or None
+        What training added to the frozen weights; it becomes a part of the adapter,
+        ``B A + U V = [B U] [A; V]``.
     """
     if (folder / "adapter_config.json").exists():
         kept = tensors(lazy_record(TensorFile(factors))) if factors else ()
-        write_stream(folder / ADAPTER, itertools.chain(tensors(arrays), kept))
+        plain = itertools.chain(tensors(arrays), kept)
+        write_stream(folder / ADAPTER, _widened(folder, arrays, residual) if residual else plain)
         return
     infos = {name: _info(array) for name, array in arrays.items()}
     parts = _shards(infos, shard_bytes)
@@ -138,3 +146,21 @@ def _index(layout: Layout, files: Mapping[str, list[str]]) -> str:
     }
     of = {name: file for file, names in files.items() for name in names}
     return json.dumps({"metadata": total, "weight_map": of}, indent=2, sort_keys=True) + "\n"
+
+
+def _widened(
+    folder: Path, arrays: ArrayRecord, residual: Record
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield an adapter with its residual, all of one rank; note that in its configuration."""
+    config = read_json(folder / "adapter_config.json") or {}
+    most = max(len(v.numpy()) for name, v in residual.items() if ".lora_A." in name)
+    rank = most + next(len(a.numpy()) for name, a in arrays.items() if ".lora_A." in name)
+    scale = config["lora_alpha"] / config["r"]  # the same at any rank: it may be noted already
+    noted = {**config, "r": rank, "lora_alpha": scale * rank}
+    publish(folder / "adapter_config.json", json.dumps(noted, indent=2, sort_keys=True))
+    for name, array in arrays.items():
+        axis = 0 if ".lora_A." in name else 1
+        both = np.concatenate([array.numpy(), residual[name].numpy()], axis)
+        missing = [(0, 0), (0, 0)]
+        missing[axis] = (0, rank - both.shape[axis])
+        yield name, np.pad(both, missing)

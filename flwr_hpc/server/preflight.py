@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.serverapp.strategy import Strategy
 
 from flwr_hpc.config.facility import FacilityConfig
-from flwr_hpc.config.schema import Config
+from flwr_hpc.config.schema import Config, LoraConfig
 from flwr_hpc.data import sources
 from flwr_hpc.data.passages import read_passages
 from flwr_hpc.errors import UserError
@@ -37,7 +37,10 @@ def check(config: Config) -> None:
     """Check strategy, packages, models and data as far as they can be seen from here."""
     peers.check(config.federation.shared_host)
     sites = len({*config.facilities, *config.serve.sites})
-    _check_nodes(build_strategy(config.strategy), sites)
+    strategy = build_strategy(config.strategy)
+    _check_nodes(strategy, sites)
+    if getattr(strategy, "needs_plain_adapters", False):
+        _check_plain_adapters(config.model.lora)
     if config.tracking.wandb and find_spec("wandb") is None:
         raise UserError(
             "tracking=wandb needs the package wandb. Fix it with: pip install 'flwr-hpc[wandb]'"
@@ -173,6 +176,21 @@ def _check_nodes(strategy: Strategy, facilities: int) -> None:
         raise UserError(
             f"the strategy waits for {found} sites, but the run has {facilities} "
             f"{'facility' if facilities == 1 else 'facilities'}. Add to the command: {fix}"
+        )
+
+
+def _check_plain_adapters(lora: LoraConfig) -> None:
+    """Refuse what an exact average of adapters cannot be added to, or makes no sense of."""
+    if not lora.r:
+        raise UserError("the strategy averages adapters. Give them a rank, e.g. model.lora.r=8")
+    found = {"dora=true": lora.dora, "freeze_a=true": lora.freeze_a}
+    found |= {f"quantize={lora.quantize}": lora.quantize != "none"}
+    wrong = [f"model.lora.{key}" for key, is_so in found.items() if is_so]
+    if wrong:
+        raise UserError(
+            f"the strategy adds to the weights under adapters, which goes with no {wrong[0]}: "
+            "they are in 4 bit with quantize, divided by their norm with dora, and the average is "
+            f"exact already with freeze_a. Leave out {' and '.join(wrong)}, or use another strategy"
         )
 
 

@@ -141,6 +141,7 @@ def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog
         final,
         run.frozen_factors if config.model.lora.freeze_a else None,
         int(config.model.max_shard_gb * 1e9),
+        getattr(strategy, "residual", None),
     )
     engine.release()
 

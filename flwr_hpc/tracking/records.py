@@ -173,6 +173,7 @@ class RunState:
     # How inexact the average of LoRA adapters was, by version; why where that is not known.
     lora_inexactness: dict[int, float] = field(default_factory=dict)
     lora_inexactness_unknown: str = ""
+    lora_inexactness_removed: dict[int, float] = field(default_factory=dict)  # by the strategy
     # When each session began; more than one after a resume.
     sessions: list[float] = field(default_factory=list)
     # Unix seconds and seconds of the run at these moments.

@@ -73,6 +73,8 @@ def _aggregated(state: RunState, e: Event) -> None:
     state.rounds_done = _count(e, "round") or state.version
     if (inexactness := _number(e, "lora_inexactness")) is not None:
         state.lora_inexactness[state.version] = inexactness
+    if (removed := _number(e, "lora_inexactness_removed")) is not None:
+        state.lora_inexactness_removed[state.version] = removed
     state.lora_inexactness_unknown = str(e.get("lora_inexactness_unknown") or "")
     for name, staleness in _numbers(e.get("staleness")).items():
         facility = state.facility(name)

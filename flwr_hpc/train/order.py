@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.protocol import Order, Result
+from flwr_hpc.protocol import RESIDUAL, Order, Result
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.algorithms.chosen import chosen
@@ -55,6 +55,7 @@ class OrderRunner:
         self.background.check()
         self.meter.begin()
         self._writes = []
+        self.trainer.set_residual((extra_arrays or {}).get(RESIDUAL))
         if order.kind == "initialize":
             return self._initialize(order, folder)
         if order.kind == "evaluate":

@@ -26,6 +26,7 @@ from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW, meshes, reshard, sh
 from flwr_hpc.train.parallel.tensors import full, local
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
+from flwr_hpc.train.residual import FrozenResidual
 from flwr_hpc.train.runtime.garbage import collect_at, uncollected
 from flwr_hpc.train.runtime.prefetch import Prefetch
 from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
@@ -97,6 +98,7 @@ class Trainer:
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
         self._unsummed = [p for n, p in self._trained.items() if n in unsummed]
         self._optimizer = adamw(list(self._trained.values()), config)
+        self._residual = FrozenResidual(built.model)
         self._held_out: list[Batch] | None = None
         self._batches = Prefetch(self._make_batch)
 
@@ -130,6 +132,11 @@ class Trainer:
         """Fill tensors, sharded as weights of the same names, from a file of all that travels."""
         layout = self.layout()
         self._group.refuse_together(lambda: read_weights(path, layout, targets))
+
+    def set_residual(self, path: Path | None) -> None:
+        """Set the frozen weights to what was loaded plus factors of a file; a collective call."""
+        reshard(self._model)
+        self._group.refuse_together(lambda: self._residual.set(path))
 
     def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
         """Publish the weights, or those named, in float32; a collective call.

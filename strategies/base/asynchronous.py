@@ -16,7 +16,7 @@ from strategies.base.hpc_strategy import HpcStrategy
 from strategies.base.persistence import load_strategy, save_strategy
 from strategies.engine import messages
 from strategies.engine.engine import Engine, global_name
-from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
+from strategies.engine.state import Binding, ExtraArrays, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
 from strategies.parts.average import PublishedAverage
 from strategies.parts.lora import adapters
@@ -133,6 +133,10 @@ class AsyncStrategy(HpcStrategy):
         The last version is made of them, in the dtypes of the others.
         """
         return self.arrays if self.average.mean is None else self.average.mean.arrays
+
+    def evaluation_arrays(self) -> ExtraArrays:
+        """Return what an evaluation of the newest version carries beside its weights."""
+        return {}
 
     def averaged(self, deltas: Sequence[Record], weights: Sequence[float]) -> None:
         """Say that the version being made is ``theta - sum_k w_k delta_k``, momentum apart."""

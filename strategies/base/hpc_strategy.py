@@ -51,6 +51,11 @@ class HpcStrategy(Strategy):
     persistent_times: ClassVar[tuple[str, ...]] = ()
     kept = 0  # How often `keep_tensors` was called
 
+    # Low-rank factors that the newest version adds to the frozen weights under its adapters, see
+    # `strategies.parts.lora.residual`.
+    residual: StoredTensors | None = None
+    needs_plain_adapters = False  # Of linear layers in full precision, both factors trained
+
     _runtime: Runtime | None = None
     engine: Engine | None = None
 

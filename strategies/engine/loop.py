@@ -66,6 +66,7 @@ class Driver(Protocol):
     def sites_needed(self) -> int: ...  # with fewer it can make no version
     def pending(self) -> Iterable[str]: ...
     def published(self) -> ArrayRecord: ...
+    def evaluation_arrays(self) -> Mapping[str, Any]: ...  # beside the newest version's weights
     def reported_weight(self, facility: str, staleness: int, updates: int) -> float: ...
     def adapter_facts(self) -> dict[str, Any]: ...  # with the version; see `parts.lora.adapters`
     def save(self) -> dict[str, Any]: ...
@@ -342,7 +343,8 @@ class EventLoop:
         """
         engine, version, arrays = self.engine, self.driver.version, self.driver.arrays
         until = engine.now() + self.settings.final_evaluation_s
-        plan = Plan(kind="evaluate", bind=lambda running: Binding(version, arrays))
+        extra, bound = self.driver.evaluation_arrays(), Binding(version, arrays)
+        plan = Plan(kind="evaluate", extra_arrays=extra, bind=lambda running: bound)
         able = [s for s in engine.sites.values() if s.online and not s.refusal]
         lacking = [s for s in able if s.evaluated != version]
         waiting = {site.facility for site in lacking if engine.now() < until}

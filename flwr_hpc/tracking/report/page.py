@@ -175,9 +175,10 @@ def _inexactness(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     name, note = "LoRA inexactness", "of the product of averaged A and B, against the average BA"
     if "last" not in found:
         return [(name, "–", found["unknown"])]  # noqa: RUF001
-    return [
-        (name, f"{found['last']:.2%}", f"{note}; mean {found['mean']:.2%}, most {found['max']:.2%}")
-    ]
+    note += f"; mean {found['mean']:.2%}, most {found['max']:.2%}"
+    if "removed" in found:
+        note += f"; {found['removed']:.2%} in the mean without the strategy's residual"
+    return [(name, f"{found['last']:.2%}", note)]
 
 
 def _node_hours(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:

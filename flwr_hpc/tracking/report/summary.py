@@ -28,7 +28,8 @@ def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[s
         orders, ``staleness`` the mean over the replies that were aggregated. ``node_hours`` as
         `Accounts.node_hours` tells; ``queue_wait_s`` by the scheduler's times, before how many
         ``starts`` of a job (the median and the longest of the newest ones).
-    ``lora_inexactness`` is how far averages of adapters were from exact, over the versions.
+    ``lora_inexactness`` is how far averages of adapters were from exact, over the versions, and
+    its ``removed`` how far they would have been, in the mean, had the strategy not made them exact.
     """
     curve = state.held_out_curve()
     base: dict[str, Any] = {
@@ -56,7 +57,10 @@ def _inexactness(state: RunState) -> dict[str, Any] | None:
         return {"unknown": unknown} if unknown else None
     values = list(found.values())
     last = found[max(found)]
-    return {"last": last, "mean": statistics.fmean(values), "max": max(values), "unknown": unknown}
+    told = {"last": last, "mean": statistics.fmean(values), "max": max(values), "unknown": unknown}
+    if removed := state.lora_inexactness_removed:
+        told["removed"] = statistics.fmean(removed.values())
+    return told
 
 
 def _facility(f: FacilityState) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from strategies.engine.flower.mean import aggregate
 from strategies.engine.flower.shares import average_of, shares_of
 from strategies.engine.loop import History
 from strategies.engine.runtime import RunFailed
-from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
+from strategies.engine.state import Binding, ExtraArrays, Failure, Plan, SiteResult, SiteState
 from strategies.engine.validate import NewWeights
 from strategies.parts.lora.adapters import facts
 
@@ -207,6 +207,10 @@ class FlowerHooks:
     def published(self) -> ArrayRecord:
         """Return the newest weights."""
         return self.arrays
+
+    def evaluation_arrays(self) -> ExtraArrays:
+        """Return nothing: rounds send weights alone."""
+        return {}
 
     def reported_weight(self, facility: str, staleness: int, updates: int) -> float:
         """Return the weight of a site in the newest version."""

@@ -77,9 +77,17 @@ def inexactness(average: Combination) -> float | None:
 
     None if there are no adapters. Where only B travels, A is frozen and the average exact: 0.
     """
-    names = set(average.names)
-    if not has_adapters(names):
+    if not has_adapters(average.names):
         return None
+    apart, whole = squared_norms(average)
+    if apart <= 0.0:
+        return 0.0
+    return math.sqrt(apart / whole) if whole > 0.0 else math.inf
+
+
+def squared_norms(average: Combination) -> tuple[float, float]:
+    """Return ``||sum c_i B_i A_i - B A||^2`` and ``||sum c_i B_i A_i||^2``, of all adapters."""
+    names = set(average.names)
     c = np.asarray(average.coefficients, dtype=np.float64)
     apart = whole = 0.0
     for a_name in sorted(names):
@@ -89,9 +97,7 @@ def inexactness(average: Combination) -> float | None:
             b = [_columns(read(b_name)) for read in average.points]
             gap, product = _squared_norms(a, b, c)
             apart, whole = apart + gap, whole + product
-    if apart <= 0.0:
-        return 0.0
-    return math.sqrt(apart / whole) if whole > 0.0 else math.inf
+    return apart, whole
 
 
 def has_adapters(names: Iterable[str]) -> bool:

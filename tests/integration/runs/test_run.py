@@ -125,19 +125,29 @@ def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
 
 
-@pytest.mark.parametrize("freeze_a", [False, True], ids=["lora", "ffa-lora"])
-def test_adapters_of_a_checkpoint(undisturbed: Run, tmp_path: Path, freeze_a: bool) -> None:
-    """Protects LoRA with Flower's FedAdam: only the adapter travels, and peft loads it."""
+@pytest.mark.parametrize(
+    ("strategy", "freeze_a"),
+    [("fedadam", False), ("fedadam", True), ("fedex_lora", False)],
+    ids=["lora", "ffa-lora", "fedex-lora"],
+)
+def test_adapters_of_a_checkpoint(
+    undisturbed: Run, tmp_path: Path, strategy: str, freeze_a: bool
+) -> None:
+    """Protects LoRA from end to end: only the adapter travels, with what makes its average exact
+    where that is asked for, and peft loads what the run leaves."""
     base = undisturbed.dir / "model"
     lora = ["model.lora.r=4", f"model.path={base}", f"data.tokenizer={base}"]
     lora.append(f"model.lora.freeze_a={str(freeze_a).lower()}")
-    run = Run(tmp_path / "run", "strategy=fedadam", *lora, "train.lr=0.01", "train.steps=40")
+    run = Run(tmp_path / "run", f"strategy={strategy}", *lora, "train.lr=0.01", "train.steps=40")
     assert run.end() == 0, run.said()
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
     inexact = [e["lora_inexactness"] for e in run.events("aggregated")]
     assert inexact
-    assert all((value == 0.0) is freeze_a for value in inexact)
+    exact = freeze_a or strategy == "fedex_lora"
+    assert all((value < 1e-8) is exact for value in inexact)
+    config = json.loads((run.dir / "model" / "adapter_config.json").read_text())
+    assert (config["r"] > 4) is (strategy == "fedex_lora")
     assert not (run.dir / "model" / "model.safetensors").exists()
     code = (
         "import sys; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained(sys.argv[1])"

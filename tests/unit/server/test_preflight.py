@@ -47,6 +47,15 @@ def test_a_strategy_that_waits_for_more_sites_than_there_are() -> None:
     check(FEDAVG)
 
 
+def test_an_exact_average_of_adapters_wants_plain_ones() -> None:
+    """Protects users from a run that would end at its first order, or be plain FedAvg."""
+    exact = ("strategy=fedex_lora", "model.lora.r=4", f"model.path={NAME}")
+    assert NAME in fault(*exact)  # it is the checkpoint that is not here
+    assert "e.g. model.lora.r=8" in fault("strategy=fedex_lora")
+    for wrong in ("dora=true", "freeze_a=true"):
+        assert f"Leave out model.lora.{wrong}, or" in fault(*exact, f"model.lora.{wrong}")
+
+
 def test_passages_are_read_before_anything_starts(tmp_path: Path) -> None:
     """Protects users from jobs that fail over a file that was never there."""
     with pytest.raises(UserError, match=r"passages .*p\.jsonl cannot be read"):

@@ -49,6 +49,8 @@ class CountingTrainer:
     def reset_optimizer(self) -> None:
         self.state["moments"].fill(0)
 
+    def set_residual(self, path: Path | None) -> None: ...
+
     def load_weights(self, path: Path, *_: object) -> None:
         """Take them as they are."""
 

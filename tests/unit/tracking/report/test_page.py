@@ -94,6 +94,9 @@ def test_the_report_says_how_inexact_averaged_adapters_were(tmp_path: Path) -> N
     found = json.loads((tmp_path / "summary.json").read_text())["lora_inexactness"]
     assert found == {"last": 0.125, "mean": pytest.approx(0.875 / 3), "max": 0.5, "unknown": None}
     for event in versions:
+        event["lora_inexactness_removed"] = 0.08
+    assert "8.00% in the mean without the strategy" in report(tmp_path, events)
+    for event in versions:
         event |= {"lora_inexactness": None, "lora_inexactness_unknown": "Krum picks one"}
     assert "Krum picks one" in report(tmp_path, events)
 

@@ -1,0 +1,1 @@
+"""Strategies for LoRA adapters alone, a file each."""
