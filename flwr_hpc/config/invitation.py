@@ -24,9 +24,10 @@ FORMAT = 1
 RUN_KEYS = ("rounds", "seed", "model", "train", "exchange")
 DATA_KEYS = (
     *("kind", "tokenizer", "seq_len", "held_out_fraction", "held_out_sequences"),
-    *("text_key", "prompt_key", "response_key"),
+    *("text_key", "prompt_key", "response_key", "messages_key", "chat_template"),
 )
-PLACES = ("model.path", "data.tokenizer")  # A folder of the server's is none of a site's
+# A folder or file of the server's is none of a site's.
+PLACES = ("model.path", "data.tokenizer", "data.chat_template")
 EXACT = {"flwr_hpc": "flwr-hpc", "flwr": "flwr"}
 
 
@@ -99,8 +100,8 @@ def run_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     missing = []
     for place in PLACES:
         group, key = place.split(".")
-        if run[group][key] and Path(run[group][key]).expanduser().is_dir():
-            run[group][key] = None if key == "path" else "byte"
+        if run[group][key] and Path(run[group][key]).expanduser().exists():
+            run[group][key] = "byte" if key == "tokenizer" else None
             missing.append(place)
     return run, missing
 

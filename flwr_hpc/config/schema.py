@@ -69,10 +69,14 @@ class DataConfig:
     # ``next_token``, or for encoder-decoders ``span_corruption`` (T5, arXiv 1910.10683).
     objective: str = "next_token"
     # Columns of jsonl and parquet records; a record with a prompt and a response takes the
-    # loss on the response alone.
+    # loss on the response alone, one with messages (``role`` and ``content``) on the assistant's.
     text_key: str = "text"
     prompt_key: str = "prompt"
     response_key: str = "response"
+    messages_key: str = "messages"
+    # How messages become text: a file with a Jinja template, or ``chatml``; default: as the
+    # tokenizer says.
+    chat_template: str | None = None
     # JSON lines of ``text`` and ``repetitions``: put among every facility's training documents so
     # often, for `python -m flwr_hpc.memorize`.
     passages: str | None = None

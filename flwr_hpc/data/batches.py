@@ -7,7 +7,7 @@ import functools
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import packing, reading, sources, token_cache
-from flwr_hpc.data.packing import Sequences, Tokens
+from flwr_hpc.data.encoding import encoded, set_chat_template
+from flwr_hpc.data.packing import Sequences
 from flwr_hpc.data.passages import read_passages
 from flwr_hpc.data.span_corruption import NAME as SPAN_CORRUPTION
 from flwr_hpc.data.span_corruption import SpanCorruption, span_corruption
 from flwr_hpc.errors import UserError
 
 BYTE = "byte"
-BLOCK_EXAMPLES, BLOCK_CHARACTERS = 1000, 2**18
-_BYTE_OFFSET = 3  # ByT5: pad, eos and unk come first
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ class Corpus:
         if self.corruption:
             return len(self._held_rows) * self.corruption.target_length
         tokens = int(np.diff(self.held.spans[self._held_rows]).sum())
+        tokens -= int(packing.silent_tokens(self.held, self._held_rows).sum())
         if self.document_mask:
             tokens -= int(packing.first_tokens(self.held, self._held_rows).sum())
         return tokens
@@ -150,6 +150,7 @@ class Corpus:
             inputs, labels = self.corruption.batch(ids, stream, positions)
             return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
         labels = packing.labels(ids, source.spans[rows])
+        labels[packing.silent_tokens(source, rows)] = packing.IGNORED
         tokens = torch.from_numpy(ids.astype(np.int64))
         first = packing.first_tokens(source, rows)
         if not first.any():
@@ -188,12 +189,14 @@ def load_corpus(
     found = sources.resolve(data, facility, facilities)
     corrupted = data.objective == SPAN_CORRUPTION
     tokenizer = load_tokenizer(data.tokenizer or BYTE, sentinels=corrupted)
+    set_chat_template(tokenizer, data)
     corruption = span_corruption(data.seq_len, tokenizer) if corrupted else None
     cut = dataclasses.replace(data, seq_len=corruption.length) if corruption else data
     build = functools.partial(_tokenize, data=cut, found=found, tokenizer=tokenizer)
     settings = {
         "tokenizer": _identity(tokenizer), "seq_len": cut.seq_len, "kind": data.kind,
-        "keys": [data.text_key, data.prompt_key, data.response_key], "split": found.split,
+        "keys": [data.text_key, data.prompt_key, data.response_key, data.messages_key],
+        "split": found.split, "chat_template": getattr(tokenizer, "chat_template", None),
         "objective": data.objective,
         "held_out": [data.held_out_fraction, len(found.held_out)], "starts": True,
         "passages": [astuple(p) for p in read_passages(data.passages)] if data.passages else [],
@@ -269,18 +272,18 @@ def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer:
         read = reading.with_passages(read, data.passages)
     if data.objective == SPAN_CORRUPTION:
         read, kept = (_documents(examples, data, found.facility) for examples in (read, kept))
-    train, held = _encoded(read, tokenizer), _encoded(kept, tokenizer)
+    train, held = encoded(read, tokenizer), encoded(kept, tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    spans, starts = packing.stream(folder / "train.ids", train, data.seq_len, eos, pad, dtype)
-    token_cache.write_spans(folder, "train", spans, starts, data.seq_len, dtype)
+    marks = packing.stream(folder / "train.ids", train, data.seq_len, eos, pad, dtype)
+    token_cache.write_marks(folder, "train", marks, data.seq_len, dtype)
     blocks = list(held)
     documents = [document for block, _ in blocks for document in block]
-    pairs = [pair for _, block in blocks for pair in block]
+    answered = [one for _, block in blocks for one in block]
     made = [
         packing.pack(documents, data.seq_len, eos, pad, dtype),
-        packing.pack_pairs(pairs, data.seq_len, eos, pad, dtype),
+        packing.pack_answered(answered, data.seq_len, pad, dtype),
     ]
     kept_rows = packing.concatenate(made)
     if data.objective == SPAN_CORRUPTION:  # which takes no padding
@@ -293,27 +296,15 @@ def _documents(
     examples: Iterable[reading.Example], data: DataConfig, facility: str
 ) -> Iterator[reading.Example]:
     for example in examples:
-        if example.prompt is not None:
+        if example.prompt is not None or example.messages is not None:
+            pair = f"'{data.prompt_key}' and '{data.response_key}'"
             raise UserError(
                 f"facility {facility}: data.objective={SPAN_CORRUPTION} takes documents, found "
-                f"records of '{data.prompt_key}' and '{data.response_key}'. Give records of "
+                f"records of {pair if example.messages is None else repr(data.messages_key)}. "
+                "Give records of "
                 f"'{data.text_key}' alone"
             )
         yield example
-
-
-def _blocks(examples: Iterable[reading.Example]) -> Iterator[list[reading.Example]]:
-    """Yield as many examples at a time as keep a tokenizer busy, and memory small."""
-    block: list[reading.Example] = []
-    characters = 0
-    for example in examples:
-        block.append(example)
-        characters += len(example.text)
-        if len(block) == BLOCK_EXAMPLES or characters >= BLOCK_CHARACTERS:
-            yield block
-            block, characters = [], 0
-    if block:
-        yield block
 
 
 def _identity(tokenizer: Any) -> list[Any]:
@@ -322,43 +313,6 @@ def _identity(tokenizer: Any) -> list[Any]:
     words = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     return [type(tokenizer).__name__, words, special]
-
-
-def _encoded(examples: Iterable[reading.Example], tokenizer: Any) -> Iterator[packing.Block]:
-    encode = _encoder(tokenizer)
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    first = np.array([] if bos in (None, eos) else [bos], dtype)
-    for some in _blocks(examples):
-        documents: list[Tokens] = []
-        pairs: list[tuple[Tokens, Tokens]] = []
-        texts = encode([example.text for example in some])
-        prompts = iter(encode([e.prompt for e in some if e.prompt is not None]))
-        for example, text in zip(some, texts, strict=True):
-            if example.prompt is None:
-                documents.append(np.concatenate([first, text.astype(dtype)]))
-            else:
-                prompt = np.concatenate([first, next(prompts).astype(dtype)])
-                pairs.append((prompt, text.astype(dtype)))
-        yield documents, pairs
-
-
-def _encoder(tokenizer: Any) -> Callable[[list[str]], list[Tokens]]:
-    import transformers
-
-    if isinstance(tokenizer, transformers.ByT5Tokenizer):  # in Python, a thousand times slower
-        return lambda texts: [
-            np.frombuffer(text.encode(errors="replace"), np.uint8).astype(np.uint16) + _BYTE_OFFSET
-            for text in texts
-        ]
-    return lambda texts: (
-        [
-            np.array(ids, np.uint32)
-            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        ]
-        if texts
-        else []
-    )
 
 
 @functools.lru_cache(maxsize=4)

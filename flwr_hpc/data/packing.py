@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.unsignedinteger[Any]]
-Block = tuple[list[Tokens], list[tuple[Tokens, Tokens]]]  # Documents; prompts with responses
+# Tokens, and the ranges of them that are learnt, in order: of what somebody else said and answered.
+Answered = tuple[Tokens, list[tuple[int, int]]]
+Block = tuple[list[Tokens], list[Answered]]
 IGNORED = -100  # what torch's and transformers' cross entropy skip
 
 
@@ -28,6 +31,9 @@ class Sequences:
     spans: NDArray[np.int32]
     # Places in ``ids.ravel()`` where a document starts behind another, in order.
     starts: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    # Ranges of places in ``ids.ravel()``, in order, within spans, on which no loss is taken: what
+    # others say between the assistant's turns.
+    silent: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -35,7 +41,16 @@ class Sequences:
     @property
     def tokens(self) -> int:
         """Tokens the loss is taken on."""
-        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+        spans = int((self.spans[:, 1] - self.spans[:, 0]).sum())
+        return spans - int((self.silent[:, 1] - self.silent[:, 0]).sum())
+
+
+class Marks(NamedTuple):
+    """What `Sequences` hold beside the ids."""
+
+    spans: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    silent: NDArray[np.int64]
 
 
 def labels(ids: Tokens, spans: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -55,6 +70,17 @@ def first_tokens(made: Sequences, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     return first
 
 
+def silent_tokens(made: Sequences, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which tokens of some rows lie in silent ranges; (n, seq_len)."""
+    seq_len = made.ids.shape[1]
+    silent = np.zeros((len(rows), seq_len), np.bool_)
+    for place, row in enumerate(rows):
+        within = slice(*np.searchsorted(made.silent[:, 0], [row * seq_len, (row + 1) * seq_len]))
+        for start, stop in made.silent[within] - row * seq_len:
+            silent[place, start:stop] = True
+    return silent
+
+
 def positions(first: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return each token's place in its document, as far as that lies in its row."""
     place = np.arange(first.shape[1])
@@ -63,24 +89,28 @@ def positions(first: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 def stream(
     path: Path, blocks: Iterable[Block], seq_len: int, eos: int, pad: int, dtype: Any
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Write training sequences to a file, block by block; return their spans and starts.
+) -> Marks:
+    """Write training sequences to a file, block by block; return what goes with their ids.
 
     Documents lie one after the other, `eos` after each, and are cut side by side; an incomplete
-    last sequence is dropped. Then come the pairs, see `pack_pairs`.
+    last sequence is dropped. Then come what was answered, see `pack_answered`.
     """
     end = np.array([eos], dtype).tobytes()
     row = seq_len * np.dtype(dtype).itemsize
     spans: list[NDArray[np.int32]] = []
+    silent: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
+    rows = 0
     lengths: list[NDArray[np.int64]] = []
     with path.open("wb") as ids, tempfile.TemporaryFile(dir=path.parent) as behind:
-        for documents, pairs in blocks:
+        for documents, answered in blocks:
             for document in documents:
                 ids.write(document.astype(dtype).tobytes() + end)
             lengths.append(_lengths(documents))
-            made = pack_pairs(pairs, seq_len, eos, pad, dtype)
+            made = pack_answered(answered, seq_len, pad, dtype)
             behind.write(made.ids.tobytes())
             spans.append(made.spans)
+            silent.append(made.silent + rows * seq_len)
+            rows += len(made)
         count = ids.tell() // row
         ids.truncate(count * row)
         ids.seek(count * row)
@@ -91,7 +121,7 @@ def stream(
     starts = _starts(lengths)
     starts = starts[(starts < count * seq_len) & (starts % seq_len > 0)]
     full = np.tile(np.array([[1, seq_len]], np.int32), (count, 1))
-    return np.concatenate([full, *spans]), starts
+    return Marks(np.concatenate([full, *spans]), starts, np.concatenate(silent) + count * seq_len)
 
 
 def _lengths(documents: Sequence[Tokens]) -> NDArray[np.int64]:
@@ -129,22 +159,23 @@ def pack(documents: Sequence[Tokens], seq_len: int, eos: int, pad: int, dtype: A
     return Sequences(padded[starts + np.arange(seq_len)], spans, row * seq_len + place + 1)
 
 
-def pack_pairs(
-    pairs: Sequence[tuple[Tokens, Tokens]], seq_len: int, eos: int, pad: int, dtype: Any
-) -> Sequences:
-    """Put each prompt and response into a sequence of its own, the loss on response and `eos`.
+def pack_answered(answered: Sequence[Answered], seq_len: int, pad: int, dtype: Any) -> Sequences:
+    """Put each prompt and response, or conversation, into a sequence of its own.
 
-    Too long a pair is cut at its end; one whose prompt leaves no room for a response is
-    dropped.
+    The loss is on what was answered. Too long a one is cut at its end; where the cut leaves no
+    answer it is dropped.
     """
-    kept = [(p, r) for p, r in pairs if max(1, len(p)) < min(seq_len, len(p) + len(r) + 1)]
+    kept = [(t, s) for t, s in answered if s and max(1, s[0][0]) < min(seq_len, s[0][1])]
     ids = np.full((len(kept), seq_len), pad, dtype)
     spans = np.empty((len(kept), 2), np.int32)
-    for row, (prompt, response) in enumerate(kept):
-        tokens = np.concatenate([prompt, response, [eos]])[:seq_len]
-        ids[row, : len(tokens)] = tokens
-        spans[row] = max(1, len(prompt)), len(tokens)
-    return Sequences(ids, spans)
+    silent: list[tuple[int, int]] = []
+    for row, (tokens, learnt) in enumerate(kept):
+        ids[row, : len(tokens)] = tokens[:seq_len]
+        within = [(start, min(stop, seq_len)) for start, stop in learnt if start < seq_len]
+        spans[row] = max(1, within[0][0]), within[-1][1]
+        between = itertools.pairwise(within)
+        silent += [(a + row * seq_len, b + row * seq_len) for (_, a), (b, _) in between]
+    return Sequences(ids, spans, silent=np.array(silent, np.int64).reshape(-1, 2))
 
 
 def whole(made: Sequences) -> Sequences:
@@ -160,4 +191,5 @@ def concatenate(parts: Sequence[Sequences]) -> Sequences:
         np.concatenate([part.ids for part in parts]),
         np.concatenate([part.spans for part in parts]),
         np.concatenate([part.starts + n for part, n in zip(parts, before[:-1], strict=True)]),
+        np.concatenate([part.silent + n for part, n in zip(parts, before[:-1], strict=True)]),
     )

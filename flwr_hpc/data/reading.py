@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -14,15 +15,19 @@ import numpy as np
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import sources
 from flwr_hpc.data.passages import read_passages, scatter
+from flwr_hpc.data.record_faults import messages_fault
 from flwr_hpc.data.sources import Sources
 from flwr_hpc.errors import UserError
 
+Message = dict[str, Any]  # ``role`` and ``content``, and whatever else a chat template reads
+
 
 class Example(NamedTuple):
-    """A document (`prompt` is None), or a prompt and its response."""
+    """A document (neither prompt nor messages), a prompt and its response, or a conversation."""
 
-    text: str
+    text: str  # Of a conversation its messages as JSON
     prompt: str | None = None
+    messages: list[Message] | None = None
 
 
 def separate(
@@ -112,13 +117,20 @@ def _example(
     if data.kind != "text" and isinstance(prompt, str) and isinstance(response, str):
         yield Example(response, prompt)
         return
+    if data.kind != "text" and (messages := row.get(data.messages_key)) is not None:
+        if messages_fault(data, messages):
+            _find_fault(data, facility, paths)
+        turns = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        yield Example(json.dumps(turns, ensure_ascii=False, sort_keys=True), messages=turns)
+        return
     text = row.get("text" if data.kind == "text" else data.text_key)
     if not isinstance(text, str):
         _find_fault(data, facility, paths)
         raise UserError(
             f"facility {facility}: a record of {paths[0]}{' and more' * (len(paths) > 1)} has "
             f"neither '{data.text_key}' nor '{data.prompt_key}' and '{data.response_key}' "
-            f"as strings; found {', '.join(k for k, v in row.items() if v is not None)}"
+            f"as strings, nor '{data.messages_key}'; found "
+            f"{', '.join(k for k, v in row.items() if v is not None)}"
         )
     if text.strip():
         yield Example(text)

@@ -28,6 +28,8 @@ def record_fault(data: DataConfig, line: str) -> str | None:
     if isinstance(keys, str):
         return keys
     for key in keys:
+        if key == data.messages_key:
+            return messages_fault(data, record[key])
         if not isinstance(record[key], str):
             return f"'{key}' must be a string, found {_type(record[key])}"
     return None
@@ -46,6 +48,8 @@ def columns(data: DataConfig, present: Sequence[str]) -> tuple[str, ...] | str:
     pair = (data.prompt_key, data.response_key)
     if all(key in present for key in pair):
         return pair
+    if data.messages_key in present:
+        return (data.messages_key,)
     if data.text_key in present:
         return (data.text_key,)
     missing = [key for key in pair if key not in present]
@@ -53,10 +57,29 @@ def columns(data: DataConfig, present: Sequence[str]) -> tuple[str, ...] | str:
         hint = closest(missing[0], present)
         return f"'{missing[0]}' is missing beside the other one of {pair}.{hint}"
     return (
-        f"needs '{data.text_key}', or '{pair[0]}' and '{pair[1]}'; found "
+        f"needs '{data.text_key}', or '{pair[0]}' and '{pair[1]}', or '{data.messages_key}'; found "
         f"{', '.join(repr(key) for key in present) or 'nothing'}.{closest(data.text_key, present)} "
-        "Name others by data.text_key, or data.prompt_key and data.response_key"
+        "Name others by data.text_key, data.prompt_key and data.response_key, or data.messages_key"
     )
+
+
+def messages_fault(data: DataConfig, messages: Any) -> str | None:
+    """Say what is wrong with a conversation, None if nothing is."""
+    form = f"'{data.messages_key}' must be a list of objects with 'role' and 'content'"
+    if not isinstance(messages, list):
+        return f"{form}, found {_type(messages)}"
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            return f"{form}; message {number} is {_type(message)}"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                found = _type(message[key]) if key in message else "none"
+                return f"'{key}' of message {number} must be a string, found {found}"
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        found = ", ".join(roles) or "no message"
+        return f"no message has the role 'assistant', whose words are learnt; found {found}"
+    return None
 
 
 def _type(value: Any) -> str:

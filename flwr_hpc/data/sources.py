@@ -243,6 +243,12 @@ def _scan_parquet(data: DataConfig, where: str, path: Path) -> None:
         raise UserError(f"{where}: {keys}")
     for key in keys:
         kind = schema.field(key).type
+        if key == data.messages_key:
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise UserError(
+                    f"{where}: column '{key}' must hold lists of messages, found {kind}"
+                )
+            continue
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise UserError(f"{where}: column '{key}' must hold strings, found {kind}")
     if rows == 0:

@@ -2,7 +2,7 @@
 
 ::
 
-    SITE/cache/tokens/<key>/         ids, spans and starts of `train` and `held`, by a rename
+    SITE/cache/tokens/<key>/         ids and marks of `train` and `held`, by a rename
     SITE/cache/tokens/<stat>.json    which key files of these names, sizes and times have
 
 The key is a hash of the files' content, the tokenizer and how sequences are made of tokens.
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flwr_hpc.data.packing import Sequences
+from flwr_hpc.data.packing import Marks, Sequences
 from flwr_hpc.files import lock, publish, read_json, sync_dir
 
 _READ_BYTES = 1 << 22
@@ -85,24 +85,25 @@ def _make(
 def write(folder: Path, name: str, made: Sequences) -> None:
     """Write sequences that are in memory."""
     made.ids.tofile(folder / f"{name}.ids")
-    write_spans(folder, name, made.spans, made.starts, made.ids.shape[1], made.ids.dtype)
+    marks = Marks(made.spans, made.starts, made.silent)
+    write_marks(folder, name, marks, made.ids.shape[1], made.ids.dtype)
 
 
-def write_spans(folder: Path, name: str, spans: Any, starts: Any, seq_len: int, dtype: Any) -> None:
+def write_marks(folder: Path, name: str, marks: Marks, seq_len: int, dtype: Any) -> None:
     """Write what belongs to the ids in ``NAME.ids``."""
-    np.save(folder / f"{name}.spans.npy", spans)
-    np.save(folder / f"{name}.starts.npy", starts)
+    for part, values in marks._asdict().items():
+        np.save(folder / f"{name}.{part}.npy", values)
     publish(folder / f"{name}.json", json.dumps([int(seq_len), np.dtype(dtype).name]))
 
 
 def read(folder: Path, name: str) -> Sequences:
     """Return sequences whose ids stay on disk until they are looked at."""
     seq_len, dtype = json.loads((folder / f"{name}.json").read_text())
-    spans, starts = (np.load(folder / f"{name}.{part}.npy") for part in ("spans", "starts"))
-    shape = (len(spans), seq_len)
-    if not len(spans):
-        return Sequences(np.empty(shape, dtype), spans)
-    return Sequences(np.memmap(folder / f"{name}.ids", dtype, "r", shape=shape), spans, starts)
+    marks = Marks(*(np.load(folder / f"{name}.{part}.npy") for part in Marks._fields))
+    shape = (len(marks.spans), seq_len)
+    if not len(marks.spans):
+        return Sequences(np.empty(shape, dtype), marks.spans)
+    return Sequences(np.memmap(folder / f"{name}.ids", dtype, "r", shape=shape), *marks)
 
 
 def _content(file: Path) -> str:

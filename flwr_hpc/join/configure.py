@@ -19,6 +19,7 @@ from flwr_hpc.errors import UserError
 # Of the run's keys, those that depend on a centre's files and hardware.
 OWN = (
     *("data.kind", "data.text_key", "data.prompt_key", "data.response_key"),
+    *("data.messages_key", "data.chat_template"),
     *("data.tokenizer", "model.path", "train.micro_batch", "train.accumulation"),
     *("train.precision", "train.activation_checkpointing", "train.replicate", "train.tensor"),
     *("train.tf32", "train.compile"),
@@ -46,8 +47,8 @@ def site_config(
         OmegaConf.update(merged, key, OmegaConf.select(own, key))
     if lacking := [key for key in invitation.missing if key not in chosen]:
         raise UserError(
-            f"{lacking[0]} is a folder on the server's machine; name the same one here. Add: "
-            f"{lacking[0]}=/path/to/folder"
+            f"{lacking[0]} lies on the server's machine; name the same one here. Add: "
+            f"{lacking[0]}=/path/to/it"
         )
     return parse(merged)
 

@@ -65,7 +65,7 @@ def corpus(tmp_path: Path) -> Corpus:
 
 def test_byte_encoding_agrees_with_byt5() -> None:
     """Our fast encoding is the slow tokenizer's, so a saved model's tokenizer fits its data."""
-    from flwr_hpc.data.batches import _encoder
+    from flwr_hpc.data.encoding import _encoder
 
     tokenizer = load_tokenizer("byte")
     text = "def f(x):\n\treturn 'é€😀' \x00\x7f\n"

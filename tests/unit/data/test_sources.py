@@ -277,7 +277,10 @@ GOOD = '{"text": "fine"}\n'
     [
         ('{"text": "x"', "not valid JSON"),
         ('["x"]', "a record must be an object like {...}, found a list"),
-        ('{"txt": "x"}', "needs 'text', or 'prompt' and 'response'; found 'txt'. Did you mean"),
+        (
+            '{"txt": "x"}',
+            "needs 'text', or 'prompt' and 'response', or 'messages'; found 'txt'. Did you mean",
+        ),
         ("{}", "found nothing"),
         ('{"text": 3}', "'text' must be a string, found a number"),
         ('{"text": null}', "found nothing"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flwr_hpc.config.schema import DataConfig
-from flwr_hpc.data import batches, reading
+from flwr_hpc.data import encoding, reading
 from flwr_hpc.data.batches import Corpus, load_corpus
 
 
@@ -20,13 +20,13 @@ from flwr_hpc.data.batches import Corpus, load_corpus
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count what is tokenized, a number per block of documents."""
     blocks: list[int] = []
-    encoder = batches._encoder
+    encoder = encoding._encoder
 
     def counting(tokenizer: object) -> object:
         encode = encoder(tokenizer)
         return lambda texts: (blocks.append(len(texts)) if texts else None, encode(texts))[1]
 
-    monkeypatch.setattr(batches, "_encoder", counting)
+    monkeypatch.setattr(encoding, "_encoder", counting)
     return blocks
 
 
@@ -92,7 +92,7 @@ def test_a_killed_process_leaves_nothing_half(
     """What is not published is not used, and is removed by the next."""
     with monkeypatch.context() as patch:
         patch.setattr("flwr_hpc.data.token_cache.shutil.rmtree", lambda *_, **__: None)
-        patch.setattr("flwr_hpc.data.token_cache.write_spans", _die)
+        patch.setattr("flwr_hpc.data.token_cache.write_marks", _die)
         with pytest.raises(KeyboardInterrupt):
             corpus_of(tmp_path)
     folder = tmp_path / "cache" / "tokens"

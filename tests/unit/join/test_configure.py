@@ -79,7 +79,7 @@ def test_no_path_and_no_account_of_the_server_travels(tmp_path: Path) -> None:
     """Protects what is the server's own: its folders mean nothing elsewhere, and are not told."""
     sent = invitation(f"model.path={tmp_path}", f"data.tokenizer={tmp_path}", f"run_dir={tmp_path}")
     assert str(tmp_path) not in json.dumps(asdict(sent))
-    with pytest.raises(UserError, match="folder on the server's machine"):
+    with pytest.raises(UserError, match="lies on the server's machine"):
         site_config(sent, HERE)
     config = site_config(sent, [*HERE, "model.path=/here/model", "data.tokenizer=/here/tok"])
     assert (config.model.path, config.data.tokenizer) == ("/here/model", "/here/tok")
