@@ -37,6 +37,7 @@ from flwr_hpc.tracking.live import LiveView
 POLL_S = 0.5
 SPENT_S = 600.0  # between two lines on what the site has spent
 ASK_S = 60.0  # between two questions whether the invitation still holds
+LEAVE_S = 15.0  # for the server to end once it has heard that the site lets go
 
 
 def show_plan(invitation: Invitation, config: Config) -> int:
@@ -217,6 +218,7 @@ def _session(
         )  # fmt: skip
         progress = SpoolProgress({name: spool.root})
         _follow(processes, spool, invitation, view, progress, lambda: _spent(folder, config))
+        _take_leave(invitation)
     return 0, "the run is over"
 
 
@@ -241,6 +243,17 @@ def _follow(
             asked = time.monotonic()
             with suppress(server_door.Away):
                 check_versions(server_door.ask(invitation)["versions"])
+        time.sleep(POLL_S)
+
+
+def _take_leave(invitation: Invitation) -> None:
+    """Let the site's last answer reach the server, which waits for it and then ends."""
+    deadline = time.monotonic() + LEAVE_S
+    while time.monotonic() < deadline:
+        try:
+            server_door.ask(invitation)
+        except (server_door.Away, UserError):
+            return
         time.sleep(POLL_S)
 
 

@@ -149,6 +149,25 @@ def test_a_server_that_is_away_is_waited_for(tmp_path, server, line, payload):
     assert pauses[3] > pauses[0]
 
 
+def test_a_body_that_stands_still_is_asked_for_anew(tmp_path, server, line, payload, monkeypatch):
+    """A host that could not be heard may answer again, and yet send nothing for minutes."""
+    ref = publish(server, payload)
+    attempts_ended = []
+
+    class Thawing(Impatient):
+        def sleep(self, seconds):
+            attempts_ended.append(line.frozen.is_set())
+            line.thaw()
+
+    monkeypatch.setattr(connection, "BODY_S", connection.LEAST_S)
+    store = site(tmp_path, line.port)
+    store._clock = Thawing()
+    line.freeze_after(10 * MB)  # every connection stays open
+    store.get(ref, tmp_path / "target")
+    assert attempts_ended[0]
+    assert (tmp_path / "target").read_bytes() == payload.read_bytes()
+
+
 def test_nobody_waits_for_a_cancelled_transfer(tmp_path, server, line, payload):
     """Also while the server is away, and in every stream."""
     ref, transfer = publish(server, payload), Transfer()

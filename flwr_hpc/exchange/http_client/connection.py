@@ -32,6 +32,9 @@ LEAST_S = 1.0  # for an answer, whatever `stall_s` is
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 # A line that is dead but not closed is noticed by the kernel, whatever it is waited for.
 SILENCE_S = 30
+# After a line was dead one way the server's kernel may answer again, and yet send nothing for as
+# long as the cut took and longer: a body that stands still is asked for anew.
+BODY_S = 45.0
 SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -112,6 +115,7 @@ class Connection:
         `Interrupted` if another attempt may help; BadPayload if there is no such payload, or it is
         not what it should be; OSError if the server does not want it, or its disk is full.
         """
+        patience = self._stall_s if method == "PUT" else min(self._stall_s, BODY_S)  # it may hash
         try:
             with self._line().request(
                 method,
@@ -119,7 +123,7 @@ class Connection:
                 headers={"Accept-Encoding": "identity", **(headers or {})},
                 data=data,
                 stream=True,
-                timeout=(CONNECT_S, max(self._stall_s, LEAST_S)),
+                timeout=(CONNECT_S, max(patience, LEAST_S)),
                 allow_redirects=False,
             ) as response:
                 _check(response, self._origin)
