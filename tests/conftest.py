@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from lab.fixtures import centres, lab, slurm, slurm_conf
+from lab.fixtures import centres, lab, slurm, slurm_conf, three_centres
 
-__all__ = ["centres", "lab", "slurm", "slurm_conf"]
+__all__ = ["centres", "lab", "slurm", "slurm_conf", "three_centres"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,89 +1,189 @@
-"""Centres that share nothing train one model: `serve` at a host, `join` at two, over bad lines."""
+"""Centres that share nothing train one model: `serve` at a host, `join` at three."""
 
 from __future__ import annotations
 
+import base64
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from lab.centres import Centres
-from lab.place import TEMPLATES
+from lab.host import LabError
+from lab.place import STRANGER
 from lab.remote import Host, Listener
-from numpy.typing import NDArray
-from safetensors.numpy import load_file
-from worlds.runs.joined import DATA, PORT, SETTINGS, Joined
-from worlds.runs.run import Run, trained_steps
+from worlds.hosts.pbs import bring_pbs
+from worlds.hosts.stranger import open_to_others
+from worlds.runs.across import DATA, Tensors, on_one_host
+from worlds.runs.joined import PORT, Joined
+
+from flwr_hpc.config.invitation import Invitation, read_invitation
+from flwr_hpc.gate.certificate import new_certificate
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-STEPS, ROUNDS = 40, 2
-LENGTH = [f"train.steps={STEPS}", f"rounds={ROUNDS}", "strategy=diloco"]
+LOOPBACK = "127.0.0.1"
+STEPS, ROUNDS = 80, 3
+SETTINGS = (f"train.steps={STEPS}", f"rounds={ROUNDS}", "strategy=diloco")
+KNOCK = (sys.executable, "-I", str(Path(__file__).parents[1] / "worlds" / "hosts" / "knock.py"))
+PROTOBUF = {"content-type": "application/protobuf"}  # else Flower looks no further
+PAYLOAD = f"{'b' * 64}.payload"
+FLOWER = ("/v1/control/start-run", "/v1/runtime/pull-app-inputs", "/v1/fleet/pull-messages", "/")
 
-Tensors = dict[str, NDArray[np.float32]]
+Requests = Sequence[tuple[str, str, dict[str, str]]]
+Address = tuple[str, str, int]  # with http or https
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
-    """Return what the same training comes to on one host, by `run`."""
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "conf" / "facility").mkdir(parents=True)
-    own = []
-    for name, data in DATA.items():
-        text = TEMPLATES.get_template("facility_local.yaml.j2").render(name=name)
-        (folder / "conf" / "facility" / f"{name}.yaml").write_text(text)
-        own.append(f"data.paths.{name}=[{data}]")
-    where = [f"--config-dir={folder}/conf", f"+facility=[{','.join(DATA)}]"]
-    run = Run(folder / "run", *where, *own, *LENGTH, settings=SETTINGS)
-    assert run.end() == 0, run.said()
-    tensors: Tensors = load_file(folder / "run" / "model" / "model.safetensors")
-    return tensors
+    """Return what the same training comes to on one host."""
+    return on_one_host(tmp_path_factory.mktemp("alone"), *SETTINGS, sites=tuple(DATA))
 
 
 @pytest.fixture
-def joined(centres: Centres, tmp_path: Path) -> Joined:
-    """Return what is to be typed at three hosts whose lines are bad."""
-    joined = Joined(centres, tmp_path, *LENGTH)
+def joined(three_centres: Centres, tmp_path: Path) -> Joined:
+    """Return what is to be typed at four hosts whose lines are bad: Slurm, own ranks, PBS."""
+    bring_pbs(three_centres["centre_c"])
+    joined = Joined(three_centres, tmp_path, *SETTINGS)
     for site in joined.sites:
         site.link.set(rate_mbit=20, rtt_ms=80, loss=0.01)
     return joined
 
 
-def ends_like(joined: Joined, alone: Tensors) -> None:
-    """Wait for the end; every order was trained once, and the weights are those of one host."""
-    joined.end()
-    for site in joined.sites:
-        assert trained_steps(site.outside(f"/home/{site.user}")) == ROUNDS * STEPS
-    found: Tensors = load_file(joined.path("model/model.safetensors"))
-    assert found.keys() == alone.keys()
-    for name, tensor in alone.items():
-        assert np.array_equal(found[name], tensor), name
-    for host in (joined.server, *joined.sites):  # who is killed takes a moment
-        joined.until(lambda host=host: not living(host, "flwr"))  # type: ignore[misc]
-
-
-def living(host: Host, word: str) -> list[str]:
-    """Return the commands of a host's user that hold a word; one that has ended is none."""
-    lines = host.run("ps", "-U", host.user, "-o", "stat=", "-o", "args=").splitlines()
-    return [line for line in lines if word in line and not line.startswith("Z")]
-
-
-def opened(host: Host, before: list[Listener]) -> list[Listener]:
-    """Return what listens on a host in addition to what listened before."""
-    return sorted(set(host.listening()) - set(before))
-
-
-def test_the_same_weights_as_on_one_host(joined: Joined, alone: Tensors) -> None:
-    """Protects the promise: one model over 20 Mbit/s, 80 ms and 1 % loss, bit by bit the same;
-    and one open port, at the server."""
+def test_reboots_and_strangers_change_no_bit(joined: Joined, alone: Tensors) -> None:
+    """Protects the promise: one model over 20 Mbit/s, 80 ms and 1 % loss, bit by bit that of one
+    host, also when the server's and the sites' hosts are rebooted, whoever else is on them."""
     hosts = [joined.server, *joined.sites]
-    before = {host.name: host.listening() for host in hosts}
-    joined.begin()
-    joined.until(lambda: all(joined.orders(site) for site in joined.sites))
-    server, *sites = (opened(host, before[host.name]) for host in hosts)
-    assert [(entry.address, entry.port) for entry in server if entry.address != "127.0.0.1"] == [
-        ("*", PORT)
-    ]
+    before = {host.name: set(host.listening()) for host in hosts}
+    with_slurm, with_own_ranks, with_pbs = joined.sites
+
+    def opened() -> dict[str, set[Listener]]:
+        return {host.name: set(host.listening()) - before[host.name] for host in hosts}
+
+    joined.serve()
+    joined.deliver()
+    for site in (with_slurm, with_own_ranks):
+        joined.join(site)
+    started = {with_slurm.name, with_own_ranks.name}
+    joined.until(lambda: {e["facility"] for e in joined.events("supernode_started")} == started)
+    _check_strangers(joined, opened())  # the run waits for the third site, however long it takes
+    _check_credentials(joined)
+    _check_certificate(joined)
+    joined.join(with_pbs)
+    joined.until(lambda: all(0 in joined.orders(site) for site in joined.sites))
+    _check_ports(opened())
+    joined.reboot(joined.server)
+    joined.resume()
+    joined.until(lambda: 1 in joined.orders(with_slurm))
+    joined.reboot(with_slurm)  # its job goes on, on another node
+    joined.join(with_slurm)
+    joined.until(lambda: 2 in joined.orders(with_own_ranks))
+    joined.reboot(with_own_ranks)  # its job has ended, too
+    joined.join(with_own_ranks)
+    joined.ends_like(alone, ROUNDS * STEPS)
+    _check_files(joined)
+    assert [len(joined.allocations(site)) for site in joined.sites] == [1, 2, 1]
+    done = [event["order_id"] for event in joined.events("order_done")]
+    assert len(done) == len(set(done))
+
+
+def _check_ports(opened: dict[str, set[Listener]]) -> None:
+    """Hold what listens to the documentation: one port for the world, at the server."""
+    server, with_slurm, with_own_ranks, with_pbs = opened.values()
+    assert [(e.address, e.port) for e in server if e.address != LOOPBACK] == [("*", PORT)]
     assert len(server) == 2  # the other one is the gate's, for processes of its user
-    with_slurm, with_own_ranks = sites  # the second one is its own compute node, too
-    assert [entry.address for entry in with_slurm] == ["127.0.0.1"]
-    assert {entry.address for entry in with_own_ranks} == {"127.0.0.1"}
-    ends_like(joined, alone)
+    assert [entry.address for entry in with_slurm] == [LOOPBACK]
+    for site in (with_own_ranks, with_pbs):  # they are their own compute nodes, too
+        assert {entry.address for entry in site} == {LOOPBACK}
+
+
+def _check_strangers(joined: Joined, opened: dict[str, set[Listener]]) -> None:
+    """Come with what opens nothing: as another user of each host, and from another host."""
+    server, elsewhere = joined.server, joined.sites[1]
+    outside: Address = ("https", server.address, PORT)
+    posts: Requests = [("POST", path, {}) for path in FLOWER]
+    exchange: Requests = [("GET", path, {}) for path in ("/v1/exchange/own", "/v1/join")]
+    for host in (server, elsewhere):
+        assert _knock(host, outside, [*posts, *exchange]) == [404, 404, 401, 404, 401, 401]
+    for host, scheme in ((server, "https"), (joined.sites[0], "http")):
+        (port,) = (entry.port for entry in opened[host.name] if entry.address == LOOPBACK)
+        assert _knock(host, (scheme, LOOPBACK, port), posts) == [403] * 4
+        # Nor does its address lead there from elsewhere.
+        assert _knock(elsewhere, (scheme, host.address, port), posts[:1], wait_s=3.0) == [0]
+
+
+def _check_files(joined: Joined) -> None:
+    """Look into what others on a host could read."""
+    for host, folder in (
+        (joined.server, joined.run_dir),
+        *((s, joined.home(s)) for s in joined.sites),
+    ):
+        assert open_to_others(host.outside(folder)) == {}
+        with pytest.raises(LabError, match="Permission denied"):
+            host.run("ls", folder, user=STRANGER)
+    letter = joined.path(f"invitations/{joined.sites[0].name}.json")
+    assert letter.stat().st_mode & 0o777 == 0o600
+
+
+def _check_credentials(joined: Joined) -> None:
+    """Show what belongs to another site, or no longer to anybody, from another centre's host."""
+    server, (first, second, _) = joined.server, joined.sites
+    mine = _letter(joined, second.name)
+    credentials = json.loads(joined.path("invitations/credentials.json").read_text())
+    theirs = f"/v1/exchange/node-{credentials[first.name]['node_id']}/{PAYLOAD}"
+    key = base64.b64encode(credentials[first.name]["public_key"].encode()).decode()
+    asked: Requests = [
+        ("GET", "/v1/join", _bearer(mine)),  # so that the others could succeed
+        *((method, theirs, _bearer(mine)) for method in ("GET", "PUT", "DELETE")),
+        # In the other's name, whose key it does not have, and as nobody that was invited.
+        ("POST", "/v1/fleet/pull-messages", {"flwr-public-key": key, **PROTOBUF}),
+        ("POST", "/v1/fleet/pull-messages", {"flwr-public-key": base64.b64encode(b"me").decode()}),
+    ]
+    outside: Address = ("https", server.address, PORT)
+    joined_as, *others, as_first, as_nobody = _knock(second, outside, asked, user=second.user)
+    assert (joined_as, others, as_nobody) == (200, [404] * 3, 401)
+    assert as_first in (401, 403)  # by Flower
+
+    def invited(action: str) -> Invitation:
+        _serve(joined, action)
+        return _letter(joined, "guest")
+
+    old, new = invited("invite"), invited("invite")
+    asks: Requests = [("GET", "/v1/join", _bearer(letter)) for letter in (old, new)]
+    assert _knock(second, outside, asks) == [401, 200]
+    _serve(joined, "revoke")
+    assert _knock(second, outside, asks) == [401, 401]
+
+
+def _check_certificate(joined: Joined) -> None:
+    """Join whoever answers with another certificate."""
+    host = joined.sites[1]
+    pem, _ = new_certificate(joined.server.name)
+    wrong = replace(_letter(joined, host.name), certificate=pem)
+    host.write(f"/home/{host.user}/wrong.json", json.dumps(asdict(wrong)))
+    words = ("--config-dir=conf", f"+facility={host.name}", "data.paths=[json]", "site.dir=wrong")
+    with pytest.raises(LabError, match=r"(?s)exit code 2: .*another certificate"):
+        host.run("python", "-m", "flwr_hpc.join", "wrong.json", *words)
+
+
+def _serve(joined: Joined, action: str) -> None:
+    words = ("python", "-m", "flwr_hpc.serve", action, "guest", joined.run_dir)
+    joined.server.run(*words)
+
+
+def _letter(joined: Joined, site: str) -> Invitation:
+    return read_invitation(joined.path(f"invitations/{site}.json"))
+
+
+def _bearer(letter: Invitation) -> dict[str, str]:
+    return {"Authorization": f"Bearer {letter.token}"}
+
+
+def _knock(
+    host: Host, where: Address, requests: Requests, user: str = STRANGER, wait_s: float = 120.0
+) -> list[int]:
+    """Return what a user of a host is answered."""
+    found = host.run(*KNOCK, *map(str, (*where, wait_s)), user=user, stdin=json.dumps(requests))
+    statuses: list[int] = json.loads(found)
+    return statuses

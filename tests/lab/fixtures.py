@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from .centres import Centres, missing_tun
+from .centres import CENTRES, Centres, Site, missing_tun
 from .cluster import Cluster
 from .host import LabError, missing
 from .plan import Shape
 
-__all__ = ["FAULTY", "Lab", "REQUIRE", "centres", "lab", "slurm", "slurm_conf"]
+__all__ = ["FAULTY", "Lab", "REQUIRE", "centres", "lab", "slurm", "slurm_conf", "three_centres"]
 
 _NUMBERS = itertools.count()
 REQUIRE = "FLWR_HPC_REQUIRE_SLURM"
@@ -62,15 +62,27 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture
 def centres() -> Iterator[Centres]:
-    """Return a server and two centres that share nothing; skips where there can be none.
+    """Return a server and two centres that share nothing; skips where there can be none."""
+    with _connected(CENTRES) as centres:
+        yield centres
+
+
+@pytest.fixture
+def three_centres() -> Iterator[Centres]:
+    """As `centres`, with a third one that has no batch system either."""
+    with _connected((*CENTRES, Site("centre_c", "carl"))) as centres:
+        yield centres
+
+
+def _connected(sites: Sequence[Site]) -> Centres:
+    """Bring hosts up.
 
     A container without TUN devices may still be one for Slurm: it fails for want of Slurm alone.
     """
     _need(missing())
     if reason := missing_tun():
         pytest.skip(reason)
-    with Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}") as centres:
-        yield centres
+    return Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}", sites)
 
 
 def _need(reason: str) -> None:

@@ -144,3 +144,10 @@ class Host:
         target.chmod(mode)
         target.write_text(text)
         os.chown(target, number, number)
+
+    def copy(self, source: Path, path: str) -> None:
+        """Write the files of a folder of the machine below into one of its user's."""
+        for file in sorted(p for p in source.rglob("*") if p.is_file()):
+            target = f"{path}/{file.relative_to(source)}"
+            self.write(target, "")
+            self.outside(target).write_bytes(file.read_bytes())

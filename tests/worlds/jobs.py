@@ -145,26 +145,29 @@ def register_dummy(site_packages: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _install_fakes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / "bin").mkdir(parents=True)
     for command in ("sbatch", "srun", "squeue", "sacct", "scancel"):
-        _program(home, command, FAKES.read_text())
+        _write(_program(home, command, FAKES.read_text()))
     monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(home))
 
 
-def _program(home: Path, command: str, code: str) -> None:
-    """Write a command in Python; a path with a space is no interpreter for a first line."""
-    script, program = home / "python" / command, home / "bin" / command
-    script.parent.mkdir(exist_ok=True)
-    script.write_text(code)
+def _program(home: Path, command: str, code: str) -> dict[Path, str]:
+    """Return a command in Python; a path with a space is no interpreter for a first line."""
+    script = home / "python" / command
     run = shlex.join([sys.executable, str(script)])
-    program.write_text(f'#!/bin/sh\nexec {run} "$@"\n')
-    program.chmod(0o755)
+    return {script: code, home / "bin" / command: f'#!/bin/sh\nexec {run} "$@"\n'}
 
 
-def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put PBS's commands in PATH; what they keep lies in `home`."""
-    (home / "bin").mkdir(parents=True)
+def _write(programs: dict[Path, str]) -> None:
+    for path, text in programs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+
+def fake_pbs(home: Path) -> dict[Path, str]:
+    """Return PBS's commands, for a `PATH` of ``home/bin``; what they keep lies in `home`."""
+    programs: dict[Path, str] = {}
     for module, commands in FAKE_PBS.items():
         for command in commands:
             code = (
@@ -172,6 +175,12 @@ def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 f"sys.path.insert(0, {str(TESTS / 'contract' / 'fake_pbs')!r})\n"
                 f"import {module}\n{module}.{command}(sys.argv[1:])\n"
             )
-            _program(home, command, code)
+            programs |= _program(home, command, code)
+    return programs
+
+
+def install_fake_pbs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put PBS's commands in PATH."""
+    _write(fake_pbs(home))
     monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_PBS", str(home))
