@@ -73,7 +73,7 @@ def _now(
     file = folder / f"{turn}.safetensors"
     group.broadcast(None)
     began = time.perf_counter()
-    write_weights = trainer.gather_weights(file)
+    write_weights = trainer.stage_weights(file).publish
     gathered = time.perf_counter()
     write = checkpoints.stage(f"run-a-{turn:06d}", trainer.step, trainer.tensors(), {}, file)
     staged = time.perf_counter()

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -63,6 +64,12 @@ def wait_until_writable(folder: Path, sleep: Callable[[float], None]) -> None:
 def keep_files_private() -> None:
     """Let nobody else read what this process and its children write from here on."""
     os.umask(0o077)
+
+
+def open_many_files() -> None:
+    """Let this process open as many files at once as the system allows, if that is more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextlib.contextmanager

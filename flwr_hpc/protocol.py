@@ -116,7 +116,8 @@ class Result:
     # ``train_loss``, ``held_out_loss`` (nats per token), ``grad_norm``, ``tokens_per_s``,
     # ``mfu``, ``peak_memory_gb``, ... Only finite numbers.
     metrics: dict[str, float] = field(default_factory=dict)
-    weights: str | None = None  # File name of the trained weights in the order's folder
+    # Name of the trained weights in the order's folder: a file, or the manifest of shards.
+    weights: str | None = None
     sha256: str = ""  # Of that file
     # Small text files that make the weights a Hugging Face directory (``initialize``).
     files: dict[str, str] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class Result:
     # The site lacks what the order goes on from: it failed, but another order may do.
     refused: bool = False
     # sha256 of further arrays that were asked for, by their key in the reply; they lie beside
-    # the weights as ``KEY.safetensors``.
+    # the weights as ``KEY.safetensors``, or as shards of the manifest ``KEY.json``.
     extra_arrays: dict[str, str] = field(default_factory=dict)
     note: str = ""  # What a person should know of how it was done
 

@@ -135,6 +135,9 @@ class TrainConfig:
     reset_optimizer: bool = False  # Forget the inner optimizer's state at every order
     # Save the trainer's state after so many training orders (0: never).
     checkpoint_every_orders: int = 1
+    # Weights of so many MB and more are written by all ranks, each its own shard, and travel as
+    # these are; of smaller ones rank 0 makes one file.
+    shards_above_mb: float = 256.0
 
 
 @dataclass

@@ -39,7 +39,16 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("seed", "model.lora.r", "exchange.inline_below_mb", "allocation.retries"),
     *("allocation.max_successors", "allocation.progress_timeout_s"),
-    *(f"train.{k}" for k in ("clip", "warmup_steps", "weight_decay", "checkpoint_every_orders")),
+    *(
+        f"train.{k}"
+        for k in (
+            "clip",
+            "warmup_steps",
+            "weight_decay",
+            "checkpoint_every_orders",
+            "shards_above_mb",
+        )
+    ),
     *(f"federation.{k}" for k in ("retries", "restarts", "offline_grace_s", "reply_grace_s")),
     *(f"federation.{k}" for k in ("retry_delay_s", "evaluate_every", "final_evaluation_s")),
     *("federation.backoff_s", "federation.backoff_max_s"),

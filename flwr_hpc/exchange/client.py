@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.compression.feedback import Feedback
 from flwr_hpc.exchange.records import RecordTensors, inline
+from flwr_hpc.exchange.shards.cuts import Cut
+from flwr_hpc.exchange.shards.manifest import WeightFiles, check_sha256
+from flwr_hpc.exchange.shards.parcel import Parcel, Part, cut_out, joined
 from flwr_hpc.exchange.store import PREFIX, SHA256, Reference, Store, node_folder
-from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
+from flwr_hpc.exchange.tensorfile import TensorFile, save
 from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, Tensors
 
 INLINE = "inline-"  # begins the names of files whose arrays came inside a message
@@ -83,9 +86,10 @@ class SiteExchange:
         key : str
             For the arrays in it.
         weights : Path
-            A published safetensors file, which must not be written to again.
+            A published safetensors file, or the manifest of shards, which travel as they are; none
+            of it must be written to again.
         sha256 : str
-            Of that file.
+            Of that file or manifest.
         node_id : int
             This node's, by which the server knows what it may fetch, and delete afterwards.
         base : Path or None
@@ -96,21 +100,22 @@ class SiteExchange:
         Returns
         -------
         dict
-            ``sent_share``: the payload's bytes as a share of the file's. ``codec_error``: the norm
+            ``sent_share``: the payloads' bytes as a share of the files'. ``codec_error``: the norm
             of what the codec left out, as a share of the update's.
 
         Raises
         ------
         BadPayload
-            If the file is malformed or, sent inline, not what `sha256` says.
+            If a file is malformed or, of what is sent inline, not what `sha256` says.
         """
-        if weights.stat().st_size >= self.inline_below_mb * 1e6:
-            ref, metrics = self._put(weights, sha256, node_folder(node_id), base, order_id)
-            content[PREFIX + key] = ref.to_record()
+        trained = WeightFiles.open(weights, sha256)
+        if trained.nbytes >= self.inline_below_mb * 1e6:
+            parcel, metrics = self._put(trained, node_folder(node_id), base, order_id)
+            content[PREFIX + key] = parcel.to_record()
             return metrics
-        if (found := sha256_of(weights)) != sha256:
-            raise BadPayload(f"{weights.name} has the sha256 {found}, expected {sha256}")
-        content[key] = inline(TensorFile(weights, sha256))
+        for file, _ in trained.parts:
+            check_sha256(file.path, file.sha256)
+        content[key] = inline(trained.whole)
         return {}
 
     def _fetch(self, ref: Reference, folder: Path) -> Path:
@@ -118,7 +123,11 @@ class SiteExchange:
         if not path.is_file():  # it is there when an order is sent again
             with _scratch(folder) as payload:
                 self.store.get(ref, payload)
-                save(self._decoded(ref, payload, folder), path)
+                received = self._decoded(ref, payload, folder)
+                if isinstance(received, TensorFile) and received.path == payload:
+                    payload.rename(path)  # as it is, and hashed already
+                else:
+                    save(received, path)
         path.touch()  # also where it is a link to an older file: not to be pruned before its order
         return path
 
@@ -131,20 +140,34 @@ class SiteExchange:
         return self.downlink.decode(payload, TensorFile(base))
 
     def _put(
-        self, weights: Path, sha256: str, folder: str, base: Path | None, order_id: str
-    ) -> tuple[Reference, dict[str, float]]:
-        file, known = TensorFile(weights, sha256), self._base(base)
+        self, trained: WeightFiles, folder: str, base: Path | None, order_id: str
+    ) -> tuple[Parcel, dict[str, float]]:
+        """Put files of weights into the store, each as a payload of its own."""
+        known = self._base(base)
         feedback = self.feedback if known else None
-        meant = feedback.corrected(order_id, file) if feedback else file
-        with _scratch(weights.parent) as payload:
-            digest = self.codec.encode(meant, payload, known)
-            metrics = {"sent_share": payload.stat().st_size / weights.stat().st_size}
+        meant = feedback.corrected(order_id, trained.whole) if feedback else trained.whole
+        version = base.stem if base and known else ""
+        with ExitStack() as stack:
+            payloads: list[tuple[Path, str]] = []
+            sent: list[tuple[Tensors, Cut | None]] = []
+            for file, cut in trained.parts:
+                payload = stack.enter_context(_scratch(file.path.parent))
+                part = file if meant is trained.whole else cut_out(meant, cut)
+                there = cut_out(known, cut) if known else None
+                payloads.append((payload, self.codec.encode(part, payload, there)))
+                if feedback:
+                    sent.append((self.codec.decode(payload, there, file.layout), cut))
+            metrics = {"sent_share": sum(p.stat().st_size for p, _ in payloads) / trained.nbytes}
             if feedback and known:
-                sent = self.codec.decode(payload, known, file.layout)
-                metrics["codec_error"] = feedback.keep(order_id, meant, sent, known)
-            ref = self.store.put(payload, folder, digest)
-        named = replace(ref, base=base.stem if base and known else "", dtype=_half(file))
-        return named, metrics
+                whole = joined(sent, trained.whole.layout)
+                metrics["codec_error"] = feedback.keep(order_id, meant, whole, known)
+            refs = [self.store.put(payload, folder, sha256) for payload, sha256 in payloads]
+        dtype = _half(trained.whole)
+        parts = [
+            Part(replace(ref, base=version, dtype=dtype), cut)
+            for ref, (_, cut) in zip(refs, trained.parts, strict=True)
+        ]
+        return Parcel(parts, trained.whole.layout), metrics
 
     def _base(self, path: Path | None) -> Tensors | None:
         """Open what the server knows by the name of its file, if the codec wants it."""

@@ -1,7 +1,8 @@
 """What a site sent, made into checked lazy records. Runs beside the server's loop, in many threads.
 
 Taken is what was asked for, from the sender's own folder of the store, of the size that the layout
-implies, and as a copy of the server's own: nothing can change between the check and the use.
+implies, and as a copy of the server's own: nothing can change between the check and the use. Of
+shards none is fetched unless they make up the whole, and each is checked by itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.expected import Expected
 from flwr_hpc.exchange.records import RecordTensors, lazy_record
+from flwr_hpc.exchange.shards.parcel import Parcel, joined
 from flwr_hpc.exchange.store import PREFIX, Reference, Store
-from flwr_hpc.exchange.tensors import HALVES, BadPayload, Layout, Tensors, check
+from flwr_hpc.exchange.tensors import HALVES, BadPayload, Layout, Tensors, check, check_layout
 from flwr_hpc.exchange.transfer import Transfer
 from flwr_hpc.protocol import METRICS, WEIGHT_KEY
 
@@ -53,8 +55,8 @@ class Receiver:
         taken = {key: record for key, record in content.items() if _plain(key, record)}
         for key, layout in expected.layouts.items():
             if PREFIX + key in content:
-                ref = Reference.from_record(content[PREFIX + key])
-                taken[key] = self._fetch(ref, layout, expected, transfer)
+                parcel = Parcel.from_record(content[PREFIX + key], expected.folder)
+                taken[key] = self._fetch(parcel, layout, expected, transfer)
             elif isinstance(record := content.get(key), ArrayRecord) and record:
                 taken[key] = self._inline(record, layout, transfer)
         _check_weight(taken.get(METRICS))
@@ -69,24 +71,42 @@ class Receiver:
         return lazy_record(tensors) if half else record
 
     def _fetch(
-        self, ref: Reference, layout: Layout | None, expected: Expected, transfer: Transfer
+        self, parcel: Parcel, layout: Layout | None, expected: Expected, transfer: Transfer
     ) -> ArrayRecord:
-        if ref.folder != expected.folder:
-            raise BadPayload(f"payload {ref.key} is another's: its own lie in {expected.folder}/")
-        accept = (*self._codec.dtypes, *([ref.dtype] if ref.dtype else []))
+        for part in parcel.parts:
+            if part.ref.folder != expected.folder:
+                raise BadPayload(
+                    f"payload {part.ref.key} is another's: its own lie in {expected.folder}/"
+                )
+        accept = (*self._codec.dtypes, *([parcel.dtype] if parcel.dtype else []))
         try:
-            self._check_size(ref, layout, accept)
-            tensors = self._open(ref, layout, transfer)
+            tensors = self._fetch_parts(parcel, layout, accept, transfer)
         except BadPayload:
-            self._store.delete(ref)  # else the same bytes would be found there for ever
+            self._delete(parcel)  # else the same bytes would be found there for ever
             raise
-        self._store.delete(ref)
-        check(tensors, layout, accept, transfer.advance)
+        self._delete(parcel)
         return lazy_record(tensors, layout)
 
-    def _open(self, ref: Reference, layout: Layout | None, transfer: Transfer) -> Tensors:
+    def _fetch_parts(
+        self, parcel: Parcel, layout: Layout | None, accept: tuple[str, ...], transfer: Transfer
+    ) -> Tensors:
+        """Return the tensors of payloads; none is fetched unless all of them can be right."""
+        if parcel.layout is not None and layout is not None:
+            check_layout(parcel.layout, layout, accept)
+        self._check_sizes(parcel, layout, accept)
+        base = self._version(parcel.base) if parcel.base and self._codec.relative else None
+        found: list[Tensors] = []
+        for part in parcel.parts:
+            expected = part.layout(parcel.layout if layout is None else layout)
+            found.append(self._open(part.ref, part.of(base), expected, transfer))
+            check(found[-1], expected, accept, transfer.advance)
+        cuts = (part.cut for part in parcel.parts)
+        return joined(list(zip(found, cuts, strict=True)), layout or parcel.layout or {})
+
+    def _open(
+        self, ref: Reference, base: Tensors | None, layout: Layout | None, transfer: Transfer
+    ) -> Tensors:
         """Fetch a payload as our own copy; its file goes with the last array over it."""
-        base = self._version(ref.base) if ref.base and self._codec.relative else None
         path = self._folder / uuid.uuid4().hex
         try:
             self._store.get(ref, path, own=True, transfer=transfer)
@@ -97,25 +117,34 @@ class Receiver:
         weakref.finalize(tensors, path.unlink, missing_ok=True)
         return tensors
 
-    def _check_size(self, ref: Reference, layout: Layout | None, accept: tuple[str, ...]) -> None:
-        """Refuse a payload that cannot be what was asked for, and could only fill the disk."""
+    def _check_sizes(self, parcel: Parcel, layout: Layout | None, accept: tuple[str, ...]) -> None:
+        """Refuse payloads that cannot be what was asked for, and could only fill the disk."""
         if layout is None:
-            low, high = 1, int(DISK_SHARE * shutil.disk_usage(self._folder).free)
-        else:
-            low, high = self._codec.size_range(layout, accept)
-        if not low <= ref.bytes <= high:
-            raise BadPayload(f"the payload has {ref.bytes} bytes, expected {low} to {high}")
+            room = int(DISK_SHARE * shutil.disk_usage(self._folder).free)
+            _check_size(sum(part.ref.bytes for part in parcel.parts), 1, room)
+            return
+        for part in parcel.parts:
+            _check_size(part.ref.bytes, *self._codec.size_range(part.layout(layout) or {}, accept))
+
+    def _delete(self, parcel: Parcel) -> None:
+        for part in parcel.parts:
+            self._store.delete(part.ref)
 
     def _drop_unasked(self, content: RecordDict, expected: Expected) -> None:
         """Have the store rid of payloads of the sender's that nobody will fetch."""
         for name, record in content.items():
             if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in expected.layouts:
                 try:
-                    ref = Reference.from_record(record)
+                    parcel = Parcel.from_record(record, expected.folder)
                 except BadPayload:
                     continue
-                if ref.folder == expected.folder:
-                    self._store.delete(ref)
+                if all(part.ref.folder == expected.folder for part in parcel.parts):
+                    self._delete(parcel)
+
+
+def _check_size(found: int, low: int, high: int) -> None:
+    if not low <= found <= high:
+        raise BadPayload(f"the payload has {found} bytes, expected {low} to {high}")
 
 
 def _plain(key: str, record: object) -> bool:

@@ -22,7 +22,13 @@ from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.executors import DaemonThreads
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.store import make_store
-from flwr_hpc.files import explain_disk_trouble, is_disk_trouble, publish, wait_until_writable
+from flwr_hpc.files import (
+    explain_disk_trouble,
+    is_disk_trouble,
+    open_many_files,
+    publish,
+    wait_until_writable,
+)
 from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.server.model_dir import (
     base_options,
@@ -85,6 +91,7 @@ def _once_writable(run: RunDir, events: EventLog, clock: Clock, work: Callable[[
 
 def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     """Train from the newest checkpoint, or from the start, to the last round."""
+    open_many_files()  # of each reply in shards all are open
     store = make_store(run.store_url(config))
     store.sweep()
     codec = make_codec(config.exchange.codec)

@@ -21,7 +21,7 @@ from flwr.clientapp import ClientApp
 from flwr_hpc import protocol
 from flwr_hpc.config.invitation import versions
 from flwr_hpc.exchange.tensors import BadPayload
-from flwr_hpc.files import keep_files_private
+from flwr_hpc.files import keep_files_private, open_many_files
 from flwr_hpc.protocol import Order, Result, Status
 from flwr_hpc.site.launcher import SESSION_MARK, Launcher, make_launcher
 from flwr_hpc.site.limits import LimitReached, check_order
@@ -169,6 +169,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     """Run `work` on this site and wrap the status it returns into a reply."""
     signal.signal(signal.SIGTERM, _terminate)
     keep_files_private()
+    open_many_files()
     began, meta = time.monotonic(), message.metadata
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
 
@@ -205,7 +206,7 @@ def _with_payload(launcher: Launcher, status: Status, node_id: int) -> tuple[Sta
     content[protocol.METRICS] = _flower_metrics(result)
     exchange, folder = launcher.exchange, launcher.site.spool.order(result.order_id)
     for key, sha256 in result.extra_arrays.items():
-        exchange.send(content, key, folder.arrays(key), sha256, node_id)
+        exchange.send(content, key, folder.published_arrays(key), sha256, node_id)
     if not result.weights:
         return status, content
     weights, base = folder.path / result.weights, folder.order()[1]

@@ -16,7 +16,9 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
         /checkpoints/<order>@<step>/     worker: trainer state (sharded), with meta.json last
         /orders/<order>/order.json       launcher: `Order` and the files it starts from, once
                        /progress.json    worker: {"step", "steps", "loss", "tokens_per_s"}
-                       /weights.safetensors, /<key>.safetensors    worker: what it trained
+                       /weights.safetensors, /<key>.safetensors    worker: what it trained, or,
+                       /weights-<k>-of-<n>.safetensors, /weights.json     written by all ranks,
+                                      their shards, and then the manifest (<key> likewise)
                        /result.json      worker, last: `Result`
                        /result.failed.json                 launcher: the order is tried again
                        /request.pkl, reply.pkl, rank-*.pkl      batch mod: message and reply

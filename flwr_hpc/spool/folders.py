@@ -88,6 +88,11 @@ class OrderDir:
         """Where the worker writes extra arrays, before the result."""
         return self.path / f"{key}.safetensors"
 
+    def published_arrays(self, key: str) -> Path:
+        """Return where extra arrays are: in a file, or the shards of a manifest."""
+        manifest = self.path / f"{key}.json"
+        return manifest if manifest.exists() else self.arrays(key)
+
     def progress(self) -> dict[str, Any]:
         return read_json(self.path / "progress.json") or {}
 

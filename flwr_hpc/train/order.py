@@ -21,6 +21,7 @@ from flwr_hpc.train.progress import DivergedError, OrderProgress
 from flwr_hpc.train.state.checkpoint import DamagedCheckpointError, Saved
 from flwr_hpc.train.state.site_state import SiteState
 from flwr_hpc.train.trainer import Trainer
+from flwr_hpc.train.weights import Staged
 from flwr_hpc.worker.deadline import Deadline, Stop
 
 
@@ -107,9 +108,9 @@ class OrderRunner:
     # The kinds of order
 
     def _initialize(self, order: Order, folder: OrderDir) -> Result:
-        self._write_weights(folder, self.trainer.gather_initial)
+        weights = self._write_weights(folder, self.trainer.stage_initial)
         return Result(
-            order.id, "done", weights=folder.weights.name,
+            order.id, "done", weights=weights.name,
             files=self.files, seconds=self.meter.seconds,
         )  # fmt: skip
 
@@ -217,17 +218,19 @@ class OrderRunner:
         metrics: dict[str, float],
         active: list[Algorithm],
     ) -> Result:
-        self._write_weights(folder, lambda path: self.trainer.gather_weights(path, order.returns))
+        weights = self._write_weights(
+            folder, lambda path: self.trainer.stage_weights(path, order.returns)
+        )
         with self.meter.phase("transfer", "write"):
             for algorithm in active:
                 self._writes += algorithm.end(order, folder, trained.steps)
-        self._writes += self.state.stage(active, folder.weights if order.returns is None else None)
+        self._writes += self.state.stage(active, weights if order.returns is None else None)
         return Result(
             order.id, "done",
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,
             metrics=metrics | self.meter.metrics(trained) | self.meter.memory(),
             note=self._take_notes(),
-            weights=folder.weights.name, seconds=self.meter.seconds,
+            weights=weights.name, seconds=self.meter.seconds,
         )  # fmt: skip
 
     def _take_notes(self) -> str:
@@ -239,15 +242,17 @@ class OrderRunner:
             found = self.trainer.evaluate()
         return {"held_out_loss": found.loss, "held_out_tokens": found.tokens}, found.sequences
 
-    def _write_weights(self, folder: OrderDir, gather: Callable[[Path], Callable[[], str]]) -> None:
-        self.background.wait()  # what was gathered for the order before is written by then
+    def _write_weights(self, folder: OrderDir, stage: Callable[[Path], Staged]) -> Path:
+        """Copy weights, and have them written with the result; return what will name them."""
+        self.background.wait()  # what was copied for the order before is written by then
         with self.meter.phase("transfer", "write"):
-            publish = gather(folder.weights)
+            staged = stage(folder.weights)
 
         def write() -> dict[str, Any]:
             began = time.perf_counter()
-            sha256 = publish()
+            sha256 = staged.publish()
             self._weights_s = time.perf_counter() - began
             return {"sha256": sha256}
 
         self._writes.append(write)
+        return staged.path

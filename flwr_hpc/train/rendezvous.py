@@ -112,6 +112,12 @@ class Group:
             mine = Failure.of(exc)
         return result, self.failures(mine, patience_s)
 
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Return every rank's `value` on every rank; over `control` if no other group is given."""
+        gathered: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(gathered, value, group=group or self.control)
+        return gathered
+
     def refuse_together(self, work: Callable[[], None]) -> None:
         """Do a piece of work on every rank; raise on all what the user can fix on any of them.
 
@@ -123,9 +129,7 @@ class Group:
         except UserError as exc:
             refusal = str(exc)
         if self.largest(float(bool(refusal))):
-            refusals: list[str] = [""] * self.ranks.world_size
-            dist.all_gather_object(refusals, refusal, group=self.control)
-            raise UserError(next(filter(None, refusals)))
+            raise UserError(next(filter(None, self.gather(refusal))))
 
     def failures(self, mine: Failure | None, patience_s: float | None = None) -> list[Failure]:
         """Tell all ranks how this one fared and return what went wrong on any of them.

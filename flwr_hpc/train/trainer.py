@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,13 @@ from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, learning_rate, step_if_finite, sum_gradients
 from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW, meshes, reshard, shard
-from flwr_hpc.train.parallel.tensors import full, local
+from flwr_hpc.train.parallel.tensors import local
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.residual import FrozenResidual
 from flwr_hpc.train.runtime.garbage import collect_at, uncollected
 from flwr_hpc.train.runtime.prefetch import Prefetch
-from flwr_hpc.train.weights import gathered_weights, layout_of, read_weights
+from flwr_hpc.train.weights import Named, Staged, WeightsWriter, layout_of, read_weights
 from flwr_hpc.worker.deadline import Stop
 
 
@@ -94,6 +94,7 @@ class Trainer:
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}
         factors = frozen_factors(built.model)
         self._initial = self.exchanged | {f: factors[name] for name, f in built.frozen.items()}
+        self._writer = WeightsWriter(group, self._initial, 1e6 * config.shards_above_mb)
         self.trained = {n: t for n, t in self.exchanged.items() if t.requires_grad}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
         self._unsummed = [p for n, p in self._trained.items() if n in unsummed]
@@ -138,38 +139,26 @@ class Trainer:
         reshard(self._model)
         self._group.refuse_together(lambda: self._residual.set(path))
 
-    def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
-        """Publish the weights, or those named, in float32; a collective call.
-
-        Returns the sha256 on rank 0.
-        """
-        return self.gather_weights(path, names)()
-
-    def gather_weights(self, path: Path, names: Collection[str] | None = None) -> Callable[[], str]:
-        """Gather the weights, or those named; return what publishes them as `save_weights` does.
-
-        That is no collective call, and can be made while training goes on.
-        """
-        reshard(self._model)
+    def stage_weights(self, path: Path, names: Collection[str] | None = None) -> Staged:
+        """Copy the weights, or those named, to be published in float32; a collective call."""
         layout = self.layout(names)
-        return self._gather(path, layout, (full(self.exchanged[name]) for name in layout))
+        return self.stage(path, ((name, self.exchanged[name]) for name in layout), layout)
 
-    def gather_initial(self, path: Path) -> Callable[[], str]:
-        """Gather what a run begins with: the weights that travel, and frozen factors once."""
+    def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
+        """Publish the weights, or those named, at once; a collective call.
+
+        Returns the sha256 of the file, or of its shards' manifest, on rank 0.
+        """
+        return self.stage_weights(path, names).publish()
+
+    def stage_initial(self, path: Path) -> Staged:
+        """Copy what a run begins with: the weights that travel, and frozen factors once."""
+        return self.stage(path, self._initial.items(), layout_of(self._initial.items()))
+
+    def stage(self, path: Path, tensors: Named, layout: Layout | None = None) -> Staged:
+        """Copy tensors that are as all of the weights, or as `layout` says, to be published."""
         reshard(self._model)
-        layout = layout_of(self._initial.items())
-        return self._gather(path, layout, (full(tensor) for tensor in self._initial.values()))
-
-    def gather(self, path: Path, tensors: Iterator[Tensor]) -> Callable[[], str]:
-        """Gather tensors that are as all of the weights, as `gather_weights` does these."""
-        return self._gather(path, self.layout(), tensors)
-
-    def _gather(self, path: Path, layout: Layout, tensors: Iterator[Tensor]) -> Callable[[], str]:
-        if self._group.ranks.rank == 0:
-            return gathered_weights(path, layout, tensors)
-        for _ in tensors:  # take part in gathering
-            pass
-        return lambda: ""
+        return self._writer.stage(path, tensors, self.layout() if layout is None else layout)
 
     def shards(self) -> list[Tensor]:
         """Return this rank's parts of the weights that travel, to be changed in place."""

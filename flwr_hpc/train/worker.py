@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr_hpc.errors import UserError
+from flwr_hpc.files import open_many_files
 from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir
 from flwr_hpc.worker.deadline import Deadline
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 def run(allocation_dir: Path) -> None:
     """Serve an allocation, whose folder `flwr_hpc.spool` describes; called once in every rank."""
+    open_many_files()  # of weights in shards all are open
     allocation, ranks = AllocationDir(Path(allocation_dir)), Ranks.detect()
     settings = WorkerSettings.read(allocation)
     mine = allocation if ranks.rank == 0 else None

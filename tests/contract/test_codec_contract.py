@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
+from worlds.exchange.shards import even_cuts
 
 from flwr_hpc.exchange.codec import codec_names, make_codec
 from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.shards.cuts import Joined, Sliced, slice_layout
 from flwr_hpc.exchange.tensorfile import sha256_of
 from flwr_hpc.exchange.tensors import BadPayload, check
 
@@ -70,6 +72,21 @@ def test_a_payload_is_of_the_size_that_its_layout_implies(codec, base, tmp_path)
     low, high = codec.size_range(sent.layout, codec.dtypes)
     assert 0 < low <= (tmp_path / "payload").stat().st_size <= high
     assert high < sent.nbytes + 10_000
+
+
+def test_a_payload_may_be_a_shard(codec, base, tmp_path):
+    """Rows of tensors against the same rows of the base; all shards make up what was sent."""
+    sent, shards = tensors(1), []
+    for cut in even_cuts(sent.layout, 3):
+        there, path = base and Sliced(base, cut), tmp_path / str(len(shards))
+        codec.encode(Sliced(sent, cut), path, there)
+        layout = slice_layout(sent.layout, cut)
+        low, high = codec.size_range(layout, codec.dtypes)
+        assert low <= path.stat().st_size <= high
+        shards.append((codec.decode(path, there, layout), cut))
+    received = Joined(shards, sent.layout)
+    check(received, sent.layout, codec.dtypes)
+    assert distance(received, sent) <= codec.tolerance * distance(sent, base)
 
 
 def test_a_codec_that_is_not_relative_needs_no_base(codec, tmp_path):

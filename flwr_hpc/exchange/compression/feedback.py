@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flwr_hpc.exchange.compression.update import Values
 from flwr_hpc.exchange.tensorfile import TensorFile, aligned, write_safetensors
-from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, TensorInfo, Tensors
+from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, TensorInfo, Tensors, widen
 from flwr_hpc.files import publish, read_json
 
 STATE = "feedback.json"
@@ -95,8 +95,18 @@ class Corrected(Tensors):
         """Return the sum."""
         if not self._is_corrected(name):
             return self._tensors.raw(name)
-        total = self._tensors.tensor(name) + self._decay * self._error.tensor(name)
-        return total.astype(self.layout[name].stored, copy=False)
+        return self._sum(name, self._tensors.raw(name), self._error.raw(name))
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Return some rows of the sum, of which alone it is taken."""
+        rows = self._tensors.rows(name, start, stop)
+        if not self._is_corrected(name):
+            return rows
+        return self._sum(name, rows, self._error.rows(name, start, stop))
+
+    def _sum(self, name: str, bits: NDArray[Any], error: NDArray[Any]) -> NDArray[Any]:
+        total = widen(bits, self._tensors.layout[name].dtype) + self._decay * error
+        return np.asarray(total, self.layout[name].stored)
 
     def _is_corrected(self, name: str) -> bool:
         info, known = self._tensors.layout[name], self._error.layout.get(name)

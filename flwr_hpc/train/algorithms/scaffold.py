@@ -16,7 +16,7 @@ from flwr_hpc.protocol import GRADIENT, MEAN_GRADIENT, Order
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.optim import gradient
-from flwr_hpc.train.parallel.tensors import full, local
+from flwr_hpc.train.parallel.tensors import local
 from flwr_hpc.train.trainer import Trainer
 
 
@@ -48,20 +48,22 @@ class Scaffold(Algorithm):
             torch._foreach_add_(grads, [local(c) for c in self._correction.values()])
 
     def end(self, order: Order, folder: OrderDir, steps: int) -> list[Write]:
-        """Gather the mean gradient, if it was asked for."""
+        """Copy the mean gradient, if it was asked for."""
         if not order.options.get(MEAN_GRADIENT):
             return []
-        publish = self._trainer.gather(folder.arrays(GRADIENT), self._mean(steps))
-        return [lambda: {"extra_arrays": {GRADIENT: publish()}}]
+        staged = self._trainer.stage(folder.arrays(GRADIENT), self._mean(steps))
+        return [lambda: {"extra_arrays": {GRADIENT: staged.publish()}}]
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"gradient_sum.{name}": s for name, s in self._sums.items()}
 
-    def _mean(self, steps: int) -> Iterator[Tensor]:
-        """Yield one whole tensor at a time; of what travels untrained the gradient is zero."""
+    def _mean(self, steps: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield one tensor at a time; of what travels untrained the gradient is zero."""
         for name, tensor in self._trainer.exchanged.items():
-            summed = self._sums.get(name)
-            yield torch.zeros_like(full(tensor)) if summed is None else full(summed) / max(1, steps)
+            if (summed := self._sums.get(name)) is None:
+                yield name, torch.zeros_like(tensor.detach())
+            else:
+                yield name, summed / max(1, steps)
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -21,6 +21,22 @@ def extent(tensor: Tensor) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in tensor.shape)
     (part,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     return tuple(slice(a, a + n) for a, n in zip(part.offsets, part.sizes, strict=True))
+
+
+def cut_in_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor that is cut along its first dimension alone.
+
+    A collective call; nothing is sent but where another dimension was cut (tensor parallelism),
+    and there no rank gets more than it had.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor) or not any(map(_dim, tensor.placements)):
+        return tensor
+    return tensor.redistribute(placements=[Shard(0) if _dim(p) else p for p in tensor.placements])
+
+
+def _dim(placement: Placement) -> int:
+    return getattr(placement, "dim", 0)
 
 
 def holders(tensor: Tensor, ranks: int) -> int:

@@ -46,7 +46,7 @@ class Background:
             done, error = part(), None
         except BaseException as exc:  # torch's own derive from that
             error = exc
-        failed = self._group.broadcast(_told(error), self._group.background)
+        failed = self._group.broadcast(told(error), self._group.background)
         if error:
             raise error
         if failed:
@@ -76,13 +76,14 @@ class Background:
         return self._work.exception() if self._work else None
 
     def _raise(self, error: BaseException | None) -> None:
-        if failure := self._group.broadcast(_told(error)):
+        if failure := self._group.broadcast(told(error)):
             self._work = None
             words, cause = failure
             raise RankError(words, cause=cause) from error
 
 
-def _told(error: BaseException | None) -> tuple[str, Cause] | None:
+def told(error: BaseException | None) -> tuple[str, Cause] | None:
+    """Return what other ranks have to know of an error."""
     if error is None:
         return None
     words = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"

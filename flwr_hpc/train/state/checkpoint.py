@@ -5,7 +5,7 @@
     SITE/checkpoints/<order id>@<cumulative step>/   DCP files and meta.json
 
 A checkpoint can be loaded at another world size than it was saved at. Weights that were written
-as an order's result are not written again: the checkpoint has a hard link to them.
+as an order's result are not written again: the checkpoint has hard links to them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
+from flwr_hpc.exchange.shards.manifest import files_of
 from flwr_hpc.files import can_link, publish, read_json, sync_dir
 from flwr_hpc.spool import CHECKPOINT_META, checkpoint_name
 from flwr_hpc.train.rendezvous import Group
@@ -32,7 +33,6 @@ from flwr_hpc.worker.lifeline import RankError, cause_of
 FAILURES = (CheckpointException, Exception)
 
 MODEL = "model."  # Begins the names of the tensors that an order's result holds, too
-WEIGHTS = "weights.safetensors"  # Those of the result, linked
 
 
 class DamagedCheckpointError(Exception):
@@ -140,11 +140,12 @@ class Checkpoints:
         order_id, step, tensors, meta
             See `save`.
         weights : Path or None
-            A file that will hold all of the model's tensors once these are to be published.
+            A file, or the manifest of shards, that will hold all of the model's tensors once these
+            are to be published.
         """
         if weights is not None and self._can_link(weights.parent):
             tensors = {name: t for name, t in tensors.items() if not name.startswith(MODEL)}
-            meta = meta | {"weights": True}
+            meta = meta | {"weights": weights.name}
         else:
             weights = None
         name, copies = checkpoint_name(order_id, step), self._staging.copy(tensors)
@@ -167,7 +168,8 @@ class Checkpoints:
             state_dict_saver.save(tensors, checkpoint_id=draft, process_group=group.background)
             if first:
                 if weights is not None:
-                    os.link(weights, draft / WEIGHTS)
+                    for file in files_of(weights):
+                        os.link(file, draft / file.name)
                 publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
                 draft.rename(target)
                 sync_dir(self._root)
@@ -205,13 +207,13 @@ class Checkpoints:
         DamagedCheckpointError
             On every rank. The next newest is another.
         """
-        apart = bool(saved.meta.get("weights"))
+        apart = saved.meta.get("weights")  # their name, beside the rest
         if apart:
             tensors = {name: t for name, t in tensors.items() if not name.startswith(MODEL)}
         try:
             state_dict_loader.load(tensors, checkpoint_id=saved.path)
             if apart and load_weights is not None:
-                load_weights(saved.path / WEIGHTS)
+                load_weights(saved.path / apart)
         except FAILURES as exc:
             if (cause := cause_of(exc)) != "work":
                 raise RankError(_reason(exc), cause=cause) from exc

@@ -164,15 +164,19 @@ def test_checkpoint_of_two_ranks_is_restored_on_one(
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("lora", "above", "files"),
+    [(False, 1e3, 1), (True, 1e3, 1), (False, 0.0, 3)],
+    ids=["full", "lora", "shards"],
+)
 def test_a_checkpoint_is_written_while_training_goes_on(
-    pair: Team, tmp_path: Path, lora: bool
+    pair: Team, tmp_path: Path, lora: bool, above: float, files: int
 ) -> None:
     """What is written is the state at the order's end, and the weights lie on the disk once."""
-    found = pair.run(checkpoints.staged, tmp_path, lora=lora)
+    found = pair.run(checkpoints.staged, tmp_path, lora=lora, shards_above_mb=above)
     assert_same(found["states"][1], found["states"][0], rtol=0)
     assert len(found["files"]) == 2, "each rank writes its own shards"
-    assert len(found["inodes"]) == 1
+    assert [linked for _, linked in found["linked"]] == [True] * files
     assert all(name.startswith("optimizer.") for name in found["held"])
 
 
@@ -203,10 +207,19 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_with_words(
     assert left == []
 
 
-def test_a_failure_in_the_background_is_everybodys(pair: Team, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("taken", "above"),
+    [("weights.safetensors", 1e3), ("weights-00001-of-00002.safetensors", 0.0)],
+    ids=["of rank 0", "of another"],
+)
+def test_a_failure_in_the_background_is_everybodys(
+    pair: Team, tmp_path: Path, taken: str, above: float
+) -> None:
     """No rank waits in a checkpoint for one that could not write the weights before it."""
-    words, left = pair.run(checkpoints.failing_in_the_background, tmp_path)
-    assert "a file" in words[0]
+    words, left = pair.run(
+        checkpoints.failing_in_the_background, tmp_path, taken, shards_above_mb=above
+    )
+    assert taken in words[0]
     assert words[1] == words[0]
     assert left == []
 

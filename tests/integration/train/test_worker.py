@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from worlds.train.worker_site import FAST, Site
+from worlds.train.worker_site import FAST, SLOW, Site
 
 from flwr_hpc.protocol import Result
 from flwr_hpc.spool import Spool
@@ -110,21 +110,6 @@ def test_kill_of_one_rank_ends_all_and_the_order_is_finished_elsewhere(
     allocation.release()
     assert site.ended() == [0, 0]
     assert_equal(again.weights, weights_of(undisturbed, 2))
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-from torch.distributed.checkpoint import FileSystemWriter
-from flwr_hpc.train import worker
-write, folder = FileSystemWriter.write_data, Path(sys.argv[1])
-def slow(self, *args):
-    while (folder / "slow").exists():
-        time.sleep(0.02)
-    return write(self, *args)
-FileSystemWriter.write_data = slow
-worker.run(sys.argv[1])
-"""
 
 
 def test_kill_while_a_checkpoint_is_written(site: Site, undisturbed: Site) -> None:

@@ -24,7 +24,7 @@ def test_two_sites_with_one_a_are_averaged_exactly(tmp_path: Path) -> None:
     group = join(tmp_path / "ranks", Ranks(0, 1, 0, 1), timeout_s=600)
     built = tiny_model(lora=True, freeze_a=True)
     trainer = Trainer(built, TinyCorpus(), TRAIN, TRAIN.steps, group, 0)
-    trainer.gather_initial(tmp_path / "initial")()
+    trainer.stage_initial(tmp_path / "initial").publish()
     initial = load_file(tmp_path / "initial")
     b = {name: value for name, value in initial.items() if ".lora_B." in name}
     a = {name: value for name, value in initial.items() if ".lora_A." in name}
@@ -37,7 +37,7 @@ def test_two_sites_with_one_a_are_averaged_exactly(tmp_path: Path) -> None:
         trainer.train(2)
         trainer.save_weights(tmp_path / "trained")
         sites.append(load_file(tmp_path / "trained"))
-    trainer.gather_initial(tmp_path / "end")()
+    trainer.stage_initial(tmp_path / "end").publish()
     end = load_file(tmp_path / "end")
     group.close()
     assert all(np.array_equal(end[name], a[name]) for name in a)

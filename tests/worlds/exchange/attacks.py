@@ -23,8 +23,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from safetensors.numpy import load, save
 from worlds.exchange.federation import Federation, values
+from worlds.exchange.shards import random_cuts
 
 from flwr_hpc.exchange.grid import REJECTED
+from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.store import PREFIX, Reference, node_folder
 from flwr_hpc.protocol import ARRAYS, METRICS, ORDER, STATUS, Order, to_json
 
@@ -201,6 +203,53 @@ class Attacks:
         else:
             ref[change] = rng.choice(["0" * 64, "0" * 10, "BF16", "x", 3, b"x"])
         return lambda: load(data)
+
+    def attack_shards(self, rng: random.Random, content: RecordDict) -> Any:
+        """Cut rows twice, or not at all; lie of sizes, names and hashes; spoil a shard."""
+        whole = RecordTensors(record(MODEL))
+        cuts = [dict(cut) for cut in random_cuts(whole.layout, rng.randint(1, 5), rng)]
+        files = [save({n: whole.rows(n, *rows) for n, rows in cut.items()}) for cut in cuts]
+        change = rng.choice(["none", "rows", "text", "field", "bytes", "value", "tensors"])
+        if change in ("bytes", "value"):
+            at = rng.randrange(len(files))
+            data = bytearray(files[at])
+            spot = rng.randrange(len(data)) if change == "bytes" else len(data) - 1
+            data[spot] = rng.randrange(256)
+            files[at] = bytes(data)
+        hashes = [hashlib.sha256(data).hexdigest() for data in files]
+        for digest, data in zip(hashes, files, strict=True):
+            (self.mine / f"{digest}.payload").write_bytes(data)
+        numbers = {name: i for i, name in enumerate(whole.layout)}
+        shards: list[dict[str, Any]] = [
+            {
+                "sha256": digest, "bytes": len(data), "file": "",
+                "rows": [[numbers[n], *rows] for n, rows in cut.items()],
+            }
+            for digest, data, cut in zip(hashes, files, cuts, strict=True)
+        ]  # fmt: skip
+        tensors = {n: [i.dtype, i.shape] for n, i in whole.layout.items()}
+        if change == "rows":
+            rows = rng.choice(shards)["rows"]
+            rng.choice(rows)[rng.randrange(3)] = rng.choice(ODD)
+        elif change == "field":
+            rng.choice(shards)[rng.choice(["sha256", "bytes", "rows", "file"])] = rng.choice(ODD)
+        elif change == "tensors":
+            tensors[rng.choice([*tensors, "x"])] = rng.choice([*ODD, ["F32", [4, 7]], ["I8", [3]]])
+        text = json.dumps({"tensors": tensors, "shards": shards})
+        if change == "text":
+            at = rng.randrange(len(text))
+            text = text[:at] + chr(rng.randrange(32, 300)) + text[at + rng.randrange(3) :]
+        content[PREFIX + ARRAYS] = ConfigRecord({"manifest": text, "base": "", "dtype": ""})
+
+        def read() -> dict[str, np.ndarray]:
+            parts = {n: np.zeros_like(a) for n, a in MODEL.items()}
+            for data, cut in zip(files, cuts, strict=True):
+                for name, array in load(data).items():
+                    part = parts[name]
+                    part[slice(*cut[name]) if part.ndim else ...] = array
+            return parts
+
+        return read
 
     def attack_entry(self, rng: random.Random, content: RecordDict) -> Any:
         """Have something else than a regular file lie there, or be on the way there."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as checkpoint
 from worlds.train.torch_ranks import tiny_trainer, weights_of
 
+from flwr_hpc.exchange.shards.manifest import files_of
 from flwr_hpc.train.parallel.tensors import full
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.state.background import Background
@@ -73,39 +74,41 @@ def straight_on(group: Group, folder: Path, **options: Any) -> Any:
     return weights_of(trainer, folder / "weights.safetensors", group)
 
 
-def staged(group: Group, folder: Path, lora: bool = False) -> dict[str, Any]:
+def staged(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
     """Stage an order's end, train on, write it down beside that, and restore it elsewhere."""
-    trainer, checkpoints = tiny_trainer(group, lora=lora), Checkpoints(folder / "c", group)
+    trainer, checkpoints = tiny_trainer(group, **options), Checkpoints(folder / "c", group)
     trainer.train(2)
     file = folder / "order" / "weights.safetensors"
-    write_weights = trainer.gather_weights(file)
-    write = checkpoints.stage("run-a-000001", 2, trainer.tensors(), place(trainer), file)
+    staged = trainer.stage_weights(file)
+    write = checkpoints.stage("run-a-000001", 2, trainer.tensors(), place(trainer), staged.path)
     states = [{n: full(t).numpy() for n, t in trainer.tensors().items()}]
     trainer.train(1)
     background = Background(group)
-    background.start(lambda: (write_weights(), write(), None)[-1])
+    background.start(lambda: (staged.publish(), write(), None)[-1])
     trainer.train(1)
     background.wait()
-    again = tiny_trainer(group, lora=lora)
+    again = tiny_trainer(group, **options)
     saved = checkpoints.newest()
     assert saved is not None
     checkpoints.load(saved, again.tensors(), again.load_weights)
     states.append({n: full(t).numpy() for n, t in again.tensors().items()})
     names = [name for t in saved.path.glob("*.distcp") for name in [t.name]]
-    inodes = {path.stat().st_ino for path in (file, saved.path / "weights.safetensors")}
+    linked = [(f.name, f.samefile(saved.path / f.name)) for f in files_of(staged.path)]
     held = checkpoint.FileSystemReader(saved.path).read_metadata().state_dict_metadata
-    return {"states": states, "files": names, "inodes": inodes, "held": sorted(held)}
+    return {"states": states, "files": names, "linked": linked, "held": sorted(held)}
 
 
-def failing_in_the_background(group: Group, folder: Path) -> tuple[list[str], list[str]]:
-    """Write a file where rank 0 cannot, and then a checkpoint; return what all ranks are told."""
-    trainer, checkpoints = tiny_trainer(group), Checkpoints(folder / "c", group)
-    (folder / "a file").touch()
-    file = folder / "a file" / "weights.safetensors"
-    write_weights = trainer.gather_weights(file)
+def failing_in_the_background(
+    group: Group, folder: Path, taken: str, **options: Any
+) -> tuple[list[str], list[str]]:
+    """Write a file where one rank cannot, and then a checkpoint; return what all ranks are told."""
+    trainer, checkpoints = tiny_trainer(group, **options), Checkpoints(folder / "c", group)
+    (folder / taken).mkdir(exist_ok=True)  # where a file is to be
+    file = folder / "weights.safetensors"
+    staged = trainer.stage_weights(file)
     write = checkpoints.stage("run-a-000001", 1, trainer.tensors(), place(trainer))
     background, words = Background(group), ""
-    background.start(lambda: (background.together(write_weights), background.together(write))[1])
+    background.start(lambda: (background.together(staged.publish), background.together(write))[1])
     try:
         background.wait()
     except RankError as exc:

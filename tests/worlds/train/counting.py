@@ -14,6 +14,7 @@ from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.progress import DivergedError, OrderProgress
 from flwr_hpc.train.state.checkpoint import DamagedCheckpointError, Saved
+from flwr_hpc.train.weights import Staged
 from flwr_hpc.worker.deadline import Deadline, Stop
 
 Array = np.ndarray
@@ -54,8 +55,8 @@ class CountingTrainer:
     def load_weights(self, path: Path, *_: object) -> None:
         """Take them as they are."""
 
-    def gather_weights(self, path: Path, *_: object) -> Any:
-        return lambda: "sha"
+    def stage_weights(self, path: Path, *_: object) -> Staged:
+        return Staged(path, lambda: "sha")
 
 
 class Counter(Algorithm):

@@ -17,6 +17,7 @@ from worlds.jobs import STALLED_S
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.data.batches import Batch
+from flwr_hpc.exchange.shards.manifest import WeightFiles
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED
 from flwr_hpc.train.model import Built, build
 from flwr_hpc.train.rendezvous import Group, join
@@ -181,7 +182,12 @@ def _serve(pipe: Connection, folder: Path, ranks: Ranks) -> None:
 
 def weights_of(trainer: Trainer, path: Path, group: Group) -> dict[str, np.ndarray]:
     """Write the trainer's weights and read them back; a collective call."""
-    from safetensors.numpy import load_file
+    staged = trainer.stage_weights(path)
+    staged.publish()
+    return read_back(staged.path) if group.ranks.rank == 0 else {}
 
-    trainer.save_weights(path)
-    return load_file(path) if group.ranks.rank == 0 else {}
+
+def read_back(path: Path) -> dict[str, np.ndarray]:
+    """Return what a file of weights, or a manifest of shards, holds."""
+    found = WeightFiles.open(path).whole
+    return {name: found.tensor(name) for name in found.layout}

@@ -18,6 +18,20 @@ from flwr_hpc.protocol import Order, Result
 from flwr_hpc.spool import AllocationDir, OrderDir, Spool
 
 RUN = "import sys; from flwr_hpc.train.worker import run; run(sys.argv[1])"
+# Checkpoints wait while there is a file "slow" in the allocation's folder.
+SLOW = """
+import sys, time
+from pathlib import Path
+from torch.distributed.checkpoint import FileSystemWriter
+from flwr_hpc.train import worker
+write, folder = FileSystemWriter.write_data, Path(sys.argv[1])
+def slow(self, *args):
+    while (folder / "slow").exists():
+        time.sleep(0.02)
+    return write(self, *args)
+FileSystemWriter.write_data = slow
+worker.run(sys.argv[1])
+"""
 FAST = TrainConfig(steps=4, micro_batch=2, lr=1e-2, warmup_steps=2)
 
 

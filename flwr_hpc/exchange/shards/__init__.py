@@ -1,0 +1,1 @@
+"""Weights in several files, each with some rows of the tensors."""
