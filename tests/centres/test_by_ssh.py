@@ -72,7 +72,7 @@ def test_connections_are_killed_at_random_moments(
             killed[host.name] += 1
     _slurm(run.sites[0], "scontrol", "resume", held)
     run.ends_like(alone, ROUNDS * STEPS)
-    assert set(killed) == set(three_centres.hosts)
+    assert 0 < killed["server"] < KILLS  # at either end
     assert [run.allocations(site) for site in run.sites] == [["a0000"]] * len(run.sites)
     notes = run.events("site_note")
     met = Counter(e["facility"] for e in notes if "its site runs on" in e["note"])
