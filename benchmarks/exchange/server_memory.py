@@ -1,13 +1,18 @@
-"""Peak memory of the ServerApp and of a ClientApp when weights go out of band.
+"""Memory and speed of aggregation when weights go out of band, by strategy and number of sites.
 
-Flower's own FedAvg trains a model of >= 500 MB with 8 facilities over the exchange grid. Every
-facility answers in a process of its own with the exchange's own functions, and a third process
-stands for the trainer, so that each figure is one process's alone. Compared with the same
-strategy over plain Flower arrays, where memory permits.
+Every site's reply is unlike the others, fetched, trained (scaled) and sent by the exchange's own
+functions in processes of their own, so that each figure is one process's alone. Beside it Flower's
+own FedAvg with arrays inside its messages, whose replies are made as they are pulled, and with no
+other copy of them.
 
-    python benchmarks/exchange/server_memory.py
+    python benchmarks/exchange/server_memory.py [--sites 2 4 8 16] [--layers N --hidden N]
 
-Limits: ServerApp < 3 model sizes + 250 MB, ClientApp < 200 MB. Exit code 1 if one is broken.
+Anonymous memory (what a process must have) and mapped files (which the system takes back when it
+needs room) are told apart, every 10 ms. The speed is that of the last version's making, from the
+replies' files to the file of the version, against reading those files once, in the same process.
+
+Limits: anonymous memory above an idle server's <= half a model. Exit code 1 if it is broken.
+Writes ``benchmarks/results/server_memory.json``.
 """
 
 from __future__ import annotations
@@ -16,72 +21,90 @@ import argparse
 import itertools
 import json
 import re
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAvg, Strategy
 
+from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.grid import ExchangeGrid
+from flwr_hpc.exchange.records import lazy_record
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import TensorFile, write_safetensors
 from flwr_hpc.exchange.tensors import TensorInfo
+from flwr_hpc.simulate.identity import take_identity
+from strategies import Runtime, run_strategy
+from strategies.diloco import DiLoCo
+from strategies.engine.runtime import Settings
+from strategies.fedbackfill import FedBackfill
+from strategies.fedbuff import FedBuff
 
 sys.path.append(str(Path(__file__).parents[1]))
 from _machine import record
 
 MB = 1e6
-SERVER_LIMIT = (3, 250)  # model sizes, MB
-CLIENT_LIMIT = 200  # MB
-MODEL = {"vocab": 32_000, "hidden": 768, "intermediate": 2048, "layers": 12}
+LIMIT = 0.5  # models
+PIECE = 8 << 20
+STRATEGIES: dict[str, Callable[[int], Strategy]] = {
+    "Flower's FedAvg": lambda sites: FedAvg(
+        min_train_nodes=sites, min_available_nodes=sites, fraction_evaluate=0.0
+    ),
+    "DiLoCo": lambda sites: DiLoCo(),
+    "FedBuff": lambda sites: FedBuff(buffer_size=sites),
+    "FedBackfill": lambda sites: FedBackfill(),
+}
+PLAIN = "Flower's FedAvg, inline"
 
 
-def layout() -> dict[str, TensorInfo]:
-    """Return the tensors of a Llama of `MODEL`'s sizes, embeddings untied."""
-    h, i = MODEL["hidden"], MODEL["intermediate"]
-    shapes = {"embed": (MODEL["vocab"], h), "head": (MODEL["vocab"], h), "norm": (h,)}
-    for n in range(MODEL["layers"]):
+def layout(hidden: int, layers: int) -> dict[str, TensorInfo]:
+    """Return the tensors of a Llama with a vocabulary of 32,000, embeddings untied."""
+    h, i = hidden, hidden * 8 // 3
+    shapes = {"embed": (32_000, h), "head": (32_000, h), "norm": (h,)}
+    for n in range(layers):
         shapes |= {f"layers.{n}.{k}": (h, h) for k in ("q", "k", "v", "o")}
         shapes |= {f"layers.{n}.{k}": (i, h) for k in ("gate", "up")}
         shapes |= {f"layers.{n}.down": (h, i), f"layers.{n}.norm": (h,)}
     return {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
 
 
-def peak_mb() -> float:
-    """Return this program's peak RSS in MB.
+class Peaks:
+    """The largest memory of this process, by kind, since `begin`; MB."""
 
-    ``ru_maxrss`` of a process that was started by a larger one shows the larger one's memory
-    (Linux keeps the figure across exec), so where that matters the kernel's mark of this
-    address space is read instead.
-    """
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert match is not None
-    return int(match[1]) * 1024 / MB
+    def __init__(self) -> None:
+        self.anonymous = self.mapped = self.idle = 0.0
 
+    def begin(self) -> None:
+        self.idle, _ = self._now()
+        threading.Thread(target=self._watch, daemon=True).start()
 
-def max_rss_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
+    def _watch(self) -> None:
+        while True:
+            anonymous, mapped = self._now()
+            self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, mapped)
+            time.sleep(0.01)
+
+    def _now(self) -> tuple[float, float]:
+        status = Path("/proc/self/status").read_text()
+        sizes = dict(re.findall(r"(Rss\w+):\s+(\d+) kB", status))
+        return int(sizes["RssAnon"]) * 1024 / MB, int(sizes["RssFile"]) * 1024 / MB
 
 
 class Facilities(Grid):
     """Answers messages in processes of their own, one per message as Flower does."""
 
     def __init__(self, count: int, folder: Path, exchange: bool) -> None:
-        identity = Message.__init__.__globals__["TaskIdentity"]  # as Flower does at start
-        identity.task_id, identity.run_id, identity.node_id = 1, 1, 1
         self.count, self.folder, self.exchange = count, folder, exchange
         self.client_peaks: list[float] = []
         self._ids, self._pushed = itertools.count(), dict[str, Message]()
@@ -91,19 +114,21 @@ class Facilities(Grid):
 
     @property
     def run(self) -> Any:
-        """Unused by FedAvg."""
+        """Return nothing: no strategy asks."""
         return None
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Unused by FedAvg."""
+        """Refuse: no strategy asks."""
         raise NotImplementedError
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep the messages until their replies are asked for."""
-        for message in messages:
-            message_id = message.metadata.__dict__["_message_id"] = str(next(self._ids))
-            self._pushed[message_id] = message
-            yield message_id
+        return [self._keep(message) for message in messages]
+
+    def _keep(self, message: Message) -> str:
+        message_id = message.metadata.__dict__["_message_id"] = str(next(self._ids))
+        self._pushed[message_id] = message
+        return message_id
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Let one facility after the other answer."""
@@ -120,45 +145,89 @@ class Facilities(Grid):
         return self.pull_messages(list(self.push_messages(messages)))
 
     def _answer(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
+        node, kind = message.metadata.dst_node_id, message.metadata.message_type
+        if kind not in ("train", "evaluate"):
+            unknown = Error(2, f"No query function registered with name '{kind}'")
+            return Message(unknown, reply_to=message)
         content = RecordDict({"metrics": MetricRecord({"num-examples": node})})
-        if message.metadata.message_type == "train" and self.exchange:
+        if kind == "train" and self.exchange:
             sent = {k: dict(r) for k, r in message.content.items()}
             reply = run("client", str(self.folder), str(node), stdin=json.dumps(sent))
             self.client_peaks.append(reply.pop("peak_mb"))
             content.update({k: ConfigRecord(r) for k, r in reply.items()})
-        elif message.metadata.message_type == "train":
-            # What Flower's own Grid has in memory after it pulled a reply.
+        elif kind == "train":
+            (weights,) = message.content.array_records.values()
             content["arrays"] = ArrayRecord(
-                {n: Array(np.full(s.shape, node, np.float32)) for n, s in layout().items()}
+                {n: Array(a.numpy() * np.float32(0.9)) for n, a in weights.items()}
             )
         return Message(content, reply_to=message)
 
 
-def server(folder: Path, facilities: int, rounds: int, exchange: bool) -> dict[str, Any]:
-    """Be the ServerApp; return its peak memory."""
-    base = peak_mb()
-    inner = Facilities(facilities, folder, exchange)
-    grid: Grid = inner
-    if exchange:
-        grid = ExchangeGrid(
-            inner, make_store(f"file://{folder}/store"), make_codec("full"), folder / "server"
-        )
-    rng = np.random.default_rng(0)
-    initial = ArrayRecord()
-    for name, spec in layout().items():
-        initial[name] = Array(rng.standard_normal(spec.shape, dtype=np.float32))
-    began = time.monotonic()
-    result = FedAvg(min_train_nodes=facilities).start(grid, initial, rounds)
-    assert all(np.isfinite(a.numpy()).all() for a in result.arrays.values())
+class TimedCheckpoints(FileCheckpoints):
+    """Notes how long the last version took to make and write."""
+
+    took_s = cpu_s = 0.0
+
+    def put(self, name: str, tensors: Any) -> ArrayRecord:
+        began, cpu = time.perf_counter(), time.process_time()
+        record = super().put(name, tensors)
+        if name.startswith("global"):
+            self.took_s = time.perf_counter() - began
+            self.cpu_s = time.process_time() - cpu
+        return record
+
+
+def server(folder: Path, strategy: str, sites: int, hidden: int, layers: int) -> dict[str, Any]:
+    """Be the ServerApp for two versions; return its peaks and its speed."""
+    take_identity()
+    peaks, plain = Peaks(), strategy == PLAIN
+    inner = Facilities(sites, folder, exchange=not plain)
+    initial = _initial(folder, layout(hidden, layers))
+    if plain:
+        initial = ArrayRecord({n: Array(a.numpy()) for n, a in initial.items()})
+        peaks.begin()
+        FedAvg(min_train_nodes=sites, fraction_evaluate=0.0).start(inner, initial, 2)
+        return {"anonymous_mb": peaks.anonymous - peaks.idle, "mapped_mb": peaks.mapped}
+    store, checkpoints = f"file://{folder}/store", TimedCheckpoints(folder / "checkpoints")
+    refused: list[Any] = []
+    grid = ExchangeGrid(
+        inner, make_store(store), make_codec("full"), folder / "server",
+        emit=lambda event, **told: refused.append(told) if event == "order_rejected" else None,
+    )  # fmt: skip
+    settings = Settings(evaluate_every=0, final_evaluation_s=0.0, poll_s=0.01)
+    runtime = Runtime(checkpoints=checkpoints, check=None, settings=settings)
+    peaks.begin()
+    versions = 2 * sites if strategy == "FedBackfill" else 2
+    run_strategy(STRATEGIES[strategy](sites), grid, initial, versions, runtime=runtime)
+    assert grid.rejected == 0, refused
+    # FedBackfill makes a version of one reply.
+    read = _read_s([folder / f"site{n + 1}" for n in range(sites)], 1 if versions > 2 else sites)
     return {
-        "base_mb": base,
-        "peak_mb": peak_mb(),
-        "max_rss_mb": max_rss_mb(),
-        "clients_mb": inner.client_peaks,
-        "seconds": time.monotonic() - began,
-        "rejected": grid.rejected if isinstance(grid, ExchangeGrid) else 0,
+        "anonymous_mb": peaks.anonymous - peaks.idle,
+        "mapped_mb": peaks.mapped,
+        "client_mb": max(inner.client_peaks),
+        "version_s": checkpoints.took_s,
+        "version_cpu_s": checkpoints.cpu_s,
+        "speed_of_reading": read / checkpoints.took_s,
     }
+
+
+def _initial(folder: Path, model: dict[str, TensorInfo]) -> ArrayRecord:
+    """Return random weights in a file."""
+    rng = np.random.default_rng(0)
+    drawn = ((n, rng.standard_normal(s.shape, dtype=np.float32)) for n, s in model.items())
+    path = folder / "initial.safetensors"
+    return lazy_record(TensorFile(path, write_safetensors(path, drawn, model)))
+
+
+def _read_s(folders: list[Path], count: int) -> float:
+    """Return how long it takes to read so many replies once, from the page cache."""
+    room, began = bytearray(PIECE), time.perf_counter()
+    for folder in folders[:count]:
+        with open(folder / "trained.safetensors", "rb", buffering=0) as f:
+            while f.readinto(room):
+                pass
+    return time.perf_counter() - began
 
 
 def client(folder: Path, node: int) -> dict[str, Any]:
@@ -169,12 +238,15 @@ def client(folder: Path, node: int) -> dict[str, Any]:
     site.mkdir(exist_ok=True)
     exchange = SiteExchange(make_store(f"file://{folder}/store"), make_codec("full"))
     received = exchange.receive(content, "arrays", site)
-    sha256 = run("trainer", str(received), str(site / "trained.safetensors"), str(node))
-    reply = RecordDict()
-    exchange.send(reply, "arrays", site / "trained.safetensors", sha256, node)
     assert received is not None
+    trained = site / "trained.safetensors"
+    sha256 = run("trainer", str(received), str(trained), str(node))
+    reply = RecordDict()
+    exchange.send(reply, "arrays", trained, sha256, node)
     received.unlink()
-    return {**{k: dict(r) for k, r in reply.items()}, "peak_mb": peak_mb()}
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    return {**{k: dict(r) for k, r in reply.items()}, "peak_mb": int(peak[1]) * 1024 / MB}
 
 
 def trainer(source: Path, target: Path, node: int) -> str:
@@ -195,69 +267,55 @@ def run(role: str, *args: str, stdin: str = "") -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(facilities: int, rounds: int) -> dict[str, Any]:
-    """Run everything and return the figures."""
-    model_mb = sum(spec.nbytes for spec in layout().values()) / MB
-    figures: dict[str, Any] = {}
-    for name, exchange in (("exchange", True), ("plain", False)):
-        needed = (2 * facilities + 4) * model_mb  # plain: replies of two rounds at once
-        if not exchange and psutil.virtual_memory().available / MB < needed + 2000:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            figures[name] = run("server", folder, str(facilities), str(rounds), str(exchange))
-    limit = SERVER_LIMIT[0] * model_mb + SERVER_LIMIT[1]
-    peak = max(figures["exchange"]["peak_mb"], figures["exchange"]["max_rss_mb"])
-    client_peak = max(figures["exchange"]["clients_mb"])
-    return {
-        "model_mb": model_mb,
-        "server_peak_mb": peak,
-        "server_limit_mb": limit,
-        "server_base_mb": figures["exchange"]["base_mb"],
-        "client_peak_mb": client_peak,
-        "client_limit_mb": CLIENT_LIMIT,
-        "plain_flower_peak_mb": figures.get("plain", {}).get("peak_mb"),
-        "seconds": figures["exchange"]["seconds"],
-        "rejected": figures["exchange"]["rejected"],
-        "ok": peak < limit and client_peak < CLIENT_LIMIT and not figures["exchange"]["rejected"],
-    }
-
-
-def table(figures: dict[str, Any]) -> str:
-    size = figures["model_mb"]
-    rows = [
-        ("ServerApp, exchange grid", figures["server_peak_mb"], figures["server_limit_mb"]),
-        ("ServerApp, plain arrays", figures["plain_flower_peak_mb"], None),
-        ("ClientApp, receive + send", figures["client_peak_mb"], figures["client_limit_mb"]),
-    ]
-    lines = [f"model {size:.0f} MB, FedAvg"]
-    lines.append(f"{'peak RSS':<28}{'MB':>8}{'models':>9}{'limit MB':>10}")
-    for name, peak, limit in rows:
-        if peak is not None:
-            shown = f"{limit:.0f}" if limit else "-"
-            lines.append(f"{name:<28}{peak:>8.0f}{peak / size:>9.2f}{shown:>10}")
-    return "\n".join(lines)
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run everything and yield a row for each."""
+    model = sum(s.nbytes for s in layout(options.hidden, options.layers).values()) / MB
+    size = str(options.hidden), str(options.layers)
+    for sites in options.sites:
+        names = [*STRATEGIES, PLAIN] if sites <= options.plain else [*STRATEGIES]
+        for name in names:
+            with tempfile.TemporaryDirectory(prefix="aggregation-") as folder:
+                figures = run("server", folder, name, str(sites), *size)
+            models = {f"{k}_models": figures[f"{k}_mb"] / model for k in ("anonymous", "mapped")}
+            rounded = {k: round(v, 3) for k, v in (figures | models).items()}
+            yield {"strategy": name, "sites": sites, "model_mb": round(model), **rounded}
 
 
 def main() -> None:
+    """Measure, print and record, in addition to what was recorded of other sizes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--facilities", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sites", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--plain", type=int, default=4, help="inline up to so many sites")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     match options.role:
         case None:
-            figures = measure(options.facilities, options.rounds)
-            config = {"facilities": options.facilities, "rounds": options.rounds, **MODEL}
-            record("server_memory", figures, config)
-            print(table(figures))
-            sys.exit(0 if figures["ok"] else 1)
-        case ["server", folder, facilities, rounds, exchange]:
-            answer: Any = server(Path(folder), int(facilities), int(rounds), exchange == "True")
+            rows = []
+            for row in measure(options):
+                print(row, flush=True)
+                rows.append(row)
+            if not options.no_record:
+                _record(rows)
+            broken = [r for r in rows if r["strategy"] != PLAIN and r["anonymous_models"] > LIMIT]
+            sys.exit(1 if broken else 0)
+        case ["server", folder, strategy, sites, hidden, layers]:
+            answer: Any = server(Path(folder), strategy, int(sites), int(hidden), int(layers))
         case ["client", folder, node]:
             answer = client(Path(folder), int(node))
         case ["trainer", source, target, node]:
             answer = trainer(Path(source), Path(target), int(node))
     print(json.dumps(answer))
+
+
+def _record(rows: list[dict[str, Any]]) -> None:
+    path = Path(__file__).parents[1] / "results" / "server_memory.json"
+    size = rows[0]["model_mb"]
+    former = json.loads(path.read_text()).get("rows", []) if path.exists() else []
+    kept = [row for row in former if row["model_mb"] != size]
+    record("server_memory", {"rows": [*kept, *rows]}, {"limit_models": LIMIT, "versions": 2})
 
 
 if __name__ == "__main__":
