@@ -78,7 +78,7 @@ def figures(joined: Joined) -> dict[str, Any]:
         "transfer_share": round(seconds[slowest] / whole, 3),
         "mb": {
             way: round(sum(e["total"] for e in moved[slowest].values() if e["way"] == way) / 1e6, 3)
-            for way in ("up", "down")
+            for way in ("to_site", "from_site")
         },
         "versions": [
             (v, round(made[v], 1), round(mean(losses[v]), 4)) for v in sorted(made) if v in losses

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ class LazyArray(Array):
     def numpy(self) -> NDArray[Any]:
         """Return the values; half precisions as float32."""
         return self.source.tensor(self.name)
+
+    def reader(self) -> Callable[[slice], NDArray[Any]]:
+        """Return what reads ranges of the values, so that nobody has to have all of them."""
+        return self.source.reader(self.name)
 
     def slice_array(self) -> list[tuple[str, Any]]:
         """Cut ``data`` into chunks, without Flower's cache of them."""

@@ -109,6 +109,11 @@ class Tensors(ABC):
         bits = self.raw(name)
         return bits[start:stop] if bits.ndim else bits
 
+    def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
+        """Return what reads ranges of a tensor's values, in the order of the file."""
+        bits, dtype = self.raw(name).reshape(-1), self.layout[name].dtype
+        return lambda part: widen(bits[part], dtype)
+
     @property
     def nbytes(self) -> int:
         """How many bytes all tensors take as stored."""

@@ -35,7 +35,8 @@ class Blocks(NDArrayOperatorsMixin):
     rule : callable
         Pure, of flat arrays of the same length; returns one of that length.
     *operands : NDArray, Blocks, or object with ``shape``, ``dtype`` and ``numpy()``
-        Of one shape. Its ``lazy()``, if it has one, may return Blocks in place of an array.
+        Of one shape. If it has a ``reader()``, that returns what reads ranges of it; if it has a
+        ``lazy()``, that may return Blocks.
     """
 
     def __init__(self, rule: Rule, *operands: Any) -> None:
@@ -121,6 +122,9 @@ def _reader(operand: Any) -> Callable[[slice], Tensor]:
     operand = operand.lazy() if hasattr(operand, "lazy") else operand
     if isinstance(operand, Blocks):
         return operand._opened()
+    if hasattr(operand, "reader"):
+        read: Callable[[slice], Tensor] = operand.reader()
+        return read
     flat = _loaded(operand).reshape(-1)
     return lambda part: flat[part]
 

@@ -6,7 +6,7 @@ So a codec that knows nothing of shards encodes one: `Sliced` weights against a 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,30 @@ class Joined(Tensors):
             info = rows_info(self.layout[name], 0)
             return np.empty(info.shape, info.stored)
         return np.concatenate(found)
+
+    def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
+        """Return what reads ranges of a tensor's values, out of the shards that have them."""
+        info = self.layout[name]
+        if len(self._parts[name]) < 2:
+            return super().reader(name)
+        row = info.size // row_count(info)
+        parts = [
+            (first * row, last * row, tensors.reader(name))
+            for first, last, tensors in self._parts[name]
+        ]
+
+        nothing = parts[0][2](slice(0))
+
+        def read(part: slice) -> NDArray[Any]:
+            start, stop, _ = part.indices(info.size)
+            found = [
+                values(slice(max(start, first) - first, min(stop, last) - first))
+                for first, last, values in parts
+                if first < stop and start < last
+            ]
+            return found[0] if len(found) == 1 else np.concatenate([nothing, *found])
+
+        return read
 
     def _info(self, name: str, info: TensorInfo) -> TensorInfo:
         dtypes = {tensors.layout[name].dtype for _, _, tensors in self._parts[name]}

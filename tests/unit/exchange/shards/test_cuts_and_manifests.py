@@ -13,15 +13,18 @@ from flwr.serverapp.strategy import FedAvg
 from worlds.exchange.federation import Federation, values
 from worlds.exchange.shards import even_cuts, random_cuts, write_shards
 
+from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.compression.feedback import Feedback
-from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.records import RecordTensors, lazy_record
 from flwr_hpc.exchange.shards.cuts import Joined, Sliced, check_cuts
 from flwr_hpc.exchange.shards.manifest import MAX_SHARDS, Manifest, Shard, WeightFiles
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import save
 from flwr_hpc.exchange.tensors import BadPayload, TensorInfo
+from strategies.parts import blocks
+from strategies.parts.rules import record_mean
 
 
 def model(seed=0, dtype=np.float32):
@@ -54,6 +57,37 @@ def test_what_is_cut_is_put_together_again(seed, tmp_path):
     for _ in range(20):
         start, stop = sorted(rng.randint(0, 70) for _ in "ab")
         np.testing.assert_array_equal(found.rows("w", start, stop), whole.raw("w")[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("seed", range(5))
+def test_ranges_of_numbers_are_read_across_shards(seed, dtype):
+    """Protects the server's blocks, which end where no row does: the numbers are the whole's."""
+    rng, whole = random.Random(seed), model(dtype=dtype)
+    cuts = random_cuts(whole.layout, 5, rng)
+    found = Joined([(Sliced(whole, cut), cut) for cut in cuts], whole.layout)
+    for name in whole.layout:
+        flat, read = whole.tensor(name).reshape(-1), found.reader(name)
+        for _ in range(30):
+            start, stop = sorted(rng.randint(0, flat.size) for _ in "ab")
+            np.testing.assert_array_equal(read(slice(start, stop)), flat[start:stop])
+            assert read(slice(start, stop)).dtype == flat.dtype
+
+
+def test_a_mean_of_replies_in_shards_needs_no_whole_tensor(tmp_path, monkeypatch):
+    """Protects the server's memory: of a tensor in many shards it reads a block at a time."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 14)
+    rows = 2000
+    whole = RecordTensors(ArrayRecord({"w": Array(np.ones((rows, 1000), np.float32))}))
+    shards = write_shards(tmp_path / "weights.safetensors", whole, even_cuts(whole.layout, 8))
+    replies = [lazy_record(WeightFiles.open(*shards).whole) for _ in range(3)]
+    del whole
+    tracemalloc.start()
+    record = FileCheckpoints(tmp_path / "kept").put("mean", record_mean(replies, [1, 1, 1]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4.0 * 1000 * rows
+    assert record["w"].numpy()[-1, -1] == 1.0
 
 
 def test_a_tensor_in_one_shard_is_not_copied():
