@@ -117,6 +117,8 @@ class FacilityConfig:
     network_gb_s: float | None = None
     # CPUs of a node that jobs may use, as the scheduler counts them.
     cpus_per_node: int | None = None
+    # Rank of the adapters here, at most ``model.lora.r`` (null); see ``strategy=flora``.
+    lora_r: int | None = None
     # The scheduler is asked about this facility's jobs no more often than this.
     poll_s: float = 60.0
     # Whether compute nodes reach outside (else Hugging Face is put in offline mode).

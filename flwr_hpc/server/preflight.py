@@ -156,6 +156,8 @@ def check_facilities(config: Config, names: list[str]) -> None:
     if config.model.lora.quantize != "none":
         packages, kind = (*TRAIN_PACKAGES, "bitsandbytes"), "qlora"
     for name, facility in config.here.items():
+        if facility.lora_r is not None:
+            _check_rank(config, name, facility.lora_r)
         if facility.local and facility.python is None:
             _check_packages(name, packages, kind)
         check_interpreter(name, facility, (*JOB_PACKAGES, *packages), f"flwr-hpc[{kind}]")
@@ -191,6 +193,20 @@ def _check_plain_adapters(lora: LoraConfig) -> None:
             f"the strategy adds to the weights under adapters, which goes with no {wrong[0]}: "
             "they are in 4 bit with quantize, divided by their norm with dora, and the average is "
             f"exact already with freeze_a. Leave out {' and '.join(wrong)}, or use another strategy"
+        )
+
+
+def _check_rank(config: Config, facility: str, rank: int) -> None:
+    """Refuse a rank of its own where it is no rank of the run's adapters, or is averaged."""
+    own, most = f"facilities.{facility}.lora_r", config.model.lora.r
+    if not 0 < rank <= most:
+        raise UserError(
+            f"{own}={rank} must be from 1 to model.lora.r={most}, the rank in which adapters travel"
+        )
+    if not getattr(build_strategy(config.strategy), "takes_unlike_ranks", False):
+        raise UserError(
+            f"{own}={rank}: the strategy averages the factors of adapters, which must all have the "
+            f"rank model.lora.r={most}. Leave out {own}, or use strategy=flora"
         )
 
 

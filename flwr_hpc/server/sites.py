@@ -71,4 +71,5 @@ def _worker_settings(config: Config, facility: str, sites: Iterable[str]) -> Wor
         peak_tflops=here.peak_tflops,
         gpus_per_node=here.gpus_per_node,
         internet=here.internet,
+        lora_r=here.lora_r,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers.utils import cached_file
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
+from flwr_hpc.train.adapter_rank import AdapterRank
 from flwr_hpc.train.base_model import freeze_a, frozen_factors, load_quantized
 from flwr_hpc.train.metrics import flops_per_token
 
@@ -47,13 +49,21 @@ class Built:
     # The same for an adapter's frozen A, of which only the initial weights have a copy.
     frozen: dict[str, str]
     files: dict[str, str]  # Text files that make the weights a Hugging Face directory
+    rank: AdapterRank
     flops_per_token: float  # Of one training step; 0 where the model's shape is not known
 
 
 def build(
-    config: ModelConfig, tokenizer: Any, seed: int, seq_len: int, checkpointing: str = "none"
+    config: ModelConfig,
+    tokenizer: Any,
+    seed: int,
+    seq_len: int,
+    checkpointing: str = "none",
+    lora_r: int | None = None,
 ) -> Built:
     """Build the model; the same weights on every rank and at every facility.
+
+    `lora_r` is the rank of the facility's adapters, if it is smaller than the run's.
 
     peft and activation checkpointing go in here, before sharding: adapters added to a sharded
     model would stay apart on every rank.
@@ -65,18 +75,19 @@ def build(
     if checkpointing != "none":
         base.gradient_checkpointing_enable(_recomputation(checkpointing))
     files = _tokenizer_files(tokenizer)
+    rank = AdapterRank(config.lora.r if lora_r is None else lora_r, config.lora.r)
     if config.lora.r == 0:
         model: Any = base
         files |= _model_files(base)
     else:
         torch.manual_seed(seed + 1)  # the adapter's draw does not depend on how the base came
-        model = _with_lora(base, config)
+        model = _with_lora(base, config, rank.own)
         if config.lora.freeze_a:
             freeze_a(model, seed)
-        files |= _adapter_files(model)
+        files |= _adapter_files(model, config.lora)
     names = {name: _file_name(name) for name in exchanged(model)}
     frozen = {name: _file_name(name) for name in frozen_factors(model)}
-    return Built(model, names, frozen, files, flops_per_token(base.config, model, seq_len))
+    return Built(model, names, frozen, files, rank, flops_per_token(base.config, model, seq_len))
 
 
 def _recomputation(kind: str) -> dict[str, Any]:
@@ -211,24 +222,24 @@ def _check_size(base: Any, tokenizer: Any, seq_len: int) -> None:
         raise UserError(f"data.seq_len={seq_len} is longer than the model allows ({longest})")
 
 
-def _with_lora(base: Any, config: ModelConfig) -> Any:
+def _with_lora(base: Any, config: ModelConfig, rank: int) -> Any:
     import peft
 
     try:
-        return peft.get_peft_model(base, _lora(config.lora, base, config.path))
+        return peft.get_peft_model(base, _lora(config.lora, rank, base, config.path))
     except ValueError as exc:
         raise UserError(f"model.lora is not valid: {_first_line(exc)}") from None
 
 
-def _lora(lora: LoraConfig, base: Any, path: str | None) -> Any:
+def _lora(lora: LoraConfig, rank: int, base: Any, path: str | None) -> Any:
     import peft
 
     targets: str | list[str] = lora.target_modules
     if "," in lora.target_modules:
         targets = [t.strip() for t in lora.target_modules.split(",")]
     return peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
+        r=rank,
+        lora_alpha=lora.alpha if rank == lora.r else lora.alpha * rank / lora.r,
         lora_dropout=lora.dropout,
         target_modules=targets,
         use_dora=lora.dora,
@@ -253,13 +264,11 @@ def _model_files(base: Any) -> dict[str, str]:
         return _texts(Path(folder))
 
 
-def _adapter_files(model: Any) -> dict[str, str]:
-    config = model.peft_config["default"]
-    trains = config.inference_mode
+def _adapter_files(model: Any, lora: LoraConfig) -> dict[str, str]:
+    config = copy(model.peft_config["default"])
+    config.inference_mode, config.r, config.lora_alpha = True, lora.r, lora.alpha
     with tempfile.TemporaryDirectory() as folder:
-        config.inference_mode = True
         config.save_pretrained(folder)
-        config.inference_mode = trains
         return _texts(Path(folder))
 
 

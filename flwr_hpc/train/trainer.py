@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -94,7 +95,9 @@ class Trainer:
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}
         factors = frozen_factors(built.model)
         self._initial = self.exchanged | {f: factors[name] for name, f in built.frozen.items()}
-        self._writer = WeightsWriter(group, self._initial, 1e6 * config.shards_above_mb)
+        self._rank = built.rank
+        shards_above = math.inf if self._rank.is_smaller else 1e6 * config.shards_above_mb
+        self._writer = WeightsWriter(group, self._initial, shards_above)
         self.trained = {n: t for n, t in self.exchanged.items() if t.requires_grad}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
         self._unsummed = [p for n, p in self._trained.items() if n in unsummed]
@@ -113,7 +116,10 @@ class Trainer:
                 "All facilities must use the same model configuration."
             )
         chosen = self.exchanged.keys() if names is None else names
-        return layout_of((n, t) for n, t in self.exchanged.items() if n in chosen)
+        return self._layout((n, t) for n, t in self.exchanged.items() if n in chosen)
+
+    def _layout(self, tensors: Named) -> dict[str, TensorInfo]:
+        return self._rank.layout(layout_of(tensors))
 
     def load_weights(self, path: Path, names: Collection[str] | None = None) -> None:
         """Take over weights, each rank its shards of them; a collective call.
@@ -127,7 +133,12 @@ class Trainer:
         reshard(self._model)
         layout = self.layout(names)
         targets = {name: self.exchanged[name] for name in layout}
-        self._group.refuse_together(lambda: read_weights(path, layout, targets))
+
+        def read() -> None:
+            read_weights(path, layout, targets)
+            self._rank.keep_rest(path, layout)
+
+        self._group.refuse_together(read)
 
     def load_extra(self, path: Path, targets: Mapping[str, Tensor]) -> None:
         """Fill tensors, sharded as weights of the same names, from a file of all that travels."""
@@ -153,12 +164,13 @@ class Trainer:
 
     def stage_initial(self, path: Path) -> Staged:
         """Copy what a run begins with: the weights that travel, and frozen factors once."""
-        return self.stage(path, self._initial.items(), layout_of(self._initial.items()))
+        return self.stage(path, self._initial.items(), self._layout(self._initial.items()))
 
     def stage(self, path: Path, tensors: Named, layout: Layout | None = None) -> Staged:
         """Copy tensors that are as all of the weights, or as `layout` says, to be published."""
         reshard(self._model)
-        return self._writer.stage(path, tensors, self.layout() if layout is None else layout)
+        wide = ((name, self._rank.widened(name, tensor)) for name, tensor in tensors)
+        return self._writer.stage(path, wide, self.layout() if layout is None else layout)
 
     def shards(self) -> list[Tensor]:
         """Return this rank's parts of the weights that travel, to be changed in place."""

@@ -26,6 +26,7 @@ class WorkerSettings:
     peak_tflops: float | None
     gpus_per_node: int
     internet: bool
+    lora_r: int | None  # This facility's, if its adapters are of a smaller rank than the run's
 
     @classmethod
     def read(cls, allocation: AllocationDir) -> WorkerSettings:

@@ -54,6 +54,7 @@ class HpcStrategy(Strategy):
     # Low-rank factors that the newest version adds to the frozen weights under its adapters, see
     # `strategies.parts.lora.residual`.
     residual: StoredTensors | None = None
+    takes_unlike_ranks = False  # Of adapters: B A counts alone, see `facilities.NAME.lora_r`
     needs_plain_adapters = False  # Of linear layers in full precision, both factors trained
 
     _runtime: Runtime | None = None

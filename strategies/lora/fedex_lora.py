@@ -63,7 +63,7 @@ class FedExLora(FedAvg):
         if self._adapters() and not site.launcher:
             raise RunFailed(
                 f"{site.facility} is an ordinary ClientApp, which cannot add factors to the "
-                "weights under its adapters. fedex_lora trains with the launcher's sites alone"
+                "weights under its adapters. This strategy trains with the launcher's sites alone"
             )
         return replace(super().order(site), extra_arrays=self.evaluation_arrays())
 
@@ -83,11 +83,16 @@ class FedExLora(FedAvg):
             self._facts = self._told()
         return rules.weighted_step(self.arrays, found, shares, self.outer_lr)
 
+    def to_frozen(self, prefix: str, found: Sequence[Record], shares: Sequence[float]) -> Factors:
+        """Return what of one adapter goes into the frozen weight with a version."""
+        a, b = ([delta[prefix + end].numpy() for delta in found] for end in (A, B))
+        return residual.residual(shares, a, b)
+
     def _adapters(self) -> list[str]:
         try:
             return residual.adapters(self.arrays)
         except ValueError as exc:
-            raise RunFailed(f"fedex_lora: {exc}") from None
+            raise RunFailed(f"{type(self).__name__}: {exc}") from None
 
     def _next(
         self,
@@ -98,8 +103,7 @@ class FedExLora(FedAvg):
     ) -> Tensors:
         """Yield the factors after one more version, an adapter at a time."""
         for prefix in prefixes:
-            a, b = ([delta[prefix + end].numpy() for delta in found] for end in (A, B))
-            new = residual.residual(shares, a, b)
+            new = self.to_frozen(prefix, found, shares)
             if before is not None:
                 old = Factors(before[prefix + B].numpy(), before[prefix + A].numpy())
                 new = residual.stacked(old, new)

@@ -74,6 +74,12 @@ def residual(c: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]) -> Fa
     return Factors(np.concatenate(weighed, axis=1), np.concatenate(rows, axis=0))
 
 
+def side_by_side(c: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]) -> Factors:
+    """Return the factors of ``sum_i c_i B_i A_i`` (FLoRA, arXiv 2409.05976)."""
+    weighed = [w * x.astype(np.float64) for w, x in zip(c, b, strict=True)]
+    return Factors(np.concatenate(weighed, axis=1), np.concatenate(a, axis=0).astype(np.float64))
+
+
 def stacked(first: Factors, second: Factors) -> Factors:
     """Return the factors of the sum of two products."""
     return Factors(np.concatenate([first.u, second.u], 1), np.concatenate([first.v, second.v], 0))

@@ -128,8 +128,8 @@ def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "freeze_a"),
-    [("fedadam", False), ("fedadam", True), ("fedex_lora", False)],
-    ids=["lora", "ffa-lora", "fedex-lora"],
+    [("fedadam", False), ("fedadam", True), ("fedex_lora", False), ("flora", False)],
+    ids=["lora", "ffa-lora", "fedex-lora", "flora"],
 )
 def test_adapters_of_a_checkpoint(
     undisturbed: Run, tmp_path: Path, strategy: str, freeze_a: bool
@@ -139,16 +139,19 @@ def test_adapters_of_a_checkpoint(
     base = undisturbed.dir / "model"
     lora = ["model.lora.r=4", f"model.path={base}", f"data.tokenizer={base}"]
     lora.append(f"model.lora.freeze_a={str(freeze_a).lower()}")
+    if strategy == "flora":
+        lora.append("facilities.local_b.lora_r=2")
     run = Run(tmp_path / "run", f"strategy={strategy}", *lora, "train.lr=0.01", "train.steps=40")
     assert run.end() == 0, run.said()
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
     inexact = [e["lora_inexactness"] for e in run.events("aggregated")]
     assert inexact
-    exact = freeze_a or strategy == "fedex_lora"
+    stacks = strategy in ("fedex_lora", "flora")
+    exact = freeze_a or stacks
     assert all((value < 1e-8) is exact for value in inexact)
     config = json.loads((run.dir / "model" / "adapter_config.json").read_text())
-    assert (config["r"] > 4) is (strategy == "fedex_lora")
+    assert (config["r"] > 4) is stacks
     assert not (run.dir / "model" / "model.safetensors").exists()
     code = (
         "import sys; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained(sys.argv[1])"

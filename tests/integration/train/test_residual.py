@@ -1,4 +1,4 @@
-"""FedEx-LoRA on real trainers: a version is the average of the sites' merged models."""
+"""FedEx-LoRA and FLoRA on real trainers: a version is the average of the sites' merged models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from worlds.train.torch_ranks import LLAMA, Team, start_teams, tiny_model
 from flwr_hpc.server.model_dir import write_model
 from strategies import Runtime
 from strategies.lora.fedex_lora import FedExLora
+from strategies.lora.flora import FLoRA
 from strategies.parts import rules
 from strategies.parts.buffer import Update
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
-MODELS = {"llama": LLAMA, "gpt2": GPT2}
 WEIGHTS = (3.0, 1.0)
 
 
@@ -38,6 +38,7 @@ class Federation:
     team: Team
     folder: Path
     files: dict[str, str]
+    ranks: tuple[int | None, int | None] = (None, None)  # of the sites' adapters
 
     @property
     def base(self) -> Path:
@@ -69,7 +70,8 @@ class Federation:
         """Have both sites train from a version."""
         paths = [self.folder / f"trained-{number}-{site}" for site in (0, 1)]
         for site, to in enumerate(paths):
-            self.team.run(scenario.trained, self.base, *self.version(number), site, to)
+            where = self.base, *self.version(number), site, to
+            self.team.run(scenario.trained, *where, lora_r=self.ranks[site])
         return paths
 
     def aggregate(self, strategy: FedExLora, number: int, paths: list[Path]) -> None:
@@ -103,13 +105,26 @@ def federation(team: Team, folder: Path, config: dict[str, Any]) -> Federation:
     return Federation(team, folder, built.files)
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(
+    ("config", "strategy", "ranks"),
+    [
+        (LLAMA, FedExLora(), (None, None)),
+        (GPT2, FedExLora(), (None, None)),
+        (LLAMA, FLoRA(), (None, 2)),
+    ],
+    ids=["llama", "gpt2", "unlike ranks"],
+)
 def test_a_version_is_the_average_of_the_merged_models(
-    teams: dict[int, Team], tmp_path: Path, config: dict[str, Any]
+    teams: dict[int, Team],
+    tmp_path: Path,
+    config: dict[str, Any],
+    strategy: FedExLora,
+    ranks: tuple[int | None, int | None],
 ) -> None:
     """Protects the claim end to end, over three versions: what sites train on, what the server
     makes of it and what peft loads of a run's end are one model, to 1e-5."""
-    fed, strategy = federation(teams[1], tmp_path, config), FedExLora()
+    fed = federation(teams[2 if ranks[1] else 1], tmp_path, config)
+    fed.ranks = ranks
     strategy.runtime = Runtime()
     for number in range(3):
         paths = fed.trained(number)

@@ -56,6 +56,16 @@ def test_an_exact_average_of_adapters_wants_plain_ones() -> None:
         assert f"Leave out model.lora.{wrong}, or" in fault(*exact, f"model.lora.{wrong}")
 
 
+def test_a_facility_of_another_rank_wants_a_strategy_that_stacks() -> None:
+    """Protects averages from factors that were never trained, and users from a job that fails."""
+    of_four = ("model.lora.r=4", f"model.path={NAME}", "facilities.local_b.lora_r=2")
+    assert "use strategy=flora" in fault("strategy=fedex_lora", *of_four)
+    assert NAME in fault("strategy=flora", *of_four)
+    for wrong in ("0", "5"):
+        found = fault("strategy=flora", *of_four[:2], f"facilities.local_b.lora_r={wrong}")
+        assert "from 1 to model.lora.r=4" in found
+
+
 def test_passages_are_read_before_anything_starts(tmp_path: Path) -> None:
     """Protects users from jobs that fail over a file that was never there."""
     with pytest.raises(UserError, match=r"passages .*p\.jsonl cannot be read"):

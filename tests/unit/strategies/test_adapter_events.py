@@ -17,7 +17,7 @@ SILENT = {  # The centre of robust_fedavg is no average
     *("decoupled_diloco", "streaming_diloco", "streaming diloco without overlap", "mixing"),
     *("robust_fedavg", "private"),
 }
-EXACT = {"fedex_lora"}
+EXACT = {"fedex_lora", "flora"}
 STEPS = 3
 
 

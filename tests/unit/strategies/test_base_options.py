@@ -16,17 +16,18 @@ from strategies.async_diloco import AsyncDiLoCo
 from strategies.fedasync import FedAsync
 from strategies.fedavg import FedAvg
 from strategies.fedbuff import FedBuff
+from strategies.lora.fedex_lora import FedExLora
 from strategies.scaffold import Scaffold
 
 
 def asynchronous() -> list[str]:
     """Return the files of `conf/strategy` whose class is one of ours with an event for each.
 
-    But FedEx-LoRA's: an average of its versions is no version, and it refuses to make one.
+    But those of adapters: an average of their versions is no version, and they refuse to make one.
     """
     targets = {p.stem: str(OmegaConf.load(p)["_target_"]) for p in sorted(CONF.glob("*.yaml"))}
     ours = [n for n, target in targets.items() if issubclass(get_class(target), AsyncStrategy)]
-    return [name for name in ours if name != "fedex_lora"]
+    return [name for name in ours if not issubclass(get_class(targets[name]), FedExLora)]
 
 
 def move(by: float) -> dict[str, np.ndarray]:

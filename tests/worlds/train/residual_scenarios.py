@@ -13,10 +13,16 @@ from flwr_hpc.train.trainer import Trainer
 
 
 def trained(
-    group: Group, path: Path, weights: Path, residual: Path | None, site: int, to: Path
+    group: Group,
+    path: Path,
+    weights: Path,
+    residual: Path | None,
+    site: int,
+    to: Path,
+    **options: Any,
 ) -> None:
     """Train a version's adapter on a site's own data, over the version's frozen weights."""
-    trainer = tiny_trainer(group, lora=True, path=str(path), lr=0.05)
+    trainer = tiny_trainer(group, lora=True, path=str(path), lr=0.05, **options)
     trainer.set_residual(residual)
     trainer.load_weights(weights)
     trainer.cursor.advance(1, 1000 * site)

@@ -93,6 +93,7 @@ def tiny_model(
     seed: int = 0,
     dora: bool = False,
     quantize: str = "none",
+    lora_r: int | None = None,
 ) -> Built:
     config = ModelConfig(
         path=path,
@@ -101,7 +102,7 @@ def tiny_model(
             r=4 if lora or dora else 0, alpha=8, dora=dora, freeze_a=freeze_a, quantize=quantize
         ),
     )
-    return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing)
+    return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing, lora_r)
 
 
 def tiny_trainer(
@@ -114,13 +115,15 @@ def tiny_trainer(
     model: dict[str, Any] | None = None,
     dora: bool = False,
     quantize: str = "none",
+    lora_r: int | None = None,
     **train: Any,
 ) -> Trainer:
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
     config = dataclasses.replace(TRAIN, **train)
     built = tiny_model(
-        tied, lora, path, config.activation_checkpointing, model, dora=dora, quantize=quantize
-    )
+        tied, lora, path, config.activation_checkpointing, model, dora=dora, quantize=quantize,
+        lora_r=lora_r,
+    )  # fmt: skip
     return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes)
 
 

@@ -1,4 +1,4 @@
-"""FedEx-LoRA over scripted sites: every version is the average of the sites' models, densely."""
+"""Exact strategies for adapters over scripted sites: a version is the average of their models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from flwr_hpc.protocol import ARRAYS, ORDER, RESIDUAL, Order, from_json
 from strategies.engine.runtime import RunFailed
 from strategies.fedavg import FedAvg
 from strategies.lora.fedex_lora import FedExLora
+from strategies.lora.flora import FLoRA
 from strategies.parts.rules import normalised
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
 TARGETS = {"a": 1.0, "b": -2.0, "c": 3.0}
 EXAMPLES = {"a": 10, "b": 30, "c": 20}
+
+both = pytest.mark.parametrize("kind", [FedExLora, FLoRA])
 
 
 def adapter():
@@ -50,11 +53,11 @@ def product(tensors):
     return tensors[B].astype(np.float64) @ tensors[A].astype(np.float64)
 
 
-def served(rounds=5, names="abc", **options):
+def served(kind=FedExLora, rounds=5, names="abc", **options):
     """Run; return the world, the strategy, the last weights and what each version had with it."""
     made = []
     world = World(sites(names), rounds=rounds)
-    result = world.serve(lambda: made.append(FedExLora(**options)) or made[-1])
+    result = world.serve(lambda: made.append(kind(**options)) or made[-1])
     sent = {}
     for message in (m for m in world.grid.pushed if ORDER in m.content and ARRAYS in m.content):
         order = from_json(Order, str(message.content[ORDER]["json"]))
@@ -64,9 +67,10 @@ def served(rounds=5, names="abc", **options):
     return world, made[-1], as_numpy(result.arrays), sent
 
 
-def test_every_version_is_the_average_of_the_models():
+@both
+def test_every_version_is_the_average_of_the_models(kind):
     """Protects the claim: W0 + B A + U V of a version, against those of its replies, averaged."""
-    world, strategy, last, sent = served()
+    world, strategy, last, sent = served(kind)
     sent[5] = last, as_numpy(strategy.residual)
     c = normalised([float(EXAMPLES[n]) for n in "abc"])
     apart = []
@@ -93,23 +97,34 @@ def test_what_was_removed_is_what_fedavg_has():
     )
 
 
-def test_the_last_version_is_evaluated_with_its_residual():
+@both
+def test_the_last_version_is_evaluated_with_its_residual(kind):
     """Protects the held-out loss of the end: it is of what the run leaves."""
-    world, strategy, last, sent = served(rounds=2)
+    world, strategy, last, sent = served(kind, rounds=2)
     assert world.events("evaluated")[-1]["version"] == 2
     theta, residual = sent[2]  # of the evaluations
     assert all(np.array_equal(theta[name], last[name]) for name in last)
     assert all(np.array_equal(residual[k], x) for k, x in as_numpy(strategy.residual).items())
 
 
-def test_a_cut_residual_says_what_it_lacks():
+@both
+def test_a_cut_residual_says_what_it_lacks(kind):
     """Protects those who bound its size: the figure is no longer 0 but that of the cut."""
-    world, strategy, last, _ = served(rounds=4, rank=1)
+    world, strategy, last, _ = served(kind, rounds=4, rank=1)
     assert {e["lora_residual_rank"] for e in world.events("aggregated")} == {1}
     assert len(strategy.residual[A].numpy()) == 1
     figures = [e["lora_inexactness"] for e in world.events("aggregated")]
     assert max(figures) > 0.0
     assert np.isfinite(product(last)).all()
+
+
+def test_adapters_begin_anew_after_each_round():
+    """Protects FLoRA's rounds: no adapter is added twice, and no two rounds have one A."""
+    _, _, last, sent = served(FLoRA, rounds=3)
+    after = [theta for version, (theta, _) in sent.items() if version] + [last]
+    assert not any(theta[B].any() for theta in after)
+    assert len({theta[A].tobytes() for theta in after}) == 3
+    assert all(0 < abs(theta[A]).max() <= 7**-0.5 for theta in after)
 
 
 def test_one_site_leaves_no_residual():
@@ -119,13 +134,14 @@ def test_one_site_leaves_no_residual():
     assert world.events("aggregated")[-1]["lora_inexactness_removed"] == 0.0
 
 
-def test_killed_at_every_moment_the_residual_is_the_same_to_the_bit():
+@both
+def test_killed_at_every_moment_the_residual_is_the_same_to_the_bit(kind):
     """Wherever the server dies, adapter and residual of the resumed run are of the same bits."""
 
     def run(world, **kill):
         made = []
         try:
-            result = world.serve(lambda: made.append(FedExLora()) or made[-1], **kill)
+            result = world.serve(lambda: made.append(kind()) or made[-1], **kill)
         except Killed:
             return None
         return as_numpy(result.arrays) | {
@@ -156,19 +172,21 @@ def test_what_would_make_no_average_of_models_is_refused(options, says):
         FedExLora(**options)
 
 
-def test_an_ordinary_client_app_is_refused():
+@both
+def test_an_ordinary_client_app_is_refused(kind):
     """It would train over frozen weights that lack the residual, without a word."""
     world = World([FakeSite("x", 1.0, plain=True)])
     with pytest.raises(RunFailed, match="cannot add factors"):
-        world.serve(FedExLora)
+        world.serve(kind)
 
 
-def test_other_adapters_are_refused_before_anybody_trains(monkeypatch):
+@both
+def test_other_adapters_are_refused_before_anybody_trains(kind, monkeypatch):
     """Those of an embedding, whose product is another."""
     odd = {"e.lora_embedding_A": np.ones((2, 7), np.float32)}
     made = ArrayRecord({n: Array(t) for n, t in (as_numpy(adapter()) | odd).items()})
     monkeypatch.setattr(grid_world, "initial_arrays", lambda: made)
     world = World(sites())
     with pytest.raises(RunFailed, match=r"e\.lora_embedding_A"):
-        world.serve(FedExLora)
+        world.serve(kind)
     assert not any(order.kind == "train" for site in world.sites for order in site.orders)
