@@ -158,6 +158,7 @@ def check_facilities(config: Config, names: list[str]) -> None:
     for name, facility in config.here.items():
         if facility.lora_r is not None:
             _check_rank(config, name, facility.lora_r)
+    for name, facility in config.here.items():
         if facility.local and facility.python is None:
             _check_packages(name, packages, kind)
         check_interpreter(name, facility, (*JOB_PACKAGES, *packages), f"flwr-hpc[{kind}]")

@@ -22,8 +22,8 @@ from transformers.utils import cached_file
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig
 from flwr_hpc.errors import UserError, closest
-from flwr_hpc.train.adapter_rank import AdapterRank
 from flwr_hpc.train.base_model import freeze_a, frozen_factors, load_quantized
+from flwr_hpc.train.lora.rank import AdapterRank
 from flwr_hpc.train.metrics import flops_per_token
 
 _aten = torch.ops.aten

@@ -20,6 +20,7 @@ from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.algorithms.base import Algorithm
 from flwr_hpc.train.base_model import frozen_factors
 from flwr_hpc.train.goldfish import training_batch
+from flwr_hpc.train.lora.residual import FrozenResidual
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED, add_loss, count_tokens
 from flwr_hpc.train.model import Built, exchanged
 from flwr_hpc.train.optim import adamw, clip, learning_rate, step_if_finite, sum_gradients
@@ -27,7 +28,6 @@ from flwr_hpc.train.parallel.sharding import ONE_UNIT_BELOW, meshes, reshard, sh
 from flwr_hpc.train.parallel.tensors import local
 from flwr_hpc.train.progress import DivergedError, Evaluated, OrderProgress, Progress
 from flwr_hpc.train.rendezvous import Group
-from flwr_hpc.train.residual import FrozenResidual
 from flwr_hpc.train.runtime.garbage import collect_at, uncollected
 from flwr_hpc.train.runtime.prefetch import Prefetch
 from flwr_hpc.train.weights import Named, Staged, WeightsWriter, layout_of, read_weights

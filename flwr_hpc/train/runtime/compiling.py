@@ -7,12 +7,20 @@ from torch import nn
 
 from flwr_hpc.errors import UserError
 
+# inductor hands g++ the path of torch's libraries unquoted (torch 2.13)
+LINKS = " " not in torch.__path__[0]
+
 
 def check_compiler(device: torch.device) -> None:
     """Compile next to nothing; refuse ``train.compile`` where that fails, as all would later."""
     try:
         torch.compile(lambda x: x.sin() + 1.0)(torch.ones(8, device=device))
     except Exception as exc:  # many kinds: of dynamo, inductor, and what these call
+        if device.type == "cpu" and not LINKS:
+            raise UserError(
+                f"train.compile=true on CPUs needs torch at a path without a space, found "
+                f"{torch.__path__[0]}. Move the environment, or give train.compile=false"
+            ) from None
         raise UserError(
             f"train.compile=true, and torch.compile does not work in the job on this "
             f"{device.type}: {_reason(exc)}. It takes a C++ compiler (module load gcc, or CXX=...) "

@@ -58,11 +58,12 @@ def test_an_exact_average_of_adapters_wants_plain_ones() -> None:
 
 def test_a_facility_of_another_rank_wants_a_strategy_that_stacks() -> None:
     """Protects averages from factors that were never trained, and users from a job that fails."""
-    of_four = ("model.lora.r=4", f"model.path={NAME}", "facilities.local_b.lora_r=2")
+    both = ("+facility=[local_a,local_b]", "model.lora.r=4", f"model.path={NAME}")
+    of_four = (*both, "facilities.local_b.lora_r=2")
     assert "use strategy=flora" in fault("strategy=fedex_lora", *of_four)
     assert NAME in fault("strategy=flora", *of_four)
     for wrong in ("0", "5"):
-        found = fault("strategy=flora", *of_four[:2], f"facilities.local_b.lora_r={wrong}")
+        found = fault("strategy=flora", *both, f"facilities.local_b.lora_r={wrong}")
         assert "from 1 to model.lora.r=4" in found
 
 

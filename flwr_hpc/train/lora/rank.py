@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flwr_hpc.exchange.shards.manifest import WeightFiles
 from flwr_hpc.exchange.tensors import Layout, TensorInfo, widen
+from flwr_hpc.train.lora.residual import A, B
 from flwr_hpc.train.parallel.tensors import full
-from flwr_hpc.train.residual import A, B
 
 
 @dataclass
