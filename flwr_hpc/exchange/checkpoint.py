@@ -114,11 +114,12 @@ def _write(path: Path, tensors: Iterator[tuple[str, Numbers]]) -> str | None:
     for name, tensor in tensors:
         if name in known:
             raise ValueError(f"{path}: tensor '{name}' comes twice")
-        known[name] = tensor
         held += tensor.nbytes if isinstance(tensor, np.ndarray) else 0
         if held > HELD:
-            write_stream(path, chain(_emptied(known), tensors))
+            write_stream(path, chain(_emptied(known), [(name, tensor)], tensors))
             return None
+        # A copy: whoever yields it may use the same array for the next one.
+        known[name] = tensor.copy() if isinstance(tensor, np.ndarray) else tensor
     layout = aligned({name: TensorInfo.of(tensor) for name, tensor in known.items()})
     return write_safetensors(path, ((name, known[name]) for name in layout), layout)
 

@@ -15,6 +15,19 @@ from flwr_hpc.exchange.records import LazyArray, source_of
 from flwr_hpc.exchange.tensorfile import sha256_of
 
 
+def test_an_array_that_is_used_again_keeps_what_it_was(tmp_path):
+    """Protects weights from a formula that computes one tensor after the other in one place."""
+    place = np.zeros(3, np.float32)
+
+    def counted():
+        for i in range(3):
+            place[:] = i
+            yield f"w{i}", place
+
+    record = FileCheckpoints(tmp_path).put("model", counted())
+    assert [record[f"w{i}"].numpy().tolist() for i in range(3)] == [[i] * 3 for i in range(3)]
+
+
 class Killed(BaseException):
     """Stands for kill -9."""
 
