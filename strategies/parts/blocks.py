@@ -78,12 +78,16 @@ class Blocks(NDArrayOperatorsMixin):
     def __array_ufunc__(
         self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any
     ) -> Any:
-        """Calculate later, where that is number by number; ``x += y`` makes another x."""
-        simple = method == "__call__" and ufunc.nout == 1 and not options
+        """Calculate later, where that is number by number; ``x += y`` makes another x.
+
+        An array in memory that the result is to go into has it at once.
+        """
+        given = [array for array in out or () if not isinstance(array, Blocks)]
+        simple = method == "__call__" and ufunc.nout == 1 and not options and not given
         if simple and all(np.shape(x) in ((), self.shape) for x in inputs):
             return Blocks(partial(_applied, ufunc, inputs), *filter(np.ndim, inputs))
         whole = (np.asarray(x) if isinstance(x, Blocks) else x for x in inputs)
-        return getattr(ufunc, method)(*whole, **options)
+        return getattr(ufunc, method)(*whole, **options, **({"out": out} if given else {}))
 
     def _opened(self) -> Callable[[slice], Tensor]:
         reads = [_reader(operand) for operand in self._operands]

@@ -131,3 +131,13 @@ def test_a_users_formula_stays_in_blocks():
     by_rows = delta * y[:1]  # another shape
     np.testing.assert_array_equal(by_rows, x * y[:1])
     assert np.add.reduce(delta, axis=None) == np.add.reduce(x, axis=None)
+
+
+def test_a_result_goes_where_it_is_told_to():
+    """Protects a user's sum in place: the array has it, and not only who asked for it."""
+    delta, total = Blocks(np.asarray, np.ones(SHAPE, np.float32)), np.ones(SHAPE, np.float32)
+    np.add(total, delta, out=total)
+    same = total
+    same += delta
+    assert same is total
+    assert (total == 3).all()
