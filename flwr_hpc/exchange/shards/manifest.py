@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.exchange.shards.cuts import Cut, Joined, Rows, check_cuts
+from flwr_hpc.exchange.shards.cuts import Cut, Joined, Rows, check_cuts, slice_layout
 from flwr_hpc.exchange.tensorfile import TensorFile, sha256_of
 from flwr_hpc.exchange.tensors import STORED, BadPayload, Layout, TensorInfo, Tensors
 from flwr_hpc.files import publish
@@ -23,8 +23,10 @@ from flwr_hpc.files import publish
 SUFFIX = ".json"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}|")  # In the manifest's own folder
-MAX_TEXT = 16 << 20  # characters; some 700,000 ranges of rows
+MAX_TEXT = 8 << 20  # characters; those of 405B from 1024 ranks take 6 million
+MAX_LISTS = 1 << 18  # and objects: what a character becomes in memory is bounded
 MAX_SHARDS = 4096
+MAX_AXES = 32
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,15 @@ class Manifest:
         check_cuts([shard.rows for shard in self.shards], self.layout)
 
     def to_json(self) -> str:
-        """Encode; a tensor is named once, and then by its number."""
+        """Encode; a tensor is named once, and then by its number, and rows once for all tensors."""
         numbers = {name: i for i, name in enumerate(self.layout)}
-        shards = [
-            {
-                "sha256": s.sha256, "bytes": s.bytes, "file": s.file,
-                "rows": [[numbers[name], *rows] for name, rows in s.rows.items()],
-            }
-            for s in self.shards
-        ]  # fmt: skip
+        shards = []
+        for s in self.shards:
+            alike: dict[Rows, list[int]] = {}
+            for name, rows in s.rows.items():
+                alike.setdefault(rows, []).append(numbers[name])
+            ranges = [[*rows, found] for rows, found in alike.items()]
+            shards.append({"sha256": s.sha256, "bytes": s.bytes, "file": s.file, "rows": ranges})
         tensors = {name: [info.dtype, info.shape] for name, info in self.layout.items()}
         return json.dumps({"tensors": tensors, "shards": shards}, separators=(",", ":"))
 
@@ -65,6 +67,8 @@ class Manifest:
         """Decode what anybody may have written; BadPayload if it is not a manifest."""
         if len(text) > MAX_TEXT:
             raise BadPayload(f"a manifest of {len(text)} characters, expected {MAX_TEXT} at most")
+        if (lists := text.count("[") + text.count("{")) > MAX_LISTS:
+            raise BadPayload(f"a manifest of {lists} lists, expected {MAX_LISTS} at most")
         try:
             raw = json.loads(text)
             layout = {name: _info(entry) for name, entry in raw["tensors"].items()}
@@ -79,7 +83,7 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read a file; OSError or BadPayload if there is none."""
-        return cls.from_json(path.read_text())
+        return cls.from_json(path.read_bytes().decode(errors="replace"))
 
     def write(self, path: Path) -> str:
         """Publish it beside its shards; return its sha256."""
@@ -108,8 +112,12 @@ class WeightFiles:
         if sha256 is not None:
             check_sha256(path, sha256)
         manifest = Manifest.read(path)
-        shards = [(TensorFile(path.parent / s.file, s.sha256), s.rows) for s in manifest.shards]
-        return cls(Joined(shards, manifest.layout), shards)
+        layout = manifest.layout
+        shards = [
+            (TensorFile(path.parent / s.file, s.sha256, slice_layout(layout, s.rows)), s.rows)
+            for s in manifest.shards
+        ]
+        return cls(Joined(shards, layout), shards)
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +161,11 @@ def remove_others(path: Path, kept: Path) -> None:
 
 def _info(entry: Any) -> TensorInfo:
     dtype, shape = entry
-    if dtype not in STORED or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
+    if (
+        dtype not in STORED
+        or len(shape) > MAX_AXES
+        or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape)
+    ):
         raise ValueError(f"no tensor is {str(entry)[:80]}")
     return TensorInfo(dtype, tuple(shape))
 
@@ -163,10 +175,12 @@ def _shard(entry: Any, names: Sequence[str]) -> Shard:
     if not (SHA256.fullmatch(sha256) and type(size) is int and size > 0 and FILE.fullmatch(file)):
         raise ValueError(f"no shard is {sha256[:80]!r} of {str(size)[:80]} bytes in {file[:80]!r}")
     rows: dict[str, Rows] = {}
-    for number, start, stop in entry["rows"]:
-        if not all(type(n) is int and n >= 0 for n in (number, start, stop)):
+    for start, stop, numbers in entry["rows"]:
+        if not all(type(n) is int and n >= 0 for n in (start, stop, *numbers)):
             raise ValueError("ranges of rows are of natural numbers")
-        if number >= len(names) or names[number] in rows:
-            raise ValueError(f"a shard has tensor {str(number)[:20]} twice, or there is none")
-        rows[names[number]] = (start, stop)
+        alike = (start, stop)
+        for number in numbers:
+            if number >= len(names) or names[number] in rows:
+                raise ValueError(f"a shard has tensor {str(number)[:20]} twice, or there is none")
+            rows[names[number]] = alike
     return Shard(sha256, size, rows, file)

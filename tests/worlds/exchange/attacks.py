@@ -223,7 +223,7 @@ class Attacks:
         shards: list[dict[str, Any]] = [
             {
                 "sha256": digest, "bytes": len(data), "file": "",
-                "rows": [[numbers[n], *rows] for n, rows in cut.items()],
+                "rows": [[*rows, [numbers[n]]] for n, rows in cut.items()],
             }
             for digest, data, cut in zip(hashes, files, cuts, strict=True)
         ]  # fmt: skip

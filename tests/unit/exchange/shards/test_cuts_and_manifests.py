@@ -279,6 +279,8 @@ def test_a_manifest_of_any_bytes_is_read_or_refused():
     ("text", "says"),
     [
         ("x" * (17 << 20), "characters, expected"),
+        ('{"tensors":{},"shards":[' + "[]," * (1 << 18) + "{}]}", "lists, expected 262144 at most"),
+        ('{"tensors":{"a":["F32",[' + "0," * 99 + "1]]}}", "no tensor is"),
         (json.dumps({"tensors": {}, "shards": [{}] * (MAX_SHARDS + 1)}), "4097 shards"),
         ('{"tensors":{"a":["F32",[9]]},"shards":[]}', "0 shards"),
         ('{"tensors":{"a":["F32",[true]]},"shards":[{}]}', "no tensor is"),
@@ -288,7 +290,7 @@ def test_a_manifest_of_any_bytes_is_read_or_refused():
                 {
                     "tensors": {"a": ["F32", [2]]},
                     "shards": [
-                        {"sha256": "0" * 64, "bytes": 8, "file": "../w", "rows": [[0, 0, 2]]}
+                        {"sha256": "0" * 64, "bytes": 8, "file": "../w", "rows": [[0, 2, [0]]]}
                     ],
                 }
             ),
