@@ -12,11 +12,12 @@ from flwr.app import ArrayRecord, RecordDict
 
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.compression.feedback import Feedback
+from flwr_hpc.exchange.executors import in_threads
 from flwr_hpc.exchange.records import RecordTensors, inline
 from flwr_hpc.exchange.shards.cuts import Cut
 from flwr_hpc.exchange.shards.manifest import WeightFiles, check_sha256
 from flwr_hpc.exchange.shards.parcel import Parcel, Part, cut_out, joined
-from flwr_hpc.exchange.store import PREFIX, SHA256, Reference, Store, node_folder
+from flwr_hpc.exchange.store import AT_ONCE, PREFIX, SHA256, Reference, Store, node_folder
 from flwr_hpc.exchange.tensorfile import TensorFile, save
 from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, Tensors
 
@@ -161,7 +162,7 @@ class SiteExchange:
             if feedback and known:
                 whole = joined(sent, trained.whole.layout)
                 metrics["codec_error"] = feedback.keep(order_id, meant, whole, known)
-            refs = [self.store.put(payload, folder, sha256) for payload, sha256 in payloads]
+            refs = in_threads(lambda p: self.store.put(p[0], folder, p[1]), payloads, AT_ONCE)
         dtype = _half(trained.whole)
         parts = [
             Part(replace(ref, base=version, dtype=dtype), cut)

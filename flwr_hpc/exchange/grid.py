@@ -33,6 +33,7 @@ REJECTED = 1000  # code of the error that a bad reply becomes
 TTL_S = 30 * 86400.0  # a job may queue for days; deadlines are the strategy's business
 POLL_S = 1.0  # pause of `send_and_receive`
 ANSWER_S = 0.05  # what is there at once is seen at this poll, and not only at the next
+WORDS = 1000  # characters of what was wrong with a reply
 OPEN = 64  # messages per node whose replies are waited for: older ones are given up
 
 log = logging.getLogger("flwr_hpc")
@@ -244,10 +245,12 @@ class ExchangeGrid(Grid):
             outcome, awaited.task = awaited.task.result(), None  # None: to be asked for again
             return outcome
         if isinstance(exc, BadPayload | OSError) and awaited.transfer.begun:
-            return Error(REJECTED, f"reply refused: {exc}")
+            return Error(REJECTED, f"reply refused: {_shown(exc)}")
         list(self._grid.get_node_ids())  # raises if it was the SuperLink that failed
         log.error("a reply cannot be read", exc_info=exc)
-        return Error(REJECTED, f"reply refused: it cannot be read: {type(exc).__name__}: {exc}")
+        return Error(
+            REJECTED, f"reply refused: it cannot be read: {type(exc).__name__}: {_shown(exc)}"
+        )
 
     def _bring(self, message_id: str, awaited: _Awaited) -> RecordDict | Error | None:
         """Pull a reply, fetch what it refers to and check it: beside the loop."""
@@ -282,6 +285,11 @@ class ExchangeGrid(Grid):
             reason = (reply.error.reason or "").removeprefix("reply refused: ")
             self._emit("order_rejected", facility=facility, order_id=order_id, reason=reason)
         return reply
+
+
+def _shown(error: BaseException) -> str:
+    """Return an error's words for terminals and logs: names in them may be another site's."""
+    return "".join(c if c.isprintable() else "?" for c in str(error)[:WORDS])
 
 
 def _names(sent: Message) -> tuple[str, str]:

@@ -12,17 +12,19 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from flwr_hpc.exchange.codec import Codec
+from flwr_hpc.exchange.executors import in_threads
 from flwr_hpc.exchange.expected import Expected
 from flwr_hpc.exchange.records import RecordTensors, lazy_record
-from flwr_hpc.exchange.shards.parcel import Parcel, joined
-from flwr_hpc.exchange.store import PREFIX, Reference, Store
+from flwr_hpc.exchange.shards.parcel import Parcel, Part, joined
+from flwr_hpc.exchange.store import AT_ONCE, PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import HALVES, BadPayload, Layout, Tensors, check, check_layout
-from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.exchange.transfer import Linked, Transfer
 from flwr_hpc.protocol import METRICS, WEIGHT_KEY
 
 DISK_SHARE = 0.5  # of what is free: a payload whose layout is not known may take so much
@@ -95,25 +97,36 @@ class Receiver:
             check_layout(parcel.layout, layout, accept)
         self._check_sizes(parcel, layout, accept)
         base = self._version(parcel.base) if parcel.base and self._codec.relative else None
-        found: list[Tensors] = []
-        for part in parcel.parts:
-            expected = part.layout(parcel.layout if layout is None else layout)
-            found.append(self._open(part.ref, part.of(base), expected, transfer))
-            check(found[-1], expected, accept, transfer.advance)
-        cuts = (part.cut for part in parcel.parts)
-        return joined(list(zip(found, cuts, strict=True)), layout or parcel.layout or {})
+        linked = Linked(transfer)
+        with ExitStack() as refused:
+
+            def fetch(part: Part) -> Tensors:
+                expected = part.layout(parcel.layout if layout is None else layout)
+                path = self._folder / uuid.uuid4().hex
+                refused.callback(path.unlink, missing_ok=True)
+                tensors = self._open(part.ref, path, part.of(base), expected, linked)
+                check(tensors, expected, accept, linked.advance)
+                if part.cut is not None:  # they are many
+                    tensors.let_go()
+                return tensors
+
+            found = in_threads(fetch, parcel.parts, AT_ONCE, linked.cancel)
+            cuts = (part.cut for part in parcel.parts)
+            whole = joined(list(zip(found, cuts, strict=True)), layout or parcel.layout or {})
+            refused.pop_all()
+        return whole
 
     def _open(
-        self, ref: Reference, base: Tensors | None, layout: Layout | None, transfer: Transfer
+        self,
+        ref: Reference,
+        path: Path,
+        base: Tensors | None,
+        layout: Layout | None,
+        transfer: Transfer,
     ) -> Tensors:
         """Fetch a payload as our own copy; its file goes with the last array over it."""
-        path = self._folder / uuid.uuid4().hex
-        try:
-            self._store.get(ref, path, own=True, transfer=transfer)
-            tensors = self._codec.decode(path, base, layout)
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        self._store.get(ref, path, own=True, transfer=transfer)
+        tensors = self._codec.decode(path, base, layout)
         weakref.finalize(tensors, path.unlink, missing_ok=True)
         return tensors
 

@@ -25,6 +25,7 @@ from flwr_hpc.files import draft
 PREFIX = "exchange."  # in a message, a reference to the arrays of key K lies under PREFIX + K
 GLOBAL = "global"  # the server's folder
 FOLDER = "file"  # takes plain paths
+AT_ONCE = 4  # payloads of one sender that are moved at the same time
 DEFAULT = "fsspec"  # takes every URL whose scheme no other store is named after
 
 REFERENCE_TEXTS = {"key": None, "sha256": None, "base": "", "dtype": ""}

@@ -15,6 +15,8 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -54,7 +56,7 @@ class TensorFile(Tensors):
 
     A mapping lives as long as the array over it, so pages of tensors that are done with do
     not stay in the process. Arrays are private copies on write. The open file outlives its
-    name: deleting it on disk does not harm a reader.
+    name: deleting it on disk does not harm a reader, unless that has `let_go` of it.
 
     Parameters
     ----------
@@ -74,22 +76,25 @@ class TensorFile(Tensors):
         self.path = path
         self._sha256 = sha256
         self._file = open(path, "rb")  # noqa: SIM115 - stays open as long as the object lives
+        self._stat = os.fstat(self._file.fileno())
         limit = MAX_HEADER if layout is None else max_header(layout)
-        self.layout, self._starts = _read_header(self._file, path, limit)
+        found, self._starts = _read_header(self._file, path, limit)
+        self.layout = _shared(found, layout or {})
 
     @property
     def sha256(self) -> str:
         """Hex digest of the whole file."""
         if self._sha256 is None:
-            self._file.seek(0)
-            self._sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+            with self._opened() as file:
+                file.seek(0)
+                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return self._sha256
 
     @property
     def in_place(self) -> bool:
         """Whether this very file still lies under its name."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+            return os.path.samestat(os.stat(self.path), self._stat)
         except OSError:
             return False
 
@@ -99,13 +104,21 @@ class TensorFile(Tensors):
         if info.nbytes == 0:
             return np.empty(info.shape, info.stored)
         skip = self._starts[name] % mmap.ALLOCATIONGRANULARITY
-        view = mmap.mmap(
-            self._file.fileno(),
-            info.nbytes + skip,
-            access=mmap.ACCESS_COPY,
-            offset=self._starts[name] - skip,
-        )
+        with self._opened() as file:
+            view = mmap.mmap(
+                file.fileno(),
+                info.nbytes + skip,
+                access=mmap.ACCESS_COPY,
+                offset=self._starts[name] - skip,
+            )
         return np.frombuffer(view, info.stored, info.size, skip).reshape(info.shape)
+
+    def let_go(self) -> None:
+        """Close the file; it is opened for each read."""
+        self._file.close()
+
+    def _opened(self) -> AbstractContextManager[BufferedReader]:
+        return open(self.path, "rb") if self._file.closed else nullcontext(self._file)
 
 
 def sha256_of(path: Path) -> str:
@@ -266,3 +279,9 @@ def _read_header(
             raise BadPayload(f"{path.name}: tensor '{name}' has unknown dtype {info.dtype}")
     starts = {n: 8 + length + int(e["data_offsets"][0]) for n, e in header.items()}
     return layout, starts
+
+
+def _shared(found: Layout, expected: Layout) -> Layout:
+    """Return the layout, in objects of the expected one: a model in shards has many files."""
+    same = found == expected and list(found) == list(expected)
+    return expected if same else found

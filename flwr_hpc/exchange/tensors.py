@@ -52,7 +52,7 @@ class Shaped(Protocol):
         """Of its numbers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Dtype (safetensors' name) and shape of one tensor."""
 
@@ -113,6 +113,9 @@ class Tensors(ABC):
         """Return what reads ranges of a tensor's values, in the order of the file."""
         bits, dtype = self.raw(name).reshape(-1), self.layout[name].dtype
         return lambda part: widen(bits[part], dtype)
+
+    def let_go(self) -> None:  # noqa: B027 - most have none
+        """Keep no file open between two reads: whoever calls this sees to it that none goes."""
 
     @property
     def nbytes(self) -> int:

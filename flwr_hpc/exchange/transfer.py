@@ -52,6 +52,19 @@ class Transfer:
         self._cancelled = True
 
 
+class Linked(Transfer):
+    """Part of another transfer: ends with that, or alone."""
+
+    def __init__(self, whole: Transfer) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def advance(self, count: int) -> None:
+        """Count bytes of both."""
+        super().advance(count)
+        self._whole.advance(count)
+
+
 def copy_exactly(source: IO[bytes], target: IO[bytes], count: int, transfer: Transfer) -> str:
     """Copy a file of `count` bytes to an empty one; return the sha256 of what arrived.
 

@@ -128,6 +128,10 @@ class Updated(Tensors):
         with np.errstate(over="ignore", invalid="ignore"):  # the check of the values finds it
             return (self._base.tensor(name) + update).astype(info.stored, copy=False)
 
+    def let_go(self) -> None:
+        """Keep the payload closed; the base is another's."""
+        self._payload.let_go()
+
 
 def _is_packed(name: str, info: TensorInfo, base: Layout) -> bool:
     known = base.get(name)

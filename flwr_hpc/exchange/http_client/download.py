@@ -19,7 +19,7 @@ from typing import IO
 from flwr_hpc.exchange.http_client.connection import Connection, Interrupted
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.tensors import BadPayload
-from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.exchange.transfer import Linked, Transfer
 from flwr_hpc.files import try_lock
 
 CHUNK = 8 << 20
@@ -87,18 +87,6 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "r+b", 0, opener=lambda name, how: os.open(name, how | os.O_CREAT, 0o600))
 
 
-class _Linked(Transfer):
-    """Part of another transfer: ends with that, or alone."""
-
-    def __init__(self, whole: Transfer) -> None:
-        super().__init__()
-        self._whole = whole
-
-    def advance(self, count: int) -> None:
-        super().advance(count)
-        self._whole.advance(count)
-
-
 class _Part:
     """A payload of which some chunks are here."""
 
@@ -110,7 +98,7 @@ class _Part:
         marks: IO[bytes],
         transfer: Transfer,
     ) -> None:
-        self._connection, self._ref, self._transfer = connection, ref, _Linked(transfer)
+        self._connection, self._ref, self._transfer = connection, ref, Linked(transfer)
         self._data, self._marks = data, marks
 
     def fetch(self) -> str:
