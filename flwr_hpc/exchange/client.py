@@ -158,10 +158,12 @@ class SiteExchange:
                 payloads.append((payload, self.codec.encode(part, payload, there)))
                 if feedback:
                     sent.append((self.codec.decode(payload, there, file.layout), cut))
-            metrics = {"sent_share": sum(p.stat().st_size for p, _ in payloads) / trained.nbytes}
+            size = sum(path.stat().st_size for path, _ in payloads)
+            metrics = {"sent_share": size / trained.nbytes}
             if feedback and known:
                 whole = joined(sent, trained.whole.layout)
                 metrics["codec_error"] = feedback.keep(order_id, meant, whole, known)
+            self.store.announce(size)
             refs = in_threads(lambda p: self.store.put(p[0], folder, p[1]), payloads, AT_ONCE)
         dtype = _half(trained.whole)
         parts = [

@@ -123,6 +123,9 @@ class Store(ABC):
             Of the file, if known.
         """
 
+    def announce(self, size: int) -> None:  # noqa: B027 - most know no limit
+        """Say how many bytes are about to be put; OSError if they can never be there together."""
+
     def get(
         self, ref: Reference, target: Path, *, own: bool = False, transfer: Transfer | None = None
     ) -> None:

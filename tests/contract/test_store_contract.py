@@ -8,13 +8,24 @@ import threading
 import uuid
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, RecordDict
 from worlds.exchange.server import ExchangeServer, write_credential
+from worlds.exchange.shards import even_cuts, write_shards
 from worlds.network import s3_server, sftp_server
 
-from flwr_hpc.exchange.store import Reference, make_store, store_names
+from flwr_hpc.exchange.client import SiteExchange
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.expected import Expected
+from flwr_hpc.exchange.receiver import Receiver
+from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.shards.parcel import Parcel
+from flwr_hpc.exchange.store import PREFIX, Reference, make_store, store_names
 from flwr_hpc.exchange.stores.fsspec import connect
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.protocol import ARRAYS
 
 DATA = b"weights" * 400_000
 
@@ -57,7 +68,7 @@ def store(request, tmp_path):
             request.getfixturevalue(scheme)
         url, place = (text.format(**names) for text in PLACES[name][i])
         made = make_store(url, **options)
-        made.place = connect(place)
+        made.place, made.at_server = connect(place), make_store(place)
         yield made
 
 
@@ -124,6 +135,24 @@ def test_a_half_uploaded_payload_is_put_again(store, payload, tmp_path):
     ref = store.put(payload, FOLDER)
     spoil(store, ref, DATA[:100])
     store.get(store.put(payload, FOLDER), tmp_path / "target")
+
+
+def test_a_reply_in_shards_arrives(store, tmp_path):
+    """Each shard is a payload; once they are taken, the server has the model, the store nothing."""
+    rng, codec = np.random.default_rng(0), make_codec("full")
+    model = {"w": rng.standard_normal((70, 30)), "b": rng.standard_normal(17), "one": np.ones(())}
+    whole = RecordTensors(ArrayRecord({name: Array(array) for name, array in model.items()}))
+    shards = write_shards(tmp_path / "w.safetensors", whole, even_cuts(whole.layout, 6))
+    content = RecordDict()
+    for _ in range(2):  # an order that is sent again
+        SiteExchange(store, codec, 0.0).send(content, ARRAYS, *shards, node_id=7)
+    receiver = Receiver(store.at_server, codec, tmp_path / "server", lambda name: whole)
+    parcel = Parcel.from_record(content[PREFIX + ARRAYS], FOLDER)
+    taken = receiver.take(content, Expected(7, {ARRAYS: whole.layout}), Transfer())
+    for name, array in model.items():
+        np.testing.assert_array_equal(taken[ARRAYS][name].numpy(), array)
+    assert len(parcel.parts) == 6
+    assert {store.at_server.size(part.ref) for part in parcel.parts} == {None}
 
 
 def test_sweep_removes_payloads_and_nothing_else(store, payload):

@@ -7,6 +7,8 @@
 | ``PUT KEY``, ``Content-Range: bytes */TOTAL``, no body | 200 if the payload is whole, else 202 \
 and ``Upload-Offset``; or refused, before any byte is sent |
 | ``PUT KEY``, ``Content-Range: bytes FIRST-LAST/TOTAL`` | takes bytes: the same answers |
+| ``PUT own``, ``Content-Range: bytes */TOTAL``, no body | 204; refused if payloads of so many \
+bytes can never be there together |
 | ``DELETE KEY``, ``DELETE own`` | 204; removes a payload, or all that the site has |
 
 Uploads go by plain ``Content-Range`` and not by tus: a payload's name is its sha256, so there is
@@ -35,7 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.exchange.http_server.meter import Meter, Move
-from flwr_hpc.exchange.http_server.ranges import Span, read_content_range, read_range
+from flwr_hpc.exchange.http_server.ranges import Part, Span, read_content_range, read_range
 from flwr_hpc.exchange.http_server.uploads import Limits, Refusal, Upload, Uploads
 from flwr_hpc.exchange.store import GLOBAL, KEY, Reference
 from flwr_hpc.exchange.stores.file import FileStore
@@ -146,6 +148,9 @@ class _Exchange:
         if key == OWN and request.method == "DELETE":
             await self._run(self._uploads.clear, site)
             return Response(status_code=204)
+        if key == OWN and request.method == "PUT":
+            self._uploads.check_size(_content_range(request).total)
+            return Response(status_code=204)
         match = KEY.fullmatch(key)
         folder = key.partition("/")[0]
         reads = request.method in ("GET", "HEAD")
@@ -195,8 +200,7 @@ class _Exchange:
                 sent(len(piece))
 
     async def _write(self, request: Request, folder: str, sha256: str) -> Response:
-        headers = request.headers
-        part = read_content_range(headers.get("content-range"), headers.get("content-length"))
+        part = _content_range(request)
         ref = Reference.of(folder, sha256, part.total)
         upload = await self._run(self._uploads.begin, ref)
         if upload is None:
@@ -255,6 +259,11 @@ class _Exchange:
     async def _run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: fn(*args, **kwargs))
+
+
+def _content_range(request: Request) -> Part:
+    headers = request.headers
+    return read_content_range(headers.get("content-range"), headers.get("content-length"))
 
 
 def _progress(status: int, offset: int) -> Response:

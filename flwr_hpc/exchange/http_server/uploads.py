@@ -153,6 +153,11 @@ class Uploads:
         self._check_disk(ref.bytes - upload.offset)
         return upload
 
+    def check_size(self, size: int) -> None:
+        """Refuse what a site can never have here, however long it waits for room."""
+        if size > (quota := self._limits.quota_bytes):
+            raise Refusal(413, f"{size} bytes are above the quota of {quota}")
+
     def publish(self, upload: Upload) -> None:
         """Publish a whole upload; refuse and forget one that is not what its name says."""
         target = self._root / upload.ref.key
@@ -180,9 +185,8 @@ class Uploads:
             self._forget()
 
     def _check_quota(self, ref: Reference, mine: Path) -> None:
+        self.check_size(ref.bytes)
         quota = self._limits.quota_bytes
-        if ref.bytes > quota:
-            raise Refusal(413, f"a payload of {ref.bytes} bytes is above the quota of {quota}")
         used = sum(total for path, _, total in self._partials(ref.folder) if path != mine)
         for path in self._files(ref.folder):
             if path.suffix == ".payload" and path != self._root / ref.key:

@@ -64,6 +64,15 @@ class HttpsStore(Store):
         upload(self._connection, path, ref, Transfer())
         return ref
 
+    def announce(self, size: int) -> None:
+        headers = {"Content-Range": f"bytes */{size}", "Content-Length": "0"}
+
+        def attempt() -> None:
+            with self._connection.request("PUT", "own", headers):
+                pass
+
+        self._connection.persist(attempt, Transfer())
+
     def get(
         self, ref: Reference, target: Path, *, own: bool = False, transfer: Transfer | None = None
     ) -> None:
