@@ -186,3 +186,16 @@ def test_a_residual_that_does_not_fit_is_refused(teams: dict[int, Team], tmp_pat
     for wrong in ({k: x for k, x in good.items() if k != name}, {**good, name: good[name][:, 1:]}):
         save_file(wrong, tmp_path / "wrong")
         assert name in teams[2].run(scenario.refusal, fed.base, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_weight_that_two_layers_share_is_refused(
+    teams: dict[int, Team], tmp_path: Path, number: int
+) -> None:
+    """Protects tied embeddings: what is left out of the head would go into them, too."""
+    fed = federation(teams[1], tmp_path, {**LLAMA, "tie_word_embeddings": True})
+    found = teams[number].run(
+        scenario.refusal, fed.base, fed.version(0)[0], targets="q_proj,lm_head"
+    )
+    assert "lm_head: its weight is that of another layer" in found
+    assert not teams[number].run(scenario.refusal, fed.base, fed.version(0)[0])

@@ -49,10 +49,10 @@ def plain_loss(group: Group, path: Path) -> float:
     return tiny_trainer(group, path=str(path)).evaluate().loss
 
 
-def refusal(group: Group, path: Path, residual: Path) -> str:
+def refusal(group: Group, path: Path, residual: Path, **options: Any) -> str:
     """Return what a residual is refused with."""
     try:
-        tiny_trainer(group, lora=True, path=str(path)).set_residual(residual)
+        tiny_trainer(group, lora=True, path=str(path), **options).set_residual(residual)
     except UserError as exc:
         return str(exc)
     return ""

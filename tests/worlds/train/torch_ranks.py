@@ -94,12 +94,18 @@ def tiny_model(
     dora: bool = False,
     quantize: str = "none",
     lora_r: int | None = None,
+    targets: str = "all-linear",
 ) -> Built:
     config = ModelConfig(
         path=path,
         config={} if path else model or {**LLAMA, "tie_word_embeddings": tied},
         lora=LoraConfig(
-            r=4 if lora or dora else 0, alpha=8, dora=dora, freeze_a=freeze_a, quantize=quantize
+            r=4 if lora or dora else 0,
+            alpha=8,
+            dora=dora,
+            freeze_a=freeze_a,
+            quantize=quantize,
+            target_modules=targets,
         ),
     )
     return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing, lora_r)
@@ -116,13 +122,14 @@ def tiny_trainer(
     dora: bool = False,
     quantize: str = "none",
     lora_r: int | None = None,
+    targets: str = "all-linear",
     **train: Any,
 ) -> Trainer:
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
     config = dataclasses.replace(TRAIN, **train)
     built = tiny_model(
         tied, lora, path, config.activation_checkpointing, model, dora=dora, quantize=quantize,
-        lora_r=lora_r,
+        lora_r=lora_r, targets=targets,
     )  # fmt: skip
     return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes)
 
