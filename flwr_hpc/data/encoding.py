@@ -21,6 +21,7 @@ _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+Turns = list[tuple[int, int]]  # Where they start and stop
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -67,23 +68,24 @@ def encoded(examples: Iterable[Example], tokenizer: Any) -> Iterator[Block]:
         yield documents, answered
 
 
-def encode_chat(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_chat(tokenizer: Any, messages: list[Message]) -> tuple[list[int], Turns]:
     """Return a conversation's tokens, and where the assistant's turns start and stop in them.
 
     A template that marks what the assistant generates says so itself. Of others a turn is what its
     message adds to the prompt for it, as a reader of the model would ask for it, up to the end of
     the turn.
     """
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
+    if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"records of messages need a chat template, and the tokenizer has none. Give "
             f"data.chat_template={CHATML}, or a file with a Jinja template"
         )
     try:
-        if tokenizer.is_fast and isinstance(template, str) and _GENERATION.search(template):
-            return _marked(tokenizer, messages)
-        return _by_prompts(tokenizer, messages)
+        template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        if _GENERATION.search(template):
+            text, turns = _render(template, messages, return_assistant_tokens_mask=True, **special)
+        else:
+            text, turns = _by_prompts(template, messages, special)
     except UserError:
         raise
     except Exception as exc:  # of Jinja, or raised by the template: roles must alternate, ...
@@ -91,49 +93,57 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> tuple[list[int], lis
             f"the chat template does not take a record of roles "
             f"{', '.join(m['role'] for m in messages)}: {exc}"
         ) from None
+    return _tokens_of(tokenizer, text, turns)
 
 
-def _marked(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-    """By the places of the characters that the template marks.
+def _render(template: str, messages: list[Message], **options: Any) -> tuple[str, Turns]:
+    """Return a conversation's text, and the places in it that the template marks, if asked for.
 
-    The mask that `apply_chat_template` gives learns all that follows a mark that ends in a space.
+    (The mask over tokens of `apply_chat_template` learns all behind a mark that ends in a space.)
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered: Any = render_jinja_template(
-        [messages], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )  # fmt: skip
-    (text,), (marks,) = rendered
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = made["offset_mapping"]
-    learnt = [any(start < b and a < stop for a, b in marks) for start, stop in offsets]
-    borders = np.flatnonzero(np.diff([0, *learnt, 0]))
-    return list(made["input_ids"]), [(int(a), int(b)) for a, b in borders.reshape(-1, 2)]
+    rendered: Any = render_jinja_template([messages], chat_template=template, **options)
+    (text,), marked = rendered
+    return str(text), marked[0] if marked else []
 
 
-def _by_prompts(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-    def tokens(some: list[Message], ask: bool = False) -> list[int]:
-        made = tokenizer.apply_chat_template(
-            some, tokenize=True, return_dict=True, add_generation_prompt=ask
-        )
-        return list(made["input_ids"])
-
-    ids = tokens(messages)
-    spans = []
+def _by_prompts(
+    template: str, messages: list[Message], special: dict[str, Any]
+) -> tuple[str, Turns]:
+    whole, turns = _render(template, messages, **special)
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt, turn = tokens(messages[:place], ask=True), tokens(messages[: place + 1])
-        if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
+        prompt, _ = _render(template, messages[:place], add_generation_prompt=True, **special)
+        turn, _ = _render(template, messages[: place + 1], **special)
+        if not (whole.startswith(turn) and turn.startswith(prompt)):
             raise UserError(
                 "the chat template writes a conversation differently when it goes on (as those "
                 "that leave out earlier reasoning): what the model sees is not what it would have "
                 "answered. Give data.chat_template=FILE with {% generation %} around the "
                 "assistant's words, or one turn per record"
             )
-        spans.append((len(prompt), len(turn)))
-    return ids, spans
+        turns.append((len(prompt), len(turn)))
+    return whole, turns
+
+
+def _tokens_of(tokenizer: Any, text: str, turns: Turns) -> tuple[list[int], Turns]:
+    """Return a text's tokens, and where in them the turns are.
+
+    A token across a border is the turn's: an answer's first word with the space before it.
+    """
+    if not tokenizer.is_fast:  # and says no places; bytes are tokens of their own
+
+        def tokens(part: str) -> list[int]:
+            return list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
+
+        return tokens(text), [(len(tokens(text[:a])), len(tokens(text[:b]))) for a, b in turns]
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = made["offset_mapping"]
+    learnt = [any(start < b and a < stop for a, b in turns) for start, stop in offsets]
+    borders = np.flatnonzero(np.diff([0, *learnt, 0]))
+    return list(made["input_ids"]), [(int(a), int(b)) for a, b in borders.reshape(-1, 2)]
 
 
 def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:

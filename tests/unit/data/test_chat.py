@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from flwr_hpc.config.schema import DataConfig
 from flwr_hpc.data import packing
-from flwr_hpc.data.batches import Corpus, load_corpus
+from flwr_hpc.data.batches import Corpus, load_corpus, load_tokenizer
 from flwr_hpc.data.encoding import encode_chat
 from flwr_hpc.data.record_faults import record_fault
 from flwr_hpc.errors import UserError
@@ -122,6 +122,39 @@ def test_templates_with_and_without_marks_agree(template: str) -> None:
     ids, spans = encode_chat(tokenizer, TALK)
     said = [tokenizer.decode(ids[start:stop]) for start, stop in spans]
     assert said == ["Helsinki . end", "N ' Djamena . end"]
+
+
+def test_a_prompt_whose_end_melts_into_the_answer() -> None:
+    """Protects templates and answers whose prompt ends in a space or a newline, and answers begin
+    with one: tokens of the prompt alone are other ones."""
+    inner = Tokenizer(models.WordLevel({"?!": 0, "assistant:": 1, " yes": 2, "\n\n": 3}, "?!"))
+    pieces = pre_tokenizers.Split(Regex(r"\n+| ?[^ \n]+"), "isolated")
+    inner.pre_tokenizer = pieces
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="?!")
+    made.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    talk = [{"role": "user", "content": "yes"}, {"role": "assistant", "content": "yes\n"}]
+    ids, spans = encode_chat(made, talk * 2)
+    assert [ids[a:b] for a, b in spans] == [[2, 3], [2, 3]]
+    assert [ids[a - 1] for a, _ in spans] == [1, 1]
+
+
+def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
+    """A greeting is learnt like any other turn."""
+    made = corpus(tmp_path, [TALK[2], *TALK[1:]])
+    said = learnt(made, made.batch(0, 1).labels)
+    assert said == ["Helsinki.<|im_end|>\n" + LEARNT]
+
+
+@pytest.mark.parametrize("template", [GENERATION, PLAIN], ids=["marked", "by prompts"])
+def test_bytes_take_templates_with_and_without_marks(template: str) -> None:
+    """Protects tokenizers that do not say where in a text their tokens are."""
+    tokenizer = load_tokenizer("byte")
+    tokenizer.chat_template = template
+    ids, spans = encode_chat(tokenizer, TALK)
+    said = [tokenizer.decode(ids[start:stop]) for start, stop in spans]
+    assert said == ["Helsinki. end ", "N'Djamena. end "]
 
 
 def test_a_template_that_forgets_is_refused() -> None:
