@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,9 @@ from flwr_hpc.errors import UserError
 
 # inductor hands g++ the path of torch's libraries unquoted (torch 2.13)
 LINKS = " " not in torch.__path__[0]
+# A layer's code is compiled anew for training and evaluation, for whole and last batches, and for
+# layers that differ (the first of T5's). With torch's 8 what comes last would stay eager.
+VARIANTS = 64
 
 
 def check_compiler(device: torch.device) -> None:
@@ -35,6 +40,10 @@ def compile_layers(layers: list[nn.Module]) -> None:
     Call after sharding: gathering parameters stays outside. Of transformers' activation
     checkpointing, which is inside of `forward`, the sharded class has its own.
     """
+    import torch._dynamo  # of which other jobs load nothing
+
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(VARIANTS, limits.recompile_limit)
     for layer in layers:
         layer.forward = torch.compile(layer.forward)
 

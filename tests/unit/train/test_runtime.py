@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import threading
@@ -103,6 +104,34 @@ def test_what_cannot_be_linked_at_a_path_with_a_space_is_said(
     monkeypatch.setattr(torch, "compile", compile_)
     with pytest.raises(UserError, match=r"at a path without a space.*train\.compile=false"):
         compiling.check_compiler(torch.device("cpu"))
+
+
+def test_layers_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects training from staying eager where evaluation, which comes first, took all places."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, kind: int) -> None:
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() * (self.kind if self.training else -self.kind)
+
+    runs: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *inputs: runs.append(1) or graph.forward(*inputs)
+
+    compile = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 8)
+    layers: list[torch.nn.Module] = [Layer(kind) for kind in range(6)]
+    compiling.compile_layers(layers)
+    for training in (False, True, True):
+        runs.clear()
+        for layer in layers:
+            layer.train(training)(torch.ones(2))
+        assert len(runs) == len(layers)
 
 
 @pytest.mark.parametrize("name", [None, *GPU_ALLOCATOR])
