@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import worlds.train.lora.residual_scenarios as scenario
+import worlds.train.residual_scenarios as scenario
 from flwr.app import Array, ArrayRecord
 from safetensors.numpy import load_file, save_file
 from worlds.train.torch_ranks import LLAMA, Team, start_teams, tiny_model
