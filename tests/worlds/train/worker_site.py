@@ -94,7 +94,7 @@ class Site:
             "data": dataclasses.asdict(data), "train": dataclasses.asdict(train),
             "rounds": 3, "idle_timeout_s": 3600.0, "walltime_s": 3600.0,
             "progress_timeout_s": 600.0,
-            "peak_tflops": 1.0, "gpus_per_node": 0, "internet": False,
+            "peak_tflops": 1.0, "gpus_per_node": 0, "internet": False, "lora_r": None,
         }  # fmt: skip
 
     def order(self, allocation: AllocationDir, seq: int, **fields: Any) -> OrderDir:
