@@ -77,6 +77,11 @@ class RecordTensors(Tensors):
         self._record = record
         self.layout = {name: _info(name, array) for name, array in record.items()}
 
+    def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
+        """Return what reads ranges of one array's values."""
+        array = self._record[name]
+        return array.reader() if isinstance(array, LazyArray) else super().reader(name)
+
     def raw(self, name: str) -> NDArray[Any]:
         """Return the bits of one array."""
         array, info = self._record[name], self.layout[name]

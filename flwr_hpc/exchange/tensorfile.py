@@ -199,7 +199,27 @@ def save(tensors: Tensors, path: Path) -> str:
             link_or_copy(tensors.path, temporary)
         return tensors.sha256
     layout = aligned(tensors.layout)
-    return write_safetensors(path, ((name, tensors.raw(name)) for name in layout), layout)
+    return write_safetensors(path, ((name, _numbers(tensors, name)) for name in layout), layout)
+
+
+class _Pieces:
+    """A tensor's values, read some at a time."""
+
+    def __init__(self, tensors: Tensors, name: str) -> None:
+        self._tensors, self._name = tensors, name
+        self._size, self.shape = tensors.layout[name].size, tensors.layout[name].shape
+        self.dtype = tensors.layout[name].stored
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        read = self._tensors.reader(self._name)
+        for start in range(0, self._size, PIECE):
+            yield read(slice(start, start + PIECE))
+
+
+def _numbers(tensors: Tensors, name: str) -> Numbers:
+    """Return a tensor as it is stored; its values are that where they are no half precision."""
+    info = tensors.layout[name]
+    return _Pieces(tensors, name) if info.widened == info.stored else tensors.raw(name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

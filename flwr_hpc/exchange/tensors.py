@@ -149,7 +149,10 @@ def check(
     if layout is not None:
         check_layout(tensors.layout, layout, accept)
     for name, info in tensors.layout.items():
-        check_values(name, tensors.raw(name), info, info if layout is None else layout[name])
+        read = tensors.reader(name)
+        for start in range(0, info.size if info.dtype in FLOATS else 0, CHUNK):
+            values = read(slice(start, start + CHUNK))
+            _check_range(name, values, info if layout is None else layout[name])
         passed(info.nbytes)
 
 
@@ -161,19 +164,23 @@ def check_values(name: str, bits: NDArray[Any], info: TensorInfo, model: TensorI
     """
     if info.dtype not in FLOATS:
         return
-    largest = float(np.sqrt(np.finfo(model.widened).max)) / 4
     values = bits.reshape(-1)
     for start in range(0, values.size, CHUNK):
-        with np.errstate(over="ignore", invalid="ignore"):
-            cast = _cast(widen(values[start : start + CHUNK], info.dtype), model)
-            low, high = float(cast.min()), float(cast.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise BadPayload(f"tensor '{name}' has a value that is not finite in {model.dtype}")
-        if max(-low, high) > largest:
-            raise BadPayload(
-                f"tensor '{name}' has a value of {max(-low, high):.1e}: above {largest:.1e} "
-                "the squares of differences are not finite"
-            )
+        _check_range(name, widen(values[start : start + CHUNK], info.dtype), model)
+
+
+def _check_range(name: str, values: NDArray[Any], model: TensorInfo) -> None:
+    largest = float(np.sqrt(np.finfo(model.widened).max)) / 4
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = _cast(values, model)
+        low, high = float(cast.min()), float(cast.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise BadPayload(f"tensor '{name}' has a value that is not finite in {model.dtype}")
+    if max(-low, high) > largest:
+        raise BadPayload(
+            f"tensor '{name}' has a value of {max(-low, high):.1e}: above {largest:.1e} "
+            "the squares of differences are not finite"
+        )
 
 
 def check_layout(found: Layout, expected: Layout, accept: Collection[str] = ()) -> None:

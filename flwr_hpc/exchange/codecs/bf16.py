@@ -15,6 +15,13 @@ class BFloat16(UpdateCodec):
     def packed_size(self, count: int) -> int:
         return 2 * count
 
+    @property
+    def period(self) -> int:
+        return 1
+
+    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
+        return packed[2 * start : 2 * stop]
+
     def pack(self, values: Values) -> Packed:
         bits = values.view(np.uint32)
         half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))

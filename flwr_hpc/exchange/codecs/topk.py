@@ -5,6 +5,7 @@ What is left out is lost unless it is brought along with later updates: ``exchan
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,19 @@ class TopK(UpdateCodec):
 
     selective = True
     tolerance = 1.0
+
+    @property
+    def period(self) -> int:
+        each = self.values.period if self.values else 1  # of the values that are kept
+        return BLOCK * math.lcm(each, KEPT) // KEPT
+
+    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
+        kept, first, last = map(_kept, (count, start, stop))
+        rest = packed[2 * kept :]
+        chosen = (
+            self.values.cut(rest, kept, first, last) if self.values else rest[4 * first : 4 * last]
+        )
+        return np.concatenate([packed[2 * first : 2 * last], chosen])
 
     def packed_size(self, count: int) -> int:
         kept = _kept(count)

@@ -22,6 +22,15 @@ class BlockCodec(UpdateCodec):
     bits: ClassVar[int]  # Of a value: a divisor of 8
     block: ClassVar[int]  # Values that share a scale: whole bytes
 
+    @property
+    def period(self) -> int:
+        return self.block
+
+    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
+        codes = packed[4 * -(-count // self.block) :]
+        scales = packed[4 * (start // self.block) : 4 * -(-stop // self.block)]
+        return joined(scales, codes[start * self.bits // 8 : -(-stop * self.bits // 8)])
+
     def packed_size(self, count: int) -> int:
         return 4 * -(-count // self.block) + -(-count * self.bits // 8)
 

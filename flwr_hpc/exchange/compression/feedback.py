@@ -7,7 +7,7 @@ SparseLoCo (arXiv:2603.08163).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, TensorInfo, Te
 from flwr_hpc.files import publish, read_json
 
 STATE = "feedback.json"
+PIECE = 1 << 18  # numbers that are in memory at a time
 
 
 class Feedback:
@@ -56,18 +57,8 @@ class Feedback:
         before, squares = self._before(order_id), np.zeros(2)
         floats = [name for name, info in meant.layout.items() if info.dtype in FLOATS]
         layout = aligned({n: TensorInfo("F32", meant.layout[n].shape) for n in floats})
-
-        def errors() -> Iterator[tuple[str, Values]]:
-            for name in layout:
-                whole = meant.tensor(name)
-                error = (whole - sent.tensor(name)).astype(np.float32)
-                squares[0] += np.vdot(error, error)
-                if name in base.layout:
-                    update = whole - base.tensor(name)
-                    squares[1] += np.vdot(update, update)
-                yield name, error
-
-        write_safetensors(self._folder / f"{order_id}.safetensors", errors(), layout)
+        errors = ((n, _Errors(n, meant, sent, base, squares)) for n in layout)
+        write_safetensors(self._folder / f"{order_id}.safetensors", errors, layout)
         publish(self._folder / STATE, json.dumps({"order": order_id, "before": before}))
         for path in self._folder.glob("*.safetensors"):
             if path.stem not in (order_id, before):
@@ -77,6 +68,35 @@ class Feedback:
     def _before(self, order_id: str) -> str:
         state = read_json(self._folder / STATE) or {}
         return str(state.get("before" if state.get("order") == order_id else "order") or "")
+
+
+class _Errors:
+    """What lacks of a tensor in what was sent, some at a time; `squares` are added to."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self,
+        name: str,
+        meant: Tensors,
+        sent: Tensors,
+        base: Tensors,
+        squares: NDArray[np.float64],
+    ) -> None:
+        info, self._squares = meant.layout[name], squares
+        self.shape, self._size = info.shape, info.size
+        there = [base] if name in base.layout and base.layout[name].shape == info.shape else []
+        self._readers = [tensors.reader(name) for tensors in (meant, sent, *there)]
+
+    def __iter__(self) -> Iterator[Values]:
+        for start in range(0, self._size, PIECE):
+            whole, sent, *base = (read(slice(start, start + PIECE)) for read in self._readers)
+            error = (whole - sent).astype(np.float32)
+            self._squares[0] += np.vdot(error, error)
+            for values in base:
+                update = whole - values
+                self._squares[1] += np.vdot(update, update)
+            yield error
 
 
 class Corrected(Tensors):
@@ -103,6 +123,14 @@ class Corrected(Tensors):
         if not self._is_corrected(name):
             return rows
         return self._sum(name, rows, self._error.rows(name, start, stop))
+
+    def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
+        """Return what reads ranges of the sum."""
+        read = self._tensors.reader(name)
+        if not self._is_corrected(name):
+            return read
+        stored, error = self.layout[name].stored, self._error.reader(name)
+        return lambda part: (read(part) + self._decay * error(part)).astype(stored, copy=False)
 
     def _sum(self, name: str, bits: NDArray[Any], error: NDArray[Any]) -> NDArray[Any]:
         total = widen(bits, self._tensors.layout[name].dtype) + self._decay * error

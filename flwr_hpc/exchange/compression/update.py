@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +59,18 @@ class UpdateCodec(Codec):
 
         `packed` has the right size; scales that are not finite show in the values.
         """
+
+    @property
+    def period(self) -> int:
+        """Values that can be unpacked without the others begin at its multiples; 0: none can."""
+        return 0
+
+    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
+        """Return of the bytes of `count` values those of a range, as if that were all of them.
+
+        It begins at a multiple of `period`, and ends at one or with the last value.
+        """
+        raise NotImplementedError  # of who has no period
 
     # ---- Codec ------------------------------------------------------------------------------
 
@@ -125,12 +137,34 @@ class Updated(Tensors):
             return self._payload.raw(name)
         info = self.layout[name]
         update = self._codec.unpack(self._payload.raw(name), info.size).reshape(info.shape)
-        with np.errstate(over="ignore", invalid="ignore"):  # the check of the values finds it
-            return (self._base.tensor(name) + update).astype(info.stored, copy=False)
+        return _moved(self._base.tensor(name), update, info)
+
+    def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
+        """Return what unpacks ranges of a tensor, where the codec can."""
+        period, info = self._codec.period, self.layout[name]
+        if name not in self._packed or not period:
+            return super().reader(name)
+        packed, base = self._payload.raw(name), self._base.reader(name)
+
+        def read(part: slice) -> NDArray[Any]:
+            start, stop, _ = part.indices(info.size)
+            if stop <= start:
+                return np.empty(0, info.stored)
+            low, high = start - start % period, min(stop + -stop % period, info.size)
+            found = self._codec.cut(packed, info.size, low, high)
+            update = self._codec.unpack(found, high - low)[start - low : stop - low]
+            return _moved(base(slice(start, stop)), update, info)
+
+        return read
 
     def let_go(self) -> None:
         """Keep the payload closed; the base is another's."""
         self._payload.let_go()
+
+
+def _moved(base: NDArray[Any], update: Values, info: TensorInfo) -> NDArray[Any]:
+    with np.errstate(over="ignore", invalid="ignore"):  # the check of the values finds it
+        return (base + update).astype(info.stored, copy=False)
 
 
 def _is_packed(name: str, info: TensorInfo, base: Layout) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from flwr_hpc.exchange.tensors import BadPayload, Layout, TensorInfo, Tensors
 
-OPEN = 8  # shards of a tensor that are read at the same time: in order, ahead by a block a core
+OPEN = 4  # shards of a tensor that are read at the same time: in order, ahead by a block a core
 
 Rows = tuple[int, int]  # A range of a tensor's first dimension; a number is one row
 Cut = Mapping[str, Rows]  # What of each tensor is in a shard
@@ -132,7 +133,7 @@ class Joined(Tensors):
         if len(self._parts[name]) < 2:
             return super().reader(name)
         row, shards = info.size // row_count(info), self._parts[name]
-        opened = lru_cache(OPEN)(lambda k: shards[k][2].reader(name))
+        opened, one_at_a_time = lru_cache(OPEN)(lambda k: shards[k][2].reader(name)), Lock()
 
         def read(part: slice) -> NDArray[Any]:
             start, stop, _ = part.indices(info.size)
@@ -140,7 +141,9 @@ class Joined(Tensors):
             for k, (first, last, _) in enumerate(shards):
                 low, high = max(start, first * row), min(stop, last * row)
                 if low < high:
-                    found.append(opened(k)(slice(low - first * row, high - first * row)))
+                    with one_at_a_time:  # opening may be decoding
+                        values = opened(k)
+                    found.append(values(slice(low - first * row, high - first * row)))
             nothing = np.empty(0, info.widened)
             return found[0] if len(found) == 1 else np.concatenate([nothing, *found])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -130,6 +131,29 @@ def test_an_order_that_is_sent_again_is_the_same(tmp_path):
     assert json.loads((tmp_path / "error" / STATE).read_text()) == {"order": "c", "before": "b"}
     files = {path.stem for path in (tmp_path / "error").glob("*.safetensors")}
     assert files == {"b", "c"}  # a bounded number, whatever the number of orders
+
+
+def test_an_error_is_kept_in_blocks(tmp_path):
+    """Protects a login node: of a large tensor only some is in memory at a time."""
+    codec, feedback, size = make_codec("int8"), Feedback(tmp_path / "error"), 4_000_000
+    for seed, name in enumerate(("base", "first", "second")):
+        save(model(seed, size=size), tmp_path / name)
+    base, *trained = (TensorFile(tmp_path / name) for name in ("base", "first", "second"))
+    for order, weights in zip("ab", trained, strict=True):
+        meant = feedback.corrected(order, weights)
+        codec.encode(meant, tmp_path / "p", base)
+        sent = codec.decode(tmp_path / "p", base)
+        tracemalloc.start()
+        share = feedback.keep(order, meant, sent, base)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 0.8 * 4 * size
+        error = meant.tensor("w") - sent.tensor("w")
+        kept = TensorFile(tmp_path / "error" / f"{order}.safetensors").tensor("w")
+        np.testing.assert_array_equal(kept, error)
+        update = meant.tensor("w") - base.tensor("w")
+        expected = np.linalg.norm(error) / np.linalg.norm(update)
+        assert share == pytest.approx(expected, rel=1e-3)
 
 
 def test_an_error_that_is_damaged_is_let_go(tmp_path):
