@@ -19,6 +19,7 @@ from torch import Tensor
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.shards.cuts import Rows, slice_layout
 from flwr_hpc.exchange.shards.manifest import (
+    MAX_SHARDS,
     SUFFIX,
     Manifest,
     Shard,
@@ -117,7 +118,7 @@ class WeightsWriter:
             Of the tensors, in their order.
         """
         ranks = self._group.ranks
-        if ranks.world_size > 1 and _nbytes(layout) >= self._shards_above:
+        if 1 < ranks.world_size <= MAX_SHARDS and _nbytes(layout) >= self._shards_above:
             return self._in_shards(path, tensors, layout)
         whole = (full(tensor) for _, tensor in tensors)
         if ranks.rank:

@@ -8,6 +8,8 @@ import json
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,11 @@ from worlds.train.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, TinyTokenizer, 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.shards.manifest import MAX_SHARDS
 from flwr_hpc.train.metrics import flops_per_token, mfu
 from flwr_hpc.train.model import build, exchanged, layers
 from flwr_hpc.train.optim import learning_rate, schedule_steps
-from flwr_hpc.train.weights import layout_of, read_weights, write_weights
+from flwr_hpc.train.weights import WeightsWriter, layout_of, read_weights, write_weights
 from flwr_hpc.worker.lifeline import GOODBYE, Lifeline
 
 TRAIN = TrainConfig(steps=10, lr=1.0, min_lr_ratio=0.1, warmup_steps=4)
@@ -53,6 +56,19 @@ def test_lifeline_tells_a_death_from_a_goodbye(orderly: bool) -> None:
     lifeline._thread.join(600)
     connection.close()
     assert lost.is_set() is not orderly
+
+
+def test_more_ranks_than_a_manifest_names_write_one_file(tmp_path: Path) -> None:
+    """Protects an order from weights that no one could read."""
+    group: Any = SimpleNamespace(ranks=SimpleNamespace(world_size=MAX_SHARDS + 1, rank=0))
+    tensors = {"a": torch.ones(3, 5)}
+    path = tmp_path / "weights.safetensors"
+    staged = WeightsWriter(group, tensors, 0.0).stage(
+        path, tensors.items(), layout_of(tensors.items())
+    )
+    staged.publish()
+    assert staged.path == path
+    assert load_file(path)["a"].sum() == 15
 
 
 def test_weight_file_is_safetensors(tmp_path: Path) -> None:
