@@ -146,6 +146,8 @@ def shard_file(path: Path, number: int, count: int) -> Path:
 def remove_others(path: Path, kept: Path) -> None:
     """Delete what an earlier job left in place of `kept`: the plain file, or a manifest and shards.
 
+    And what one that was killed had begun to write: nobody may be writing any of it.
+
     Parameters
     ----------
     path : Path
@@ -154,7 +156,10 @@ def remove_others(path: Path, kept: Path) -> None:
         The plain file or the manifest that was published last.
     """
     keep = set(files_of(kept))
-    for left in (path.with_suffix(SUFFIX), path, *path.parent.glob(f"{path.stem}-*-of-*")):
+    stem = path.stem
+    patterns = (f"{stem}-*-of-*", f".{stem}.*.tmp", f".{stem}-*-of-*.tmp")
+    others = (found for pattern in patterns for found in path.parent.glob(pattern))
+    for left in (path.with_suffix(SUFFIX), path, *others):
         if left not in keep:
             left.unlink(missing_ok=True)
 

@@ -124,10 +124,15 @@ def test_an_ended_run_leaves_its_last_checkpoint(world: World) -> None:
         world.saved(order(seq), step)
     trained = world.spool.order(order(1).id).weights
     trained.write_bytes(b"t")
+    drafts = [
+        path.with_name(f".{path.name}.0a1b.tmp") for path in (trained, world.spool.weights("1"))
+    ]
+    for path in drafts:
+        path.write_bytes(b"d")
     half = world.spool.checkpoints / ".run-fac-000001@0000000016.a0000.tmp"
     half.mkdir()
     retention.clear(world.spool)
     assert world.spool.received_weights() == []
-    assert not trained.exists()
+    assert not any(path.exists() for path in (trained, *drafts))
     assert [p.name for p in world.spool.checkpoints.iterdir()] == ["run-fac-000001@0000000012"]
     assert settle(world, 2, settled=2) == "queued"

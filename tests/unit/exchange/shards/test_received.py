@@ -18,7 +18,14 @@ from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.executors import in_threads
 from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.shards.cuts import OPEN
-from flwr_hpc.exchange.shards.manifest import MAX_TEXT, Manifest, Shard, WeightFiles
+from flwr_hpc.exchange.shards.manifest import (
+    MAX_TEXT,
+    Manifest,
+    Shard,
+    WeightFiles,
+    files_of,
+    remove_others,
+)
 from flwr_hpc.exchange.store import PREFIX
 from flwr_hpc.exchange.tensors import BadPayload, TensorInfo
 from strategies.parts import blocks
@@ -208,3 +215,17 @@ def test_rows_of_shards_are_whole_after_a_closed_file(tmp_path):
         file.let_go()
     np.testing.assert_array_equal(found.whole.raw("w"), whole.raw("w"))
     assert all(file.in_place for file, _ in found.parts)
+
+
+def test_what_a_killed_job_had_begun_goes_with_what_it_left(tmp_path):
+    """Protects a site's disk: drafts are as large as the model, and have names of their own."""
+    whole, path = RecordTensors(initial()), tmp_path / "weights.safetensors"
+    write_shards(path, whole, even_cuts(whole.layout, 2))
+    for name in (path.name, "weights-00003-of-00004.safetensors", "weights.json"):
+        (tmp_path / f".{name}.0a1b2c3d.tmp").write_bytes(b"d")
+    others = [tmp_path / name for name in (".weights2.safetensors.0a1b2c3d.tmp", "order.json")]
+    for other in others:
+        other.touch()
+    manifest = write_shards(path, whole, even_cuts(whole.layout, 3))[0]
+    remove_others(path, manifest)
+    assert set(tmp_path.iterdir()) == {*files_of(manifest), *others}
