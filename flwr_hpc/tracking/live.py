@@ -90,20 +90,21 @@ class LiveView:
             fold(self.state, event)
 
     def update(self, events: Iterable[Event] = ()) -> None:
-        """Take in new events and draw if it is time to."""
+        """Take in new events, those without a time as of now, and draw if it is time to."""
         for event in events:
+            event = {"s": self._now(), **event}
             line = describe(event) if self._is_news(event) else None
             fold(self.state, event)
             self._heard = self._clock()
             if line:
-                self._tell(line)
+                self._tell(line, self.state.wall_s)
         if self._live and self._clock() - self._drawn >= REFRESH_S:
             self._drawn = self._clock()
             self._live.refresh()
 
     def print_line(self, line: str) -> None:
         """Tell what is no event of the run."""
-        self._tell(line)
+        self._tell(line, self._now())
 
     def _terminal(self) -> Live:
         return Live(
@@ -113,8 +114,7 @@ class LiveView:
             vertical_overflow="ellipsis",
         )
 
-    def _tell(self, line: str) -> None:
-        s = self.state.wall_s
+    def _tell(self, line: str, s: float) -> None:
         if self._live:
             self._messages.append((s, line))
         else:

@@ -51,6 +51,18 @@ def test_without_a_terminal_each_noteworthy_event_is_one_plain_line() -> None:
     assert lines[-1].endswith("run finished")
 
 
+def test_a_site_that_has_joined_tells_the_time_of_its_own() -> None:
+    """Protects a site's log: no server's event says there how late it is."""
+    c, clock = console(terminal=False), FakeClock()
+    with LiveView(c, 6, ["lumi"], clock=clock.now) as view:
+        clock.sleep(70.0)
+        view.update([{"event": "order_progress", "facility": "lumi", "step": 1, "steps": 2}])
+        clock.sleep(20.0)
+        view.print_line("supernode-lumi ended")
+    assert "[    70.0 s] lumi: step 1/2" in output(c)
+    assert "[    90.0 s] supernode-lumi ended" in output(c)
+
+
 def test_a_long_transfer_is_told_once_a_minute_and_at_its_end() -> None:
     """Protects a log file from a line every five seconds."""
     c = console(terminal=False)
