@@ -41,7 +41,7 @@ class Blocks(NDArrayOperatorsMixin):
 
     def __init__(self, rule: Rule, *operands: Any) -> None:
         self._rule, self._operands = rule, operands
-        self.shape: tuple[int, ...] = tuple(operands[0].shape)
+        self.shape = _shape_of(operands)
         self.ndim = len(self.shape)
         nothing = [np.empty(0, np.dtype(operand.dtype)) for operand in operands]
         self.dtype: np.dtype[Any] = rule(*nothing).dtype
@@ -96,7 +96,7 @@ class Blocks(NDArrayOperatorsMixin):
 
 def blockwise(rule: Rule, *operands: Any) -> Lazy:
     """Return `rule` of the operands, see `Blocks`: at once where they are small."""
-    shape = tuple(operands[0].shape)
+    shape = _shape_of(operands)
     if math.prod(shape) > BLOCK:
         return Blocks(rule, *operands)
     return rule(*(_loaded(operand).reshape(-1) for operand in operands)).reshape(shape)
@@ -114,6 +114,14 @@ def flat_blocks(array: Lazy) -> Iterator[Tensor]:
     else:
         flat = array.reshape(-1)
         yield from (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def _shape_of(operands: Sequence[Any]) -> tuple[int, ...]:
+    """Return the shape of all; their numbers are paired in order, whatever it is."""
+    shape, *others = (tuple(operand.shape) for operand in operands)
+    if unlike := next((other for other in others if other != shape), None):
+        raise ValueError(f"tensors of the shapes {shape} and {unlike} cannot be paired")
+    return shape
 
 
 def _applied(ufunc: np.ufunc, inputs: Sequence[Any], *arrays: Tensor) -> Tensor:

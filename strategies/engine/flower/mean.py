@@ -32,7 +32,8 @@ def aggregate(
     records = [record for r in good for record in _records(r, ArrayRecord)]
     metrics = [record for r in good for record in _records(r, MetricRecord)]
     whole = len(records) == len(metrics) == len(good)
-    if not good or not whole or not _is_flowers_mean(strategy):
+    alike = all(_shapes(record) == _shapes(records[0]) for record in records)  # else Flower objects
+    if not good or not whole or not alike or not _is_flowers_mean(strategy):
         return strategy.aggregate_train(server_round, replies)
     stripped = [_without_tensors(reply) if reply.has_content() else reply for reply in replies]
     _, mean = strategy.aggregate_train(server_round, stripped)
@@ -53,6 +54,10 @@ def _is_flowers_mean(strategy: Strategy) -> bool:
         type(strategy).aggregate_train is FedAvg.aggregate_train
         and cast(FedAvg, strategy).train_metrics_aggr_fn is METRICS_MEAN
     )
+
+
+def _shapes(record: ArrayRecord) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in record.items()}
 
 
 def _records(reply: Message, kind: type[R]) -> Iterable[R]:

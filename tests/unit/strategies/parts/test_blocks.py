@@ -141,3 +141,11 @@ def test_a_result_goes_where_it_is_told_to():
     same += delta
     assert same is total
     assert (total == 3).all()
+
+
+@pytest.mark.parametrize("make", [Blocks, blockwise])
+def test_tensors_of_other_shapes_are_not_paired(make):
+    """Protects weights: as many numbers in another order would be taken for the same."""
+    for other in ((3, 2), (2, 4)):
+        with pytest.raises(ValueError, match="cannot be paired"):
+            make(np.add, np.ones((2, 3)), np.ones(other))

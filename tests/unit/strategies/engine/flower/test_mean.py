@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.exception import InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx
 
 from flwr_hpc.simulate.identity import take_identity
@@ -77,3 +78,20 @@ def test_replies_are_not_changed(replies):
 def test_no_replies_make_no_weights():
     """Protects a round that failed: no version comes of it."""
     assert aggregate(FedAvg(), 1, []) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"w": np.ones((3, 2))}, "broadcast together with shapes"),
+        ({"w": np.ones((2, 4))}, "broadcast together with shapes"),
+        ({"w": np.ones((2, 3)), "v": np.ones(2)}, "same keys"),
+    ],
+)
+def test_unlike_replies_are_refused_as_flower_does(replies, other, says):
+    """Protects the mean from numbers that are not each other's: their order alone says nothing."""
+    for reply_, arrays in zip(replies, ({"w": np.ones((2, 3))}, other, other), strict=True):
+        record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        reply_.content["arrays"] = record
+    with pytest.raises((ValueError, InconsistentMessageReplies), match=says):
+        aggregate(FedAvg(), 1, replies)
