@@ -280,6 +280,7 @@ def _settings(setting: Setting, case: Case) -> WorkerSettings:
         facility="here", facilities=["here"], seed=0, rounds=1, model=ModelConfig(config=model),
         data=data, train=train, idle_timeout_s=600.0, progress_timeout_s=0.0, walltime_s=None,
         peak_tflops=setting.peak_tflops, gpus_per_node=setting.gpus, internet=False,
+        codec="full", feedback=0.0, lora_r=None,
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def ours(folder: Path, ranks: Ranks, size: Size, pipe: Connection) -> None:
             TRAIN, micro_batch=size.micro_batch, replicate=size.replicate
         ),
         idle_timeout_s=3600.0, progress_timeout_s=600.0, walltime_s=3600.0, peak_tflops=None,
-        gpus_per_node=0, internet=False,
+        gpus_per_node=0, internet=False, codec="full", feedback=0.0, lora_r=None,
     )  # fmt: skip
     timer, deadline = PhaseTimer(), Deadline(3600.0)
     group = join(allocation.path, ranks)

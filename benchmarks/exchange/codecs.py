@@ -28,9 +28,9 @@ from safetensors.numpy import load_file, save_file
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import Config
 from flwr_hpc.exchange.codec import make_codec
-from flwr_hpc.exchange.compression.feedback import Feedback
+from flwr_hpc.exchange.compression.encoder import make_encoder
+from flwr_hpc.exchange.shards.cuts import all_rows
 from flwr_hpc.exchange.tensorfile import TensorFile
-from flwr_hpc.exchange.tensors import Tensors
 from flwr_hpc.train.rendezvous import Group, join
 from flwr_hpc.worker.ranks import Ranks
 
@@ -49,25 +49,22 @@ CASES: list[tuple[list[str], float]] = [
 
 
 class Sender:
-    """A facility's half of the exchange."""
+    """What a facility's job does with trained weights, and the server with what it sends."""
 
     def __init__(self, codec: list[str], gamma: float, folder: Path) -> None:
-        self._codec = make_codec(codec)
-        self._feedback = Feedback(folder, gamma) if gamma else None
-        self._payload = folder / "payload"
+        self._codec, self._folder = make_codec(codec), folder
+        self._encoder = make_encoder(codec, gamma, folder / "feedback")
         self.share = 1.0  # of the bytes of the weights
-        folder.mkdir()
 
     def sent(self, order: str, weights: Path, base: Path) -> Weights:
         """Return what arrives of trained weights."""
-        trained, known = TensorFile(weights), TensorFile(base)
-        feedback = self._feedback
-        meant: Tensors = feedback.corrected(order, trained) if feedback else trained
-        self._codec.encode(meant, self._payload, known)
-        received = self._codec.decode(self._payload, known, trained.layout)
-        if feedback:
-            feedback.keep(order, meant, received, known)
-        self.share = self._payload.stat().st_size / weights.stat().st_size
+        trained, path = TensorFile(weights), self._folder / order / "weights.safetensors"
+        start, cut = self._encoder.start(order, base), all_rows(trained.layout)
+        part = self._encoder.encode(path, trained, cut, start, (0, 1))
+        self._encoder.publish(path, trained.layout, [part], start)
+        payload = path.with_name(part.shard.file)
+        received = self._codec.decode(payload, TensorFile(base), trained.layout)
+        self.share = part.shard.bytes / weights.stat().st_size
         return {name: received.tensor(name).copy() for name in trained.layout}
 
 
@@ -75,7 +72,7 @@ def run(config: Config, group: Group, folder: Path, codec: list[str], gamma: flo
     """Train once; return the mean held-out loss of every round and the share of the bytes."""
     sites = trainers(config, group)
     senders = {name: Sender(codec, gamma, folder / f"send-{name}") for name in sites}
-    where, momentum = folder / "global.safetensors", Weights()
+    where, momentum = folder / f"{'0' * 64}.safetensors", Weights()  # named as a version is
     next(iter(sites.values())).save_weights(where)
     theta, losses = load_file(where), []
     for number in range(config.rounds):

@@ -44,6 +44,10 @@ class Codec(ABC):
         `layout` is what must come out, where that is known: it bounds what need be read and held.
         """
 
+    def is_plain(self, relative: bool) -> bool:
+        """Whether payloads, `relative` to a base or not, are the tensors' own safetensors files."""
+        return False
+
     def size_range(self, layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
         """Return how many bytes a payload of a layout has, at least and at most.
 

@@ -23,7 +23,15 @@ from flwr_hpc.exchange.expected import Expected
 from flwr_hpc.exchange.records import RecordTensors, lazy_record
 from flwr_hpc.exchange.shards.parcel import Parcel, Part, joined
 from flwr_hpc.exchange.store import AT_ONCE, PREFIX, Reference, Store
-from flwr_hpc.exchange.tensors import HALVES, BadPayload, Layout, Tensors, check, check_layout
+from flwr_hpc.exchange.tensors import (
+    FLOATS,
+    HALVES,
+    BadPayload,
+    Layout,
+    Tensors,
+    check,
+    check_layout,
+)
 from flwr_hpc.exchange.transfer import Linked, Transfer
 from flwr_hpc.protocol import METRICS, WEIGHT_KEY
 
@@ -94,7 +102,7 @@ class Receiver:
     ) -> Tensors:
         """Return the tensors of payloads; none is fetched unless all of them can be right."""
         if parcel.layout is not None and layout is not None:
-            check_layout(parcel.layout, layout, accept)
+            check_layout(parcel.layout, layout, FLOATS)  # before the codec; each part is checked
         self._check_sizes(parcel, layout, accept)
         base = self._version(parcel.base) if parcel.base and self._codec.relative else None
         linked = Linked(transfer)

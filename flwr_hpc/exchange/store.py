@@ -59,9 +59,9 @@ class Reference:
             raise BadPayload(f"dtype {self.dtype[:20]!r} cannot be declared: {', '.join(HALVES)}")
 
     @classmethod
-    def of(cls, folder: str, sha256: str, size: int) -> Reference:
+    def of(cls, folder: str, sha256: str, size: int, base: str = "", dtype: str = "") -> Reference:
         """Name a payload in a folder of the store."""
-        return cls(f"{folder}/{sha256}.payload", sha256, size)
+        return cls(f"{folder}/{sha256}.payload", sha256, size, base, dtype)
 
     @property
     def version(self) -> str:

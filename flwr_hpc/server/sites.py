@@ -65,6 +65,8 @@ def _worker_settings(config: Config, facility: str, sites: Iterable[str]) -> Wor
         model=config.model,
         data=config.data,
         train=config.train,
+        codec=config.exchange.codec,
+        feedback=config.exchange.feedback,
         idle_timeout_s=config.allocation.idle_timeout_s,
         progress_timeout_s=config.allocation.progress_timeout_s,
         walltime_s=walltime_s(here.walltime),

@@ -178,7 +178,7 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
             status = work(launcher)
         except LimitReached as exc:
             status = Status("failed", order_id=_order_id(message), error=str(exc), fatal=True)
-        return _with_payload(launcher, status, meta.dst_node_id)
+        return status, _payload(launcher, status.result, meta.dst_node_id)
 
     spool, clock = launcher.site.spool, launcher.site.clock
     with Presence(spool, meta.message_id, meta.message_type):
@@ -198,23 +198,19 @@ def _order_id(message: Message) -> str:
     return protocol.from_json(Order, str(message.content[protocol.ORDER]["json"])).id
 
 
-def _with_payload(launcher: Launcher, status: Status, node_id: int) -> tuple[Status, RecordDict]:
-    """Return what goes with a finished order, metrics and arrays, and what that came to."""
-    content, result = RecordDict(), status.result
+def _payload(launcher: Launcher, result: Result | None, node_id: int) -> RecordDict:
+    """Return what goes with a finished order: metrics and arrays."""
+    content = RecordDict()
     if result is None or result.state != "done":
-        return status, content
+        return content
     content[protocol.METRICS] = _flower_metrics(result)
     exchange, folder = launcher.exchange, launcher.site.spool.order(result.order_id)
-    for key, sha256 in result.extra_arrays.items():
-        exchange.send(content, key, folder.published_arrays(key), sha256, node_id)
-    if not result.weights:
-        return status, content
-    weights, base = folder.path / result.weights, folder.order()[1]
-    sent = exchange.send(
-        content, protocol.ARRAYS, weights, result.sha256, node_id, base, result.order_id
-    )
-    result = replace(result, metrics={**result.metrics, **sent})
-    return replace(status, result=result), content
+    sent = {key: (folder.published_arrays(key), sha) for key, sha in result.extra_arrays.items()}
+    if result.weights:
+        sent[protocol.ARRAYS] = folder.path / result.weights, result.sha256
+    for key, (path, sha256) in sent.items():
+        exchange.send(content, key, path, sha256, node_id)
+    return content
 
 
 def _flower_metrics(result: Result) -> MetricRecord:

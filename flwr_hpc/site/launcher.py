@@ -8,7 +8,6 @@ from pathlib import Path
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec, make_downlink
-from flwr_hpc.exchange.compression.feedback import Feedback
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import is_disk_trouble, private_folder
 from flwr_hpc.schedulers.base import JobSpec
@@ -43,13 +42,11 @@ def make_launcher(settings: SiteSettings) -> Launcher:
 def _exchange(settings: SiteSettings) -> SiteExchange:
     """Build a site's half of the exchange."""
     exchange = settings.exchange
-    codec, gamma = make_codec(exchange.codec), exchange.feedback
-    lossy = gamma > 0 and codec.tolerance > 0
-    feedback = Feedback(Spool(_root(settings)).feedback, gamma) if lossy else None
+    codec = make_codec(exchange.codec)
     remote = {"credential": Path(settings.credential or ""), "stall_s": exchange.stall_s}
     store = make_store(settings.store, **(remote if settings.credential else {}))
     downlink = make_downlink(exchange.downlink, codec)
-    return SiteExchange(store, codec, exchange.inline_below_mb, feedback, downlink)
+    return SiteExchange(store, codec, exchange.inline_below_mb, downlink)
 
 
 def make_site(settings: SiteSettings) -> AllocationManager:

@@ -11,6 +11,9 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
         /released                        launcher: the server said that the run is over
         /job_states.json                 launcher: `SchedulerAnswer`, asked for all jobs at once
         /weights/<sha256>.safetensors    launcher: received weights and extra arrays
+        /feedback/feedback.json          worker: whose error goes with which order
+                 /<order>/error-<k>-of-<n>.safetensors, error.json      worker: what a lossy
+                                      codec left out of the order's update, in shards
         /cache/                          worker: prepared data
         /app/                            batch mod: the user's app
         /checkpoints/<order>@<step>/     worker: trainer state (sharded), with meta.json last
@@ -19,6 +22,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
                        /weights.safetensors, /<key>.safetensors    worker: what it trained, or,
                        /weights-<k>-of-<n>.safetensors, /weights.json     written by all ranks,
                                       their shards, and then the manifest (<key> likewise)
+                       /weights-<k>-of-<n>.payload, /weights.json     or what a codec makes of it
                        /result.json      worker, last: `Result`
                        /result.failed.json                 launcher: the order is tried again
                        /request.pkl, reply.pkl, rank-*.pkl      batch mod: message and reply

@@ -44,8 +44,8 @@ def prune(spool: Spool) -> None:
 def clear(spool: Spool) -> None:
     """Delete all weights, and all checkpoints but the newest: run and jobs are over."""
     folders = [spool.weights_folder, *(folder.path for folder in spool.orders())]
-    drafts = ".*.tmp"  # of what was killed
-    for path in [p for f in folders for kind in ("*.safetensors", drafts) for p in f.glob(kind)]:
+    kinds = ("*.safetensors", "*.payload", ".*.tmp")  # and drafts, of what was killed
+    for path in [p for f in folders for kind in kinds for p in f.glob(kind)]:
         path.unlink(missing_ok=True)
     whole = sorted(spool.complete_checkpoints(), key=lambda name: int(name.rpartition("@")[2]))
     halves = (path for kind in ("tmp", "old") for path in spool.checkpoints.glob(f".*.{kind}"))

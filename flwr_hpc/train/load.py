@@ -14,6 +14,7 @@ from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
 from flwr_hpc.config.validate import check_objective
 from flwr_hpc.data.batches import check_tokenizer, load_corpus
 from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.compression.encoder import make_encoder
 from flwr_hpc.protocol import BASE_FILE
 from flwr_hpc.spool import AllocationDir
 from flwr_hpc.train.base_model import base_sha256, frozen_factors, in_precision, with_factors
@@ -72,7 +73,10 @@ def load(
     meter = Meter(
         timer, reporter, group, train, settings.data, built.flops_per_token, settings.peak_tflops
     )
-    trainer = Trainer(built, corpus, train, schedule_steps(train, settings.rounds), group)
+    encoder = make_encoder(settings.codec, settings.feedback, spool.feedback)
+    trainer = Trainer(
+        built, corpus, train, schedule_steps(train, settings.rounds), group, encoder=encoder
+    )
     freeze()
     return OrderRunner(
         SiteState(trainer, checkpoints, Background(group), train, meter),

@@ -79,7 +79,9 @@ class OrderRunner:
         def work() -> None:
             answer, began = result, time.perf_counter()
             for write in writes:
-                answer = dataclasses.replace(answer, **self.background.together(write))
+                written = self.background.together(write)
+                metrics = answer.metrics | written.pop("metrics", {})
+                answer = dataclasses.replace(answer, metrics=metrics, **written)
             self.deadline.reserve_s = 2.0 * (self.write_s + self.step_s) + 1.0
             waited = answer.seconds.get("write", 0.0)
             answer.seconds["write_wait"] = waited
@@ -108,9 +110,9 @@ class OrderRunner:
     # The kinds of order
 
     def _initialize(self, order: Order, folder: OrderDir) -> Result:
-        weights = self._write_weights(folder, self.trainer.stage_initial)
+        staged = self._write_weights(folder, self.trainer.stage_initial)
         return Result(
-            order.id, "done", weights=weights.name,
+            order.id, "done", weights=staged.path.name,
             files=self.files, seconds=self.meter.seconds,
         )  # fmt: skip
 
@@ -164,7 +166,7 @@ class OrderRunner:
             if not finished:
                 self.state.save(active)
                 return None
-        return self._end(order, folder, trained, metrics, active)
+        return self._end(order, weights, folder, trained, metrics, active)
 
     # Phases of a training order
 
@@ -213,24 +215,28 @@ class OrderRunner:
     def _end(
         self,
         order: Order,
+        weights: Path | None,
         folder: OrderDir,
         trained: OrderProgress,
         metrics: dict[str, float],
         active: list[Algorithm],
     ) -> Result:
-        weights = self._write_weights(
-            folder, lambda path: self.trainer.stage_weights(path, order.returns)
-        )
+        def stage(path: Path) -> Staged:
+            start = self.trainer.start(order.id, weights)
+            return self.trainer.stage_weights(path, order.returns, start)
+
+        staged = self._write_weights(folder, stage)
         with self.meter.phase("transfer", "write"):
             for algorithm in active:
                 self._writes += algorithm.end(order, folder, trained.steps)
-        self._writes += self.state.stage(active, weights if order.returns is None else None)
+        whole = staged.is_plain and order.returns is None
+        self._writes += self.state.stage(active, staged.path if whole else None)
         return Result(
             order.id, "done",
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,
             metrics=metrics | self.meter.metrics(trained) | self.meter.memory(),
             note=self._take_notes(),
-            weights=weights.name, seconds=self.meter.seconds,
+            weights=staged.path.name, seconds=self.meter.seconds,
         )  # fmt: skip
 
     def _take_notes(self) -> str:
@@ -242,8 +248,8 @@ class OrderRunner:
             found = self.trainer.evaluate()
         return {"held_out_loss": found.loss, "held_out_tokens": found.tokens}, found.sequences
 
-    def _write_weights(self, folder: OrderDir, stage: Callable[[Path], Staged]) -> Path:
-        """Copy weights, and have them written with the result; return what will name them."""
+    def _write_weights(self, folder: OrderDir, stage: Callable[[Path], Staged]) -> Staged:
+        """Copy weights, and have them written with the result."""
         self.background.wait()  # what was copied for the order before is written by then
         with self.meter.phase("transfer", "write"):
             staged = stage(folder.weights)
@@ -252,7 +258,7 @@ class OrderRunner:
             began = time.perf_counter()
             sha256 = staged.publish()
             self._weights_s = time.perf_counter() - began
-            return {"sha256": sha256}
+            return {"sha256": sha256, "metrics": staged.metrics}
 
         self._writes.append(write)
-        return staged.path
+        return staged

@@ -16,6 +16,8 @@ from torch import Tensor
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch, Corpus, DataCursor
 from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.codecs.full import FullWeights
+from flwr_hpc.exchange.compression.encoder import Encoder, Start
 from flwr_hpc.exchange.tensors import Layout, TensorInfo
 from flwr_hpc.train.algorithms.base import Algorithm
 from flwr_hpc.train.base_model import frozen_factors
@@ -50,6 +52,8 @@ class Trainer:
         See `sharding.shard`.
     chunk_bytes : int
         See `loss.add_loss`.
+    encoder : Encoder or None
+        Of what is sent; None: weights are written as they are.
 
     Attributes
     ----------
@@ -72,6 +76,7 @@ class Trainer:
         group: Group,
         one_unit_below: int = ONE_UNIT_BELOW,
         chunk_bytes: int = CHUNK_BYTES,
+        encoder: Encoder | None = None,
     ) -> None:
         self.step = 0
         self.cursor = DataCursor()
@@ -97,7 +102,8 @@ class Trainer:
         self._initial = self.exchanged | {f: factors[name] for name, f in built.frozen.items()}
         self._rank = built.rank
         shards_above = math.inf if self._rank.is_smaller else 1e6 * config.shards_above_mb
-        self._writer = WeightsWriter(group, self._initial, shards_above)
+        encoder = encoder or Encoder(FullWeights())
+        self._writer = WeightsWriter(group, self._initial, shards_above, encoder)
         self.trained = {n: t for n, t in self.exchanged.items() if t.requires_grad}
         self._trained = {n: p for n, p in tensors.items() if p.requires_grad}
         self._unsummed = [p for n, p in self._trained.items() if n in unsummed]
@@ -150,10 +156,24 @@ class Trainer:
         reshard(self._model)
         self._group.refuse_together(lambda: self._residual.set(path))
 
-    def stage_weights(self, path: Path, names: Collection[str] | None = None) -> Staged:
-        """Copy the weights, or those named, to be published in float32; a collective call."""
+    def stage_weights(
+        self, path: Path, names: Collection[str] | None = None, start: Start | None = None
+    ) -> Staged:
+        """Copy the weights, or those named, to be published in float32; a collective call.
+
+        Parameters
+        ----------
+        path : Path
+        names : collection of str or None
+        start : Start or None
+            What they are to be sent as an update of, by `start`; None: they are sent whole.
+        """
         layout = self.layout(names)
-        return self.stage(path, ((name, self.exchanged[name]) for name in layout), layout)
+        return self.stage(path, ((name, self.exchanged[name]) for name in layout), layout, start)
+
+    def start(self, order_id: str, weights: Path | None) -> Start | None:
+        """Return what an order's weights are to be sent as an update of; a collective call."""
+        return self._writer.start(order_id, weights)
 
     def save_weights(self, path: Path, names: Collection[str] | None = None) -> str:
         """Publish the weights, or those named, at once; a collective call.
@@ -166,11 +186,18 @@ class Trainer:
         """Copy what a run begins with: the weights that travel, and frozen factors once."""
         return self.stage(path, self._initial.items(), self._layout(self._initial.items()))
 
-    def stage(self, path: Path, tensors: Named, layout: Layout | None = None) -> Staged:
+    def stage(
+        self,
+        path: Path,
+        tensors: Named,
+        layout: Layout | None = None,
+        start: Start | None = None,
+    ) -> Staged:
         """Copy tensors that are as all of the weights, or as `layout` says, to be published."""
         reshard(self._model)
+        layout = self.layout() if layout is None else layout
         wide = ((name, self._rank.widened(name, tensor)) for name, tensor in tensors)
-        return self._writer.stage(path, wide, self.layout() if layout is None else layout)
+        return self._writer.stage(path, wide, layout, start)
 
     def shards(self) -> list[Tensor]:
         """Return this rank's parts of the weights that travel, to be changed in place."""

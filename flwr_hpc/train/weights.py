@@ -1,14 +1,16 @@
 """Where tensors of torch meet files of weights.
 
 They are written by rank 0, which gathers one tensor at a time, or, if they are large, by all ranks:
-each writes the rows that it has, and where several have the same, its share of them.
+each writes the rows that it has, and where several have the same, its share of them. What the run's
+codec makes smaller is encoded here, by those who write it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.exchange.shards.cuts import Rows, slice_layout
+from flwr_hpc.exchange.compression.encoder import Encoded, Encoder, Start
+from flwr_hpc.exchange.shards.cuts import Cut, Rows, all_rows, slice_layout
 from flwr_hpc.exchange.shards.manifest import (
     MAX_SHARDS,
     SUFFIX,
-    Manifest,
     Shard,
     WeightFiles,
     remove_others,
     shard_file,
 )
-from flwr_hpc.exchange.tensorfile import write_safetensors
+from flwr_hpc.exchange.tensorfile import TensorFile, write_safetensors
 from flwr_hpc.exchange.tensors import (
     FLOATS,
     BadPayload,
@@ -74,12 +76,43 @@ def writes_later(
     share : float
         Of the host's memory.
     """
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if _nbytes(layout) > share * host:
+    if not _fits(layout, share):
         sha256 = write_weights(path, layout, tensors)
         return lambda: sha256
     waiting = list(tensors)
     return lambda: write_weights(path, layout, waiting)
+
+
+class Copies(Tensors):
+    """Tensors in the host's memory."""
+
+    def __init__(self, layout: Layout, tensors: Iterable[Tensor]) -> None:
+        self.layout = layout
+        arrays = [tensor.contiguous().numpy() for tensor in tensors]
+        self._arrays = dict(zip(layout, arrays, strict=True))
+
+    def raw(self, name: str) -> NDArray[Any]:
+        return self._arrays[name]
+
+
+@dataclass(frozen=True)
+class _Own:
+    """What one rank has to write."""
+
+    cut: Cut
+    layout: Layout
+    tensors: Iterator[Tensor]  # Float32, on the host
+    part: tuple[int, int]  # Number of its file, and how many there are
+    share: float  # Of the host's memory
+
+    def kept(self, scratch: Path) -> Tensors:
+        """Take the tensors, to be encoded later; too large ones into a file without a name."""
+        if _fits(self.layout, self.share):
+            return Copies(self.layout, self.tensors)
+        write_weights(scratch, self.layout, self.tensors)
+        file = TensorFile(scratch)
+        scratch.unlink()  # it goes with the last array over it
+        return file
 
 
 @dataclass(frozen=True)
@@ -88,6 +121,8 @@ class Staged:
 
     path: Path  # Of what will name them: their only file, or the manifest of their shards
     publish: Callable[[], str]  # A collective call, from any thread; the path's sha256 on rank 0
+    is_plain: bool = True  # Weights, not payloads of a codec
+    metrics: dict[str, float] = field(default_factory=dict)  # Of the codec; once published, rank 0
 
 
 class WeightsWriter:
@@ -100,32 +135,65 @@ class WeightsWriter:
         This rank's view of all tensors there are, by name in the file.
     shards_above : float
         Bytes from which on each rank writes its own; of fewer rank 0 makes one file.
+    encoder : Encoder
     """
 
-    def __init__(self, group: Group, weights: Mapping[str, Tensor], shards_above: float) -> None:
+    def __init__(
+        self, group: Group, weights: Mapping[str, Tensor], shards_above: float, encoder: Encoder
+    ) -> None:
         self._group, self._weights, self._shards_above = group, weights, shards_above
+        self._encoder = encoder
         self._rows: dict[str, Rows] = {}  # that this rank writes
 
-    def stage(self, path: Path, tensors: Named, layout: Layout) -> Staged:
+    def start(self, order_id: str, weights: Path | None) -> Start | None:
+        """Return what an order's weights are to be sent as an update of; a collective call."""
+        first = self._group.ranks.rank == 0
+        start = self._encoder.start(order_id, weights) if first else None
+        agreed: Start | None = self._group.broadcast(start)
+        return agreed
+
+    def stage(
+        self, path: Path, tensors: Named, layout: Layout, start: Start | None = None
+    ) -> Staged:
         """Copy tensors to the host and return what publishes them; a collective call.
 
         Parameters
         ----------
         path : Path
-            For a single file; a manifest and shards have names beside it.
+            For a single file of weights; a manifest and what it names lie beside it.
         tensors : iterable of (str, Tensor)
         layout : Layout
             Of the tensors, in their order.
+        start : Start or None
+            What they are to be sent as an update of.
         """
-        ranks = self._group.ranks
-        if 1 < ranks.world_size <= MAX_SHARDS and _nbytes(layout) >= self._shards_above:
-            return self._in_shards(path, tensors, layout)
-        whole = (full(tensor) for _, tensor in tensors)
-        if ranks.rank:
-            for _ in whole:  # take part in gathering
+        plain = self._encoder.is_plain(start)
+        if plain and not self._by_all(layout):
+            return self._in_one_file(path, tensors, layout)
+        own = self._own(tensors, layout)
+        work = self._write(path, own) if plain else self._encode(path, own, start)
+        metrics: dict[str, float] = {}
+
+        def publish() -> str:
+            parts = self._from_all(work if own.layout else lambda: None)
+            if self._group.ranks.rank:
+                return ""
+            sha256, found = self._encoder.publish(path, layout, parts, start)
+            metrics.update(found)
+            return sha256
+
+        return Staged(path.with_suffix(SUFFIX), publish, plain, metrics)
+
+    def _by_all(self, layout: Layout) -> bool:
+        several = 1 < self._group.ranks.world_size <= MAX_SHARDS
+        return several and _nbytes(layout) >= self._shards_above
+
+    def _in_one_file(self, path: Path, tensors: Named, layout: Layout) -> Staged:
+        if self._group.ranks.rank:
+            for _ in _gathered(tensors, ()):  # take part in gathering
                 pass
             return Staged(path, lambda: "")
-        write = writes_later(path, layout, whole)
+        write = writes_later(path, layout, _gathered(tensors, layout))
 
         def publish() -> str:
             sha256 = write()
@@ -134,27 +202,31 @@ class WeightsWriter:
 
         return Staged(path, publish)
 
-    def _in_shards(self, path: Path, tensors: Named, layout: Layout) -> Staged:
-        ranks, manifest = self._group.ranks, path.with_suffix(SUFFIX)
-        mine = self._own_rows()
-        rows = {name: mine[name] for name in layout if name in mine}
-        file = shard_file(path, ranks.rank, ranks.world_size)
-        share = HOST_SHARE / ranks.local_world_size
-        write = writes_later(file, slice_layout(layout, rows), _parts(tensors, rows), share)
+    def _own(self, tensors: Named, layout: Layout) -> _Own:
+        """Return what this rank has to write: its rows, or all or nothing."""
+        ranks = self._group.ranks
+        if self._by_all(layout):
+            rows = self._own_rows()
+            cut = {name: rows[name] for name in layout if name in rows}
+            part, share = (ranks.rank, ranks.world_size), HOST_SHARE / ranks.local_world_size
+            return _Own(cut, slice_layout(layout, cut), _parts(tensors, cut), part, share)
+        cut = {} if ranks.rank else all_rows(layout)
+        own = _gathered(tensors, cut)
+        return _Own(cut, slice_layout(layout, cut), own, (0, 1), HOST_SHARE)
 
-        def shard() -> Shard | None:
-            sha256 = write()  # which is a file of a header alone, where this rank has no rows
-            return Shard(sha256, file.stat().st_size, rows, file.name) if rows else None
+    def _write(self, path: Path, own: _Own) -> Callable[[], Encoded]:
+        file = shard_file(path, *own.part)
+        write = writes_later(file, own.layout, own.tensors, own.share)
 
-        def publish() -> str:
-            found = self._from_all(shard)
-            if ranks.rank:
-                return ""
-            sha256 = Manifest(layout, [s for s in found if s is not None]).write(manifest)
-            remove_others(path, manifest)
-            return sha256
+        def work() -> Encoded:
+            sha256 = write()
+            return Encoded(Shard(sha256, file.stat().st_size, own.cut, file.name))
 
-        return Staged(manifest, publish)
+        return work
+
+    def _encode(self, path: Path, own: _Own, start: Start | None) -> Callable[[], Encoded]:
+        waiting = own.kept(path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp"))
+        return lambda: self._encoder.encode(path, waiting, own.cut, start, own.part)
 
     def _own_rows(self) -> dict[str, Rows]:
         """Return the rows that this rank writes: its share of those that it has with others."""
@@ -169,7 +241,7 @@ class WeightsWriter:
                     self._rows[name] = (first, last)
         return self._rows
 
-    def _from_all(self, work: Callable[[], Shard | None]) -> list[Shard | None]:
+    def _from_all(self, work: Callable[[], Encoded | None]) -> list[Encoded]:
         """Do a rank's own work; return what it is on all ranks, or raise what failed on any."""
         done, error = None, None
         try:
@@ -182,7 +254,7 @@ class WeightsWriter:
         for _, failed in every:
             if failed:
                 raise RankError(failed[0], cause=failed[1])
-        return [shard for shard, _ in every]
+        return [written for written, _ in every if written is not None]
 
 
 def read_weights(path: Path, layout: Layout, targets: Mapping[str, Tensor]) -> None:
@@ -240,6 +312,19 @@ def _parts(tensors: Named, rows: Mapping[str, Rows]) -> Iterator[Tensor]:
             (first, _), (start, stop), part = _rows(cut), rows[name], local(cut)
             part = part[start - first : stop - first] if part.ndim else part
             yield part.to("cpu", torch.float32, copy=True)
+
+
+def _gathered(tensors: Named, names: Container[str]) -> Iterator[Tensor]:
+    """Gather all tensors, a collective call; yield those that this rank writes."""
+    for name, tensor in tensors:
+        whole = full(tensor)
+        if name in names:
+            yield whole
+
+
+def _fits(layout: Layout, share: float) -> bool:
+    """Whether tensors may wait in a share of the host's memory."""
+    return _nbytes(layout) <= share * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _nbytes(layout: Layout) -> int:

@@ -20,6 +20,8 @@ class WorkerSettings:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    codec: Any  # ``exchange.codec``: the job encodes what it has trained
+    feedback: float  # ``exchange.feedback``
     idle_timeout_s: float
     progress_timeout_s: float  # See `flwr_hpc.worker.progress_watch`
     walltime_s: float | None  # What was asked for; None: no limit

@@ -21,5 +21,8 @@ class FullWeights(Codec):
     ) -> TensorFile:
         return TensorFile(path, layout=layout)
 
+    def is_plain(self, relative: bool) -> bool:
+        return True
+
     def size_range(self, layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
         return file_size_range(layout, accept)

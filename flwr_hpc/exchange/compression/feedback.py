@@ -7,27 +7,46 @@ SparseLoCo (arXiv:2603.08163).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flwr_hpc.exchange.compression.update import Values
-from flwr_hpc.exchange.tensorfile import TensorFile, aligned, write_safetensors
-from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, TensorInfo, Tensors, widen
+from flwr_hpc.exchange.compression.update import Values, is_packed
+from flwr_hpc.exchange.shards.cuts import Cut, Sliced
+from flwr_hpc.exchange.shards.manifest import (
+    SUFFIX,
+    Manifest,
+    Shard,
+    WeightFiles,
+    shard_file,
+)
+from flwr_hpc.exchange.tensorfile import write_safetensors
+from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, Layout, TensorInfo, Tensors, widen
 from flwr_hpc.files import publish, read_json
 
 STATE = "feedback.json"
 PIECE = 1 << 18  # numbers that are in memory at a time
 
 
-class Feedback:
-    """A site's error, kept in a folder until its next update.
+@dataclass(frozen=True)
+class KeptError:
+    """The error of some rows, written."""
 
-    An order that is encoded again, as after a crash, is given the error that it was given before.
-    What the server refuses or never gets is lost, as without feedback.
+    shard: Shard
+    squares: tuple[float, float]  # Sums over the error and over the update
+
+
+class Feedback:
+    """A site's error, kept in a folder in shards until its next update.
+
+    Any number of ranks may keep it, each its rows, and any other number go on with it. An order
+    that is encoded again, as after a crash, is given the error that it was given before. What the
+    server refuses or never gets is lost, as without feedback.
 
     Parameters
     ----------
@@ -41,33 +60,90 @@ class Feedback:
         self._folder = folder
         self._decay = decay
 
-    def corrected(self, order_id: str, tensors: Tensors) -> Tensors:
-        """Return trained weights and the error before that order."""
-        name = self._before(order_id)
-        path = self._folder / f"{name}.safetensors"
-        if not name or not path.is_file():
+    def begin(self, order_id: str) -> str:
+        """Return the order whose error an order is given, or an empty name; delete all others."""
+        state = read_json(self._folder / STATE) or {}
+        former = str(state.get("before" if state.get("order") == order_id else "order") or "")
+        for error in self._folder.glob("*/"):  # also what a killed job has left of this one
+            if error.name != former:
+                shutil.rmtree(error, ignore_errors=True)
+        return former
+
+    def corrected(self, former: str, tensors: Tensors, cut: Cut) -> Tensors:
+        """Return rows of trained weights with the error that a former order has left of them."""
+        if not former:
             return tensors
         try:
-            return Corrected(tensors, TensorFile(path), self._decay)
-        except BadPayload:  # damaged on disk: begin anew rather than stop the site
+            error = WeightFiles.open(self._error(former).with_suffix(SUFFIX)).whole
+        except (OSError, BadPayload):  # damaged on disk: begin anew rather than stop the site
             return tensors
+        return Corrected(tensors, Sliced(error, cut), self._decay)
 
-    def keep(self, order_id: str, meant: Tensors, sent: Tensors, base: Tensors) -> float:
-        """Keep what lacks in what was sent for an order; return it as a share of the update."""
-        before, squares = self._before(order_id), np.zeros(2)
-        floats = [name for name, info in meant.layout.items() if info.dtype in FLOATS]
-        layout = aligned({n: TensorInfo("F32", meant.layout[n].shape) for n in floats})
-        errors = ((n, _Errors(n, meant, sent, base, squares)) for n in layout)
-        write_safetensors(self._folder / f"{order_id}.safetensors", errors, layout)
-        publish(self._folder / STATE, json.dumps({"order": order_id, "before": before}))
-        for path in self._folder.glob("*.safetensors"):
-            if path.stem not in (order_id, before):
-                path.unlink(missing_ok=True)
-        return float(np.sqrt(squares[0] / squares[1])) if squares[1] > 0 else 0.0
+    def keep(
+        self,
+        order_id: str,
+        part: tuple[int, int],
+        meant: Tensors,
+        sent: Tensors,
+        base: Tensors,
+        cut: Cut,
+    ) -> KeptError | None:
+        """Write what lacks in what was sent of some rows; None where all of it was.
 
-    def _before(self, order_id: str) -> str:
-        state = read_json(self._folder / STATE) or {}
-        return str(state.get("before" if state.get("order") == order_id else "order") or "")
+        Parameters
+        ----------
+        order_id : str
+        part : tuple of int
+            Number of the shard, and how many there are.
+        meant : Tensors
+            The rows, corrected.
+        sent : Tensors
+            What the server makes of them.
+        base : Tensors
+            What both are updates of.
+        cut : mapping
+            Which rows these are.
+        """
+        layout = {
+            name: TensorInfo("F32", info.shape)
+            for name, info in meant.layout.items()
+            if is_packed(name, info, base.layout)
+        }
+        if not layout:
+            return None
+        squares = np.zeros(2)
+        errors = ((name, _Errors(name, meant, sent, base, squares)) for name in layout)
+        path = shard_file(self._error(order_id), *part)
+        sha256 = write_safetensors(path, errors, layout)
+        rows = {name: cut[name] for name in layout}
+        shard = Shard(sha256, path.stat().st_size, rows, path.name)
+        return KeptError(shard, (float(squares[0]), float(squares[1])))
+
+    def publish(
+        self, order_id: str, former: str, layout: Layout, parts: Sequence[KeptError]
+    ) -> float:
+        """Give the next order the error that all ranks have kept; return its share of the update.
+
+        Parameters
+        ----------
+        order_id : str
+        former : str
+            Order whose error it was given, which stays: it may have to be encoded again.
+        layout : Layout
+            Of all that was sent.
+        parts : sequence of KeptError
+        """
+        kept = {name for part in parts for name in part.shard.rows}
+        errors = {n: TensorInfo("F32", info.shape) for n, info in layout.items() if n in kept}
+        manifest = Manifest(errors, [part.shard for part in parts])
+        manifest.write(self._error(order_id).with_suffix(SUFFIX))
+        publish(self._folder / STATE, json.dumps({"order": order_id, "before": former}))
+        error, update = (sum(part.squares[k] for part in parts) for k in (0, 1))
+        return float(np.sqrt(error / update)) if update > 0 else 0.0
+
+    def _error(self, order_id: str) -> Path:
+        """Name what would be an order's error in one file."""
+        return self._folder / order_id / "error.safetensors"
 
 
 class _Errors:
@@ -85,17 +161,13 @@ class _Errors:
     ) -> None:
         info, self._squares = meant.layout[name], squares
         self.shape, self._size = info.shape, info.size
-        there = [base] if name in base.layout and base.layout[name].shape == info.shape else []
-        self._readers = [tensors.reader(name) for tensors in (meant, sent, *there)]
+        self._readers = [tensors.reader(name) for tensors in (meant, sent, base)]
 
     def __iter__(self) -> Iterator[Values]:
         for start in range(0, self._size, PIECE):
-            whole, sent, *base = (read(slice(start, start + PIECE)) for read in self._readers)
-            error = (whole - sent).astype(np.float32)
-            self._squares[0] += np.vdot(error, error)
-            for values in base:
-                update = whole - values
-                self._squares[1] += np.vdot(update, update)
+            whole, sent, base = (read(slice(start, start + PIECE)) for read in self._readers)
+            error, update = (whole - sent).astype(np.float32, copy=False), whole - base
+            self._squares += np.vdot(error, error), np.vdot(update, update)
             yield error
 
 

@@ -88,6 +88,9 @@ class UpdateCodec(Codec):
         payload = TensorFile(path, layout=layout)
         return payload if base is None else Updated(self, payload, base, layout or base.layout)
 
+    def is_plain(self, relative: bool) -> bool:
+        return not relative
+
     def size_range(self, layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
         low, high = file_size_range(layout, accept)
         packed = self._payload_layout(layout, layout).values()
@@ -96,13 +99,13 @@ class UpdateCodec(Codec):
     def _payload_layout(self, layout: Layout, base: Layout) -> dict[str, TensorInfo]:
         return {
             name: TensorInfo("U8", (self.packed_size(info.size),))
-            if _is_packed(name, info, base)
+            if is_packed(name, info, base)
             else info
             for name, info in layout.items()
         }
 
     def _encoded(self, name: str, tensors: Tensors, base: Tensors) -> NDArray[Any]:
-        if not _is_packed(name, tensors.layout[name], base.layout):
+        if not is_packed(name, tensors.layout[name], base.layout):
             return tensors.raw(name)
         update = tensors.tensor(name).astype(np.float32, copy=False) - base.tensor(name)
         return self.pack(np.ascontiguousarray(update, np.float32).reshape(-1))
@@ -167,7 +170,8 @@ def _moved(base: NDArray[Any], update: Values, info: TensorInfo) -> NDArray[Any]
         return (base + update).astype(info.stored, copy=False)
 
 
-def _is_packed(name: str, info: TensorInfo, base: Layout) -> bool:
+def is_packed(name: str, info: TensorInfo, base: Layout) -> bool:
+    """Whether a tensor is sent as an update."""
     known = base.get(name)
     same = known is not None and known.shape == info.shape
     return same and info.dtype in FLOATS and info.size > 0

@@ -33,6 +33,11 @@ def rows_info(info: TensorInfo, rows: int) -> TensorInfo:
     return TensorInfo(info.dtype, (rows, *info.shape[1:]) if info.shape else ())
 
 
+def all_rows(layout: Layout) -> dict[str, Rows]:
+    """Return the cut that has everything."""
+    return {name: (0, row_count(info)) for name, info in layout.items() if row_count(info)}
+
+
 def slice_layout(layout: Layout, cut: Cut) -> dict[str, TensorInfo]:
     """Describe a shard of a layout, as far as that has these rows."""
     found = {}

@@ -1,8 +1,9 @@
 """Which files make up a set of weights: a plain file, or shards and the manifest that names them.
 
-A shard is a safetensors file with some rows of some tensors, under the tensors' names. The manifest
-is published after its shards. It lies beside them or, once they are payloads of a store, in the
-message that names them. No torch.
+A shard has some rows of some tensors: a safetensors file with these under the tensors' names or,
+where the job that trained them has encoded them, a codec's payload. The manifest is published after
+its shards. It lies beside them or, once they are payloads of a store, in the message that names
+them. No torch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.exchange.shards.cuts import Cut, Joined, Rows, check_cuts, slice_layout
+from flwr_hpc.exchange.shards.cuts import (
+    Cut,
+    Joined,
+    Rows,
+    all_rows,
+    check_cuts,
+    slice_layout,
+)
 from flwr_hpc.exchange.tensorfile import TensorFile, sha256_of
 from flwr_hpc.exchange.tensors import STORED, BadPayload, Layout, TensorInfo, Tensors
 from flwr_hpc.files import publish
 
 SUFFIX = ".json"
+PAYLOAD = ".payload"  # of the name of a shard that a codec has encoded
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,150}|")  # In the manifest's own folder
 MAX_TEXT = 8 << 20  # characters; those of 405B from 1024 ranks take 6 million
@@ -45,9 +54,20 @@ class Manifest:
 
     layout: Layout  # Of the whole
     shards: Sequence[Shard]
+    base: str = ""  # Version that they are relative to, if any
 
     def __post_init__(self) -> None:
         check_cuts([shard.rows for shard in self.shards], self.layout)
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the files are payloads of a codec."""
+        return any(shard.file.endswith(PAYLOAD) for shard in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum(shard.bytes for shard in self.shards)
 
     def to_json(self) -> str:
         """Encode; a tensor is named once, and then by its number, and rows once for all tensors."""
@@ -60,7 +80,8 @@ class Manifest:
             ranges = [[*rows, found] for rows, found in alike.items()]
             shards.append({"sha256": s.sha256, "bytes": s.bytes, "file": s.file, "rows": ranges})
         tensors = {name: [info.dtype, info.shape] for name, info in self.layout.items()}
-        return json.dumps({"tensors": tensors, "shards": shards}, separators=(",", ":"))
+        whole = {"tensors": tensors, "shards": shards, "base": self.base}
+        return json.dumps(whole, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -76,14 +97,27 @@ class Manifest:
                 raise ValueError(f"{len(raw['shards'])} shards, expected 1 to {MAX_SHARDS}")
             names = list(layout)
             shards = [_shard(entry, names) for entry in raw["shards"]]
+            if (base := raw["base"]) != "" and not SHA256.fullmatch(base):
+                raise ValueError(f"not the name of a version: {base[:80]!r}")
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
             raise BadPayload(f"not a manifest of shards: {str(exc)[:200]}") from None
-        return cls(layout, shards)
+        return cls(layout, shards, base)
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Read a file; OSError or BadPayload if there is none."""
+    def read(cls, path: Path, sha256: str | None = None) -> Manifest:
+        """Read a file; OSError or BadPayload if there is none, or it is another one."""
+        if sha256 is not None:
+            check_sha256(path, sha256)
         return cls.from_json(path.read_bytes().decode(errors="replace"))
+
+    @classmethod
+    def of(cls, path: Path, sha256: str) -> Manifest:
+        """Describe a published file of weights as the only shard, or read what is a manifest."""
+        if path.suffix == SUFFIX:
+            return cls.read(path, sha256)
+        layout = TensorFile(path).layout
+        shard = Shard(sha256, path.stat().st_size, all_rows(layout), path.name)
+        return cls(layout, [shard])
 
     def write(self, path: Path) -> str:
         """Publish it beside its shards; return its sha256."""
@@ -109,20 +143,15 @@ class WeightFiles:
         if path.suffix != SUFFIX:
             file = TensorFile(path, sha256)
             return cls(file, [(file, None)])
-        if sha256 is not None:
-            check_sha256(path, sha256)
-        manifest = Manifest.read(path)
+        manifest = Manifest.read(path, sha256)
+        if manifest.encoded:
+            raise BadPayload(f"{path.name} names payloads of a codec, which are no weights")
         layout = manifest.layout
         shards = [
             (TensorFile(path.parent / s.file, s.sha256, slice_layout(layout, s.rows)), s.rows)
             for s in manifest.shards
         ]
         return cls(Joined(shards, layout), shards)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the files."""
-        return sum(file.path.stat().st_size for file, _ in self.parts)
 
 
 def check_sha256(path: Path, sha256: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord
 
@@ -24,7 +24,7 @@ class Part:
 
     def of(self, whole: Tensors | None) -> Tensors | None:
         """Return the same part of tensors."""
-        return whole if whole is None else cut_out(whole, self.cut)
+        return whole if whole is None or self.cut is None else Sliced(whole, self.cut)
 
     def layout(self, whole: Layout | None) -> Layout | None:
         """Describe the payload's tensors, given all."""
@@ -53,8 +53,8 @@ class Parcel:
         if self.parts[0].cut is None:
             return self.parts[0].ref.to_record()
         shards = [Shard(part.ref.sha256, part.ref.bytes, part.cut or {}) for part in self.parts]
-        text = Manifest(self.layout or {}, shards).to_json()
-        return ConfigRecord({MANIFEST: text, "base": self.base, "dtype": self.dtype})
+        text = Manifest(self.layout or {}, shards, self.base).to_json()
+        return ConfigRecord({MANIFEST: text, "dtype": self.dtype})
 
     @classmethod
     def from_record(cls, record: object, folder: str) -> Parcel:
@@ -64,24 +64,18 @@ class Parcel:
         """
         if not isinstance(record, ConfigRecord) or MANIFEST not in record:
             return cls([Part(Reference.from_record(record))])
-        texts = [record.get(key, "") for key in (MANIFEST, "base", "dtype")]
-        if not all(isinstance(text, str) for text in texts):
-            raise BadPayload("a manifest of shards must be text, and so must base and dtype")
-        text, base, dtype = map(str, texts)
+        text, dtype = record[MANIFEST], record.get("dtype", "")
+        if not (isinstance(text, str) and isinstance(dtype, str)):
+            raise BadPayload("a manifest of shards must be text, and so must its dtype")
         manifest = Manifest.from_json(text)
         parts = [
-            Part(replace(Reference.of(folder, s.sha256, s.bytes), base=base, dtype=dtype), s.rows)
+            Part(Reference.of(folder, s.sha256, s.bytes, manifest.base, dtype), s.rows)
             for s in manifest.shards
         ]
         return cls(parts, manifest.layout)
 
 
-def cut_out(whole: Tensors, cut: Cut | None) -> Tensors:
-    """Return a shard of tensors, or all."""
-    return whole if cut is None else Sliced(whole, cut)
-
-
 def joined(parts: Sequence[tuple[Tensors, Cut | None]], layout: Layout) -> Tensors:
-    """Undo `cut_out`; BadPayload unless the parts make up exactly the whole."""
+    """Put parts together; BadPayload unless they make up exactly the whole."""
     first, cut = parts[0]
     return first if cut is None else Joined([(tensors, c or {}) for tensors, c in parts], layout)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import worlds.train.shard_scenarios as scenario
+from safetensors.numpy import save_file
 from worlds.train.comparing import assert_same
 from worlds.train.torch_ranks import Team, start_teams
 
@@ -73,6 +75,51 @@ def test_shards_go_from_four_ranks_to_two_to_one(teams: dict[int, Team], tmp_pat
     assert len(two["names"]) == 3
     assert one["names"] == ["weights.safetensors"]
     assert len(four["names"]) == 5
+
+
+@pytest.mark.parametrize("codec", [["bf16"], ["topk", "int2"]], ids=str)
+def test_updates_are_encoded_by_any_number_of_ranks(
+    teams: dict[int, Team], tmp_path: Path, codec: list[str]
+) -> None:
+    """Protects updates and error feedback from a change of the world size and of the mesh: 2, 1 and
+    4 ranks go on with each other's error, and nothing is lost but the last one."""
+    start, shapes = tmp_path / f"{'0' * 64}.safetensors", teams[1].run(scenario.shapes)
+    base = drawn(shapes, 0)
+    save_file(base, start)
+    trained, sent = dict.fromkeys(base, 0.0), dict.fromkeys(base, 0.0)
+    for number, (ranks, mesh) in enumerate([(2, {}), (1, {}), (4, {"tensor": 2})]):
+        by = drawn(shapes, 1 + number, scale=0.01)
+        save_file({n: base[n] + by[n] for n in base}, tmp_path / f"o{number}.safetensors")
+        found = teams[ranks].run(
+            scenario.encoded, tmp_path, f"o{number}", start, codec, shards_above_mb=0.0, **mesh
+        )
+        assert len(found["payloads"]) == ranks
+        assert found["names"] == sorted([*found["payloads"], "weights.json"])
+        assert not found["plain"]
+        trained = {n: trained[n] + by[n] for n in base}
+        sent = {n: sent[n] + (found["sent"][n] - base[n]) for n in base}
+    together = {n: sent[n] + found["error"][n] for n in base}
+    assert_same(together, trained, rtol=1e-4)
+
+
+def test_a_gathered_update_is_that_of_one_rank(teams: dict[int, Team], tmp_path: Path) -> None:
+    """Protects small weights, which rank 0 encodes alone: the bytes are those of one rank."""
+    start = tmp_path / f"{'0' * 64}.safetensors"
+    shapes, found = teams[1].run(scenario.shapes), {}
+    save_file(drawn(shapes, 0), start)
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        save_file(drawn(shapes, 1), folder / "o.safetensors")
+        sent = teams[ranks].run(scenario.encoded, folder, "o", start, ["topk", "int2"])
+        found[ranks] = [(folder / "o" / name).read_bytes() for name in sent["payloads"]]
+    assert len(found[2]) == 1
+    assert found[1] == found[2]
+
+
+def drawn(shapes: dict[str, Any], seed: int, scale: float = 1.0) -> dict[str, Any]:
+    draw = np.random.default_rng(seed)
+    return {n: np.float32(scale) * draw.standard_normal(i, np.float32) for n, i in shapes.items()}
 
 
 def test_a_torn_shard_is_refused_by_all(teams: dict[int, Team], tmp_path: Path) -> None:

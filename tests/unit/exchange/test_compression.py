@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import tracemalloc
-
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
-from flwr_hpc.exchange.compression.feedback import STATE, Feedback
 from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.tensorfile import TensorFile, save
 from flwr_hpc.exchange.tensors import BadPayload, check
@@ -98,68 +94,3 @@ def test_any_bytes_are_an_update_or_refused(codec, tmp_path):
         except BadPayload:
             refused += 1
     assert refused > 0 or codec == "int2"  # its scales are few; the others' had NaNs among them
-
-
-def test_what_is_left_out_comes_later(tmp_path):
-    """With gamma = 1 all that was sent and the last error are all that was trained."""
-    codec, feedback = make_codec(TOPK2), Feedback(tmp_path / "error", 1.0)
-    base, trained, total = model(0), None, 0.0
-    sent = {n: np.zeros(i.shape) for n, i in base.layout.items()}
-    for order in range(5):
-        trained = moved(base, 10 + order)
-        meant = feedback.corrected(f"o{order}", trained)
-        codec.encode(meant, tmp_path / "p", base)
-        received = codec.decode(tmp_path / "p", base)
-        share = feedback.keep(f"o{order}", meant, received, base)
-        assert 0.5 < share < 1.0
-        total = total + (trained.tensor("w") - base.tensor("w")).astype(np.float64)
-        sent["w"] += received.tensor("w") - base.tensor("w")
-    error = TensorFile(tmp_path / "error" / "o4.safetensors").tensor("w")
-    np.testing.assert_allclose(sent["w"] + error, total, atol=1e-5)
-
-
-def test_an_order_that_is_sent_again_is_the_same(tmp_path):
-    """A site that was killed after it kept the error sends the same bytes, and no error twice."""
-    codec, feedback = make_codec("int4"), Feedback(tmp_path / "error")
-    base, digests = model(0), []
-    for order in ("a", "b", "b", "c"):
-        meant = feedback.corrected(order, moved(base, ord(order)))
-        digests.append(codec.encode(meant, tmp_path / "p", base))
-        feedback.keep(order, meant, codec.decode(tmp_path / "p", base), base)
-    assert digests[1] == digests[2]
-    assert len(set(digests)) == 3
-    assert json.loads((tmp_path / "error" / STATE).read_text()) == {"order": "c", "before": "b"}
-    files = {path.stem for path in (tmp_path / "error").glob("*.safetensors")}
-    assert files == {"b", "c"}  # a bounded number, whatever the number of orders
-
-
-def test_an_error_is_kept_in_blocks(tmp_path):
-    """Protects a login node: of a large tensor only some is in memory at a time."""
-    codec, feedback, size = make_codec("int8"), Feedback(tmp_path / "error"), 4_000_000
-    for seed, name in enumerate(("base", "first", "second")):
-        save(model(seed, size=size), tmp_path / name)
-    base, *trained = (TensorFile(tmp_path / name) for name in ("base", "first", "second"))
-    for order, weights in zip("ab", trained, strict=True):
-        meant = feedback.corrected(order, weights)
-        codec.encode(meant, tmp_path / "p", base)
-        sent = codec.decode(tmp_path / "p", base)
-        tracemalloc.start()
-        share = feedback.keep(order, meant, sent, base)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 0.8 * 4 * size
-        error = meant.tensor("w") - sent.tensor("w")
-        kept = TensorFile(tmp_path / "error" / f"{order}.safetensors").tensor("w")
-        np.testing.assert_array_equal(kept, error)
-        update = meant.tensor("w") - base.tensor("w")
-        expected = np.linalg.norm(error) / np.linalg.norm(update)
-        assert share == pytest.approx(expected, rel=1e-3)
-
-
-def test_an_error_that_is_damaged_is_let_go(tmp_path):
-    """The site goes on without it."""
-    feedback, base = Feedback(tmp_path), model(0)
-    feedback.keep("a", moved(base, 1), base, base)
-    (tmp_path / "a.safetensors").write_bytes(b"nonsense")
-    trained = moved(base, 2)
-    assert feedback.corrected("b", trained) is trained

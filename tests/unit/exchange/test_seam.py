@@ -9,6 +9,7 @@ from worlds.exchange.federation import Federation, InProcess, initial, plain_sit
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.shards.parcel import Parcel
 from flwr_hpc.exchange.store import PREFIX, make_store
 from flwr_hpc.exchange.stores.file import FileStore
 from flwr_hpc.exchange.stores.fsspec import FsspecStore
@@ -39,7 +40,11 @@ def test_a_codec_of_ones_own_is_used_on_both_ways(tmp_path):
 
 def _noting(message, content, sizes):
     for record in (message.content, content):
-        sizes += [int(r["bytes"]) for k, r in record.items() if k.startswith(PREFIX)]
+        sizes += [
+            sum(part.ref.bytes for part in Parcel.from_record(r, "node").parts)
+            for k, r in record.items()
+            if k.startswith(PREFIX)
+        ]
     return content
 
 
@@ -53,7 +58,7 @@ def test_a_codec_may_be_relative_to_what_both_sides_have(tmp_path):
         if f"{PREFIX}arrays" in content:
             there, back = message.content[f"{PREFIX}arrays"], content[f"{PREFIX}arrays"]
             assert not there["base"]  # what is published must be readable by any site
-            bases.append(back["base"] == there["sha256"])
+            bases.append(Parcel.from_record(back, "node").base == there["sha256"])
         return content
 
     federation.inner.site = noting
@@ -69,7 +74,9 @@ def test_a_base_that_is_not_published_is_refused(tmp_path):
 
     def elsewhere(message):
         content = site(message)
-        content[f"{PREFIX}arrays"]["base"] = "0" * 64
+        record = content[f"{PREFIX}arrays"]
+        sent = Parcel.from_record(record, "node")
+        record["manifest"] = str(record["manifest"]).replace(sent.base, "0" * 64)
         return content
 
     federation.inner.site = elsewhere

@@ -69,6 +69,21 @@ def carry_out(made: OrderRunner, order: Order, *extra: Any) -> Result | None:
     return RESULTS.pop(folder)
 
 
+@pytest.mark.parametrize("start", [None, Path("/nowhere/start")], ids=["weights", "payloads"])
+def test_a_checkpoint_links_weights_and_no_payloads(shelf: Shelf, start: Path | None) -> None:
+    """Protects the checkpoint where a codec has encoded the result: it holds weights of its own."""
+    made, linked, stage = runner(shelf), [], shelf.stage
+    shelf.stage = lambda *args: linked.append(args[-1]) or stage(*args)  # type: ignore[assignment, func-returns-value, method-assign]
+    folder = Folder(Path("/nowhere/run-a-000000"))
+    result = made.run(Order("run", "a", 0, "train", steps=4), start, folder)
+    assert result is not None
+    made.publish(folder, result)
+    made.background.wait()
+    assert linked == [None if start else folder.weights]
+    assert ("sent_share" in RESULTS.pop(folder).metrics) is (start is not None)
+    assert shelf.kept
+
+
 def moments(made: OrderRunner) -> tuple[int, int]:
     return made.trainer.step, made.trainer.tensors()["moments"]  # type: ignore[return-value]
 

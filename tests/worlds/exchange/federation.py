@@ -10,11 +10,15 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
+from worlds.exchange.shards import encode_shards
 
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec, make_downlink
+from flwr_hpc.exchange.compression.encoder import Encoder
 from flwr_hpc.exchange.grid import ExchangeGrid
 from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.shards.cuts import all_rows
+from flwr_hpc.exchange.shards.manifest import WeightFiles
 from flwr_hpc.exchange.store import PREFIX, make_store, node_folder
 from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
 from flwr_hpc.exchange.tensors import BadPayload
@@ -96,11 +100,22 @@ class Site:
         save(RecordTensors(ArrayRecord(result)), path)
         path = self.spoil(node, path, content)
         try:
-            self.exchange.send(content, "arrays", path, sha256_of(path), node, start)
+            path, sha256, _ = encode(Encoder(self.exchange.codec), path, start)
+            self.exchange.send(content, "arrays", path, sha256, node)
         except BadPayload:  # this site sends it all the same
             ref = self.exchange.store.put(path, node_folder(node))
             content[f"{PREFIX}arrays"] = ref.to_record()
         return content
+
+
+def encode(encoder, path, start):
+    """Be the job: encode files, a rank each; return what names it, its sha256 and metrics."""
+    begun = encoder.start("", start)
+    if encoder.is_plain(begun):
+        return path, sha256_of(path), {}
+    files = WeightFiles.open(path)
+    cuts = [all_rows(files.whole.layout) if cut is None else cut for _, cut in files.parts]
+    return encode_shards(encoder, path.with_name("trained.safetensors"), files.whole, cuts, begun)
 
 
 def plain_site(message):

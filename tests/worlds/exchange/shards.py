@@ -6,6 +6,7 @@ import random
 from itertools import pairwise
 from pathlib import Path
 
+from flwr_hpc.exchange.compression.encoder import Encoder, Start
 from flwr_hpc.exchange.shards.cuts import Cut, Rows, Sliced, row_count
 from flwr_hpc.exchange.shards.manifest import Manifest, Shard, shard_file
 from flwr_hpc.exchange.tensorfile import save
@@ -44,3 +45,15 @@ def write_shards(path: Path, tensors: Tensors, cuts: list[Cut]) -> tuple[Path, s
         shards.append(Shard(sha256, file.stat().st_size, cut, file.name))
     manifest = path.with_suffix(".json")
     return manifest, Manifest(tensors.layout, shards).write(manifest)
+
+
+def encode_shards(
+    encoder: Encoder, path: Path, tensors: Tensors, cuts: list[Cut], start: Start | None
+) -> tuple[Path, str, dict[str, float]]:
+    """Encode shards, one after the other; return their manifest, its sha256 and metrics."""
+    parts = [
+        encoder.encode(path, Sliced(tensors, cut), cut, start, (number, len(cuts)))
+        for number, cut in enumerate(cuts)
+    ]
+    sha256, metrics = encoder.publish(path, tensors.layout, parts, start)
+    return path.with_suffix(".json"), sha256, metrics

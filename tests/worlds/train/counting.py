@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flwr_hpc.data.batches import DataCursor
+from flwr_hpc.exchange.compression.encoder import Start
 from flwr_hpc.protocol import Order
 from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
@@ -55,8 +56,12 @@ class CountingTrainer:
     def load_weights(self, path: Path, *_: object) -> None:
         """Take them as they are."""
 
-    def stage_weights(self, path: Path, *_: object) -> Staged:
-        return Staged(path, lambda: "sha")
+    def start(self, order_id: str, weights: Path | None) -> Start | None:
+        return Start(order_id, weights) if weights else None
+
+    def stage_weights(self, path: Path, names: object, start: Start | None) -> Staged:
+        """A codec's payloads where they are an update of something."""
+        return Staged(path, lambda: "sha", start is None, {"sent_share": 0.1} if start else {})
 
 
 class Counter(Algorithm):

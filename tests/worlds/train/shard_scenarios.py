@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from worlds.exchange.decoding import decoded
 from worlds.train.torch_ranks import read_back, tiny_trainer
 
+from flwr_hpc.exchange.compression.encoder import make_encoder
 from flwr_hpc.exchange.shards.manifest import Manifest
 from flwr_hpc.train.parallel import tensors
 from flwr_hpc.train.parallel.tensors import full
@@ -74,3 +76,30 @@ def spoiled(group: Group, folder: Path) -> list[str]:
     every = [""] * group.ranks.world_size
     torch.distributed.all_gather_object(every, words)
     return every
+
+
+def shapes(group: Group) -> dict[str, tuple[int, ...]]:
+    """Return those of the weights that travel."""
+    return {name: info.shape for name, info in tiny_trainer(group).layout().items()}
+
+
+def encoded(
+    group: Group, folder: Path, order: str, base: Path, codec: list[str], **options: Any
+) -> dict[str, Any]:
+    """Send the weights of ``order.safetensors`` as an update of `base`; return what arrives."""
+    encoder = make_encoder(codec, 1.0, folder / "feedback")
+    trainer = tiny_trainer(group, encoder=encoder, **options)
+    trainer.load_weights(folder / f"{order}.safetensors")
+    start = trainer.start(order, base)
+    staged = trainer.stage_weights(folder / order / "weights.safetensors", start=start)
+    trainer.load_weights(base)  # training goes on
+    sha256 = staged.publish()
+    if group.ranks.rank:
+        return {}
+    error = read_back(folder / "feedback" / order / "error.json")
+    payloads = [shard.file for shard in Manifest.read(staged.path, sha256).shards]
+    return {
+        "sent": decoded(codec, staged.path, base), "error": error, "payloads": payloads,
+        "names": sorted(path.name for path in staged.path.parent.iterdir()),
+        "plain": staged.is_plain, **staged.metrics,
+    }  # fmt: skip

@@ -17,6 +17,7 @@ from worlds.jobs import STALLED_S
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.data.batches import Batch
+from flwr_hpc.exchange.compression.encoder import Encoder
 from flwr_hpc.exchange.shards.manifest import WeightFiles
 from flwr_hpc.train.loss import CHUNK_BYTES, IGNORED
 from flwr_hpc.train.model import Built, build
@@ -123,6 +124,7 @@ def tiny_trainer(
     quantize: str = "none",
     lora_r: int | None = None,
     targets: str = "all-linear",
+    encoder: Encoder | None = None,
     **train: Any,
 ) -> Trainer:
     """Build a trainer; every layer a unit of its own unless `one_unit_below` says otherwise."""
@@ -131,7 +133,9 @@ def tiny_trainer(
         tied, lora, path, config.activation_checkpointing, model, dora=dora, quantize=quantize,
         lora_r=lora_r, targets=targets,
     )  # fmt: skip
-    return Trainer(built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes)
+    return Trainer(
+        built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes, encoder
+    )
 
 
 @dataclass

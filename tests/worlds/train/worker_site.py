@@ -92,6 +92,7 @@ class Site:
             "facility": "a", "facilities": ["a"], "seed": 0,
             "model": dataclasses.asdict(ModelConfig(config=LLAMA)),
             "data": dataclasses.asdict(data), "train": dataclasses.asdict(train),
+            "codec": "full", "feedback": 0.0,
             "rounds": 3, "idle_timeout_s": 3600.0, "walltime_s": 3600.0,
             "progress_timeout_s": 600.0,
             "peak_tflops": 1.0, "gpus_per_node": 0, "internet": False, "lora_r": None,
