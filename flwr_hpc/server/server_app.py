@@ -67,7 +67,9 @@ def main(grid: Grid, context: Context) -> None:
             log.error("%s", exc)
             fatal = isinstance(exc, FatalSiteError)
             events.emit("run_finished", status="failed", error=str(exc), fatal=fatal)
-        except BaseException as exc:
+        # What else ends this process, as Flower's signals when its SuperLink does not know it any
+        # more, is no end of the run: it is started again.
+        except Exception as exc:
             log.exception("the run failed")
             events.emit("run_finished", status="failed", error=f"{type(exc).__name__}: {exc}")
             raise
