@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["record"]
+__all__ = ["RESULTS", "record"]
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("flwr", "numpy", "torch", "transformers")

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from lab import host as below
-from lab.centres import Centres, missing_tun
+from lab.centres import Centres, Site, missing_tun
 from lab.host import LabError
 from lab.machine import PATIENCE_S
 from lab.remote import Host, Listener
+from worlds.hosts.disk import SmallDisk
 from worlds.hosts.leftovers import left_of
 from worlds.jobs import until
 
@@ -157,6 +158,24 @@ def test_a_reboot_ends_all_but_the_jobs_on_other_nodes(centres: Centres) -> None
     assert centres["server"].run("ssh", centre.name, "hostname").strip() == centre.name
 
 
+def test_a_host_can_have_a_small_disk_of_its_own() -> None:
+    """Protects the campaign's full disks: one host's is full, and no other's; it goes with it."""
+    if reason := below.missing() or missing_tun():
+        pytest.skip(reason)
+    name = f"d{os.getpid()}"
+    sites = [Site("small", "sam", disk_mb=8), Site("other", "ada", disk_mb=8)]
+    with Centres.up(name, sites) as centres:
+        small, other = centres.hosts.values()
+        disk = SmallDisk(small.place.folder)
+        disk.fill()
+        with pytest.raises(LabError, match="No space left"):
+            small.run("dd", "if=/dev/zero", "of=/home/sam/file", "bs=1", "count=1")
+        other.run("dd", "if=/dev/zero", "of=/home/ada/file", "bs=1", "count=1")
+        disk.empty()
+        small.run("dd", "if=/dev/zero", "of=/home/sam/file", "bs=1", "count=1")
+    assert [left for site in sites for left in left_of(f"{name}_{site.name}")] == []
+
+
 def test_nothing_is_left_when_their_owner_is_killed() -> None:
     """Protects against pytest's end by kill -9: there is no time for any tear-down."""
     if reason := below.missing() or missing_tun():
@@ -166,7 +185,9 @@ def test_nothing_is_left_when_their_owner_is_killed() -> None:
         "import sys, time\n"
         f"sys.path.insert(0, {str(TESTS)!r})\n"
         "from lab.centres import Centres\n"
-        f"world = Centres.up({name!r})\n"
+        "from dataclasses import replace\n"
+        "from lab.centres import CENTRES\n"
+        f"world = Centres.up({name!r}, [replace(site, disk_mb=64) for site in CENTRES])\n"
         "world['centre_b'].popen('sleep', '1000')\n"
         "print(*world.hosts, flush=True)\n"
         "time.sleep(3600)\n"

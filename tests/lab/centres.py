@@ -28,6 +28,7 @@ class Site:
     user: str
     slurm: Shape | None = None  # None: no batch system but the local executor
     opened: tuple[int, ...] | None = (22,)  # the ports that its firewall opens; None: all
+    disk_mb: int | None = None  # the size of its disk, in memory; None: that of the machine below
 
 
 SERVER = Site("server", "sam", opened=None)
@@ -171,7 +172,7 @@ def describe(host: Host) -> None:
 
 
 def _machine(place: Place, site: Site, keep: bool) -> Machine:
-    with new_folder(place.folder.name, "host") as folder:
+    with new_folder(place.folder.name, "host", site.disk_mb) as folder:
         for path in ON_DISK:
             (folder / "files" / path[1:]).mkdir(parents=True)
             (folder / "files" / path[1:]).chmod(0o755 if path == "/home" else 0o1777)

@@ -20,6 +20,7 @@ __all__ = [
     "LabError",
     "alive",
     "as_user",
+    "clear",
     "connect",
     "missing",
     "python",
@@ -152,6 +153,13 @@ def alive(folder: Path) -> bool:
         return False
 
 
+def clear(folder: Path) -> None:
+    """Remove a folder, and the disk that is mounted there."""
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def sweep() -> None:
     """Remove the folders of clusters that were killed."""
     for folder in HOME.glob("*"):
@@ -162,6 +170,6 @@ def sweep() -> None:
         except OSError:
             continue
         if not alive(folder) and ((folder / "supervisor").exists() or not young):
-            shutil.rmtree(folder, ignore_errors=True)
+            clear(folder)
     with contextlib.suppress(OSError):  # another lab is there, or has just removed it
         HOME.rmdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import IO, Any, Self
 
 import psutil
 
-from .host import ENV, HOME, LabError, alive, sweep
+from .host import ENV, HOME, LabError, alive, clear, run, sweep
 
 PATIENCE_S = 300.0  # of a busy machine
 ORDERLY_S = 30.0  # for a machine to end, and remove its files
@@ -107,8 +106,11 @@ def ask(control: Path, request: dict[str, Any], who: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def new_folder(name: str, kind: str) -> Iterator[Path]:
-    """Claim a name: make its folder, which goes again when what should live there fails."""
+def new_folder(name: str, kind: str, disk_mb: int | None = None) -> Iterator[Path]:
+    """Claim a name: make its folder, which goes again when what should live there fails.
+
+    With `disk_mb` it is a disk of its own, in memory.
+    """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,23}", name):
         raise LabError(f"a {kind}'s name is up to 24 of a-z, 0-9 and _, not '{name}'")
     sweep()
@@ -123,6 +125,8 @@ def new_folder(name: str, kind: str) -> Iterator[Path]:
         except FileExistsError:
             raise LabError(f"there is a {kind} '{name}'; remove it with: down {name}") from None
     try:
+        if disk_mb:
+            run("mount", "-t", "tmpfs", "-o", f"size={disk_mb}m", "tmpfs", str(folder))
         (folder / "log").mkdir()
         for public in (HOME, folder, folder / "log"):
             public.chmod(0o755)  # for other users' jobs, whatever the umask
@@ -196,7 +200,7 @@ def remove(folder: Path) -> None:
             for other in left:
                 other.kill()
             psutil.wait_procs(left, timeout=PATIENCE_S)
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     with contextlib.suppress(OSError):
         HOME.rmdir()
 

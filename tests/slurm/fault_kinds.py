@@ -11,33 +11,22 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import psutil
 from lab.cluster import Cluster
+from worlds.campaign import FORK_SERVER, Harm, Missed, Scene, by_name, program
 from worlds.jobs import command_line
 from worlds.runs.run import Run
 
 from flwr_hpc.spool import Spool
 
-T = TypeVar("T")
-FORK_SERVER = "flwr_hpc.site.start.fork_server"  # and each ClientApp, which is a fork of it
-
-
-class Missed(Exception):
-    """There was nothing to hit at this moment."""
-
-
-@dataclass(frozen=True)
-class Harm:
-    """What was hit, and how it is repaired after a while; None: whoever was hit has to."""
-
-    what: str
-    repair: Callable[[], object] | None = None
+LIMITS_S = 35.0  # slurmctld looks at time limits every half minute
 
 
 class Disk:
@@ -74,13 +63,32 @@ class Disk:
 
 
 @dataclass
-class Scene:
+class SlurmScene(Scene):
     """A run under way, the clusters it runs on by facility, and its disk."""
 
     run: Run
     clusters: Mapping[str, Cluster]
     disk: Disk
     draw: random.Random
+
+    @property
+    def commands(self) -> Mapping[str, subprocess.Popen[Any]]:
+        return {"run": self.run.process}
+
+    def again(self, where: str) -> None:
+        self.run = Run(self.run.dir, resume=True, output=self.run.output)
+
+    def said(self, where: str) -> str:
+        return self.run.said()
+
+    def work(self) -> object:
+        done = len(self.run.events("order_done"))
+        steps = []
+        for facility in self.clusters:
+            with suppress(OSError, ValueError):
+                orders = self.spool(facility).orders()
+                steps += [(o.id, o.progress().get("step"), o.has_result) for o in orders]
+        return done, tuple(steps)
 
     @property
     def key(self) -> str:
@@ -90,11 +98,15 @@ class Scene:
     def spool(self, facility: str) -> Spool:
         return Spool(self.disk.sites / "flwr-hpc" / self.key / facility)
 
-    def is_idle(self, facility: str) -> bool:
-        """Tell whether a site's job waits for orders."""
+    def state(self, facility: str) -> str:
+        """Return the state of the newest job's worker at a site, empty if there is none."""
         allocations = self.spool(facility).allocations()
         state = allocations[-1].state() if allocations else None
-        return state is not None and state.state == "ready"
+        return state.state if state else ""
+
+    def is_idle(self, facility: str) -> bool:
+        """Tell whether a site's job waits for orders."""
+        return self.state(facility) == "ready"
 
     def any_cluster(self) -> Cluster:
         return self.clusters[self.draw.choice(sorted(self.clusters))]
@@ -115,7 +127,7 @@ class Scene:
         with suppress(psutil.Error):
             parent = process.parent()
             above = command_line(parent) if parent else ""
-            return _program(process) == own and all(word in above for word in outer)
+            return program(process.cmdline()) == own and all(word in above for word in outer)
         return False
 
     def in_jobs(self, cluster: Cluster, name: str) -> list[psutil.Process]:
@@ -139,17 +151,6 @@ class Scene:
                 found.append(process)
         return self.one(found)
 
-    def one(self, found: Sequence[T]) -> T:
-        if not found:
-            raise Missed("there is none now")
-        return self.draw.choice(found)
-
-
-def _program(process: psutil.Process) -> str:
-    """Return the name of a Flower program, whoever interprets or wraps it."""
-    words = [Path(word).name for word in process.cmdline()]
-    return next((w for w in words if w.startswith(("flower-", "flwr-")) or w == FORK_SERVER), "")
-
 
 def _mount(*arguments: str) -> None:
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
@@ -160,70 +161,73 @@ def _mount(*arguments: str) -> None:
 # ---- processes of the login node -----------------------------------------------------------------
 
 
-def driver(scene: Scene) -> Harm:
+def driver(scene: SlurmScene) -> Harm:
     scene.run.process.kill()
     scene.run.process.wait()
     return Harm("flwr_hpc.run")
 
 
-def superlink(scene: Scene) -> Harm:
+def superlink(scene: SlurmScene) -> Harm:
     return _kill(scene.session("flower-superlink"))
 
 
-def supernode(scene: Scene) -> Harm:
+def supernode(scene: SlurmScene) -> Harm:
     return _kill(scene.session("flower-supernode"))
 
 
-def superexec_of_superlink(scene: Scene) -> Harm:
+def superexec_of_superlink(scene: SlurmScene) -> Harm:
     return _kill(scene.session("flower-superexec", "flower-superlink"))
 
 
-def superexec_of_supernode(scene: Scene) -> Harm:
+def superexec_of_supernode(scene: SlurmScene) -> Harm:
     return _kill(scene.session("flower-superexec", "flower-supernode"))
 
 
-def server_app(scene: Scene) -> Harm:
+def server_app(scene: SlurmScene) -> Harm:
     return _kill(scene.session("flwr-serverapp"))
 
 
-def client_app(scene: Scene) -> Harm:
+def client_app(scene: SlurmScene) -> Harm:
     return _kill(scene.session(FORK_SERVER, FORK_SERVER))
 
 
-def program_of_client_app(scene: Scene) -> Harm:
+def program_of_client_app(scene: SlurmScene) -> Harm:
     return _kill(scene.session("flwr-clientapp"))
 
 
-def fork_server(scene: Scene) -> Harm:
+def fork_server(scene: SlurmScene) -> Harm:
     return _kill(scene.session(FORK_SERVER, "flwr_hpc.run"))
 
 
 # ---- processes of a job --------------------------------------------------------------------------
 
 
-def rank_0(scene: Scene) -> Harm:
+def rank_0(scene: SlurmScene) -> Harm:
     return _kill(scene.rank(scene.any_cluster(), first=True))
 
 
-def other_rank(scene: Scene) -> Harm:
+def other_rank(scene: SlurmScene) -> Harm:
     return _kill(scene.rank(_big(scene), first=False))
 
 
-def srun(scene: Scene) -> Harm:
+def srun(scene: SlurmScene) -> Harm:
     return _kill(scene.one(scene.in_jobs(scene.any_cluster(), "srun")))
 
 
-def slurmstepd(scene: Scene) -> Harm:
+def slurmstepd(scene: SlurmScene) -> Harm:
     return _kill(scene.one(scene.in_jobs(scene.any_cluster(), "slurmstepd")))
 
 
-def rank_pauses(scene: Scene) -> Harm:
+def rank_pauses(scene: SlurmScene) -> Harm:
     rank = scene.rank(_big(scene), first=scene.draw.random() < 0.5)
     rank.suspend()
     return Harm(_name(rank), lambda: _resume(rank))
 
 
-def rank_hangs(scene: Scene) -> Harm:
+def rank_hangs(scene: SlurmScene) -> Harm:
+    """Stop a rank that has met the others: for one that starts they wait ten minutes."""
+    if scene.state(_big(scene).name) not in ("ready", "running"):
+        raise Missed("its ranks have not met yet")
     rank = scene.rank(_big(scene), first=scene.draw.random() < 0.5)
     rank.suspend()
     return Harm(_name(rank))
@@ -232,97 +236,112 @@ def rank_hangs(scene: Scene) -> Harm:
 # ---- Slurm ---------------------------------------------------------------------------------------
 
 
-def slurmctld(scene: Scene) -> Harm:
+def slurmctld(scene: SlurmScene) -> Harm:
     return _daemon(scene.any_cluster(), "slurmctld")
 
 
-def slurmd(scene: Scene) -> Harm:
+def slurmd(scene: SlurmScene) -> Harm:
     cluster = scene.any_cluster()
     return _daemon(cluster, "slurmd", scene.draw.choice(cluster.nodes))
 
 
-def slurmdbd(scene: Scene) -> Harm:
+def slurmdbd(scene: SlurmScene) -> Harm:
     return _daemon(_big(scene), "slurmdbd")
 
 
-def munge(scene: Scene) -> Harm:
+def munge(scene: SlurmScene) -> Harm:
     return _daemon(scene.any_cluster(), "munged")
 
 
-def node_loses_power(scene: Scene) -> Harm:
+def node_loses_power(scene: SlurmScene) -> Harm:
     cluster = scene.any_cluster()
     return _daemon(cluster, scene.draw.choice(cluster.nodes))
 
 
-def node_is_down(scene: Scene) -> Harm:
+def node_is_down(scene: SlurmScene) -> Harm:
     return _node(scene, "DOWN")
 
 
-def node_drains(scene: Scene) -> Harm:
+def node_drains(scene: SlurmScene) -> Harm:
     return _node(scene, "DRAIN")
 
 
-def partition_is_down(scene: Scene) -> Harm:
+def partition_is_down(scene: SlurmScene) -> Harm:
     cluster = scene.any_cluster()
     update = ("scontrol", "update", "PartitionName=main")
     cluster.slurm(*update, "State=DOWN")
     return Harm(cluster.name, lambda: cluster.slurm(*update, "State=UP"))
 
 
-def cancelled(scene: Scene) -> Harm:
+def cancelled(scene: SlurmScene) -> Harm:
     cluster = scene.any_cluster()
     job = scene.job(cluster)
     cluster.slurm("scancel", job)
     return Harm(f"job {job} of {cluster.name}")
 
 
-def requeued(scene: Scene) -> Harm:
+def requeued(scene: SlurmScene) -> Harm:
     cluster = scene.any_cluster()
     job = scene.job(cluster)
     cluster.slurm("scontrol", "requeue", job)
     return Harm(f"job {job} of {cluster.name}")
 
 
-def suspended(scene: Scene) -> Harm:
+def suspended(scene: SlurmScene) -> Harm:
     cluster = scene.any_cluster()
     job = scene.job(cluster)
     cluster.slurm("scontrol", "suspend", job)
     return Harm(f"job {job} of {cluster.name}", lambda: cluster.slurm("scontrol", "resume", job))
 
 
-def walltime_is_over(scene: Scene) -> Harm:
-    """End a job that waits for orders: one at work would rightly return a part of its order."""
-    for facility, cluster in scene.clusters.items():
-        if scene.is_idle(facility):
-            job = scene.job(cluster)
-            cluster.slurm("scontrol", "update", f"JobId={job}", "TimeLimit=1")
-            return Harm(f"job {job} of {cluster.name}")
-    raise Missed("every job works on an order")
+def walltime_is_over(scene: SlurmScene) -> Harm:
+    """End a job that waits for orders: one at work would rightly return a part of its order.
+
+    The other site's job is held meanwhile, so that there is nothing to order.
+    """
+    idle = [name for name in scene.clusters if scene.is_idle(name)]
+    facility = scene.one(idle)
+    cluster, job = scene.clusters[facility], scene.job(scene.clusters[facility])
+    (other,) = (c for name, c in scene.clusters.items() if name != facility)
+    held = scene.job(other)
+    other.slurm("scontrol", "suspend", held)
+    try:
+        _limit(cluster, job, minutes=1)
+        deadline = time.monotonic() + LIMITS_S
+        while cluster.slurm("squeue", "-h", "-j", job, "-t", "RUNNING", "-o", "%A"):
+            if not scene.is_idle(facility) or time.monotonic() > deadline:
+                _limit(cluster, job, minutes=30)
+                raise Missed("it has got an order, or is younger than a minute")
+            time.sleep(0.05)
+    finally:
+        other.slurm("scontrol", "resume", held)
+    return Harm(f"job {job} of {cluster.name}")
+
+
+def _limit(cluster: Cluster, job: str, minutes: int) -> None:
+    cluster.slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
 
 
 # ---- disks ---------------------------------------------------------------------------------------
 
 
-def full_disk(scene: Scene) -> Harm:
+def full_disk(scene: SlurmScene) -> Harm:
     scene.disk.fill()
     return Harm("run directory and sites", scene.disk.empty)
 
 
-def read_only_disk(scene: Scene) -> Harm:
+def read_only_disk(scene: SlurmScene) -> Harm:
     scene.disk.write_protect(True)
     return Harm("the sites' folders", lambda: scene.disk.write_protect(False))
 
 
-KINDS: dict[str, Callable[[Scene], Harm]] = {
-    function.__name__.replace("_", " "): function
-    for function in (
-        driver, superlink, supernode, superexec_of_superlink, superexec_of_supernode, server_app,
-        client_app, program_of_client_app, fork_server, rank_0, other_rank, srun, slurmstepd,
-        rank_pauses, rank_hangs, slurmctld, slurmd, slurmdbd, munge, node_loses_power,
-        node_is_down, node_drains, partition_is_down, cancelled, requeued, suspended,
-        walltime_is_over, full_disk, read_only_disk,
-    )
-}  # fmt: skip
+KINDS = by_name(
+    driver, superlink, supernode, superexec_of_superlink, superexec_of_supernode, server_app,
+    client_app, program_of_client_app, fork_server, rank_0, other_rank, srun, slurmstepd,
+    rank_pauses, rank_hangs, slurmctld, slurmd, slurmdbd, munge, node_loses_power,
+    node_is_down, node_drains, partition_is_down, cancelled, requeued, suspended,
+    walltime_is_over, full_disk, read_only_disk,
+)  # fmt: skip
 
 
 def _kill(process: psutil.Process) -> Harm:
@@ -335,7 +354,7 @@ def _name(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         rank = process.environ().get("SLURM_PROCID")
         job = process.environ().get("SLURM_JOB_NAME", "")
-        own = _program(process) or process.name()
+        own = program(process.cmdline()) or process.name()
         return f"rank {rank} of {job}" if rank and own.startswith("python") else own
     return "a process that has ended"
 
@@ -345,7 +364,7 @@ def _resume(process: psutil.Process) -> None:
         process.resume()
 
 
-def _big(scene: Scene) -> Cluster:
+def _big(scene: SlurmScene) -> Cluster:
     """Return the cluster with several ranks and accounting."""
     return max(scene.clusters.values(), key=lambda cluster: cluster.shape.nodes)
 
@@ -355,7 +374,7 @@ def _daemon(cluster: Cluster, name: str, node: str = "") -> Harm:
     return Harm(f"{name} of {node or cluster.name}", lambda: cluster.start(name, node))
 
 
-def _node(scene: Scene, state: str) -> Harm:
+def _node(scene: SlurmScene, state: str) -> Harm:
     cluster = scene.any_cluster()
     node = scene.draw.choice(cluster.nodes)
     update = ("scontrol", "update", f"NodeName={node}")

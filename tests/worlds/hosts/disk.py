@@ -29,7 +29,7 @@ class SmallDisk:
                     continue
 
     def empty(self) -> None:
-        (self.path / "ballast").unlink()
+        (self.path / "ballast").unlink(missing_ok=True)
 
     def remount(self, how: str) -> None:
         """Make it ``ro`` or ``rw``."""
