@@ -17,7 +17,7 @@ from strategies.engine.runtime import Settings
 def test_every_setting_of_the_engine_can_be_set(name: str) -> None:
     """Protects users from settings that no key reaches, and from keys without an effect."""
     default = getattr(FederationConfig(), name)
-    value = not default if isinstance(default, bool) else 17
+    value = not default if isinstance(default, bool) else 0.25 if "quantile" in name else 17
     text = str(value).lower()
     config = compose_config([f"federation.{name}={text}"])
     assert getattr(engine_settings(config.federation), name) == value
