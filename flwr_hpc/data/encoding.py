@@ -25,20 +25,25 @@ Turns = list[tuple[int, int]]  # Where they start and stop
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
-def set_chat_template(tokenizer: Any, data: DataConfig) -> None:
-    """Give a tokenizer the template of ``data.chat_template``, if any; it is exported with it."""
+def read_chat_template(data: DataConfig) -> str | None:
+    """Return the template of ``data.chat_template``; None: the tokenizer's own."""
     if data.chat_template is None:
-        return
+        return None
     if data.chat_template == CHATML:
-        tokenizer.chat_template = _CHATML
-        return
+        return _CHATML
     try:
-        tokenizer.chat_template = Path(data.chat_template).expanduser().read_text()
+        return Path(data.chat_template).expanduser().read_text()
     except (OSError, UnicodeDecodeError) as exc:
         raise UserError(
             f"data.chat_template={data.chat_template} cannot be read: {exc}. Give {CHATML}, or a "
             "file with a Jinja template"
         ) from None
+
+
+def set_chat_template(tokenizer: Any, data: DataConfig) -> None:
+    """Give a tokenizer the template of ``data.chat_template``, if any; it is exported with it."""
+    if template := read_chat_template(data):
+        tokenizer.chat_template = template
 
 
 def encoded(examples: Iterable[Example], tokenizer: Any) -> Iterator[Block]:

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config, LoraConfig
 from flwr_hpc.data import sources
+from flwr_hpc.data.encoding import read_chat_template
 from flwr_hpc.data.passages import read_passages
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec, make_downlink
@@ -165,8 +166,10 @@ def check_facilities(config: Config, names: list[str]) -> None:
         if facility.local and facility.container is None:
             check_pretrained(config, name, facility)
         sources.check(config.data, name, names, must_exist=facility.local)
-        if config.data.passages and facility.local:
-            read_passages(config.data.passages)
+        if facility.local:
+            read_chat_template(config.data)
+            if config.data.passages:
+                read_passages(config.data.passages)
 
 
 def _check_nodes(strategy: Strategy, facilities: int) -> None:

@@ -67,6 +67,15 @@ def test_a_facility_of_another_rank_wants_a_strategy_that_stacks() -> None:
         assert "from 1 to model.lora.r=4" in found
 
 
+def test_a_chat_template_is_read_before_anything_starts(tmp_path: Path) -> None:
+    """Protects a job's wait in the queue from a misspelt path."""
+    template = tmp_path / "own.jinja"
+    assert f"chat_template={template} cannot be read" in fault(f"data.chat_template={template}")
+    template.write_text("{{ messages }}")
+    check(f"data.chat_template={template}")
+    check("data.chat_template=chatml")
+
+
 def test_passages_are_read_before_anything_starts(tmp_path: Path) -> None:
     """Protects users from jobs that fail over a file that was never there."""
     with pytest.raises(UserError, match=r"passages .*p\.jsonl cannot be read"):
