@@ -19,6 +19,8 @@ from worlds.train.torch_ranks import LLAMA, SEQ_LEN, VOCABULARY, TinyTokenizer, 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.errors import UserError
+from flwr_hpc.exchange.codecs.full import FullWeights
+from flwr_hpc.exchange.compression.encoder import Encoder
 from flwr_hpc.exchange.shards.manifest import MAX_SHARDS
 from flwr_hpc.train.metrics import flops_per_token, mfu
 from flwr_hpc.train.model import build, exchanged, layers
@@ -63,7 +65,7 @@ def test_more_ranks_than_a_manifest_names_write_one_file(tmp_path: Path) -> None
     group: Any = SimpleNamespace(ranks=SimpleNamespace(world_size=MAX_SHARDS + 1, rank=0))
     tensors = {"a": torch.ones(3, 5)}
     path = tmp_path / "weights.safetensors"
-    staged = WeightsWriter(group, tensors, 0.0).stage(
+    staged = WeightsWriter(group, tensors, 0.0, Encoder(FullWeights())).stage(
         path, tensors.items(), layout_of(tensors.items())
     )
     staged.publish()
