@@ -24,6 +24,7 @@ from flwr_hpc.exchange.executors import Inline
 from flwr_hpc.exchange.expected import Expectations, Expected, order_in
 from flwr_hpc.exchange.publisher import Publisher
 from flwr_hpc.exchange.receiver import Receiver
+from flwr_hpc.exchange.resumable.download import MARKS, PART
 from flwr_hpc.exchange.store import PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.exchange.transfer import Transfer
@@ -112,7 +113,8 @@ class ExchangeGrid(Grid):
         self._awaited: dict[str, _Awaited] = {}  # by message id
         folder.mkdir(parents=True, exist_ok=True)
         for remains in folder.iterdir():  # of a killed session
-            remains.unlink(missing_ok=True)
+            if remains.suffix not in (PART, MARKS):  # fetched in part: the site sends it again
+                remains.unlink(missing_ok=True)
 
     def expect(self, arrays: ArrayRecord) -> None:
         """Say what replies must look like from nodes that nothing was pushed to yet.

@@ -19,6 +19,10 @@ class Cancelled(Exception):
     """Nobody waits for this transfer any more."""
 
 
+class Interrupted(OSError):
+    """An attempt that may go better next time."""
+
+
 class Transfer:
     """How far one transfer is, for who waits beside it, and the word to end it.
 

@@ -16,8 +16,9 @@ from worlds.network.tcp_proxy import BUFFER, TcpProxy
 
 from flwr_hpc.clock import SystemClock
 from flwr_hpc.errors import UserError
-from flwr_hpc.exchange.http_client import connection, download, upload
+from flwr_hpc.exchange.http_client import connection, upload
 from flwr_hpc.exchange.http_server import Limits
+from flwr_hpc.exchange.resumable import download
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.stores.file import FileStore
 from flwr_hpc.exchange.stores.http import HttpStore

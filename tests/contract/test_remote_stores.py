@@ -95,14 +95,14 @@ def test_an_upload_appears_whole_or_not_at_all(sftp, payload, tmp_path, monkeypa
         assert (await self._info(source))["size"] == len(DATA)
         raise ConnectionError("cut off")
 
-    store._disconnect()  # a file system binds its methods when it connects
+    store._disconnect(store._place())  # a file system binds its methods when it connects
     with monkeypatch.context() as patch:
         patch.setattr(type(fs), "_mv", cut)
         with pytest.raises(OSError, match="cut off"):
             store.put(payload, "global")
-    store._disconnect()
+    store._disconnect(store._place())
     assert store.size(ref) is None
-    assert fs.find(root) == []
+    assert fs.find(root) == [f"{root}/{ref.key}.part"]  # another attempt goes on with it
     fs.pipe_file(f"{root}/{ref.key}.0123abcd.tmp", DATA[:5])
     fs.pipe_file(f"{root}/global/notes.tmp", b"mine")
     store.sweep()
@@ -121,7 +121,7 @@ def test_wrong_credentials_are_an_error_that_does_not_show_them(
     if wrong == "none":
         (tmp_path / "credentials").unlink()
     store = make_store(f"s3://bucket/{uuid.uuid4().hex}")
-    store._disconnect()
+    store._disconnect(store._place())
     fsspec_store.connect(store.url)[0].clear_instance_cache()
     with pytest.raises(UserError, match=r"exchange\.store cannot be reached") as caught:
         store.check()
@@ -141,6 +141,33 @@ def test_large_payloads_go_to_s3_in_parts_and_come_back_whole(s3, tmp_path):
     ref = store.put(path)
     store.get(ref, tmp_path / "target")
     assert (tmp_path / "target").stat().st_size == ref.bytes
+
+
+@needs_s3
+def test_a_new_session_aborts_what_cut_uploads_left_and_nothing_else(s3):
+    """Parts that nobody completes are seen by nobody, and paid for."""
+    store = make_store(f"s3://bucket/{uuid.uuid4().hex}")
+    fs, root = fsspec_store.connect(store.url)
+    folder = root.partition("/")[2]
+    ours, theirs = f"{folder}/node-7/{'0' * 64}.payload", f"{folder}/node-7/film"
+    for key in (ours, theirs):
+        fs.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+    store.sweep()
+    begun = fs.call_s3("list_multipart_uploads", Bucket="bucket", Prefix=folder)["Uploads"]
+    assert [upload["Key"] for upload in begun] == [theirs]
+    fs.abort_mpu("bucket", theirs, begun[0]["UploadId"])
+
+
+@needs_sftp
+def test_an_upload_is_not_continued_onto_something_longer(sftp, payload, tmp_path):
+    """What cannot be the beginning of the payload is overwritten."""
+    store = make_store(f"sftp://far{tmp_path}/store")
+    ref = store.put(payload)
+    store.delete(ref)
+    fs, root = fsspec_store.connect(store.url)
+    fs.pipe_file(f"{root}/{ref.key}.part", b"x" * (len(DATA) + 1))
+    store.get(store.put(payload), tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == DATA
 
 
 @needs_s3

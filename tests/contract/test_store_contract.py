@@ -20,6 +20,7 @@ from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.expected import Expected
 from flwr_hpc.exchange.receiver import Receiver
 from flwr_hpc.exchange.records import RecordTensors
+from flwr_hpc.exchange.resumable.download import MARK, MARKS, PART
 from flwr_hpc.exchange.shards.parcel import Parcel
 from flwr_hpc.exchange.store import PREFIX, Reference, make_store, store_names
 from flwr_hpc.exchange.stores.fsspec import connect
@@ -135,6 +136,18 @@ def test_a_half_uploaded_payload_is_put_again(store, payload, tmp_path):
     ref = store.put(payload, FOLDER)
     spoil(store, ref, DATA[:100])
     store.get(store.put(payload, FOLDER), tmp_path / "target")
+
+
+def test_what_an_earlier_download_left_is_checked_too(store, payload, tmp_path):
+    """Bytes that a crash of this machine has spoilt are fetched again."""
+    ref = store.put(payload, FOLDER)
+    part, marks = (tmp_path / f".{ref.sha256}{suffix}" for suffix in (PART, MARKS))
+    part.write_bytes(bytes(len(DATA)))
+    marks.write_bytes(MARK.pack(len(DATA)))
+    transfer = Transfer()
+    store.get(ref, tmp_path / "target", own=True, transfer=transfer)
+    assert (tmp_path / "target").read_bytes() == DATA
+    assert transfer.done == len(DATA)
 
 
 def test_a_reply_in_shards_arrives(store, tmp_path):

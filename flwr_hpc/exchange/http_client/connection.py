@@ -23,7 +23,7 @@ from requests.utils import get_environ_proxies
 from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import BadPayload
-from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.exchange.transfer import Interrupted, Transfer
 from flwr_hpc.files import read_json
 
 PREFIX = "/v1/exchange/"
@@ -47,10 +47,6 @@ AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 DISK_FULL = 507
 
 T = TypeVar("T")
-
-
-class Interrupted(OSError):
-    """An attempt that may go better next time."""
 
 
 @dataclass(frozen=True)

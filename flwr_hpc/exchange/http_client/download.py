@@ -1,34 +1,17 @@
-"""A payload from the server, in chunks over a few lines, each byte fetched once whatever happens.
-
-Beside the file that grows lies another that says how much of every chunk is in it, so that a later
-process goes on with the rest. Both are found by the payload's sha256, and go when it is whole, or
-wrong, or nobody has come back to them for a week.
-"""
+"""A payload from the server, in ranges."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import struct
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import IO
 
-from flwr_hpc.exchange.http_client.connection import Connection, Interrupted
+from flwr_hpc.exchange.http_client.connection import Connection
+from flwr_hpc.exchange.resumable import download as resumable
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.tensors import BadPayload
-from flwr_hpc.exchange.transfer import Linked, Transfer
-from flwr_hpc.files import try_lock
+from flwr_hpc.exchange.transfer import Transfer
 
-CHUNK = 8 << 20
-STREAMS = 4
-PIECE = 1 << 20  # bytes hashed at a time
 KEPT = 1 << 17  # bytes after which what has come is written: a cut costs no more
-AGE_S, COUNT = 7 * 86400.0, 8  # of partial files in a folder: older and more are removed
-PART, MARKS = ".part", ".marks"
-MARK = struct.Struct("<I")  # bytes of a chunk that are here
 
 
 def download(
@@ -38,134 +21,16 @@ def download(
 
     BadPayload if it is not what the reference says, OSError if it cannot be had or written.
     """
-    transfer.total = ref.bytes
-    sweep(folder, connection.clock.wall())
-    with _partial(folder, ref) as (data, marks):
-        part = _Part(connection, ref, data, marks, transfer)
-        digest = part.fetch()
-        if digest != ref.sha256:
-            part.discard()
-            raise BadPayload(f"payload {ref.key} has the sha256 {digest}")
-        os.replace(data.name, target)
-        # Last: who finds no marks begins anew, in a file of its own.
-        Path(marks.name).unlink(missing_ok=True)
 
+    def read(first: int, end: int) -> Generator[bytes, None, None]:
+        headers = {"Range": f"bytes={first}-{end - 1}"}
+        with connection.request("GET", ref.key, headers) as response:
+            expected = f"bytes {first}-{end - 1}/{ref.bytes}"
+            if response.headers.get("Content-Range") != expected:
+                raise BadPayload(f"the server sends other bytes of {ref.key} than asked")
+            yield from response.raw.stream(KEPT, decode_content=False)
 
-def sweep(folder: Path, now: float) -> None:
-    """Remove what interrupted downloads have left there for too long."""
-    moved_at = {}
-    for path in folder.glob(f".*{PART}"):
-        with suppress(FileNotFoundError):  # whole by now
-            moved_at[path] = path.stat().st_mtime
-    for i, path in enumerate(sorted(moved_at, key=lambda path: -moved_at[path])):
-        if i >= COUNT or moved_at[path] < now - AGE_S:
-            path.with_suffix(MARKS).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+    def persist(attempt: Callable[[resumable.Read], None], transfer: Transfer) -> None:
+        connection.persist(lambda: attempt(read), transfer)
 
-
-@contextmanager
-def _partial(folder: Path, ref: Reference) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open what there is of a payload, for this process alone."""
-    with ExitStack() as stack:
-        name = f".{ref.sha256}"
-        marks = stack.enter_context(_open(folder / f"{name}{MARKS}"))
-        if not try_lock(marks) or not _is_there(marks):  # another process fetches the same, or
-            # just has: leave it its own
-            name = f"{name}.{os.getpid()}"
-            marks = stack.enter_context(_open(folder / f"{name}{MARKS}"))
-        yield stack.enter_context(_open(folder / f"{name}{PART}")), marks
-
-
-def _is_there(file: IO[bytes]) -> bool:
-    """Whether an open file still has its name."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    return False
-
-
-def _open(path: Path) -> IO[bytes]:
-    return open(path, "r+b", 0, opener=lambda name, how: os.open(name, how | os.O_CREAT, 0o600))
-
-
-class _Part:
-    """A payload of which some chunks are here."""
-
-    def __init__(
-        self,
-        connection: Connection,
-        ref: Reference,
-        data: IO[bytes],
-        marks: IO[bytes],
-        transfer: Transfer,
-    ) -> None:
-        self._connection, self._ref, self._transfer = connection, ref, Linked(transfer)
-        self._data, self._marks = data, marks
-
-    def fetch(self) -> str:
-        """Fetch what is missing, and return the sha256, computed as the chunks come in order."""
-        count = -(-self._ref.bytes // CHUNK)
-        if os.fstat(self._data.fileno()).st_size != self._ref.bytes:
-            os.ftruncate(self._marks.fileno(), 0)  # they are of a file that is gone
-        marks = os.pread(self._marks.fileno(), count * MARK.size, 0).ljust(count * MARK.size, b"\0")
-        os.ftruncate(self._data.fileno(), self._ref.bytes)
-        digest = hashlib.sha256()
-        pool = ThreadPoolExecutor(STREAMS, thread_name_prefix="exchange")
-        try:
-            here = [n for (n,) in MARK.iter_unpack(marks)]
-            coming = [pool.submit(self._chunk, i, n) for i, n in enumerate(here)]
-            for i, chunk in enumerate(coming):
-                chunk.result()
-                self._hash(i, digest)
-        except BaseException:
-            self._transfer.cancel()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return digest.hexdigest()
-
-    def discard(self) -> None:
-        """Remove what turned out to be wrong."""
-        for file in (self._data, self._marks):
-            Path(file.name).unlink(missing_ok=True)
-
-    def _hash(self, i: int, digest: hashlib._Hash) -> None:
-        at, end = self._span(i)
-        while at < end:
-            piece = os.pread(self._data.fileno(), min(PIECE, end - at), at)
-            digest.update(piece)
-            at += len(piece)
-
-    def _chunk(self, i: int, count: int) -> None:
-        """Fetch a chunk of which `count` bytes are here, and note how far it is."""
-        first, end = self._span(i)
-        at = min(first + count, end)
-        self._transfer.advance(at - first)
-
-        def attempt() -> None:
-            nonlocal at
-            headers = {"Range": f"bytes={at}-{end - 1}"}
-            with self._connection.request("GET", self._ref.key, headers) as response:
-                expected = f"bytes {at}-{end - 1}/{self._ref.bytes}"
-                if response.headers.get("Content-Range") != expected:
-                    raise BadPayload(f"the server sends other bytes of {self._ref.key} than asked")
-                for piece in response.raw.stream(KEPT, decode_content=False):
-                    at = self._write(at, end, piece)
-                    os.pwrite(self._marks.fileno(), MARK.pack(at - first), i * MARK.size)
-            if at < end:
-                raise Interrupted(f"{end - at} bytes of a chunk are missing")
-
-        if at < end:
-            self._connection.persist(attempt, self._transfer)
-
-    def _write(self, at: int, end: int, piece: bytes) -> int:
-        if at + len(piece) > end:
-            raise BadPayload(f"the server sends more bytes of {self._ref.key} than asked")
-        left = memoryview(piece)
-        while left:
-            written = os.pwrite(self._data.fileno(), left, at)
-            at, left = at + written, left[written:]
-        self._transfer.advance(len(piece))
-        return at
-
-    def _span(self, i: int) -> tuple[int, int]:
-        return i * CHUNK, min((i + 1) * CHUNK, self._ref.bytes)
+    resumable.download(persist, ref, folder, target, transfer, connection.clock.wall)

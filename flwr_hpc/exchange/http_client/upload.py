@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flwr_hpc.exchange.http_client.connection import Connection, Interrupted
+from flwr_hpc.exchange.http_client.connection import Connection
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.tensors import BadPayload
-from flwr_hpc.exchange.transfer import Transfer
+from flwr_hpc.exchange.transfer import Interrupted, Transfer
 
 CHUNK = 64 << 20  # bytes of a request: the server keeps what came of one that is cut
 PIECE = 1 << 18  # bytes sent at a time

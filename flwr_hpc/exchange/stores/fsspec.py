@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import re
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from flwr_hpc.errors import UserError, closest
+from flwr_hpc.exchange.resumable import s3, sftp
+from flwr_hpc.exchange.resumable.download import Read, download
 from flwr_hpc.exchange.store import KEY, Reference, Store
 from flwr_hpc.exchange.tensorfile import sha256_of
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.exchange.transfer import Cancelled, Transfer
-from flwr_hpc.files import is_disk_trouble
+from flwr_hpc.files import draft, is_disk_trouble, try_lock
 
 T = TypeVar("T")
 
-BLOCK = 8 << 20  # bytes that are read at a time
-SSH_PROTOCOLS = ("sftp", "ssh")
+PIECE = 2 << 20  # bytes that are read at a time, in each of a download's lines
+S3_PROTOCOLS, SSH_PROTOCOLS = ("s3", "s3a"), ("sftp", "ssh")
 PROTOCOL = re.compile(r"(?:^|::)([^:/]+)(?=::|://)")
 # Scheme of a URL: the package that reaches it, and the extra of flwr-hpc that brings it. For SFTP
 # fsspec alone would take paramiko, which reads no ~/.ssh/config and by default trusts any host.
 PACKAGES = {
-    **dict.fromkeys(("s3", "s3a"), ("s3fs", "s3")),
+    **dict.fromkeys(S3_PROTOCOLS, ("s3fs", "s3")),
     **dict.fromkeys(SSH_PROTOCOLS, ("sshfs", "sftp")),
 }
 # Empty, `known_hosts` means those of OpenSSH; left out, sshfs would trust any host.
@@ -41,8 +44,13 @@ S3 = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {"s3": S3, "s3a": S3, "sftp": SSH, "ssh": SSH}
 # What is uploaded appears whole there; elsewhere it is renamed when it is whole.
-ATOMIC = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory")
-DRAFT = re.compile(rf"{KEY.pattern}\.[0-9a-f]{{8}}\.tmp")
+ATOMIC = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "oss", "memory")
+# Those that go on where they were cut.
+UPLOADS = {
+    **dict.fromkeys(S3_PROTOCOLS, s3.upload),
+    **dict.fromkeys(SSH_PROTOCOLS, sftp.upload),
+}
+DRAFT = re.compile(rf"{KEY.pattern}(\.[0-9a-f]{{8}}\.tmp|{re.escape(sftp.PART)})")
 HINTS = {
     "HostKeyNotVerifiable": "Its host key is not in ~/.ssh/known_hosts of this machine: connect "
     "once with ssh, and compare the fingerprint with what its administrators publish",
@@ -69,6 +77,7 @@ class FsspecStore(Store):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self._connected: tuple[Any, str] | None = None
+        self._lock = threading.Lock()
 
     def check(self) -> None:
         _check_protocols(self.url)
@@ -82,39 +91,34 @@ class FsspecStore(Store):
 
     def put(self, path: Path, folder: str = "shared", sha256: str | None = None) -> Reference:
         ref = Reference.of(folder, sha256 or sha256_of(path), path.stat().st_size)
-        if self.size(ref) != ref.bytes:
-            self._attempt(lambda fs, root: _upload(fs, path, f"{root}/{ref.key}", self.url))
+        moved = Transfer()
+
+        def work(fs: Any, root: str) -> None:
+            target = f"{root}/{ref.key}"
+            if _size(fs, target) != ref.bytes:
+                _upload(fs, path, target, self.url, moved)
+
+        self._attempt(work, moved)
         return ref
 
     def get(
         self, ref: Reference, target: Path, *, own: bool = False, transfer: Transfer | None = None
     ) -> None:
-        moved = transfer or Transfer()
-        before = moved.done
+        def persist(attempt: Callable[[Read], None], transfer: Transfer) -> None:
+            def work(fs: Any, root: str) -> None:
+                attempt(lambda first, end: _read(_open(fs, root, ref, self.url), first, end))
 
-        def attempt(*_: object) -> None:
-            moved.advance(before - moved.done)  # what a lost connection has brought
-            super(FsspecStore, self).get(ref, target, own=own, transfer=moved)
+            self._attempt(work, transfer)
 
-        self._attempt(attempt)
+        self.check_size(ref, self.size(ref))
+        with draft(target, durable=not own) as temporary:
+            download(persist, ref, target.parent, temporary, transfer or Transfer())
 
     def size(self, ref: Reference) -> int | None:
-        def look(fs: Any, root: str) -> int:
-            fs.invalidate_cache()  # others write here too
-            return int(fs.size(f"{root}/{ref.key}"))
-
-        try:
-            return self._attempt(look)
-        except FileNotFoundError:
-            return None
+        return self._attempt(lambda fs, root: _size(fs, f"{root}/{ref.key}"))
 
     def open(self, ref: Reference) -> IO[bytes]:
-        fs, root = self._place()
-        try:
-            opened: IO[bytes] = fs.open(f"{root}/{ref.key}", "rb", block_size=_block(self.url))
-        except FileNotFoundError:
-            raise BadPayload(f"payload {ref.key} is not in the store {self.url}") from None
-        return opened
+        return _open(*self._place(), ref, self.url)
 
     def delete(self, ref: Reference) -> None:
         with suppress(FileNotFoundError):
@@ -122,32 +126,43 @@ class FsspecStore(Store):
 
     def sweep(self) -> None:
         with suppress(FileNotFoundError):
-            self._attempt(_sweep)
+            self._attempt(lambda fs, root: _sweep(fs, root, self.url))
 
     def _place(self) -> tuple[Any, str]:
-        place = self._connected
-        if place is None:
-            place = self._connected = connect(self.url)
-        return place
+        with self._lock:
+            place = self._connected
+            if place is None:
+                place = self._connected = connect(self.url)
+            return place
 
-    def _attempt(self, work: Callable[[Any, str], T], again: bool = True) -> T:
-        """Do it; once more over a new connection: the old one may have been lost for hours."""
-        try:
-            return work(*self._place())
-        except FINAL:
-            raise
-        except Exception as exc:  # each of fsspec's file systems has its own kinds
-            if is_disk_trouble(exc):
+    def _attempt(self, work: Callable[[Any, str], T], moved: Transfer | None = None) -> T:
+        """Do it; over a new connection if that fails, for as long as something moves.
+
+        The old one may have been lost for hours. Nothing moves in what is no transfer: that is
+        tried twice.
+        """
+        moved, before, again = moved or Transfer(), -1, False
+        while True:
+            place = None
+            try:
+                place = self._place()
+                return work(*place)
+            except FINAL:
                 raise
-            self._disconnect()
-            if not again:
-                raise _Unreachable(f"{self.url}: {explain(exc)}") from exc
-        return self._attempt(work, again=False)
+            except Exception as exc:  # each of fsspec's file systems has its own kinds
+                if is_disk_trouble(exc):
+                    raise
+                self._disconnect(place)
+                if again and moved.done <= before:
+                    raise _Unreachable(f"{self.url}: {explain(exc)}") from exc
+            again, before = True, moved.done
 
-    def _disconnect(self) -> None:
-        place, self._connected = self._connected, None
-        if place is not None:
-            place[0].clear_instance_cache()
+    def _disconnect(self, place: tuple[Any, str] | None) -> None:
+        """Use a connection no more, unless another thread has made a new one already."""
+        with self._lock:
+            if place is not None and self._connected is place:
+                self._connected = None
+                place[0].clear_instance_cache()
 
 
 def connect(url: str) -> tuple[Any, str]:
@@ -208,11 +223,41 @@ def _check_packages(url: str) -> list[str]:
 
 def _block(url: str) -> int | None:
     """Return how much to read at once; what goes by SSH asks its server."""
-    return None if PROTOCOL.findall(url)[-1] in SSH_PROTOCOLS else BLOCK
+    return None if PROTOCOL.findall(url)[-1] in SSH_PROTOCOLS else PIECE
 
 
-def _upload(fs: Any, path: Path, target: str, url: str) -> None:
+def _size(fs: Any, path: str) -> int | None:
+    fs.invalidate_cache()  # others write here too
+    with suppress(FileNotFoundError):
+        return int(fs.size(path))
+    return None
+
+
+def _open(fs: Any, root: str, ref: Reference, url: str) -> IO[bytes]:
+    try:
+        opened: IO[bytes] = fs.open(
+            f"{root}/{ref.key}", "rb", block_size=_block(url), cache_type="none"
+        )
+    except FileNotFoundError:
+        raise BadPayload(f"payload {ref.key} is not in the store {url}") from None
+    return opened
+
+
+def _read(opened: IO[bytes], first: int, end: int) -> Generator[bytes, None, None]:
+    with opened as file:
+        file.seek(first)
+        while first < end and (piece := file.read(min(PIECE, end - first))):
+            yield piece
+            first += len(piece)
+
+
+def _upload(fs: Any, path: Path, target: str, url: str, moved: Transfer) -> None:
     """Let a file appear whole, also where another process is killed while it uploads the same."""
+    resumable = UPLOADS.get(url.partition("://")[0])
+    with open(path, "rb") as file:
+        if resumable and try_lock(file):  # else another process of this host is at it
+            resumable(fs, path, target, moved)
+            return
     if PROTOCOL.findall(url)[-1] in ATOMIC:
         fs.put_file(str(path), target)
         return
@@ -226,8 +271,10 @@ def _upload(fs: Any, path: Path, target: str, url: str) -> None:
         raise
 
 
-def _sweep(fs: Any, root: str) -> None:
+def _sweep(fs: Any, root: str, url: str) -> None:
     fs.invalidate_cache()
+    if url.partition("://")[0] in S3_PROTOCOLS:
+        s3.abandon(fs, root)
     for path in fs.find(root, maxdepth=2):
         name = "/".join(str(path).split("/")[-2:])
         if KEY.fullmatch(name) or DRAFT.fullmatch(name):

@@ -13,7 +13,7 @@ from worlds.exchange.server import server_process, write_credential
 from worlds.network.ports import reserve_port
 from worlds.network.tcp_proxy import TcpProxy
 
-from flwr_hpc.exchange.http_client import download
+from flwr_hpc.exchange.resumable import download
 from flwr_hpc.exchange.stores.file import FileStore
 from flwr_hpc.exchange.stores.http import HttpStore
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from flwr_hpc.exchange.http_client import download
+from flwr_hpc.exchange.resumable import download
 
 NOW = 1e9
 

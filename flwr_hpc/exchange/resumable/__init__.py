@@ -1,0 +1,1 @@
+"""Transfers that go on where they were cut, over whatever line."""
