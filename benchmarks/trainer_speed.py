@@ -77,6 +77,9 @@ SIZES = {
     "14M": Size(384, 8, 2, 2, 7),
     "46M": Size(640, 9, 1, 1, 7),
     "1M": Size(128, 5, 2, 8, 7),
+    # As many tokens a step and rank as training on GPUs has: what a step costs once counts less.
+    "14M-2048": Size(384, 8, 16, 2, 5),
+    "46M-1024": Size(640, 9, 8, 2, 5),
 }
 SETUPS = ((1, 1), (2, 1), (2, 2))  # ranks, and replicas of the model (train.replicate)
 WAYS = ("ours", "bare", "hf")

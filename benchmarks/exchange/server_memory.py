@@ -10,6 +10,9 @@ other copy of them.
 Anonymous memory (what a process must have) and mapped files (which the system takes back when it
 needs room) are told apart, every 10 ms. The speed is that of the last version's making, from the
 replies' files to the file of the version, against reading those files once, in the same process.
+The way from a job to the server and back is what a job takes to write its weights and to read new
+ones, its site to send and to fetch them, and the server to make a version (a reply's share of it),
+against `cp` of the reply's file, twice.
 
 Limits: anonymous memory above an idle server's <= half a model. Exit code 1 if it is broken.
 Writes ``benchmarks/results/server_memory.json``.
@@ -21,6 +24,7 @@ import argparse
 import itertools
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -57,6 +61,7 @@ from _machine import record
 MB = 1e6
 LIMIT = 0.5  # models
 PIECE = 8 << 20
+Cost = tuple[float, float]  # wall and CPU seconds
 STRATEGIES: dict[str, Callable[[int], Strategy]] = {
     "Flower's FedAvg": lambda sites: FedAvg(
         min_train_nodes=sites, min_available_nodes=sites, fraction_evaluate=0.0
@@ -107,6 +112,7 @@ class Facilities(Grid):
     def __init__(self, count: int, folder: Path, exchange: bool) -> None:
         self.count, self.folder, self.exchange = count, folder, exchange
         self.client_peaks: list[float] = []
+        self.moved: list[Cost] = []  # by site and job
         self._ids, self._pushed = itertools.count(), dict[str, Message]()
 
     def set_run(self, run: Any) -> None:
@@ -154,6 +160,7 @@ class Facilities(Grid):
             sent = {k: dict(r) for k, r in message.content.items()}
             reply = run("client", str(self.folder), str(node), stdin=json.dumps(sent))
             self.client_peaks.append(reply.pop("peak_mb"))
+            self.moved.append(reply.pop("cost"))
             content.update({k: ConfigRecord(r) for k, r in reply.items()})
         elif kind == "train":
             (weights,) = message.content.array_records.values()
@@ -164,17 +171,28 @@ class Facilities(Grid):
 
 
 class TimedCheckpoints(FileCheckpoints):
-    """Notes how long the last version took to make and write."""
+    """Notes what the last version took to make and write."""
 
-    took_s = cpu_s = 0.0
+    took = (0.0, 0.0)
 
     def put(self, name: str, tensors: Any) -> ArrayRecord:
-        began, cpu = time.perf_counter(), time.process_time()
+        watch = stopwatch()
         record = super().put(name, tensors)
         if name.startswith("global"):
-            self.took_s = time.perf_counter() - began
-            self.cpu_s = time.process_time() - cpu
+            self.took = watch()
         return record
+
+
+def stopwatch() -> Callable[[], Cost]:
+    """Return what tells the wall and CPU seconds of this process since now."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: (time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def added(*costs: Cost) -> Cost:
+    """Return costs together."""
+    wall, cpu = zip(*costs, strict=True)
+    return sum(wall), sum(cpu)
 
 
 def server(folder: Path, strategy: str, sites: int, hidden: int, layers: int) -> dict[str, Any]:
@@ -186,7 +204,7 @@ def server(folder: Path, strategy: str, sites: int, hidden: int, layers: int) ->
     if plain:
         initial = ArrayRecord({n: Array(a.numpy()) for n, a in initial.items()})
         peaks.begin()
-        FedAvg(min_train_nodes=sites, fraction_evaluate=0.0).start(inner, initial, 2)
+        STRATEGIES["Flower's FedAvg"](sites).start(inner, initial, 2)
         return {"anonymous_mb": peaks.anonymous - peaks.idle, "mapped_mb": peaks.mapped}
     store, checkpoints = f"file://{folder}/store", TimedCheckpoints(folder / "checkpoints")
     refused: list[Any] = []
@@ -201,14 +219,22 @@ def server(folder: Path, strategy: str, sites: int, hidden: int, layers: int) ->
     run_strategy(STRATEGIES[strategy](sites), grid, initial, versions, runtime=runtime)
     assert grid.rejected == 0, refused
     # FedBackfill makes a version of one reply.
-    read = _read_s([folder / f"site{n + 1}" for n in range(sites)], 1 if versions > 2 else sites)
+    taken = 1 if versions > 2 else sites
+    replies = [folder / f"site{n + 1}" / "trained.safetensors" for n in range(taken)]
+    read, (version_s, version_cpu_s) = _read_s(replies), checkpoints.took
+    moved = added(min(inner.moved), (version_s / taken, version_cpu_s / taken))
+    copied = added(_copied(replies[0]), _copied(replies[0]))
     return {
         "anonymous_mb": peaks.anonymous - peaks.idle,
         "mapped_mb": peaks.mapped,
         "client_mb": max(inner.client_peaks),
-        "version_s": checkpoints.took_s,
-        "version_cpu_s": checkpoints.cpu_s,
-        "speed_of_reading": read / checkpoints.took_s,
+        "version_s": version_s,
+        "version_cpu_s": version_cpu_s,
+        "speed_of_reading": read / version_s,
+        "there_and_back_s": moved[0],
+        "there_and_back_cpu_s": moved[1],
+        "over_two_cp": moved[0] / copied[0],
+        "over_two_cp_cpu": moved[1] / copied[1],
     }
 
 
@@ -220,14 +246,24 @@ def _initial(folder: Path, model: dict[str, TensorInfo]) -> ArrayRecord:
     return lazy_record(TensorFile(path, write_safetensors(path, drawn, model)))
 
 
-def _read_s(folders: list[Path], count: int) -> float:
+def _read_s(replies: list[Path]) -> float:
     """Return how long it takes to read so many replies once, from the page cache."""
     room, began = bytearray(PIECE), time.perf_counter()
-    for folder in folders[:count]:
-        with open(folder / "trained.safetensors", "rb", buffering=0) as f:
+    for reply in replies:
+        with open(reply, "rb", buffering=0) as f:
             while f.readinto(room):
                 pass
     return time.perf_counter() - began
+
+
+def _copied(reply: Path) -> Cost:
+    """Return what `cp` of a reply takes."""
+    target, began = reply.with_name("copied"), time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(["cp", "--reflink=never", reply, target], check=True)
+    took, now = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    target.unlink()
+    return took, now.ru_utime + now.ru_stime - before.ru_utime - before.ru_stime
 
 
 def client(folder: Path, node: int) -> dict[str, Any]:
@@ -237,27 +273,35 @@ def client(folder: Path, node: int) -> dict[str, Any]:
     site = folder / f"site{node}"
     site.mkdir(exist_ok=True)
     exchange = SiteExchange(make_store(f"file://{folder}/store"), make_codec("full"))
+    watch = stopwatch()
     received = exchange.receive(content, "arrays", site)
+    fetched = watch()
     assert received is not None
     trained = site / "trained.safetensors"
-    sha256 = run("trainer", str(received), str(trained), str(node))
-    reply = RecordDict()
+    sha256, *job = run("trainer", str(received), str(trained), str(node))
+    reply, watch = RecordDict(), stopwatch()
     exchange.send(reply, "arrays", trained, sha256, node)
+    cost = added(fetched, watch(), *job)
     received.unlink()
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
-    return {**{k: dict(r) for k, r in reply.items()}, "peak_mb": int(peak[1]) * 1024 / MB}
+    sent = {k: dict(r) for k, r in reply.items()}
+    return {**sent, "peak_mb": int(peak[1]) * 1024 / MB, "cost": cost}
 
 
-def trainer(source: Path, target: Path, node: int) -> str:
-    """Stand for the job that trains; return the hash of what it wrote."""
-    file = TensorFile(source)
+def trainer(source: Path, target: Path, node: int) -> tuple[str, Cost, Cost]:
+    """Stand for the job that trains; return the hash of what it wrote, and what it took.
 
-    def trained() -> Iterator[tuple[str, Any]]:
-        for name in file.layout:
-            yield name, file.tensor(name) * np.float32(0.9) + np.float32(node / 1000)
-
-    return write_safetensors(target, trained(), file.layout)
+    Changing the weights is its training and does not count.
+    """
+    watch, file = stopwatch(), TensorFile(source)
+    weights = {name: file.tensor(name).copy() for name in file.layout}
+    read = watch()
+    for array in weights.values():
+        array *= np.float32(0.9)
+        array += np.float32(node / 1000)
+    watch = stopwatch()
+    return write_safetensors(target, weights.items(), file.layout), read, watch()
 
 
 def run(role: str, *args: str, stdin: str = "") -> Any:

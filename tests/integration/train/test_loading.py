@@ -43,7 +43,7 @@ def test_no_rank_holds_the_whole_model(teams: dict[int, Team], tmp_path: Path) -
     small = _checkpoint(tmp_path / "small", torch.bfloat16)
     grown = teams[2].run(scenario.growth, path, small)
     assert grown["built"] < 0.2, grown
-    assert 0.4 < grown["sharded"] < 0.85, grown
+    assert 0.4 < grown["sharded"] < 0.95, grown
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
