@@ -39,7 +39,7 @@ from _machine import RESULTS, record
 from learning import Weights, held_out, outer_step, trainers
 
 RUNS = RESULTS / "codecs_runs.jsonl"
-SETTINGS = ["rounds=20", "train.steps=20"]
+SETTINGS = ["rounds=20", "train.steps=10"]
 GAMMA = 0.95
 # Codec, and gamma of its error feedback.
 CASES: list[tuple[list[str], float]] = [
