@@ -24,7 +24,8 @@ FORMAT = 1
 RUN_KEYS = ("rounds", "seed", "model", "train", "exchange")
 DATA_KEYS = (
     *("kind", "tokenizer", "seq_len", "held_out_fraction", "held_out_sequences"),
-    *("text_key", "prompt_key", "response_key", "messages_key", "chat_template"),
+    *("objective", "target_len", "document_mask"),
+    *("text_key", "prompt_key", "completion_key", "messages_key", "chat_template"),
 )
 # A folder or file of the server's is none of a site's.
 PLACES = ("model.path", "data.tokenizer", "data.chat_template")

@@ -63,16 +63,20 @@ class DataConfig:
     # ``byte``, a local directory or a hub name; default: that of `model.path`, else ``byte``.
     tokenizer: str | None = None
     seq_len: int = 256  # Tokens per training sequence; of an encoder-decoder, of its encoder's
+    # Tokens that a decoder is to write at most, for ``seq2seq``; default: `seq_len`.
+    target_len: int | None = None
     # Keep the documents of a sequence apart: no token sees or predicts one of another document, and
     # positions restart with each. An encoder-decoder's are not kept apart.
     document_mask: bool = True
-    # ``next_token``, or for encoder-decoders ``span_corruption`` (T5, arXiv 1910.10683).
+    # ``next_token``, or for encoder-decoders ``span_corruption`` of texts (T5, arXiv 1910.10683) or
+    # ``seq2seq``: the encoder reads a record's prompt, the decoder writes its completion.
     objective: str = "next_token"
-    # Columns of jsonl and parquet records; a record with a prompt and a response takes the
-    # loss on the response alone, one with messages (``role`` and ``content``) on the assistant's.
+    # Columns of jsonl and parquet records; a record with a prompt and a completion takes
+    # the loss on the completion alone, one with messages (``role`` and ``content``) on the
+    # assistant's.
     text_key: str = "text"
     prompt_key: str = "prompt"
-    response_key: str = "response"
+    completion_key: str = "completion"
     messages_key: str = "messages"
     # How messages become text: a file with a Jinja template, or ``chatml``; default: as the
     # tokenizer says.

@@ -13,9 +13,11 @@ from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.facility_shape import check_shape
 from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
 
+NEXT_TOKEN, SPAN_CORRUPTION, SEQ2SEQ = OBJECTIVES = ("next_token", "span_corruption", "seq2seq")
+RECORDS = ("jsonl", "parquet")  # Kinds of data that hold more than texts
 CHOICES = {
-    "data.kind": ("stdlib", "text", "jsonl", "parquet"),
-    "data.objective": ("next_token", "span_corruption"),
+    "data.kind": ("stdlib", "text", *RECORDS),
+    "data.objective": OBJECTIVES,
     "allocation.policy": ("warm", "per_round"),
     "train.plan": ("none", "auto"),
     "train.loss": ("cross_entropy", "goldfish"),
@@ -25,7 +27,7 @@ CHOICES = {
     "tracking.mode": ("auto", "online", "offline", "disabled"),
 }
 POSITIVE = (
-    *("rounds", "data.seq_len", "data.held_out_sequences", "model.lora.alpha"),
+    *("rounds", "data.seq_len", "data.target_len", "data.held_out_sequences", "model.lora.alpha"),
     "model.max_shard_gb",
     *(f"train.{k}" for k in ("steps", "micro_batch", "accumulation", "lr", "eps")),
     *("train.replicate", "train.tensor", "train.batch_size", "train.schedule_steps"),
@@ -116,6 +118,7 @@ def check_values(c: Any) -> None:
         batch_size.shared(c.train, ranks, name)
     _check_limits(c)
     _check_sites(c.serve)
+    _check_pairs(c.data)
     _check_paths(c)
     _check_store(c.exchange.store or "")
     _check_model(c)
@@ -214,6 +217,28 @@ def _check_walltime(key: str, text: str) -> None:
         ) from None
 
 
+def _check_pairs(data: Any) -> None:
+    """Refuse what has no prompts and completions where these are wanted."""
+    if data.objective != SEQ2SEQ:
+        if data.target_len is not None:
+            raise UserError(
+                f"data.target_len={data.target_len} is of what a decoder writes with "
+                f"data.objective={SEQ2SEQ}. Leave data.target_len out, or give that objective"
+            )
+        return
+    if data.kind not in RECORDS:
+        raise UserError(
+            f"data.objective={SEQ2SEQ} learns to write the completion of a prompt, and "
+            f"data={data.kind} holds texts alone. Give records with both, data=jsonl or "
+            f"data=parquet, or data.objective={SPAN_CORRUPTION}"
+        )
+    if data.passages:
+        raise UserError(
+            f"data.passages are put among texts, and data.objective={SEQ2SEQ} takes none: leave "
+            "out one of them"
+        )
+
+
 def _check_paths(c: Any) -> None:
     for key in ("paths", "held_out_paths"):
         for name in getattr(c.data, key):
@@ -248,7 +273,7 @@ def _check_model(c: Any) -> None:
             "train.tf32 is for matrix products in fp32, and train.precision=bf16 has none: leave "
             "out one of train.tf32 and train.precision"
         )
-    if c.train.loss == "goldfish" and c.data.objective != "next_token":
+    if c.train.loss == "goldfish" and c.data.objective != NEXT_TOKEN:
         raise UserError("train.loss=goldfish goes with data.objective=next_token alone")
     if c.model.lora.freeze_a and c.model.lora.r == 0:
         raise UserError("model.lora.freeze_a needs an adapter. Add to the command: model.lora.r=8")
@@ -296,14 +321,19 @@ def _check_quantized(c: Any) -> None:
 
 def check_objective(encoder_decoder: bool, objective: str) -> None:
     """Refuse an objective that is not one of the model's kind."""
-    kind, fitting = "a causal model", "next_token"
+    if encoder_decoder == (objective != NEXT_TOKEN):
+        return
     if encoder_decoder:
-        kind, fitting = "an encoder-decoder", "span_corruption"
-    if objective != fitting:
         raise UserError(
-            f"data.objective={objective} is not for {kind}. "
-            f"Add to the command: data.objective={fitting}"
+            f"data.objective={objective} is not for an encoder-decoder. Add to the command: "
+            f"data.objective={SPAN_CORRUPTION} for texts, data.objective={SEQ2SEQ} for records of "
+            "a prompt and a completion"
         )
+    raise UserError(
+        f"data.objective={objective} is not for a causal model. Add to the command: "
+        f"data.objective={NEXT_TOKEN}, which takes texts, conversations, and records of a prompt "
+        "and a completion"
+    )
 
 
 def size_key(sizes: Mapping[str, Any], size: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from flwr_hpc.config.schema import DataConfig
-from flwr_hpc.data import packing, reading, sources, token_cache
+from flwr_hpc.config.validate import SEQ2SEQ, SPAN_CORRUPTION
+from flwr_hpc.data import packing, reading, seq2seq, sources, token_cache
 from flwr_hpc.data.encoding import encoded, set_chat_template
 from flwr_hpc.data.packing import Sequences
 from flwr_hpc.data.passages import read_passages
-from flwr_hpc.data.span_corruption import NAME as SPAN_CORRUPTION
 from flwr_hpc.data.span_corruption import SpanCorruption, span_corruption
 from flwr_hpc.errors import UserError
 
@@ -40,6 +40,8 @@ class Batch:
     # Places of the tokens in their documents; None: a sequence is one document.
     places: torch.Tensor | None = None
     apart: bool = True  # Documents of a sequence do not see each other
+    # Of what an encoder reads: 1 for its tokens, 0 for padding; None: there is none.
+    attention_mask: torch.Tensor | None = None
 
     @property
     def position_ids(self) -> torch.Tensor | None:
@@ -48,13 +50,15 @@ class Batch:
 
     def pinned(self) -> Batch:
         """Return it in memory from which a GPU copies while it computes."""
-        places = self.places if self.places is None else self.places.pin_memory()
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), places, self.apart)
+        return self._each(torch.Tensor.pin_memory)
 
     def part(self, rows: slice) -> Batch:
         """Return some of the sequences."""
-        places = self.places if self.places is None else self.places[rows]
-        return Batch(self.input_ids[rows], self.labels[rows], places, self.apart)
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        places, mask = (t if t is None else change(t) for t in (self.places, self.attention_mask))
+        return Batch(change(self.input_ids), change(self.labels), places, self.apart, mask)
 
 
 @dataclass
@@ -88,6 +92,7 @@ class Corpus:
     held_out_sequences: int
     corruption: SpanCorruption | None = None  # Of an encoder-decoder's sequences
     document_mask: bool = False
+    prompt_len: int | None = None  # Tokens that an encoder reads at most, of `seq2seq`
 
     @property
     def train_tokens(self) -> int:
@@ -106,6 +111,19 @@ class Corpus:
         if self.document_mask:
             tokens -= int(packing.first_tokens(self.held, self._held_rows).sum())
         return tokens
+
+    @property
+    def too_long(self) -> str:
+        """Say of how many records something was cut off, or all; nothing if of none."""
+        cut, dropped = (int(n) for n in self.train.lost + self.held.lost)
+        if not cut + dropped:
+            return ""
+        length = self.train.ids.shape[1]
+        limits = f"data.seq_len={self.prompt_len or length}"
+        if self.prompt_len:
+            limits += f" (prompt) or data.target_len={length - self.prompt_len} (completion)"
+        gone = f", {dropped} left out, as nothing to learn was left of them" if dropped else ""
+        return f"records of more tokens than {limits}: {cut} cut{gone}"
 
     def batch(self, first: int, count: int) -> Batch:
         """Return `count` sequences from the `first` on; see `DataCursor`.
@@ -149,6 +167,10 @@ class Corpus:
             stream = [self.seed, zlib.crc32(self.facility.encode()), int(source is self.held)]
             inputs, labels = self.corruption.batch(ids, stream, positions)
             return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+        if self.prompt_len:
+            both = seq2seq.sides(source, rows, self.prompt_len, _padding(self.tokenizer))
+            prompts, mask, completions = (torch.from_numpy(side) for side in both)
+            return Batch(prompts, completions, attention_mask=mask)
         labels = packing.labels(ids, source.spans[rows])
         labels[packing.silent_tokens(source, rows)] = packing.IGNORED
         tokens = torch.from_numpy(ids.astype(np.int64))
@@ -187,18 +209,21 @@ def load_corpus(
         Folder that keeps the tokens, for all ranks and later jobs.
     """
     found = sources.resolve(data, facility, facilities)
-    corrupted = data.objective == SPAN_CORRUPTION
+    corrupted, pairs = data.objective == SPAN_CORRUPTION, data.objective == SEQ2SEQ
     tokenizer = load_tokenizer(data.tokenizer or BYTE, sentinels=corrupted)
     set_chat_template(tokenizer, data)
     corruption = span_corruption(data.seq_len, tokenizer) if corrupted else None
-    cut = dataclasses.replace(data, seq_len=corruption.length) if corruption else data
-    build = functools.partial(_tokenize, data=cut, found=found, tokenizer=tokenizer)
+    length = corruption.length if corruption else data.seq_len
+    target_len = (data.target_len or data.seq_len) if pairs else 0
+    build = functools.partial(
+        _tokenize, data=data, lengths=(length, target_len), found=found, tokenizer=tokenizer
+    )
     settings = {
-        "tokenizer": _identity(tokenizer), "seq_len": cut.seq_len, "kind": data.kind,
-        "keys": [data.text_key, data.prompt_key, data.response_key, data.messages_key],
+        "tokenizer": _identity(tokenizer), "lengths": [length, target_len], "kind": data.kind,
+        "keys": [data.text_key, data.prompt_key, data.completion_key, data.messages_key],
         "split": found.split, "chat_template": getattr(tokenizer, "chat_template", None),
         "objective": data.objective,
-        "held_out": [data.held_out_fraction, len(found.held_out)], "starts": True,
+        "held_out": [data.held_out_fraction, len(found.held_out)],
         "passages": [astuple(p) for p in read_passages(data.passages)] if data.passages else [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:  # what is mapped from there stays readable
@@ -206,14 +231,20 @@ def load_corpus(
         train, held = token_cache.sequences(root, found.files, settings, build)
     corpus = Corpus(
         tokenizer, facility, seed, train, held, data.held_out_sequences, corruption,
-        data.document_mask,
+        data.document_mask, data.seq_len if pairs else None,
     )  # fmt: skip
     for what, part in (("to train on", corpus.train), ("held out", corpus.held)):
         if not len(part):
+            dropped = int(part.lost[1])
             raise UserError(
                 f"facility {facility}: the data {what} ({len(found.files)} file(s), "
                 f"{sum(p.stat().st_size for p in found.files)} bytes in all) makes no sequence "
-                f"of data.seq_len={data.seq_len} tokens. Add data, or lower data.seq_len"
+                f"of data.seq_len={data.seq_len} tokens. "
+                + (
+                    f"{dropped} record(s) had nothing to learn within so many: raise data.seq_len"
+                    if dropped
+                    else "Add data, or lower data.seq_len"
+                )
             )
     return corpus
 
@@ -264,27 +295,37 @@ def _first_line(exc: Exception) -> str:
     return (str(exc).strip() or type(exc).__name__).splitlines()[0].rstrip(".")
 
 
-def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer: Any) -> None:
-    """Write a facility's sequences; the training data pass through memory a block at a time."""
+def _tokenize(
+    folder: Path,
+    data: DataConfig,
+    lengths: tuple[int, int],
+    found: sources.Sources,
+    tokenizer: Any,
+) -> None:
+    """Write a facility's sequences; the training data pass through memory a block at a time.
+
+    The lengths are of a sequence, and of what a decoder writes besides (0: nothing).
+    """
+    length, target_len = lengths
     tables = folder / "tables"  # of Hugging Face datasets
     read, kept = reading.separate(data, found, tables)
     if data.passages:
         read = reading.with_passages(read, data.passages)
-    if data.objective == SPAN_CORRUPTION:
-        read, kept = (_documents(examples, data, found.facility) for examples in (read, kept))
-    train, held = encoded(read, tokenizer), encoded(kept, tokenizer)
+    train, held = (encoded(e, tokenizer, two_sides=bool(target_len)) for e in (read, kept))
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    marks = packing.stream(folder / "train.ids", train, data.seq_len, eos, pad, dtype)
-    token_cache.write_marks(folder, "train", marks, data.seq_len, dtype)
+    eos, pad = tokenizer.eos_token_id, _padding(tokenizer)
+    row = length + target_len
+    pack_records = functools.partial(packing.pack_answered, seq_len=row, pad=pad, dtype=dtype)
+    if target_len:
+        pack_records = functools.partial(
+            seq2seq.pack, seq_len=length, target_len=target_len, eos=eos, pad=pad, dtype=dtype
+        )
+    marks = packing.stream(folder / "train.ids", train, row, eos, dtype, pack_records)
+    token_cache.write_marks(folder, "train", marks, row, dtype)
     blocks = list(held)
     documents = [document for block, _ in blocks for document in block]
     answered = [one for _, block in blocks for one in block]
-    made = [
-        packing.pack(documents, data.seq_len, eos, pad, dtype),
-        packing.pack_answered(answered, data.seq_len, pad, dtype),
-    ]
+    made = [packing.pack(documents, row, eos, pad, dtype), pack_records(answered)]
     kept_rows = packing.concatenate(made)
     if data.objective == SPAN_CORRUPTION:  # which takes no padding
         kept_rows = packing.whole(kept_rows)
@@ -292,19 +333,9 @@ def _tokenize(folder: Path, data: DataConfig, found: sources.Sources, tokenizer:
     shutil.rmtree(tables, ignore_errors=True)
 
 
-def _documents(
-    examples: Iterable[reading.Example], data: DataConfig, facility: str
-) -> Iterator[reading.Example]:
-    for example in examples:
-        if example.prompt is not None or example.messages is not None:
-            pair = f"'{data.prompt_key}' and '{data.response_key}'"
-            raise UserError(
-                f"facility {facility}: data.objective={SPAN_CORRUPTION} takes documents, found "
-                f"records of {pair if example.messages is None else repr(data.messages_key)}. "
-                "Give records of "
-                f"'{data.text_key}' alone"
-            )
-        yield example
+def _padding(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
 
 
 def _identity(tokenizer: Any) -> list[Any]:

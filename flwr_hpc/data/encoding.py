@@ -46,12 +46,19 @@ def set_chat_template(tokenizer: Any, data: DataConfig) -> None:
         tokenizer.chat_template = template
 
 
-def encoded(examples: Iterable[Example], tokenizer: Any) -> Iterator[Block]:
-    """Yield the tokens of examples, as many at a time as memory easily holds."""
+def encoded(
+    examples: Iterable[Example], tokenizer: Any, two_sides: bool = False
+) -> Iterator[Block]:
+    """Yield the tokens of examples, as many at a time as memory easily holds.
+
+    With `two_sides` a prompt has its end and a completion its start: an encoder reads the one, a
+    decoder writes the other.
+    """
     encode = _encoder(tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     first = np.array([] if bos in (None, eos) else [bos], dtype)
+    end, nothing = np.array([eos], dtype), first[:0]
     for some in _blocks(examples):
         documents: list[Tokens] = []
         answered: list[Answered] = []
@@ -67,9 +74,9 @@ def encoded(examples: Iterable[Example], tokenizer: Any) -> Iterator[Block]:
             if example.prompt is None:
                 documents.append(np.concatenate([first, text]))
             else:
-                prompt = np.concatenate([first, next(prompts).astype(dtype)])
-                whole = np.concatenate([prompt, text, np.array([eos], dtype)])
-                answered.append((whole, [(len(prompt), len(whole))]))
+                prompt = [first, next(prompts).astype(dtype), end if two_sides else nothing]
+                whole = np.concatenate([*prompt, first if two_sides else nothing, text, end])
+                answered.append((whole, [(sum(map(len, prompt)), len(whole))]))
         yield documents, answered
 
 

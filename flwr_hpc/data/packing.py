@@ -6,7 +6,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Tokens = NDArray[np.unsignedinteger[Any]]
 # Tokens, and the ranges of them that are learnt, in order: of what somebody else said and answered.
 Answered = tuple[Tokens, list[tuple[int, int]]]
 Block = tuple[list[Tokens], list[Answered]]
-IGNORED = -100  # what torch's and transformers' cross entropy skip
+IGNORED = -100  # What torch's and transformers' cross entropy skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Sequences:
     # Ranges of places in ``ids.ravel()``, in order, within spans, on which no loss is taken: what
     # others say between the assistant's turns.
     silent: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    # Records that were cut, and those that were left out because nothing to learn would be left.
+    lost: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,12 +47,16 @@ class Sequences:
         return spans - int((self.silent[:, 1] - self.silent[:, 0]).sum())
 
 
+PackRecords = Callable[[Sequence[Answered]], Sequences]
+
+
 class Marks(NamedTuple):
     """What `Sequences` hold beside the ids."""
 
     spans: NDArray[np.int32]
     starts: NDArray[np.int64]
     silent: NDArray[np.int64]
+    lost: NDArray[np.int64]
 
 
 def labels(ids: Tokens, spans: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -88,29 +94,35 @@ def positions(first: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def stream(
-    path: Path, blocks: Iterable[Block], seq_len: int, eos: int, pad: int, dtype: Any
+    path: Path,
+    blocks: Iterable[Block],
+    seq_len: int,
+    eos: int,
+    dtype: Any,
+    pack_records: PackRecords,
 ) -> Marks:
     """Write training sequences to a file, block by block; return what goes with their ids.
 
     Documents lie one after the other, `eos` after each, and are cut side by side; an incomplete
-    last sequence is dropped. Then come what was answered, see `pack_answered`.
+    last sequence is dropped. Then comes what was answered, as `pack_records` makes rows of it.
     """
     end = np.array([eos], dtype).tobytes()
     row = seq_len * np.dtype(dtype).itemsize
     spans: list[NDArray[np.int32]] = []
     silent: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
-    rows = 0
+    rows, lost = 0, np.zeros(2, np.int64)
     lengths: list[NDArray[np.int64]] = []
     with path.open("wb") as ids, tempfile.TemporaryFile(dir=path.parent) as behind:
         for documents, answered in blocks:
             for document in documents:
                 ids.write(document.astype(dtype).tobytes() + end)
             lengths.append(_lengths(documents))
-            made = pack_answered(answered, seq_len, pad, dtype)
+            made = pack_records(answered)
             behind.write(made.ids.tobytes())
             spans.append(made.spans)
             silent.append(made.silent + rows * seq_len)
             rows += len(made)
+            lost += made.lost
         count = ids.tell() // row
         ids.truncate(count * row)
         ids.seek(count * row)
@@ -121,7 +133,8 @@ def stream(
     starts = _starts(lengths)
     starts = starts[(starts < count * seq_len) & (starts % seq_len > 0)]
     full = np.tile(np.array([[1, seq_len]], np.int32), (count, 1))
-    return Marks(np.concatenate([full, *spans]), starts, np.concatenate(silent) + count * seq_len)
+    behind_full = np.concatenate(silent) + count * seq_len
+    return Marks(np.concatenate([full, *spans]), starts, behind_full, lost)
 
 
 def _lengths(documents: Sequence[Tokens]) -> NDArray[np.int64]:
@@ -160,7 +173,7 @@ def pack(documents: Sequence[Tokens], seq_len: int, eos: int, pad: int, dtype: A
 
 
 def pack_answered(answered: Sequence[Answered], seq_len: int, pad: int, dtype: Any) -> Sequences:
-    """Put each prompt and response, or conversation, into a sequence of its own.
+    """Put each prompt and completion, or conversation, into a sequence of its own.
 
     The loss is on what was answered. Too long a one is cut at its end; where the cut leaves no
     answer it is dropped.
@@ -175,7 +188,8 @@ def pack_answered(answered: Sequence[Answered], seq_len: int, pad: int, dtype: A
         spans[row] = max(1, within[0][0]), within[-1][1]
         between = itertools.pairwise(within)
         silent += [(a + row * seq_len, b + row * seq_len) for (_, a), (b, _) in between]
-    return Sequences(ids, spans, silent=np.array(silent, np.int64).reshape(-1, 2))
+    lost = np.array([sum(len(t) > seq_len for t, _ in kept), len(answered) - len(kept)])
+    return Sequences(ids, spans, silent=np.array(silent, np.int64).reshape(-1, 2), lost=lost)
 
 
 def whole(made: Sequences) -> Sequences:
@@ -192,4 +206,5 @@ def concatenate(parts: Sequence[Sequences]) -> Sequences:
         np.concatenate([part.spans for part in parts]),
         np.concatenate([part.starts + n for part, n in zip(parts, before[:-1], strict=True)]),
         np.concatenate([part.silent + n for part, n in zip(parts, before[:-1], strict=True)]),
+        np.sum([part.lost for part in parts], axis=0),
     )

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flwr_hpc.config.schema import DataConfig
+from flwr_hpc.config.validate import NEXT_TOKEN, RECORDS
 from flwr_hpc.data import sources
 from flwr_hpc.data.passages import read_passages, scatter
-from flwr_hpc.data.record_faults import messages_fault
+from flwr_hpc.data.record_faults import columns, messages_fault
 from flwr_hpc.data.sources import Sources
 from flwr_hpc.errors import UserError
 
@@ -23,7 +24,7 @@ Message = dict[str, Any]  # ``role`` and ``content``, and whatever else a chat t
 
 
 class Example(NamedTuple):
-    """A document (neither prompt nor messages), a prompt and its response, or a conversation."""
+    """A document (neither prompt nor messages), a prompt and its completion, or a conversation."""
 
     text: str  # Of a conversation its messages as JSON
     prompt: str | None = None
@@ -113,9 +114,11 @@ def _dataset(kind: str, files: list[str], folder: str) -> Any:
 def _example(
     data: DataConfig, facility: str, paths: Sequence[Path], row: dict[str, Any]
 ) -> Iterator[Example]:
-    prompt, response = row.get(data.prompt_key), row.get(data.response_key)
-    if data.kind != "text" and isinstance(prompt, str) and isinstance(response, str):
-        yield Example(response, prompt)
+    if data.objective != NEXT_TOKEN and data.kind in RECORDS:
+        _check_objective(data, facility, paths, row)
+    prompt, completion = row.get(data.prompt_key), row.get(data.completion_key)
+    if data.kind != "text" and isinstance(prompt, str) and isinstance(completion, str):
+        yield Example(completion, prompt)
         return
     if data.kind != "text" and (messages := row.get(data.messages_key)) is not None:
         if messages_fault(data, messages):
@@ -128,12 +131,21 @@ def _example(
         _find_fault(data, facility, paths)
         raise UserError(
             f"facility {facility}: a record of {paths[0]}{' and more' * (len(paths) > 1)} has "
-            f"neither '{data.text_key}' nor '{data.prompt_key}' and '{data.response_key}' "
+            f"neither '{data.text_key}' nor '{data.prompt_key}' and '{data.completion_key}' "
             f"as strings, nor '{data.messages_key}'; found "
             f"{', '.join(k for k, v in row.items() if v is not None)}"
         )
     if text.strip():
         yield Example(text)
+
+
+def _check_objective(
+    data: DataConfig, facility: str, paths: Sequence[Path], row: dict[str, Any]
+) -> None:
+    fault = columns(data, [key for key, value in row.items() if value is not None])
+    if isinstance(fault, str):
+        _find_fault(data, facility, paths)
+        raise UserError(f"facility {facility}: a record of {paths[0]}: {fault}")
 
 
 def _find_fault(data: DataConfig, facility: str, paths: Sequence[Path]) -> None:

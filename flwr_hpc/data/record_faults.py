@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flwr_hpc.config.schema import DataConfig
+from flwr_hpc.config.validate import SEQ2SEQ, SPAN_CORRUPTION
 from flwr_hpc.errors import closest
 
 
@@ -45,13 +46,16 @@ def _has_lone_surrogate(record: Any) -> bool:
 
 def columns(data: DataConfig, present: Sequence[str]) -> tuple[str, ...] | str:
     """Return the columns that make an example, or say what is missing."""
-    pair = (data.prompt_key, data.response_key)
+    pair = (data.prompt_key, data.completion_key)
+    found: tuple[str, ...] = ()
     if all(key in present for key in pair):
-        return pair
-    if data.messages_key in present:
-        return (data.messages_key,)
-    if data.text_key in present:
-        return (data.text_key,)
+        found = pair
+    elif data.messages_key in present:
+        found = (data.messages_key,)
+    elif data.text_key in present:
+        found = (data.text_key,)
+    if found:
+        return _objective_fault(data, found) or found
     missing = [key for key in pair if key not in present]
     if len(missing) == 1:
         hint = closest(missing[0], present)
@@ -59,8 +63,27 @@ def columns(data: DataConfig, present: Sequence[str]) -> tuple[str, ...] | str:
     return (
         f"needs '{data.text_key}', or '{pair[0]}' and '{pair[1]}', or '{data.messages_key}'; found "
         f"{', '.join(repr(key) for key in present) or 'nothing'}.{closest(data.text_key, present)} "
-        "Name others by data.text_key, data.prompt_key and data.response_key, or data.messages_key"
+        "Name others by data.text_key, data.prompt_key and data.completion_key, or "
+        "data.messages_key"
     )
+
+
+def _objective_fault(data: DataConfig, keys: tuple[str, ...]) -> str | None:
+    """Say why an objective does not learn from these columns, None if it does."""
+    pair, text = (data.prompt_key, data.completion_key), (data.text_key,)
+    found = " and ".join(map(repr, keys))
+    if data.objective == SEQ2SEQ and keys != pair:
+        return (
+            f"data.objective={SEQ2SEQ} takes records of '{pair[0]}' and '{pair[1]}', found "
+            f"{found}. Name other columns by data.prompt_key and data.completion_key; texts are "
+            f"for data.objective={SPAN_CORRUPTION}"
+        )
+    if data.objective == SPAN_CORRUPTION and keys != text:
+        return (
+            f"data.objective={SPAN_CORRUPTION} takes documents, found {found}. Give records of "
+            f"'{text[0]}' alone, or for a prompt and a completion data.objective={SEQ2SEQ}"
+        )
+    return None
 
 
 def messages_fault(data: DataConfig, messages: Any) -> str | None:

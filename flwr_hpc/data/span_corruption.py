@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from flwr_hpc.data.packing import IGNORED
 from flwr_hpc.errors import UserError
 
-NAME = "span_corruption"
 DENSITY, MEAN_RUN = 0.15, 3.0  # Share of the tokens that is left out; of tokens in a run
 
 Ints = NDArray[np.int64]

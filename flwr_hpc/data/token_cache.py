@@ -85,7 +85,7 @@ def _make(
 def write(folder: Path, name: str, made: Sequences) -> None:
     """Write sequences that are in memory."""
     made.ids.tofile(folder / f"{name}.ids")
-    marks = Marks(made.spans, made.starts, made.silent)
+    marks = Marks(*(getattr(made, part) for part in Marks._fields))
     write_marks(folder, name, marks, made.ids.shape[1], made.ids.dtype)
 
 
@@ -102,7 +102,7 @@ def read(folder: Path, name: str) -> Sequences:
     marks = Marks(*(np.load(folder / f"{name}.{part}.npy") for part in Marks._fields))
     shape = (len(marks.spans), seq_len)
     if not len(marks.spans):
-        return Sequences(np.empty(shape, dtype), marks.spans)
+        return Sequences(np.empty(shape, dtype), *marks)
     return Sequences(np.memmap(folder / f"{name}.ids", dtype, "r", shape=shape), *marks)
 
 

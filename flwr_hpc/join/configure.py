@@ -18,7 +18,7 @@ from flwr_hpc.errors import UserError
 
 # Of the run's keys, those that depend on a centre's files and hardware.
 OWN = (
-    *("data.kind", "data.text_key", "data.prompt_key", "data.response_key"),
+    *("data.kind", "data.text_key", "data.prompt_key", "data.completion_key"),
     *("data.messages_key", "data.chat_template"),
     *("data.tokenizer", "model.path", "train.micro_batch", "train.accumulation"),
     *("train.precision", "train.activation_checkpointing", "train.replicate", "train.tensor"),
@@ -39,6 +39,8 @@ def site_config(
     named = [PATHS.sub(rf"data.\1.{invitation.site}=", o) for o in overrides]
     own = composed(named, config_dir)
     facility = _only_facility(own, invitation.site)
+    OmegaConf.set_struct(own, False)
+    own.model.config = {}  # the run's model may be of another kind
     merged = OmegaConf.merge(own, invitation.run)
     assert isinstance(merged, DictConfig)
     merged.facilities = {invitation.site: facility}

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from flwr_hpc.config.command_line import add_settings, command_parser
+from flwr_hpc.config.validate import NEXT_TOKEN, SPAN_CORRUPTION
 from flwr_hpc.errors import UserError, exit_code
 from flwr_hpc.plan.config import PlanConfig, compose_plan
 from flwr_hpc.plan.ranking import rank
@@ -66,9 +67,9 @@ def _show_winner(
     wanted = plan_overrides(
         ranking.facility, facility, ranking.machine.nodes, winner.plan, ranking.seq_len
     )
-    if ranking.shape.encoder_decoder:
+    if ranking.shape.encoder_decoder and config.data.objective == NEXT_TOKEN:
         kept = [o for o in kept if not o.startswith("data.objective=")]
-        wanted.append("data.objective=span_corruption")
+        wanted.append(f"data.objective={SPAN_CORRUPTION}")
     command = shlex.join(
         ["python", "-m", "flwr_hpc.run", f"+facility={ranking.facility}", *kept, *wanted]
     )

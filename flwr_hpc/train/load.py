@@ -79,7 +79,10 @@ def load(
     )
     freeze()
     return OrderRunner(
-        SiteState(trainer, checkpoints, Background(group), train, meter),
+        SiteState(
+            trainer, checkpoints, Background(group), train, meter,
+            notes=[corpus.too_long] if corpus.too_long else [],
+        ),
         files=built.files | ({BASE_FILE: json.dumps({"sha256": base})} if base else {}),
         deadline=deadline,
         base=base,

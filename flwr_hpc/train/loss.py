@@ -59,10 +59,11 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def add_loss(
     model: Any, chunk_bytes: int = CHUNK_BYTES, tensor: DeviceMesh | None = None
 ) -> Callable[..., Tensor]:
-    """Return what takes ``(input_ids, labels, position_ids)`` through a model to the summed loss.
+    """Return what takes a batch through a model to the summed loss.
 
-    Positions that restart keep what is before and behind apart: transformers masks attention by
-    them.
+    That are ``(input_ids, labels, position_ids, attention_mask)``, the last two or None. Positions
+    that restart keep what is before and behind apart: transformers masks attention by them. The
+    mask is of what an encoder reads.
 
     Of long sequences or large vocabularies the logits are larger than the model. So the head
     runs chunk by chunk of the positions, and once more in the backward pass.
@@ -77,11 +78,15 @@ def add_loss(
     """
 
     def loss(
-        model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+        model: Any,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if inner.config.is_encoder_decoder:
-            decoding = _read_and_write(inner, input_ids, labels)
+            decoding = _read_and_write(inner, input_ids, labels, attention_mask)
         else:
             decoding = _write_on(inner, input_ids, labels, position_ids)
         decoder, output, again, targets = decoding
@@ -118,17 +123,20 @@ def _write_on(
     return model.base_model, output, {"input_ids": input_ids}, next_tokens(labels)
 
 
-def _read_and_write(model: Any, input_ids: Tensor, labels: Tensor) -> _Decoding:
+def _read_and_write(
+    model: Any, input_ids: Tensor, labels: Tensor, mask: Tensor | None
+) -> _Decoding:
     """Run encoder and decoder; the decoder sees the targets one place later."""
     targets = labels[:, 1:].contiguous()
     config = model.config
     shifted = pad(targets[:, :-1], (1, 0), value=config.decoder_start_token_id)
     shifted = shifted.masked_fill(shifted == IGNORED, config.pad_token_id)
-    encoded = model.get_encoder()(input_ids=input_ids)
+    encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask)
     decoder = model.get_decoder()
     output = decoder(
-        input_ids=shifted, encoder_hidden_states=encoded.last_hidden_state, use_cache=False
-    )
+        input_ids=shifted, encoder_hidden_states=encoded.last_hidden_state,
+        encoder_attention_mask=mask, use_cache=False,
+    )  # fmt: skip
     return decoder, output, {"encoder_outputs": encoded, "decoder_input_ids": shifted}, targets
 
 

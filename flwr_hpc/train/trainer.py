@@ -311,7 +311,7 @@ class Trainer:
 
     def _loss(self, batch: Batch) -> Tensor:
         device = self._group.device
-        tensors = batch.input_ids, batch.labels, batch.position_ids
+        tensors = batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask
         return self._summed_loss(
             *(t if t is None else t.to(device, non_blocking=True) for t in tensors)
         )

@@ -31,7 +31,7 @@ def test_own_strategy_data_and_tracking(tmp_path: Path) -> None:
     folder = tmp_path / 'Jürgen\'s "own" run'
     folder.mkdir()
     (folder / "half_way.py").write_text(STRATEGY)
-    records = [{"prompt": f"{k} + 1 = ", "response": str(k + 1)} for k in range(400)]
+    records = [{"prompt": f"{k} + 1 = ", "completion": str(k + 1)} for k in range(400)]
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "records.parquet")
     run = Run(
         folder / "run",

@@ -364,8 +364,19 @@ def test_an_objective_suits_the_model() -> None:
     """Protects from a job that could only be refused: the command to type is in the message."""
     spans = "data.objective=span_corruption"
     assert compose_config(["model=tiny_mt5", spans]).data.objective == "span_corruption"
-    with pytest.raises(UserError, match=f"next_token is not for an encoder-decoder.*{spans}"):
+    with pytest.raises(UserError, match=f"next_token is not for an encoder-decoder.*{spans}.*seq2"):
         compose_config(["model=tiny_mt5"])
+    pairs = ["data.objective=seq2seq", "data=jsonl"]
+    pairs += [f"data.paths.{name}=[x.jsonl]" for name in ("local_a", "local_b")]
+    assert compose_config(["model=tiny_mt5", *pairs, "data.target_len=8"]).data.target_len == 8
+    with pytest.raises(UserError, match=r"seq2seq is not for a causal model.*next_token, which"):
+        compose_config(pairs)
+    with pytest.raises(UserError, match=r"data=stdlib holds texts alone.*data=jsonl"):
+        compose_config(["model=tiny_mt5", pairs[0]])
+    with pytest.raises(UserError, match=r"data.passages are put among texts"):
+        compose_config(["model=tiny_mt5", *pairs, "data.passages=x.jsonl"])
+    with pytest.raises(UserError, match=r"data.target_len=8 is of .*data.objective=seq2seq"):
+        compose_config(["data.target_len=8"])
     with pytest.raises(UserError, match=r"span_corruption is not for a causal model"):
         compose_config([spans])
     with pytest.raises(UserError, match=r"goldfish goes with data.objective=next_token"):

@@ -111,7 +111,7 @@ def test_documents_in_a_sequence_are_kept_apart(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "x.jsonl",
         *({"text": text} for text in ("ab", "c", "defghi")),
-        {"prompt": "p", "response": "q"},
+        {"prompt": "p", "completion": "q"},
     )
     held = jsonl(tmp_path / "h.jsonl", {"text": "uvwx"}, {"text": "yz"}, {"text": "!"})
     corpus = load("jsonl", path, held=held, seq_len=6)
@@ -142,14 +142,14 @@ def test_documents_in_a_sequence_are_kept_apart(tmp_path: Path) -> None:
     assert across.held_out_tokens == corpus.held_out_tokens + 2
 
 
-def test_prompt_and_response_masks_are_exact(tmp_path: Path) -> None:
-    """One record per sequence; loss on response and eos alone; long ones cut, hopeless dropped."""
+def test_prompt_and_completion_masks_are_exact(tmp_path: Path) -> None:
+    """One record each; loss on completion and eos; long ones cut, hopeless left out, both said."""
     path = jsonl(
         tmp_path / "x.jsonl",
-        {"prompt": "ab", "response": "cd"},
-        {"prompt": "ab", "response": "cdefgh"},
-        {"prompt": "", "response": "cd"},
-        {"prompt": "much too long", "response": "x"},
+        {"prompt": "ab", "completion": "cd"},
+        {"prompt": "ab", "completion": "cdefgh"},
+        {"prompt": "", "completion": "cd"},
+        {"prompt": "much too long", "completion": "x"},
     )
     corpus = load("jsonl", path, held=jsonl(tmp_path / "h.jsonl", {"text": "held"}), seq_len=6)
     labels = packing.labels(corpus.train.ids, corpus.train.spans)
@@ -164,6 +164,13 @@ def test_prompt_and_response_masks_are_exact(tmp_path: Path) -> None:
         [-100, *tokens("d"), EOS, -100, -100, -100],
     ]
     assert corpus.train_tokens == 3 + 4 + 2
+    assert corpus.too_long == (
+        "records of more tokens than data.seq_len=6: 1 cut, 1 left out, as nothing to learn was "
+        "left of them"
+    )
+    long = jsonl(tmp_path / "y.jsonl", {"prompt": "much too long", "completion": "x"})
+    with pytest.raises(UserError, match=r"1 record\(s\) had nothing to learn.*raise data.seq_len"):
+        load("jsonl", long, held=jsonl(tmp_path / "h.jsonl", {"text": "held"}), seq_len=6)
 
 
 def test_records_are_held_out_by_content(tmp_path: Path) -> None:
@@ -320,7 +327,7 @@ def test_a_tokenizer_from_a_directory(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "words")
     held = jsonl(tmp_path / "h.jsonl", {"text": "blue"})
     train = jsonl(
-        tmp_path / "x.jsonl", {"text": "red green"}, {"prompt": "red", "response": "blue"}
+        tmp_path / "x.jsonl", {"text": "red green"}, {"prompt": "red", "completion": "blue"}
     )
     corpus = load("jsonl", train, held=held, seq_len=4, tokenizer=str(tmp_path / "words"))
     assert corpus.train.ids.tolist() == [[0, 3, 4, 1], [0, 3, 5, 1]]

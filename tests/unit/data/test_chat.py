@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,11 @@ def test_a_conversation_that_is_cut_keeps_what_is_left(tmp_path: Path, length: i
     documents = [np.full(2 * length, 5, np.uint16)]
     file = tmp_path / "train.ids"
     blocks = [(documents, talks[:1]), ([], talks[1:])]
-    marks = packing.stream(file, blocks, length, 1, 0, np.uint16)
+    pack = partial(packing.pack_answered, seq_len=length, pad=0, dtype=np.uint16)
+    marks = packing.stream(file, blocks, length, 1, np.uint16, pack)
     rows = np.fromfile(file, np.uint16).reshape(-1, length)
     streamed = packing.Sequences(rows, *marks)
-    packed = packing.pack_answered(talks, length, 0, np.uint16)
+    packed = pack(talks)
     both = packing.concatenate([packing.pack(documents, length, 1, 0, np.uint16), packed])
     for made in (packed, both, streamed):
         every = np.arange(len(made))

@@ -279,13 +279,13 @@ GOOD = '{"text": "fine"}\n'
         ('["x"]', "a record must be an object like {...}, found a list"),
         (
             '{"txt": "x"}',
-            "needs 'text', or 'prompt' and 'response', or 'messages'; found 'txt'. Did you mean",
+            "needs 'text', or 'prompt' and 'completion', or 'messages'; found 'txt'. Did you mean",
         ),
         ("{}", "found nothing"),
         ('{"text": 3}', "'text' must be a string, found a number"),
         ('{"text": null}', "found nothing"),
-        ('{"prompt": "x"}', "'response' is missing beside the other one"),
-        ('{"prompt": "x", "response": ["y"]}', "'response' must be a string, found a list"),
+        ('{"prompt": "x"}', "'completion' is missing beside the other one"),
+        ('{"prompt": "x", "completion": ["y"]}', "'completion' must be a string, found a list"),
         ("[" * 100_000, "nested too deeply"),
         ('{"text": "x", "id": ' + "9" * 5000 + "}", "thousands of digits"),
         ('{"text": "x\\ud800y"}', "half of a surrogate pair"),
@@ -308,7 +308,7 @@ def test_escaped_characters_beyond_16_bits_are_text(tmp_path: Path) -> None:
 def test_jsonl_column_names_are_settable(tmp_path: Path) -> None:
     """Records with other column names pass once these are configured."""
     path = write(tmp_path / "x.jsonl", json.dumps({"q": "?", "a": "!"}) + "\n")
-    check(config("jsonl", path, prompt_key="q", response_key="a"), "a", TWO)
+    check(config("jsonl", path, prompt_key="q", completion_key="a"), "a", TWO)
 
 
 def test_check_reads_a_bounded_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,10 +88,11 @@ def test_a_corpus_is_corrupted(tmp_path: Path) -> None:
     assert (corpus.batch(again, 1).input_ids != batch.input_ids[:1]).any()
 
 
-def test_records_of_prompt_and_response_are_refused(tmp_path: Path) -> None:
-    """Protects from responses that would be corrupted as if they were text."""
-    lines = [f'{{"prompt": "{i}?", "response": "{i}!"}}' for i in range(50)]
+def test_records_of_prompt_and_completion_are_refused(tmp_path: Path) -> None:
+    """Protects from completions that would be corrupted as if they were text."""
+    lines = [f'{{"prompt": "{i}?", "completion": "{i}!"}}' for i in range(50)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     data = DataConfig("jsonl", {"a": [str(tmp_path / "a.jsonl")]}, objective="span_corruption")
-    with pytest.raises(UserError, match="takes documents, found records of 'prompt'"):
+    words = r"a.jsonl, line 1: .* takes documents, found 'prompt' and .*data.objective=seq2seq"
+    with pytest.raises(UserError, match=words):
         load_corpus(data, "a", ["a"], seed=1)

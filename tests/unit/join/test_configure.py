@@ -46,6 +46,11 @@ def test_the_runs_settings_come_with_it_and_the_centres_stay() -> None:
     assert list(config.facilities) == ["lumi"]
     assert config.facilities["lumi"].walltime == "00:20:00"
     assert config.data.paths == {"lumi": ["json"]}
+    sent = invitation(
+        "model=tiny_mt5", "data.objective=span_corruption", "data.document_mask=false"
+    )
+    data = site_config(sent, HERE).data
+    assert (data.objective, data.document_mask) == ("span_corruption", False)
 
 
 def test_what_depends_on_a_centres_files_and_hardware_is_its_own() -> None:

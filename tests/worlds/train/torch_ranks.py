@@ -62,17 +62,21 @@ class TinyTokenizer:
 
 
 class TinyCorpus:
-    """Random sequences by global position; later ones take the loss on fewer tokens."""
+    """Random sequences by global position; later ones take the loss on fewer tokens.
+
+    The mask is for encoders alone.
+    """
 
     def _sequences(self, first: int, count: int) -> Batch:
         ids = torch.empty(count, SEQ_LEN, dtype=torch.int64)
-        labels = torch.empty_like(ids)
+        labels, mask = torch.empty_like(ids), torch.ones_like(ids)
         for row, position in enumerate(range(first, first + count)):
             draw = torch.Generator().manual_seed(position)
             ids[row] = torch.randint(2, VOCABULARY, (SEQ_LEN,), generator=draw)
             labels[row] = ids[row]
             labels[row, : position * 5 % (SEQ_LEN - 2)] = IGNORED
-        return Batch(ids, labels)
+            mask[row, SEQ_LEN - position % 4 :] = 0
+        return Batch(ids, labels, attention_mask=mask)
 
     def batch(self, first: int, count: int) -> Batch:
         return self._sequences(first, count)
@@ -81,7 +85,9 @@ class TinyCorpus:
         """Five batches, so that of two ranks one gets a batch without a label."""
         for i in range(rank, rank + -(-5 // rank_count) * rank_count, rank_count):
             batch = self._sequences(10_000 + 3 * i, 3)
-            yield batch if i < 5 else Batch(batch.input_ids, batch.labels.fill_(IGNORED))
+            if i >= 5:
+                batch.labels.fill_(IGNORED)
+            yield batch
 
 
 def tiny_model(
