@@ -63,7 +63,7 @@ def load(
     train = batch_size.shared(settings.train, group.ranks.world_size, settings.facility)
     built = build(
         settings.model, corpus.tokenizer, settings.seed, settings.data.seq_len,
-        train.activation_checkpointing, settings.lora_r,
+        train.activation_checkpointing, settings.lora_r, draw_later=True,
     )  # fmt: skip
     check_objective(is_encoder_decoder(built.model), settings.data.objective)
     check_document_mask(built.model, settings.data, train)

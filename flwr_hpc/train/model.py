@@ -25,6 +25,7 @@ from flwr_hpc.errors import UserError, closest
 from flwr_hpc.train.base_model import freeze_a, frozen_factors, load_quantized
 from flwr_hpc.train.lora.rank import AdapterRank
 from flwr_hpc.train.metrics import flops_per_token
+from flwr_hpc.train.random_weights import Draw, RandomWeights, make
 
 _aten = torch.ops.aten
 # Costly to compute again and small beside what activation functions and norms keep: the results
@@ -51,6 +52,7 @@ class Built:
     files: dict[str, str]  # Text files that make the weights a Hugging Face directory
     rank: AdapterRank
     flops_per_token: float  # Of one training step; 0 where the model's shape is not known
+    draw: Draw  # To be called with each part before it is sharded: its weights may not be there yet
 
 
 def build(
@@ -60,10 +62,12 @@ def build(
     seq_len: int,
     checkpointing: str = "none",
     lora_r: int | None = None,
+    draw_later: bool = False,
 ) -> Built:
     """Build the model; the same weights on every rank and at every facility.
 
-    `lora_r` is the rank of the facility's adapters, if it is smaller than the run's.
+    `lora_r` is the rank of the facility's adapters, if it is smaller than the run's. With
+    `draw_later` the random weights of a large model are left to `Built.draw`.
 
     peft and activation checkpointing go in here, before sharding: adapters added to a sharded
     model would stay apart on every rank.
@@ -72,6 +76,11 @@ def build(
     base = _from_checkpoint(config) if config.path else _from_config(config, tokenizer)
     base.config.use_cache = False  # the cache is for generation
     _check_size(base, tokenizer, seq_len)
+    draw: Draw = lambda part: None  # noqa: E731
+    if base.device.type == "meta":
+        draw = RandomWeights(base, layers(base), seed).draw
+        if not draw_later:
+            draw(base)
     if checkpointing != "none":
         base.gradient_checkpointing_enable(_recomputation(checkpointing))
     files = _tokenizer_files(tokenizer)
@@ -87,7 +96,8 @@ def build(
         files |= _adapter_files(model, config.lora)
     names = {name: _file_name(name) for name in exchanged(model)}
     frozen = {name: _file_name(name) for name in frozen_factors(model)}
-    return Built(model, names, frozen, files, rank, flops_per_token(base.config, model, seq_len))
+    flops = flops_per_token(base.config, model, seq_len)
+    return Built(model, names, frozen, files, rank, flops, draw)
 
 
 def _recomputation(kind: str) -> dict[str, Any]:
@@ -186,7 +196,7 @@ def _from_config(config: ModelConfig, tokenizer: Any) -> Any:
         _refuse_unknown(values, known)
         if known.is_encoder_decoder:
             values.setdefault("decoder_start_token_id", values["pad_token_id"])
-        return _kind(known).from_config(AutoConfig.for_model(kind, **values), dtype=torch.float32)
+        return make(_kind(known), AutoConfig.for_model(kind, **values))
     except UserError:
         raise
     except Exception as exc:  # transformers checks by many types of its own

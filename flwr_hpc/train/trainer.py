@@ -93,8 +93,9 @@ class Trainer:
         over = meshes(group.ranks.world_size, group.device, config.replicate, config.tensor)
         self._tensor = over.tensor
         unsummed = shard(
-            built.model, over, group.device, config.precision, one_unit_below, config.compile
-        )
+            built.model, over, group.device, config.precision, one_unit_below, config.compile,
+            built.draw,
+        )  # fmt: skip
         self._summed_loss = add_loss(built.model, chunk_bytes, self._tensor)
         tensors = exchanged(built.model)
         self.exchanged = {file: tensors[name] for name, file in built.names.items()}

@@ -15,6 +15,7 @@ from flwr_hpc.train.base_model import quantized
 from flwr_hpc.train.model import layers
 from flwr_hpc.train.parallel.tensor_parallel import split
 from flwr_hpc.train.parallel.tensors import in_float32
+from flwr_hpc.train.random_weights import Draw
 from flwr_hpc.train.runtime.compiling import compile_layers
 from flwr_hpc.train.runtime.device import computes_in_bf16
 
@@ -73,13 +74,14 @@ def shard(
     precision: str = "auto",
     one_unit_below: int = ONE_UNIT_BELOW,
     compiled: bool = False,
+    draw: Draw = lambda part: None,
 ) -> set[str]:
     """Split and shard the model in place, and move it to the device.
 
     A decoder layer is one unit of communication and the rest, tied embeddings included,
     another; a small model that is not split is one unit altogether. Also at world size 1, so
     that mixed precision and checkpoints are the same there. With `compiled` the layers are compiled
-    as they first run.
+    as they first run. `draw` gives each unit the weights that it has not got, before it is cut.
 
     Returns
     -------
@@ -90,13 +92,18 @@ def shard(
     if whole := quantized(model):  # on every rank, where they are
         options["ignored_params"] = whole
     large = sum(p.numel() for p in model.parameters()) >= one_unit_below
-    unsummed = split(model, over.tensor) if over.tensor else set()
     # A unit at a time in float32 as a whole: of what is mapped from a file each rank reads all, and
     # keeps its shards.
     units = layers(model)
+    unsummed: set[str] = set()
+    if over.tensor:
+        unit_of = {module: unit for unit in units for module in unit.modules()}
+        unsummed = split(model, over.tensor, lambda block: draw(unit_of.get(block, model)))
     if large or over.tensor:
         for layer in units:
+            draw(layer)
             fully_shard(in_float32(layer), mesh=over.layers, **options)
+    draw(model)
     fully_shard(in_float32(model), mesh=over.rest, **options)
     if compiled:
         compile_layers(units)

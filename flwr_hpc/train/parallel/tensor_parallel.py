@@ -15,7 +15,7 @@ here. The blocks of a plan are checked: no parameter in them may be one that it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -51,8 +51,12 @@ OWN_PLANS = {"t5": _T5, "mt5": _T5}
 PER_HEAD = ("position_bias",)
 
 
-def split(model: Any, mesh: DeviceMesh) -> set[str]:
+def split(
+    model: Any, mesh: DeviceMesh, before: Callable[[nn.Module], None] = lambda block: None
+) -> set[str]:
     """Split the layers of a model in place, before it is sharded.
+
+    Calls `before` with each block that is to be split.
 
     Returns
     -------
@@ -71,6 +75,7 @@ def split(model: Any, mesh: DeviceMesh) -> set[str]:
             f"{type(inner).__name__}. Valid: train.tensor=1"
         )
     for parent, styles in blocks:
+        before(parent)
         _check(parent, styles, inner.config.model_type, mesh.size())
         unsplit |= {id(p) for p in _split_block(parent, styles, mesh)}
     return {name for name, p in model.named_parameters() if id(p) in unsplit}

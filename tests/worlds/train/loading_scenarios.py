@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from worlds.train.torch_ranks import tiny_model, tiny_trainer, weights_of
+from torch import nn
+from worlds.train.torch_ranks import LLAMA, tiny_model, tiny_trainer, weights_of
 
 from flwr_hpc.errors import UserError
-from flwr_hpc.train import weights
+from flwr_hpc.train import random_weights, weights
 from flwr_hpc.train.parallel.sharding import meshes, shard
 from flwr_hpc.train.rendezvous import Group
 
@@ -35,6 +38,52 @@ def _loaded(group: Group, path: Path) -> dict[str, float]:
     return {"built": (built - before) / whole, "sharded": (_own_bytes() - before) / whole}
 
 
+def drawn(group: Group, model: dict[str, Any]) -> dict[str, float]:
+    """Return how far this rank's own memory has grown, likewise, for random weights."""
+    with drawn_apart():
+        _drawn(group, LLAMA)
+        return _drawn(group, model)
+
+
+def _drawn(group: Group, config: dict[str, Any]) -> dict[str, float]:
+    gc.collect()
+    before = _own_bytes()
+    built = tiny_model(model=config, draw_later=True)
+    whole = 4.0 * sum(p.numel() for p in built.model.parameters())
+    grown = [_own_bytes() - before]
+
+    def draw(part: nn.Module) -> None:
+        built.draw(part)
+        grown.append(_own_bytes() - before)
+
+    over = meshes(group.ranks.world_size, group.device)
+    shard(built.model, over, group.device, "fp32", one_unit_below=0, draw=draw)
+    assert len(grown) == 2 + config["num_hidden_layers"]
+    return {"built": grown[0] / whole, "most": max(grown) / whole}
+
+
+@contextmanager
+def drawn_apart() -> Iterator[None]:
+    """Draw the weights of small models as of large ones."""
+    known, random_weights.LARGE = random_weights.LARGE, 0
+    try:
+        yield
+    finally:
+        random_weights.LARGE = known
+
+
+def begun(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
+    """Return what a model begins with."""
+    with drawn_apart():
+        return weights_of(tiny_trainer(group, **options), folder / "begun.safetensors", group)
+
+
+def trained_from_random(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
+    """Train what was drawn layer by layer; return losses and weights."""
+    with drawn_apart():
+        return _trained(group, folder, **options)
+
+
 def _own_bytes() -> int:
     """Return the memory that is of no file."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -43,7 +92,17 @@ def _own_bytes() -> int:
 
 def trained(group: Group, folder: Path, path: Path, **options: Any) -> dict[str, Any]:
     """Train a checkpoint; return losses and weights."""
-    trainer = tiny_trainer(group, path=str(path), **options)
+    return _trained(group, folder, path=str(path), **options)
+
+
+def loaded(group: Group, folder: Path, path: Path) -> dict[str, Any]:
+    """Return the weights of a checkpoint as the trainer has them."""
+    trainer = tiny_trainer(group, path=str(path))
+    return weights_of(trainer, folder / "loaded.safetensors", group)
+
+
+def _trained(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
+    trainer = tiny_trainer(group, **options)
     losses: list[float] = []
     trainer.train(4, report=lambda _, loss: losses.append(loss()))
     return {

@@ -102,6 +102,7 @@ def tiny_model(
     quantize: str = "none",
     lora_r: int | None = None,
     targets: str = "all-linear",
+    draw_later: bool = False,
 ) -> Built:
     config = ModelConfig(
         path=path,
@@ -115,7 +116,7 @@ def tiny_model(
             target_modules=targets,
         ),
     )
-    return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing, lora_r)
+    return build(config, TinyTokenizer(), seed, SEQ_LEN, checkpointing, lora_r, draw_later)
 
 
 def tiny_trainer(
@@ -137,7 +138,7 @@ def tiny_trainer(
     config = dataclasses.replace(TRAIN, **train)
     built = tiny_model(
         tied, lora, path, config.activation_checkpointing, model, dora=dora, quantize=quantize,
-        lora_r=lora_r, targets=targets,
+        lora_r=lora_r, targets=targets, draw_later=True,
     )  # fmt: skip
     return Trainer(
         built, TinyCorpus(), config, TRAIN.steps, group, one_unit_below, chunk_bytes, encoder
