@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 import worlds.train.loading_scenarios as scenario
+from flwr.app import Array, ArrayRecord
 from transformers import AutoModelForCausalLM
 from worlds.train.comparing import assert_same
-from worlds.train.torch_ranks import LLAMA, Team, start_teams
+from worlds.train.torch_ranks import LLAMA, Team, start_teams, tiny_model
 
 from flwr_hpc.config.schema import ModelConfig
+from flwr_hpc.server.model_dir import publish_files, write_model
 from flwr_hpc.train.model import build
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
@@ -61,6 +63,23 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32(
     )
     assert found["losses"] == expected["losses"]
     assert_same(found["weights"], expected["weights"], rtol=0)
+
+
+def test_a_model_in_several_files_is_loaded_back(teams: dict[int, Team], tmp_path: Path) -> None:
+    """Protects who goes on from a large model that a run saved: by its folder, to the bit."""
+    built, folder = tiny_model(), tmp_path / "model"
+    expected = {name: p.detach().numpy() for name, p in built.model.named_parameters()}
+    record = ArrayRecord({name: Array(value) for name, value in expected.items()})
+    publish_files(folder, built.files)
+    write_model(folder, record, shard_bytes=10_000)
+    files = sorted(file.name for file in folder.glob("*.safetensors*"))
+    assert len(files) > 4
+    assert files[-1] == "model.safetensors.index.json"
+    for ranks in (1, 2):
+        assert_same(teams[ranks].run(scenario.loaded, tmp_path, folder), expected, rtol=0)
+    found = teams[2].run(scenario.trained, tmp_path, folder)
+    write_model(folder, record)
+    assert_same(found["weights"], teams[2].run(scenario.trained, tmp_path, folder)["weights"], 0)
 
 
 def test_adapters_of_a_bfloat16_checkpoint(teams: dict[int, Team], tmp_path: Path) -> None:
