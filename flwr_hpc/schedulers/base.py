@@ -108,6 +108,15 @@ class Scheduler(Protocol):
             If that cannot be said now.
         """
 
+    def cancel_named(self, name: str, but: str = "") -> None:
+        """End this user's living jobs of a name, but the one of the id `but`.
+
+        Raises
+        ------
+        SchedulerUnavailableError
+            If there may still be one.
+        """
+
     def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
         """Return the state of every job, by name; never raises for want of an answer.
 

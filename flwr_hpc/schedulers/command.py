@@ -168,20 +168,21 @@ class CommandScheduler(ABC):
         There may be several, if requests that were not answered were all taken in the end: the
         latest is the job, the others are cancelled.
         """
-        infos = self.parse_status(self._ask(self.find_command(spec.name)))
-        mine = [info for info in infos if info.name == spec.name]
+        mine = self._named(spec.name)
         if not mine:
             infos = self._history(self.find_history_command(spec.name)) or []
             mine = [info for info in infos if info.name == spec.name]
         if not mine:
             return None
         latest = max(mine, key=self.age)
-        for other in mine:
-            if other is not latest and other.state != "ended":
-                with contextlib.suppress(SchedulerUnavailableError):  # without a pickle it ends
-                    self.cancel(self._job(spec, other.id, other.submitted_s or self._wall()))
+        with contextlib.suppress(SchedulerUnavailableError):  # without a pickle they end
+            self._cancel_but(latest.id, mine)
         heal_pickle(spec.folder, latest.id)
         return self._job(spec, latest.id, latest.submitted_s or self._wall())
+
+    def cancel_named(self, name: str, but: str = "") -> None:
+        """Look the name up among the living jobs."""
+        self._cancel_but(but, self._named(name))
 
     def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
         """Ask for what lives in one request, and for what does not in the history."""
@@ -215,6 +216,22 @@ class CommandScheduler(ABC):
         self._raise_failure(spec, answer)
         start = self.parse_estimate(answer)
         return None if start is None else max(0.0, start - self._wall())
+
+    def _named(self, name: str) -> list[JobInfo]:
+        """Return the jobs of this name that the list of living ones has."""
+        infos = self.parse_status(self._ask(self.find_command(name)))
+        return [info for info in infos if info.name == name]
+
+    def _cancel_but(self, kept: str, infos: Sequence[JobInfo]) -> None:
+        failed: list[SchedulerUnavailableError] = []
+        for info in infos:
+            if info.state != "ended" and self.identity(info.id) != self.identity(kept):
+                try:
+                    self.cancel({"id": info.id, "name": info.name})
+                except SchedulerUnavailableError as exc:
+                    failed.append(exc)
+        if failed:
+            raise failed[0]
 
     def _submit(self, spec: JobSpec, path: Path) -> str:
         command = self.submit_command(path, spec.folder)

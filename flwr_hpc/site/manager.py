@@ -109,7 +109,7 @@ class AllocationManager:
             while True:
                 current = self._current()
                 if current is not None:
-                    self._submit_due_successors()
+                    self._tend_queue()
                     return self._status.of_allocation(*current)
                 failure = repeated_startup_failure(self.spool, self._config.retries)
                 if failure is not None:
@@ -148,7 +148,7 @@ class AllocationManager:
     def status(self) -> Status:
         """Return the state of the site; asks for nothing but a live allocation's successors."""
         with self.spool.lock():
-            self._submit_due_successors()
+            self._tend_queue()
             current = self._current()
             if current is None:
                 return self._status.of_state("idle")
@@ -183,6 +183,7 @@ class AllocationManager:
         """Return the jobs of this site that the scheduler has not called ended."""
         with self.spool.lock():
             for alloc in self.spool.allocations():
+                self._submission.cancel_late(alloc)
                 self._submission.find_job(alloc)
             return [job for _, job in self._monitor.live_jobs()]
 
@@ -207,6 +208,7 @@ class AllocationManager:
             jobs: list[Submitted] = []
             for alloc in self.spool.allocations():
                 try:
+                    self._submission.cancel_late(alloc)
                     if not alloc.has_job_ended and (job := self._submission.find_job(alloc)):
                         jobs.append((alloc, job))
                 except (SchedulerUnavailableError, OSError) as exc:
@@ -239,7 +241,7 @@ class AllocationManager:
                 ready = current if current and current[1].state == "ready" else None
                 return self._status.of_result(result, ready)
             if assigned is not None:
-                self._submit_due_successors()
+                self._tend_queue()
                 return self._status.of_allocation(*assigned, order_id=order_id)
             current = self._current()
             if current is not None and self._must_wait_for_handover(*current):
@@ -306,8 +308,9 @@ class AllocationManager:
                     self._release(alloc)
         return best
 
-    def _submit_due_successors(self) -> None:
-        """Submit the successors of the allocation that takes new orders in time."""
+    def _tend_queue(self) -> None:
+        """Cancel late jobs; submit successors of the allocation that takes new orders in time."""
+        self._submission.cancel_late_jobs(self.spool.allocations())
         current = self._current()
         if current is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +69,7 @@ class Submission:
         self._scheduler, self._clock, self._forecast = scheduler, clock, forecast
         # When and why, by allocation.
         self._unanswered: dict[str, tuple[float, SchedulerUnavailableError]] = {}
+        self._next_look_s = float("-inf")  # for late jobs
 
     def ensure_job(self, alloc: AllocationDir) -> dict[str, Any]:
         """Return the allocation's job; it is submitted unless a process that died here did.
@@ -121,6 +122,31 @@ class Submission:
             )
         return job
 
+    def cancel_late(self, alloc: AllocationDir) -> None:
+        """End what came of requests that were given up, and taken after all.
+
+        Raises
+        ------
+        SchedulerUnavailableError
+            If there may still be such a job.
+        """
+        mark, job = alloc.submission.read(), alloc.job()
+        if mark is None or (job is None and alloc.verdict.read() is None):
+            return  # none, or it is looked for before another is submitted
+        if mark.sent > (job is not None):
+            name = self.make_spec(alloc.name).name
+            self._scheduler.cancel_named(name, but=job["id"] if job else "")
+
+    def cancel_late_jobs(self, allocations: Sequence[AllocationDir]) -> None:
+        """Do so for all, as often as the scheduler may be asked; what fails is tried again."""
+        now = self._clock.now()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + self._scheduler.poll_s
+        with contextlib.suppress(SchedulerUnavailableError):
+            for alloc in allocations:
+                self.cancel_late(alloc)
+
     def trying_s(self, alloc: AllocationDir) -> float:
         """Return for how long we have been trying to submit it."""
         mark = alloc.submission.read()
@@ -135,24 +161,32 @@ class Submission:
         spec = self.make_spec(alloc.name)
         self._forecast.record_submission(spec.name)
         # From here on there may be a job; sbatch goes on if this process is killed meanwhile.
-        self._mark(alloc, busy=True)
+        self._mark(alloc, busy=True, sent=1)
         try:
             job = self._scheduler.submit(spec)
-        except UserError:  # refused: there is none to look for
-            alloc.submission.remove()
+        except UserError:
+            self._mark(alloc, busy=False, sent=-1)
+            if (mark := alloc.submission.read()) is not None and not mark.sent:
+                alloc.submission.remove()  # refused: there is none to look for
+            raise
+        except NotYetError:
+            self._mark(alloc, busy=False, sent=-1)
             raise
         except BaseException as exc:
-            lost = isinstance(exc, SchedulerUnavailableError)
-            self._mark(alloc, busy=lost and not isinstance(exc, NotYetError))
+            self._mark(alloc, busy=isinstance(exc, SchedulerUnavailableError))
             raise
         alloc.write_job(job)
         return job
 
-    def _mark(self, alloc: AllocationDir, *, busy: bool) -> None:
-        """Note that there may be a job; `busy`: also one that cannot be found yet."""
+    def _mark(self, alloc: AllocationDir, *, busy: bool, sent: int = 0) -> None:
+        """Note that there may be a job; `busy`: also one that cannot be found yet.
+
+        `sent` more requests may have been taken.
+        """
         now = self._clock.wall()
         mark = alloc.submission.read() or SubmissionMark(now)
-        alloc.submission.write(replace(mark, until_s=now + self._busy_s if busy else 0.0))
+        until_s = now + self._busy_s if busy else 0.0
+        alloc.submission.write(replace(mark, until_s=until_s, sent=mark.sent + sent))
 
     @property
     def _busy_s(self) -> float:

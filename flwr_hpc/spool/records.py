@@ -66,6 +66,7 @@ class SubmissionMark:
 
     since_s: float  # Of the first try, in Unix seconds
     until_s: float = 0.0  # A request may be on its way until then; 0: none is
+    sent: int = 0  # Requests that were taken, or may be, however late
 
 
 @dataclass(frozen=True)

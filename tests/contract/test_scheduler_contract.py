@@ -221,6 +221,31 @@ def test_job_whose_submission_was_not_answered(
     until(lambda: not processes_of(name))
 
 
+def test_only_other_jobs_of_the_name_are_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the job that is kept, and all others, where a request was taken late."""
+    where = facility("fake_slurm", tmp_path, monkeypatch)
+    scheduler = make_scheduler(where)
+    name = f"contract-{uuid.uuid4().hex[:8]}"
+
+    def submit(name: str, folder: str) -> dict[str, Any]:
+        args = (str(tmp_path / folder / "out"),)
+        spec = JobSpec(name, tmp_path / folder, where, fake_worker.sleep, args)
+        job = scheduler.submit(spec)
+        started(spec)
+        return job
+
+    late, kept, other = submit(name, "a"), submit(name, "b"), submit(f"{name}-2", "c")
+    for _ in range(2):
+        scheduler.cancel_named(name, but=kept["id"])
+    states = [info(scheduler, job).state for job in (late, kept, other)]
+    assert states == ["ended", "running", "running"]
+    scheduler.cancel_named(name)
+    scheduler.cancel(other)
+    until(lambda: not processes_of(name) and not processes_of(f"{name}-2"))
+
+
 def test_refusal_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the user from a retry loop over a wrong partition."""
     where = facility("fake_slurm", tmp_path, monkeypatch)

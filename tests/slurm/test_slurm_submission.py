@@ -14,7 +14,9 @@ from lab.cluster import Cluster
 from lab.host import LabError
 from worlds.site.slurm_site import SlurmSite
 
+from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.schedulers.command import Answer
+from flwr_hpc.schedulers.slurm import parse
 from flwr_hpc.schedulers.slurm.adapter import SlurmScheduler
 
 pytestmark = pytest.mark.slurm
@@ -84,6 +86,36 @@ def test_slurmctld_dies_in_the_middle_of_a_submission(
         assert status.state == "done", status.error
         assert ours.trained() == [order]
         ours.end()
+
+
+def test_request_that_is_taken_late_leaves_no_second_job(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the queue: sbatch outlives a launcher, and may be through after its successor's."""
+    ours, once, lost = SlurmSite(slurm, tmp_path), SlurmScheduler._once, []
+
+    def delay(self: SlurmScheduler, command: list[str], stdin: str, timeout_s: float) -> Answer:
+        if command[0] == "sbatch" and not lost:
+            lost.append(lambda: once(self, command, stdin, timeout_s))
+            raise SchedulerUnavailableError("sbatch: no answer")
+        return once(self, command, stdin, timeout_s)
+
+    monkeypatch.setattr(SlurmScheduler, "_once", delay)
+    order = ours.submit(gate=0)
+    ours.until(lambda: ours.collect(order) and ours.spool.allocations()[-1].job())
+    late = parse.read_sbatch(lost[0]().out)
+    assert late not in ("", ours.job())
+    ours.until(lambda: ours.collect(order) and "CANCELLED" in _state(slurm, late))
+    assert _state(slurm, ours.job()) in ("PENDING", "CONFIGURING", "RUNNING")
+    ours.open_gate()
+    assert ours.result(order).state == "done"
+    assert ours.trained() == [order]
+    ours.site().release()
+    ours.until(lambda: not ours.site().live_jobs())
+
+
+def _state(slurm: Cluster, job: str) -> str:
+    return slurm.slurm("squeue", "-h", "--states=all", "-j", job, "-o", "%T").strip()
 
 
 def _end_others(slurm: Cluster, key: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from worlds.site.world import Killed, World, order
 
+from flwr_hpc.errors import UserError
 from flwr_hpc.schedulers.base import NotYetError, SchedulerUnavailableError
 from flwr_hpc.spool import SubmissionMark
 
@@ -93,6 +95,73 @@ def test_unanswered_submission_is_looked_for_before_it_is_repeated(world: World)
     assert world.site.acquire().state == "queued"
     assert world.alloc(0).job() is not None
     assert len(world.scheduler.jobs) == 1
+
+
+def lose_request(world: World) -> None:
+    """Have a request go unanswered, until it is given up."""
+    world.scheduler.refusal = SchedulerUnavailableError("sbatch: no answer in 120 s")
+    world.site.acquire()
+    world.scheduler.refusal = None
+    world.clock.sleep(61.0)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_job_of_a_request_that_was_given_up_is_cancelled(world: World, end: bool) -> None:
+    """Protects queue and budget: a request may be taken after another job is there; ours stays."""
+    lose_request(world)
+    world.site.submit(order(), None)
+    name = world.name(0)
+    world.scheduler.late[name] = ["late"]
+    world.clock.sleep(31.0)
+    if end:
+        world.restart().cancel_all()
+        assert world.scheduler.cancelled == [f"{name}/late", name]
+    else:
+        assert world.restart().collect(order().id).state == "queued"
+        assert world.scheduler.cancelled == [f"{name}/late"]
+        world.scheduler.late[name] = ["later"]
+        world.clock.sleep(31.0)
+        world.site.collect(order().id)
+        assert world.scheduler.cancelled == [f"{name}/late", f"{name}/later"]
+
+
+def test_job_that_comes_after_its_allocation_was_given_up_is_cancelled(world: World) -> None:
+    """Protects the queue from a job that nothing waits for, before the run's end."""
+    world.restart(queue_deadline_s=50.0)
+    lose_request(world)
+    world.scheduler.refusal = SchedulerUnavailableError("sbatch: no answer in 120 s")
+    assert "could not be submitted" in world.site.acquire().error
+    world.scheduler.late[world.name(0)] = ["late"]
+    world.clock.sleep(31.0)
+    world.site.status()
+    assert world.scheduler.cancelled == [f"{world.name(0)}/late"]
+
+
+@pytest.mark.parametrize("trouble", [None, NotYetError("the queue is full"), Killed()])
+def test_late_jobs_are_not_looked_for_where_there_can_be_none(
+    world: World, trouble: BaseException | None
+) -> None:
+    """Protects the scheduler from a request more at every poll, and its jobs from a mistake."""
+    world.scheduler.refusal = None if isinstance(trouble, Killed) else trouble
+    world.scheduler.trouble = trouble if isinstance(trouble, Killed) else None
+    with suppress(Killed):
+        world.site.acquire()
+    world.scheduler.refusal = world.scheduler.trouble = None
+    for _ in range(3):
+        world.clock.sleep(31.0)
+        world.restart().acquire()
+    world.site.cancel_all()
+    assert world.scheduler.looked == []
+
+
+def test_refusal_after_a_request_that_was_lost_forgets_it_not(world: World) -> None:
+    """Protects the queue: sbatch's second word is of the second request alone."""
+    lose_request(world)
+    world.scheduler.refusal = UserError("invalid partition")
+    assert world.site.acquire().fatal
+    world.scheduler.late[world.name(0)] = ["late"]
+    world.site.cancel_all()
+    assert world.scheduler.cancelled == [f"{world.name(0)}/late"]
 
 
 def test_job_that_is_not_taken_yet_is_asked_for_again(world: World) -> None:

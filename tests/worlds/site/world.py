@@ -32,6 +32,8 @@ class Scheduler:
         self.states: dict[str, str] = {}
         self.words: dict[str, dict[str, Any]] = {}  # what else it says of a job
         self.cancelled: list[str] = []
+        self.late: dict[str, list[str]] = {}  # ids of further living jobs, by name
+        self.looked: list[str] = []  # names that such jobs were looked for under
         self.asked = 0
         self.trouble: BaseException | None = None  # after the job is submitted, or cancelled
         self.refusal: BaseException | None = None  # instead of submitting it
@@ -56,6 +58,13 @@ class Scheduler:
         if self.away:
             raise self.away
         return self.jobs.get(spec.name)
+
+    def cancel_named(self, name: str, but: str = "") -> None:
+        if self.away:
+            raise self.away
+        self.looked.append(name)
+        found = [*self.late.pop(name, []), *([self.jobs[name]["id"]] if name in self.jobs else [])]
+        self.cancelled += [f"{name}/{job}" for job in found if job != but]
 
     def infos(self, jobs: Sequence[dict[str, Any]]) -> dict[str, JobInfo]:
         self.asked += 1
