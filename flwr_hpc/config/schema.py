@@ -130,6 +130,9 @@ class TrainConfig:
     # What of the activations the backward pass computes again: ``none``, ``selective`` (all but
     # the results of matrix products and attention) or ``full`` (each layer).
     activation_checkpointing: str = "none"
+    # Weights, gradients and the optimizer's moments lie in the host's memory, and the CPU takes the
+    # optimizer's step; a layer's weights are sent to the GPU when it works.
+    cpu_offload: bool = False
     # Replicas of the sharded model (HSDP): each has ranks / replicate neighbouring ranks, over
     # which it is sharded, and gradients are summed over the replicas once per step. 1: FSDP.
     replicate: int = 1

@@ -281,6 +281,12 @@ def _check_model(c: Any) -> None:
         raise UserError("model.lora.dora is a kind of adapter: give its rank, e.g. model.lora.r=8")
     if c.model.lora.quantize != "none":
         _check_quantized(c)
+    if c.train.cpu_offload and (c.train.tensor > 1 or c.model.lora.quantize != "none"):
+        key = "train.tensor" if c.train.tensor > 1 else "model.lora.quantize"
+        raise UserError(
+            f"train.cpu_offload keeps in the host's memory what is sharded, and {key} has other "
+            f"weights on the GPU: leave out one of train.cpu_offload and {key}"
+        )
     if c.model.lora.dora and c.model.lora.freeze_a:
         raise UserError(
             "model.lora.freeze_a makes the average of adapters exact, and DoRA's magnitudes would "

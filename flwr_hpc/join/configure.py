@@ -22,7 +22,7 @@ OWN = (
     *("data.messages_key", "data.chat_template"),
     *("data.tokenizer", "model.path", "train.micro_batch", "train.accumulation"),
     *("train.precision", "train.activation_checkpointing", "train.replicate", "train.tensor"),
-    *("train.tf32", "train.compile"),
+    *("train.tf32", "train.compile", "train.cpu_offload"),
 )
 OURS = re.compile(
     r"facility|facilities\..+|allocation(\..+)?|site\..+|dry_run|data|federation\.shared_host"

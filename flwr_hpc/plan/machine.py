@@ -30,6 +30,7 @@ class Machine:
     memory_gb_s: float = 1200.0  # What the optimizer's pass over its state reaches
     step_overhead_s: float = 0.005  # Of an optimizer step: data, votes, the loss
     gloo: bool = False  # Ranks talk through gloo: they have no GPUs
+    offloaded: bool = False  # What is sharded lies in the hosts' memory
 
     @property
     def ranks(self) -> int:
@@ -44,6 +45,7 @@ def machine(
     efficiency: float,
     overlap: float,
     measured: MeasuredBandwidths | None = None,
+    offloaded: bool = False,
 ) -> tuple[Machine, list[str]]:
     """Return a facility's machine, and the facts it lacks with what stands in for them."""
     gpus = f.gpus_per_node > 0
@@ -61,6 +63,7 @@ def machine(
     made = Machine(
         nodes, f.ranks_per_node, peak * 1e12, memory, f.gpu_power_w, table,
         compute_bytes=2 if bf16 else 4, efficiency=efficiency, overlap=overlap,
-        memory_gb_s=1200.0 if gpus else 10.0, gloo=not gpus,
+        memory_gb_s=1200.0 if gpus and not offloaded else 10.0, gloo=not gpus,
+        offloaded=offloaded,
     )  # fmt: skip
     return made, assumed

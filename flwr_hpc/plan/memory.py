@@ -36,7 +36,12 @@ class Memory:
 
 
 def memory(
-    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int, gloo: bool = False
+    shape: ModelShape,
+    plan: ParallelPlan,
+    seq_len: int,
+    compute_bytes: int,
+    gloo: bool = False,
+    offloaded: bool = False,
 ) -> Memory:
     """Predict a plan's memory: that of the fullest moment of a step.
 
@@ -49,10 +54,12 @@ def memory(
         Of a number in the precision of computing: 2 (bf16) or 4 (fp32).
     gloo : bool
         Ranks talk through gloo (CPUs), whose collectives work on copies.
+    offloaded : bool
+        Parameters, gradients and moments lie in the host's memory.
     """
     if shape.adapter_rank:
-        return _below_adapters(shape, plan, seq_len, compute_bytes)
-    step = _Step(shape, plan, seq_len, compute_bytes, gloo)
+        return _below_adapters(shape, plan, seq_len, compute_bytes, offloaded)
+    step = _Step(shape, plan, seq_len, compute_bytes, gloo, offloaded)
     moments = [step.turning(), step.end()]
     if step.prefetches:
         moments.append(step.backward())
@@ -68,6 +75,7 @@ class _Step:
     seq_len: int
     size: int  # Of a number, in bytes
     gloo: bool
+    offloaded: bool
 
     @property
     def prefetches(self) -> bool:
@@ -103,7 +111,7 @@ class _Step:
             works = max(working + layer, self._reducing(self._unit)) + 2 * self.size * self._outside
             buffers = max(works, self._reducing(self._outside)) + 4 * self._unit
             whole = self._unit + self._outside / self.plan.tensor
-            made = self._own - 4 * whole / self.plan.shard
+            made = max(0.0, self._own - 4 * whole / self.plan.shard)
             return self._with(self._earlier or made, 0.0, 0.0, buffers)
         # A tied table's gradient comes twice, and is added up.
         table = 2 * self.size * self.shape.vocabulary * self.shape.hidden * self.shape.tied
@@ -118,11 +126,15 @@ class _Step:
         return parameters * (4 + max(self.size, 4 * copied))
 
     def _with(self, gradients: float, activations: float, logits: float, buffers: float) -> Memory:
-        return Memory(self._own, gradients, 2 * self._own, activations, logits, buffers)
+        # Of two layers the shards that come from the host, and of one the gradients that go there.
+        passing = 3 * 4 * self._unit / self.plan.shard if self.offloaded else 0.0
+        return Memory(self._own, gradients, 2 * self._own, activations, logits, buffers + passing)
 
     @property
     def _own(self) -> float:
-        """Bytes of this rank's parameters, in float32."""
+        """Bytes of this rank's parameters, in float32, on the device."""
+        if self.offloaded:
+            return 0.0
         return 4 * self.shape.parameters / (self.plan.shard * self.plan.tensor)
 
     @property
@@ -179,7 +191,7 @@ def _logits(shape: ModelShape, plan: ParallelPlan, tokens: float, compute_bytes:
 
 
 def _below_adapters(
-    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int
+    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int, offloaded: bool
 ) -> Memory:
     """Between forward and backward pass, with the adapters' gradients: frozen weights have none.
 
@@ -197,4 +209,6 @@ def _below_adapters(
         layer += max(b.parameters for b in shape.blocks)
     unpacked = max(p.weights for b in shape.blocks for p in b.projections) if packed else 0
     gathered = (2 * layer / plan.tensor + shape.outside + unpacked) * compute_bytes
+    if offloaded:  # and pass in two layers' shards
+        return Memory(0.0, 0.0, 0.0, activations, logits, gathered + 2 * of_shard * layer)
     return Memory(parameters, trained, 2 * trained, activations, logits, gathered)

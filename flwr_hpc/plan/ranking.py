@@ -34,7 +34,7 @@ def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Rankin
     measured, origin = _measured(name, facility)
     made, assumed = machine(
         facility, config.nodes or facility.nodes, config.train.precision, options.efficiency,
-        options.overlap, measured,
+        options.overlap, measured, config.train.cpu_offload,
     )  # fmt: skip
     wanted = config.train.batch_size
     sequences = wanted or global_batch(options.batch_tokens, seq_len, made.ranks)
@@ -68,7 +68,7 @@ def _measured(name: str, f: FacilityConfig) -> tuple[MeasuredBandwidths | None, 
 def _with_adapters(shape: ModelShape, config: Config) -> ModelShape:
     lora = config.model.lora
     packed = lora.quantize != "none"
-    splits = shape.splits and not (packed or lora.dora)
+    splits = shape.splits and not (packed or lora.dora or config.train.cpu_offload)
     return replace(shape, adapter_rank=lora.r, packed=packed, splits=splits)
 
 

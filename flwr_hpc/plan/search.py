@@ -96,7 +96,7 @@ def best_of_each_kind(ranked: list[Candidate]) -> list[Candidate]:
 
 
 def _candidate(shape: ModelShape, machine: Machine, plan: ParallelPlan, seq_len: int) -> Candidate:
-    needed = memory(shape, plan, seq_len, machine.compute_bytes, machine.gloo)
+    needed = memory(shape, plan, seq_len, machine.compute_bytes, machine.gloo, machine.offloaded)
     time = step_time(shape, plan, seq_len, machine)
     over = 0.0 if machine.memory_bytes is None else needed.total - machine.memory_bytes
     missing = "TP" if plan.tensor > 1 and not shape.splits else ""

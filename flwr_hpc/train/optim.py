@@ -38,7 +38,7 @@ def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
 
     The squares of what a rank holds add up over the ranks, each divided by the number of ranks
     that hold the same; the loss comes along in the same reduction, and the device is not waited
-    for.
+    for, unless gradients are on the host.
 
     Parameters
     ----------
@@ -59,13 +59,13 @@ def clip(parameters: list[Tensor], largest: float, loss_sum: Tensor) -> Tensor:
     squares = [
         torch.nn.utils.get_total_norm(grads).square() / count for count, grads in alike.items()
     ]
-    stats = torch.stack([loss_sum, torch.stack(squares).sum()])
+    stats = torch.stack([loss_sum, torch.stack(squares).sum().to(loss_sum.device)])
     dist.all_reduce(stats)
     stats[1].sqrt_()
     if largest > 0:
         scale = torch.clamp(largest / stats[1], max=1.0)
         for grads in alike.values():
-            torch._foreach_mul_(grads, scale)
+            torch._foreach_mul_(grads, scale.to(grads[0].device))
     return stats
 
 
@@ -99,7 +99,9 @@ def step_if_finite(optimizer: torch.optim.AdamW, stats: Tensor) -> None:
 
     The kernel decides, as under a gradient scaler: the device is not waited for.
     """
-    optimizer.found_inf = (~stats.isfinite().all()).float()  # type: ignore[attr-defined]
+    bad = (~stats.isfinite().all()).float()
+    where = next(iter(optimizer.state.values()))["step"].device  # the host, if it was offloaded
+    optimizer.found_inf = bad.to(where)  # type: ignore[attr-defined]
     optimizer.step()
 
 

@@ -94,7 +94,7 @@ class Trainer:
         self._tensor = over.tensor
         unsummed = shard(
             built.model, over, group.device, config.precision, one_unit_below, config.compile,
-            built.draw,
+            built.draw, config.cpu_offload,
         )  # fmt: skip
         self._summed_loss = add_loss(built.model, chunk_bytes, self._tensor)
         tensors = exchanged(built.model)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 
 from flwr_hpc.config.validate import check_mesh
 from flwr_hpc.train.base_model import quantized
@@ -75,6 +80,7 @@ def shard(
     one_unit_below: int = ONE_UNIT_BELOW,
     compiled: bool = False,
     draw: Draw = lambda part: None,
+    cpu_offload: bool = False,
 ) -> set[str]:
     """Split and shard the model in place, and move it to the device.
 
@@ -82,6 +88,7 @@ def shard(
     another; a small model that is not split is one unit altogether. Also at world size 1, so
     that mixed precision and checkpoints are the same there. With `compiled` the layers are compiled
     as they first run. `draw` gives each unit the weights that it has not got, before it is cut.
+    With `cpu_offload` the shards, their gradients and so the optimizer's state stay on the CPU.
 
     Returns
     -------
@@ -89,6 +96,8 @@ def shard(
         Names of the parameters whose gradients have yet to be summed over the tensor ranks.
     """
     options: dict[str, Any] = {"mp_policy": precision_policy(precision, device)}
+    if cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     if whole := quantized(model):  # on every rank, where they are
         options["ignored_params"] = whole
     large = sum(p.numel() for p in model.parameters()) >= one_unit_below

@@ -76,6 +76,29 @@ def test_a_checkpoint_goes_from_four_ranks_to_two_to_one(
     assert_same(one, expected)
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_offloading_changes_no_number(teams: dict[int, Team], tmp_path: Path, lora: bool) -> None:
+    """FSDP and HSDP with accumulation: to the bit what the same ranks compute without."""
+    kind: dict[str, Any] = {"lora": lora, "clip": 0.1, "accumulation": 2, "micro_batch": 1}
+    for ranks, mesh in ((2, {}), (4, {"replicate": 2})):
+        found, expected = (
+            teams[ranks].run(scenario.trained, tmp_path / "w", cpu_offload=on, **mesh, **kind)
+            for on in (True, False)
+        )
+        assert found["losses"] == expected["losses"]
+        assert_same(found["weights"], expected["weights"], rtol=0)
+
+
+def test_a_checkpoint_of_offloaded_state_goes_on_without(
+    teams: dict[int, Team], tmp_path: Path
+) -> None:
+    """Protects runs whose next job has more memory, or less."""
+    teams[2].run(checkpoints.save_then_go_on, tmp_path, micro_batch=4, cpu_offload=True)
+    one = teams[1].run(checkpoints.restore_then_go_on, tmp_path, micro_batch=8)
+    expected = teams[1].run(checkpoints.straight_on, tmp_path / "straight", micro_batch=8)
+    assert_same(one, expected)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_tensor_ranks_equal_one_process(

@@ -360,6 +360,17 @@ def test_a_batch_size_is_shared_by_the_ranks() -> None:
         compose_config(["train.batch_size=8", "train.accumulation=2"])
 
 
+def test_offloading_goes_with_shards_alone() -> None:
+    """Protects from ranks that would have weights of a layer in two places."""
+    assert compose_config(["train.cpu_offload=true"]).train.cpu_offload
+    for other in ("train.tensor=2", "model.lora.quantize=nf4 model.lora.r=8 model.path=x"):
+        key = other.partition("=")[0]
+        given = ["+facility=local_a", "facilities.local_a.ranks_per_node=2", *other.split()]
+        given.append("facilities.local_a.gpus_per_node=2")
+        with pytest.raises(UserError, match=f"leave out one of train.cpu_offload and {key}"):
+            compose_config(["train.cpu_offload=true", *given])
+
+
 def test_an_objective_suits_the_model() -> None:
     """Protects from a job that could only be refused: the command to type is in the message."""
     spans = "data.objective=span_corruption"

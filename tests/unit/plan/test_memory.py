@@ -52,6 +52,23 @@ def test_the_fullest_moment_is_foreseen(
     assert found == pytest.approx(measured_mb, rel=0.05)
 
 
+def test_what_is_offloaded_takes_no_memory_but_on_its_way() -> None:
+    """Protects plans with train.cpu_offload: weights, gradients and moments are at the host."""
+    plan = ParallelPlan(1, 2, 1, 64, 1, "none")  # fullest between forward and backward pass
+    there, here = (memory(LAYERWISE, plan, SEQ_LEN, 2, offloaded=o) for o in (True, False))
+    assert (there.parameters, there.gradients, there.optimizer) == (0, 0, 0)
+    assert here.parameters == 4 * LAYERWISE.parameters / 2
+    assert there.activations == here.activations
+    (layer,) = (block.parameters for block in LAYERWISE.blocks)
+    assert there.buffers == here.buffers + 3 * 4 * layer / 2
+    lora = replace(LAYERWISE, adapter_rank=8)
+    some, all_here = (memory(lora, plan, SEQ_LEN, 2, offloaded=o) for o in (True, False))
+    assert some.total < all_here.total - all_here.parameters / 2
+    facility = FacilityConfig(ranks_per_node=2, gpus_per_node=2)
+    made, _ = machine(facility, 1, "bf16", 0.5, 0.8, offloaded=True)
+    assert (made.offloaded, made.memory_gb_s) == (True, 10.0), "the CPU takes the step"
+
+
 def test_only_ranks_without_gpus_pay_for_gloo() -> None:
     """Protects plans for GPUs, whose collectives need no copies."""
     plan = ParallelPlan(1, 2, 1, 2, 1, "none")

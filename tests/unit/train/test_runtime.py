@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from worlds.train.torch_ranks import tiny_model
 
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch
 from flwr_hpc.errors import UserError
+from flwr_hpc.train.parallel import sharding
 from flwr_hpc.train.runtime import compiling, device, garbage
 from flwr_hpc.train.runtime.prefetch import Prefetch
 from flwr_hpc.train.worker import GPU_ALLOCATOR, _prepare_environment
@@ -146,6 +148,18 @@ def test_gpu_memory_grows_in_segments_unless_the_user_set_it_up(
     found = {each: environ[each] for each in GPU_ALLOCATOR if each in environ}
     default = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert found == ({name: "max_split_size_mb:64"} if name else default)
+
+
+def test_gpus_are_fed_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects GPUs from waiting for copies, and CPUs from memory that only GPUs can pin."""
+    policies: list[Any] = []
+    monkeypatch.setattr(
+        sharding, "fully_shard", lambda _, **given: policies.append(given.get("offload_policy"))
+    )
+    over = sharding.Meshes(None, None, None)  # type: ignore[arg-type]
+    for kind, offload in (("cuda", True), ("cpu", True), ("cuda", False)):
+        sharding.shard(tiny_model().model, over, torch.device(kind), "fp32", cpu_offload=offload)
+    assert [getattr(policy, "pin_memory", None) for policy in policies] == [True, False, None]
 
 
 @pytest.mark.parametrize(("tf32", "expected"), [(True, "high"), (False, "highest")])
