@@ -11,6 +11,7 @@ from strategies.base.window import WindowStrategy
 from strategies.engine.engine import Engine
 from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settings
 from strategies.engine.state import Binding, Failure, Plan, SiteResult, SiteState
+from strategies.parts.blocks import limit_memory
 
 __all__ = [
     "AsyncStrategy",
@@ -26,5 +27,6 @@ __all__ = [
     "SiteResult",
     "SiteState",
     "WindowStrategy",
+    "limit_memory",
     "run_strategy",
 ]

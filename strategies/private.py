@@ -1,4 +1,4 @@
-"""Differential privacy around rounds that step along the mean update, a tensor at a time."""
+"""Differential privacy around rounds that step along the mean update, in blocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from strategies.base.asynchronous import AsyncStrategy
 from strategies.base.hpc_strategy import HpcStrategy
 from strategies.diloco import DiLoCo
 from strategies.engine import messages
+from strategies.engine.flower.mean import aggregate
 from strategies.engine.flower.shares import AVERAGING
 from strategies.parts import limits, privacy
+from strategies.parts.blocks import made_record
 from strategies.parts.norms import clip_scale, scaled_update, update_norm
 
 log = logging.getLogger("strategies")
@@ -121,7 +123,11 @@ class Private(HpcStrategy):
             clipped[0] = privacy.with_noise(self.arrays, trained[0], scales[0], noise)
         for reply, one in zip(good, clipped, strict=True):
             reply.content = self._alike(messages.with_arrays(reply.content, one))
-        arrays, metrics = self.strategy.aggregate_train(server_round, replies)
+        new, metrics = aggregate(self.strategy, server_round, replies)
+        if new is None or isinstance(new, ArrayRecord):
+            arrays = new
+        else:
+            arrays = made_record(self.arrays, new.__getitem__)
         self.stored = getattr(self.strategy, "stored", None)
         if arrays:
             metrics = MetricRecord({**(metrics or {}), **self._release(norms)})

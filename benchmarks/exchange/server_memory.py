@@ -5,7 +5,8 @@ functions in processes of their own, so that each figure is one process's alone.
 own FedAvg with arrays inside its messages, whose replies are made as they are pulled, and with no
 other copy of them.
 
-    python benchmarks/exchange/server_memory.py [--sites 2 4 8 16] [--layers N --hidden N]
+    python benchmarks/exchange/server_memory.py [--sites 2 4 8 16] [--memory-gb G]
+        [--layers N --hidden N]
 
 Anonymous memory (what a process must have) and mapped files (which the system takes back when it
 needs room) are told apart, every 10 ms. The speed is that of the last version's making, from the
@@ -14,7 +15,8 @@ The way from a job to the server and back is what a job takes to write its weigh
 ones, its site to send and to fetch them, and the server to make a version (a reply's share of it),
 against `cp` of the reply's file, twice.
 
-Limits: anonymous memory above an idle server's <= half a model. Exit code 1 if it is broken.
+Limits: anonymous memory above an idle server's <= half a model and <= --memory-gb. Exit code 1 if
+one is broken.
 Writes ``benchmarks/results/server_memory.json``.
 """
 
@@ -40,6 +42,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
+from flwr_hpc.config.schema import ExchangeConfig
+from flwr_hpc.config.server_memory import ServerMemory
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
@@ -49,7 +53,7 @@ from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import TensorFile, write_safetensors
 from flwr_hpc.exchange.tensors import TensorInfo
 from flwr_hpc.simulate.identity import take_identity
-from strategies import Runtime, run_strategy
+from strategies import Runtime, limit_memory, run_strategy
 from strategies.diloco import DiLoCo
 from strategies.engine.runtime import Settings
 from strategies.fedbackfill import FedBackfill
@@ -195,7 +199,9 @@ def added(*costs: Cost) -> Cost:
     return sum(wall), sum(cpu)
 
 
-def server(folder: Path, strategy: str, sites: int, hidden: int, layers: int) -> dict[str, Any]:
+def server(
+    folder: Path, strategy: str, sites: int, hidden: int, layers: int, memory: ServerMemory
+) -> dict[str, Any]:
     """Be the ServerApp for two versions; return its peaks and its speed."""
     take_identity()
     peaks, plain = Peaks(), strategy == PLAIN
@@ -206,11 +212,14 @@ def server(folder: Path, strategy: str, sites: int, hidden: int, layers: int) ->
         peaks.begin()
         STRATEGIES["Flower's FedAvg"](sites).start(inner, initial, 2)
         return {"anonymous_mb": peaks.anonymous - peaks.idle, "mapped_mb": peaks.mapped}
-    store, checkpoints = f"file://{folder}/store", TimedCheckpoints(folder / "checkpoints")
+    store = f"file://{folder}/store"
+    checkpoints = TimedCheckpoints(folder / "checkpoints", memory.waiting)
+    limit_memory(memory.blocks)
     refused: list[Any] = []
     grid = ExchangeGrid(
         inner, make_store(store), make_codec("full"), folder / "server",
         emit=lambda event, **told: refused.append(told) if event == "order_rejected" else None,
+        memory=memory.checks,
     )  # fmt: skip
     settings = Settings(evaluate_every=0, final_evaluation_s=0.0, poll_s=0.01)
     runtime = Runtime(checkpoints=checkpoints, check=None, settings=settings)
@@ -314,7 +323,7 @@ def run(role: str, *args: str, stdin: str = "") -> Any:
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Run everything and yield a row for each."""
     model = sum(s.nbytes for s in layout(options.hidden, options.layers).values()) / MB
-    size = str(options.hidden), str(options.layers)
+    size = str(options.hidden), str(options.layers), str(options.memory_gb)
     for sites in options.sites:
         names = [*STRATEGIES, PLAIN] if sites <= options.plain else [*STRATEGIES]
         for name in names:
@@ -322,7 +331,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 figures = run("server", folder, name, str(sites), *size)
             models = {f"{k}_models": figures[f"{k}_mb"] / model for k in ("anonymous", "mapped")}
             rounded = {k: round(v, 3) for k, v in (figures | models).items()}
-            yield {"strategy": name, "sites": sites, "model_mb": round(model), **rounded}
+            row = {"strategy": name, "sites": sites, "model_mb": round(model)}
+            yield {**row, "memory_gb": options.memory_gb, **rounded}
 
 
 def main() -> None:
@@ -332,6 +342,7 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=4, help="inline up to so many sites")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--memory-gb", type=float, default=ExchangeConfig.memory_gb)
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -343,15 +354,22 @@ def main() -> None:
                 rows.append(row)
             if not options.no_record:
                 _record(rows)
-            broken = [r for r in rows if r["strategy"] != PLAIN and r["anonymous_models"] > LIMIT]
+            broken = [r for r in rows if r["strategy"] != PLAIN and _is_too_much(r)]
             sys.exit(1 if broken else 0)
-        case ["server", folder, strategy, sites, hidden, layers]:
-            answer: Any = server(Path(folder), strategy, int(sites), int(hidden), int(layers))
+        case ["server", folder, strategy, sites, hidden, layers, memory_gb]:
+            memory = ServerMemory.of(float(memory_gb))
+            answer: Any = server(
+                Path(folder), strategy, int(sites), int(hidden), int(layers), memory
+            )
         case ["client", folder, node]:
             answer = client(Path(folder), int(node))
         case ["trainer", source, target, node]:
             answer = trainer(Path(source), Path(target), int(node))
     print(json.dumps(answer))
+
+
+def _is_too_much(row: dict[str, Any]) -> bool:
+    return row["anonymous_models"] > LIMIT or row["anonymous_mb"] > 1e3 * row["memory_gb"]
 
 
 def _record(rows: list[dict[str, Any]]) -> None:

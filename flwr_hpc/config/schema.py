@@ -164,6 +164,9 @@ class ExchangeConfig:
     # Share of what a lossy codec left out of a site's update that goes with its next one (0: none).
     feedback: float = 0.95
     inline_below_mb: float = 0.1  # Smaller payloads travel inside the Flower message
+    # What decoding and averaging may take of the server's memory, whatever the model and however
+    # many the sites. Pages of mapped files come on top, which the system takes back when it likes.
+    memory_gb: float = 1.0
     # A site's payload of which nothing has come for so many seconds is given up: its order failed.
     stall_s: float = 300.0
 

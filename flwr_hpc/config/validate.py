@@ -11,6 +11,7 @@ from typing import Any
 from flwr_hpc.config import batch_size
 from flwr_hpc.config.facility import walltime_s
 from flwr_hpc.config.facility_shape import check_shape
+from flwr_hpc.config.server_memory import ServerMemory
 from flwr_hpc.errors import UserError, closest, not_negative, one_of, positive, within
 
 NEXT_TOKEN, SPAN_CORRUPTION, SEQ2SEQ = OBJECTIVES = ("next_token", "span_corruption", "seq2seq")
@@ -121,6 +122,7 @@ def check_values(c: Any) -> None:
     _check_pairs(c.data)
     _check_paths(c)
     _check_store(c.exchange.store or "")
+    ServerMemory.of(c.exchange.memory_gb)
     _check_model(c)
     if not c.strategy.get("_target_"):
         raise UserError(

@@ -27,8 +27,6 @@ from flwr_hpc.exchange.tensorfile import (
 from flwr_hpc.exchange.tensors import TensorInfo
 from flwr_hpc.files import publish, read_json
 
-HELD = 64 << 20  # bytes of arrays that are in memory already and may wait there
-
 
 class FileCheckpoints:
     """Checkpoints in one folder.
@@ -43,10 +41,12 @@ class FileCheckpoints:
     ----------
     folder : Path
         Used by nothing else.
+    memory : int
+        Bytes of arrays that are in memory already and may wait there to be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, memory: int = 64 << 20) -> None:
+        self._folder, self._memory = folder, memory
         self._files = self._committed()[1]
 
     def put(self, name: str, tensors: Iterable[tuple[str, Numbers]]) -> ArrayRecord:
@@ -62,7 +62,7 @@ class FileCheckpoints:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
             raise ValueError(f"'{name}' may hold letters, digits, '.', '_' and '-' only")
         path = self._folder / f"{name}-{uuid.uuid4().hex[:8]}.safetensors"
-        sha256 = _write(path, iter(tensors))
+        sha256 = _write(path, iter(tensors), self._memory)
         self._files[name] = path.name
         return lazy_record(TensorFile(path, sha256))
 
@@ -103,7 +103,7 @@ class FileCheckpoints:
                 path.unlink(missing_ok=True)
 
 
-def _write(path: Path, tensors: Iterator[tuple[str, Numbers]]) -> str | None:
+def _write(path: Path, tensors: Iterator[tuple[str, Numbers]], memory: int) -> str | None:
     """Write tensors; return the sha256 if it came with the writing.
 
     Those that are computed as they are read take no memory until then: with all names and shapes
@@ -115,7 +115,7 @@ def _write(path: Path, tensors: Iterator[tuple[str, Numbers]]) -> str | None:
         if name in known:
             raise ValueError(f"{path}: tensor '{name}' comes twice")
         held += tensor.nbytes if isinstance(tensor, np.ndarray) else 0
-        if held > HELD:
+        if held > memory:
             write_stream(path, chain(_emptied(known), [(name, tensor)], tensors))
             return None
         # A copy: whoever yields it may use the same array for the next one.

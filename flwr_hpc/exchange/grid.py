@@ -76,6 +76,8 @@ class ExchangeGrid(Grid):
     emit : callable
         Told ``order_rejected`` with facility, order_id and reason, and ``weights_sent`` with
         facility, order_id, mb and whether they are an update.
+    memory : int
+        Bytes that checking replies takes, of however many at the same time.
     executor : Executor
         Where replies are pulled, fetched and checked. The default does it in `pull_messages`.
     clock : Clock
@@ -97,6 +99,7 @@ class ExchangeGrid(Grid):
         inline_below_mb: float = 0.1,
         stall_s: float = 300.0,
         emit: Callable[..., object] = lambda event, **fields: None,
+        memory: int = 256 << 20,
         executor: Executor | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -108,7 +111,7 @@ class ExchangeGrid(Grid):
         self._executor = executor or Inline()
         self._clock = clock or SystemClock()
         self._publisher = Publisher(store, codec, folder, inline_below_mb * 1e6, downlink)
-        self._receiver = Receiver(store, codec, folder, self._publisher.version)
+        self._receiver = Receiver(store, codec, folder, self._publisher.version, memory)
         self._expectations = Expectations()
         self._awaited: dict[str, _Awaited] = {}  # by message id
         folder.mkdir(parents=True, exist_ok=True)

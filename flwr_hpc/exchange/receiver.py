@@ -8,12 +8,14 @@ shards none is fetched unless they make up the whole, and each is checked by its
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import uuid
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from threading import BoundedSemaphore
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -26,6 +28,7 @@ from flwr_hpc.exchange.store import AT_ONCE, PREFIX, Reference, Store
 from flwr_hpc.exchange.tensors import (
     FLOATS,
     HALVES,
+    LOOK,
     BadPayload,
     Layout,
     Tensors,
@@ -49,15 +52,24 @@ class Receiver:
         For fetched payloads; a file goes with the last lazy array over it.
     version : callable
         ``version(name)``: the weights that an update is relative to.
+    memory : int
+        Bytes that checking takes, of however many replies at the same time.
     """
 
     def __init__(
-        self, store: Store, codec: Codec, folder: Path, version: Callable[[str], Tensors]
+        self,
+        store: Store,
+        codec: Codec,
+        folder: Path,
+        version: Callable[[str], Tensors],
+        memory: int,
     ) -> None:
         self._store = store
         self._codec = codec
         self._folder = folder
         self._version = version
+        looks = min(len(os.sched_getaffinity(0)), memory // LOOK)
+        self._turn = BoundedSemaphore(max(1, looks))
 
     def take(self, content: RecordDict, expected: Expected, transfer: Transfer) -> RecordDict:
         """Return what was asked for of a reply; BadPayload or OSError if that is not good."""
@@ -76,7 +88,7 @@ class Receiver:
         self, record: ArrayRecord, layout: Layout | None, transfer: Transfer
     ) -> ArrayRecord:
         tensors = RecordTensors(record)
-        check(tensors, layout, (*HALVES, *self._codec.dtypes), transfer.advance)
+        check(tensors, layout, (*HALVES, *self._codec.dtypes), transfer.advance, self._turn)
         half = any(info.dtype == "BF16" for info in tensors.layout.values())
         return lazy_record(tensors) if half else record
 
@@ -113,7 +125,7 @@ class Receiver:
                 path = self._folder / uuid.uuid4().hex
                 refused.callback(path.unlink, missing_ok=True)
                 tensors = self._open(part.ref, path, part.of(base), expected, linked)
-                check(tensors, expected, accept, linked.advance)
+                check(tensors, expected, accept, linked.advance, self._turn)
                 if part.cut is not None:  # they are many
                     tensors.let_go()
                 return tensors

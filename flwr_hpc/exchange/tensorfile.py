@@ -38,7 +38,7 @@ from flwr_hpc.files import draft
 FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
 MAX_HEADER = 8 << 20  # bytes; some 60,000 tensors
 ENTRY, METADATA = 128, 4096  # bytes of a header, at most: for a tensor but its name; for the rest
-PIECE = 1 << 20  # bytes copied at a time
+PIECE = 1 << 18  # bytes copied, or numbers decoded, at a time
 
 
 class Blocks(Shaped, Protocol):

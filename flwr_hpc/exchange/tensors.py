@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,7 +34,11 @@ STORED: dict[str, np.dtype[Any]] = {
 NAMES = {stored: name for name, stored in STORED.items() if name != "BF16"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 HALVES = ("F16", "BF16")
-CHUNK = 1 << 20  # numbers looked at, at a time
+CHUNK = 1 << 18  # numbers looked at, at a time
+LOOK = 32 * CHUNK  # bytes that it takes, where a codec has to decode them
+
+
+_ANY_TIME = nullcontext()
 
 
 class BadPayload(ValueError):
@@ -128,6 +133,7 @@ def check(
     layout: Layout | None = None,
     accept: Collection[str] = (),
     passed: Callable[[int], object] = lambda count: None,
+    turn: AbstractContextManager[object] = _ANY_TIME,
 ) -> None:
     """Refuse tensors that must not touch the model.
 
@@ -139,7 +145,9 @@ def check(
     accept : collection of str
         Dtypes that may stand for a float of the model, besides its own.
     passed : callable
-        ``passed(count)``: told how many bytes have been looked at, tensor by tensor.
+        ``passed(count)``: told how many bytes have been looked at, some at a time.
+    turn : context manager
+        Entered for each look, which takes `LOOK` bytes.
 
     Raises
     ------
@@ -150,10 +158,12 @@ def check(
         check_layout(tensors.layout, layout, accept)
     for name, info in tensors.layout.items():
         read = tensors.reader(name)
-        for start in range(0, info.size if info.dtype in FLOATS else 0, CHUNK):
-            values = read(slice(start, start + CHUNK))
-            _check_range(name, values, info if layout is None else layout[name])
-        passed(info.nbytes)
+        model = info if layout is None else layout[name]
+        for start in range(0, info.size, CHUNK):
+            if info.dtype in FLOATS:
+                with turn:
+                    _check_range(name, read(slice(start, start + CHUNK)), model)
+            passed(min(CHUNK, info.size - start) * info.stored.itemsize)
 
 
 def check_values(name: str, bits: NDArray[Any], info: TensorInfo, model: TensorInfo) -> None:

@@ -11,7 +11,7 @@ from typing import IO
 
 from flwr_hpc.exchange.tensors import BadPayload
 
-PIECE = 1 << 20  # bytes moved at a time
+PIECE = 1 << 18  # bytes moved at a time, of each of the payloads that come together
 FICLONE = 0x40049409  # Linux: have one file share another's blocks until either is written to
 
 

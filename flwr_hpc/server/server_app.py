@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flwr_hpc.clock import Clock, SystemClock
 from flwr_hpc.config.schema import Config, FederationConfig
+from flwr_hpc.config.server_memory import ServerMemory
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.executors import DaemonThreads
@@ -40,6 +41,7 @@ from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.site_signs import SiteSigns, SuperNodeStarts
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.tracking.events import EventLog
+from strategies import limit_memory
 from strategies.base.hpc_strategy import HpcStrategy
 from strategies.base.start import run_strategy
 from strategies.engine.engine import Engine, global_name
@@ -96,6 +98,8 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
     open_many_files()  # of each reply in shards all are open
     store = make_store(run.store_url(config))
     store.sweep()
+    memory = ServerMemory.of(config.exchange.memory_gb)
+    limit_memory(memory.blocks)
     codec = make_codec(config.exchange.codec)
     exchange = ExchangeGrid(
         grid,
@@ -106,17 +110,25 @@ def train(run: RunDir, config: Config, grid: Grid, events: EventLog) -> None:
         inline_below_mb=config.exchange.inline_below_mb,
         stall_s=config.exchange.stall_s,
         emit=events.emit,
+        memory=memory.checks,
         executor=DaemonThreads(),
     )
     try:
-        _train(run, config, exchange, events)
+        checkpoints = FileCheckpoints(run.checkpoints, memory.waiting)
+        _train(run, config, exchange, checkpoints, events)
         exchange.close()
     finally:
         exchange.stop()
 
 
-def _train(run: RunDir, config: Config, exchange: ExchangeGrid, events: EventLog) -> None:
-    checkpoints, clock = FileCheckpoints(run.checkpoints), SystemClock()
+def _train(
+    run: RunDir,
+    config: Config,
+    exchange: ExchangeGrid,
+    checkpoints: FileCheckpoints,
+    events: EventLog,
+) -> None:
+    clock = SystemClock()
     runtime = Runtime(
         clock=clock,
         emit=events.emit,

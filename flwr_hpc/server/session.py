@@ -217,7 +217,8 @@ def _disk(config: Config) -> str:
     parts += f", error feedback {gb(site.feedback)}" * bool(site.feedback)
     return (
         f"disk: at most {gb(site.total)} at each site ({parts}; prepared data beside it) and "
-        f"{gb(server_disk(parameters, sites))} in the run directory"
+        f"{gb(server_disk(parameters, sites))} in the run directory. Of the server's memory "
+        f"weights take {config.exchange.memory_gb:g} GB at most (exchange.memory_gb)"
     )
 
 

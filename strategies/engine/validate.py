@@ -13,7 +13,7 @@ from flwr_hpc.protocol import GRADIENT, WEIGHT_KEY, Status
 from strategies.engine import messages
 from strategies.engine.runtime import RunFailed
 from strategies.engine.state import Request
-from strategies.parts.blocks import Blocks, Lazy, Tensor, Tensors
+from strategies.parts.blocks import Blocks, Lazy, Tensor, Tensors, as_is
 from strategies.parts.rules import Record
 
 MOST = 1e15  # examples, tokens or steps of one order
@@ -162,7 +162,7 @@ def _pair(pair: Any, source: str) -> tuple[str, Lazy]:
     name, tensor = pair
     if isinstance(tensor, Blocks):
         return name, tensor
-    return name, tensor.numpy() if isinstance(tensor, Array) else np.asarray(tensor)
+    return name, as_is(tensor) if isinstance(tensor, Array) else np.asarray(tensor)
 
 
 def _cast(tensor: Tensor, dtype: np.dtype[Any]) -> tuple[str, Tensor]:

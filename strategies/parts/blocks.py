@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Union
@@ -15,12 +15,31 @@ from flwr.app import Array, ArrayRecord
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 
-BLOCK = 1 << 19  # numbers; a few such arrays lie in a core's cache
+BLOCK = 1 << 19  # numbers at most; a few such arrays lie in a core's cache
+LEAST = 1 << 14  # numbers at least: with fewer the calls take longer than the arithmetic
+ARRAYS = 3, 8  # of a block's size that a rule takes: for each array it reads, and besides
 
 Tensor = NDArray[Any]
 Lazy = Union[Tensor, "Blocks"]
 Tensors = Iterator[tuple[str, Lazy]]
 Rule = Callable[..., Tensor]
+
+_memory = 512 << 20  # bytes
+
+
+def limit_memory(size: int) -> None:
+    """Have arrays that this process computes block by block take so many bytes at most.
+
+    With many arrays, as of many sites, or many cores the blocks are smaller; nothing else changes.
+    """
+    global _memory
+    _memory = size
+
+
+def block_size(*dtypes: np.dtype[Any], threads: int = 1) -> int:
+    """Return how many numbers are computed at a time of arrays that are read together."""
+    room = _memory // (_bytes_each(dtypes) * threads)
+    return min(BLOCK, max(LEAST, room - room % LEAST))
 
 
 class Blocks(NDArrayOperatorsMixin):
@@ -47,19 +66,19 @@ class Blocks(NDArrayOperatorsMixin):
         self.dtype: np.dtype[Any] = rule(*nothing).dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the blocks: `BLOCK` numbers, the last one what is left."""
+        """Yield the blocks: `block_size` numbers, the last one what is left."""
         read, size = self._opened(), math.prod(self.shape)
-        parts = [slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-        cores = len(os.sched_getaffinity(0))
-        if cores == 1 or len(parts) < 2:
+        block, threads = _schedule(self)
+        parts = [slice(start, min(start + block, size)) for start in range(0, size, block)]
+        if threads == 1 or len(parts) < 2:
             yield from map(read, parts)
             return
         ahead: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(cores, "blocks") as pool:
+        with ThreadPoolExecutor(threads, "blocks") as pool:
             try:
                 for part in parts:
                     ahead.append(pool.submit(read, part))
-                    if len(ahead) > cores:
+                    if len(ahead) > threads:
                         yield ahead.popleft().result()
                 while ahead:
                     yield ahead.popleft().result()
@@ -97,7 +116,7 @@ class Blocks(NDArrayOperatorsMixin):
 def blockwise(rule: Rule, *operands: Any) -> Lazy:
     """Return `rule` of the operands, see `Blocks`: at once where they are small."""
     shape = _shape_of(operands)
-    if math.prod(shape) > BLOCK:
+    if math.prod(shape) > block_size(*_read_by(operands)):
         return Blocks(rule, *operands)
     return rule(*(_loaded(operand).reshape(-1) for operand in operands)).reshape(shape)
 
@@ -122,6 +141,30 @@ def _shape_of(operands: Sequence[Any]) -> tuple[int, ...]:
     if unlike := next((other for other in others if other != shape), None):
         raise ValueError(f"tensors of the shapes {shape} and {unlike} cannot be paired")
     return shape
+
+
+def _schedule(blocks: Blocks) -> tuple[int, int]:
+    """Return the size of a block, and how many are computed at the same time."""
+    found = _read_by([blocks])
+    most = _memory // (_bytes_each(found) * LEAST)
+    threads = max(1, min(len(os.sched_getaffinity(0)), most))
+    return block_size(*found, threads=threads), threads
+
+
+def _bytes_each(dtypes: Sequence[np.dtype[Any]]) -> int:
+    """Return the bytes that computing takes for each number of a block."""
+    each, others = ARRAYS
+    return max(4, *(dtype.itemsize for dtype in dtypes)) * (each * len(dtypes) + others)
+
+
+def _read_by(operands: Iterable[Any]) -> list[np.dtype[Any]]:
+    """Return the dtypes of all that is read at the same time."""
+    found: list[np.dtype[Any]] = []
+    for operand in operands:
+        lazy = operand.lazy() if hasattr(operand, "lazy") else operand
+        inner = lazy._operands if isinstance(lazy, Blocks) else ()
+        found += _read_by(inner) if inner else [np.dtype(operand.dtype)]
+    return found
 
 
 def _applied(ufunc: np.ufunc, inputs: Sequence[Any], *arrays: Tensor) -> Tensor:

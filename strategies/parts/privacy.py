@@ -5,40 +5,68 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 
 from strategies.parts import limits, rules
-from strategies.parts.blocks import Tensor, made_record
+from strategies.parts.blocks import Lazy, Tensor, blockwise, made_record
 
-BLOCK = 1 << 20  # numbers that are drawn at a time
+CELL = 1 << 14  # numbers that are drawn together
 
-Noise = Callable[[str, Tensor], None]  # ``noise(name, tensor)`` adds to a tensor, in place
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Independent normal noise of a tensor's shape, read in ranges: the same ones each time."""
+
+    seed: tuple[int, ...]
+    stddev: float
+    shape: tuple[int, ...]
+    dtype = np.dtype(np.float64)
+
+    def numpy(self) -> Tensor:
+        """Return all of it."""
+        return self.reader()(slice(0, math.prod(self.shape))).reshape(self.shape)
+
+    def reader(self) -> Callable[[slice], Tensor]:
+        """Return what draws the cells that a range lies in."""
+
+        def read(part: slice) -> Tensor:
+            first = part.start // CELL
+            cells = [self._cell(k) for k in range(first, -(-part.stop // CELL))]
+            drawn = np.concatenate([np.empty(0), *cells])
+            return drawn[part.start - first * CELL : part.stop - first * CELL]
+
+        return read
+
+    def _cell(self, number: int) -> Tensor:
+        return self.stddev * np.random.default_rng([*self.seed, number]).standard_normal(CELL)
+
+
+Noise = Callable[[str, Array], Gaussian]  # ``noise(name, like)``
 
 
 def gaussian(seed: int, stddev: float) -> Noise:
-    """Return what adds independent normal noise to tensors, the same one for a name each time."""
+    """Return what makes noise for tensors, another for each name."""
 
-    def add(name: str, tensor: Tensor) -> None:
+    def of(name: str, like: Array) -> Gaussian:
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16])
-        draw, flat = np.random.default_rng([seed, key]), tensor.reshape(-1)
-        for start in range(0, flat.size, BLOCK):
-            part = flat[start : start + BLOCK]
-            part += (stddev * draw.standard_normal(part.size)).astype(part.dtype)
+        return Gaussian((seed, key), stddev, tuple(like.shape))
 
-    return add
+    return of
 
 
 def with_noise(base: ArrayRecord, trained: ArrayRecord, scale: float, noise: Noise) -> ArrayRecord:
-    """Return ``base + scale (trained - base) + noise``, made a tensor at a time when it is read."""
+    """Return ``base + scale (trained - base) + noise``, made in blocks when it is read."""
 
-    def make(name: str) -> Tensor:
-        start = base[name].numpy()
-        direction = np.ascontiguousarray(rules.pseudo_gradient(start, trained[name].numpy()))
-        direction *= direction.dtype.type(scale)
-        noise(name, direction)
-        return rules.descend(start, direction)
+    def rule(start: Tensor, end: Tensor, drawn: Tensor) -> Tensor:
+        direction = rules.pseudo_gradient(start, end)
+        direction = direction * direction.dtype.type(scale)
+        return rules.descend(start, direction + drawn.astype(direction.dtype))
+
+    def make(name: str) -> Lazy:
+        return blockwise(rule, base[name], trained[name], noise(name, base[name]))
 
     return made_record(base, make)
 

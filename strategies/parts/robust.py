@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from strategies.parts.blocks import BLOCK, Tensor
+from strategies.parts.blocks import Tensor, block_size
 from strategies.parts.rules import Record
 
 
@@ -57,8 +57,9 @@ def squared_distances(updates: Sequence[Record]) -> Tensor:
     products = np.zeros((len(updates), len(updates)))
     for name in updates[0]:
         tensors = [update[name].numpy().reshape(-1) for update in updates]
-        for start in range(0, tensors[0].size, BLOCK):
-            block = np.stack([t[start : start + BLOCK].astype(np.float64) for t in tensors])
+        size = block_size(*[np.dtype(np.float64)] * len(tensors))
+        for start in range(0, tensors[0].size, size):
+            block = np.stack([t[start : start + size].astype(np.float64) for t in tensors])
             block -= block.mean(axis=0)  # near each other: else the digits would cancel out
             products += block @ block.T
     squares = np.diag(products)

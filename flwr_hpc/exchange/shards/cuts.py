@@ -82,6 +82,17 @@ class Sliced(Tensors):
         """Return the shard's rows."""
         return self._whole.rows(name, *self._cut[name])
 
+    def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
+        """Return what reads ranges of the shard's values."""
+        info, whole = self.layout[name], self._whole.reader(name)
+        first = self._cut[name][0] * info.size // max(1, row_count(info))
+
+        def read(part: slice) -> NDArray[Any]:
+            start, stop, _ = part.indices(info.size)
+            return whole(slice(first + start, first + max(start, stop)))
+
+        return read
+
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Return some of the shard's rows."""
         first, end = self._cut[name]
@@ -135,8 +146,10 @@ class Joined(Tensors):
     def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
         """Return what reads ranges of a tensor's values, out of the shards that have them."""
         info = self.layout[name]
-        if len(self._parts[name]) < 2:
+        if not self._parts[name]:
             return super().reader(name)
+        if len(self._parts[name]) == 1:  # rows that nobody else has: all of them
+            return self._parts[name][0][2].reader(name)
         row, shards = info.size // row_count(info), self._parts[name]
         opened, one_at_a_time = lru_cache(OPEN)(lambda k: shards[k][2].reader(name)), Lock()
 

@@ -118,6 +118,7 @@ def test_every_shipped_file_composes(group: str, name: str) -> None:
         ),
         (["data.held_out_fraction=1"], "must lie between 0 (exclusive) and 1 (exclusive)"),
         (["tracking.mode=onlin"], "Did you mean 'online'? Valid: auto, online, offline, disabled"),
+        (["exchange.memory_gb=0.01"], "exchange.memory_gb=0.01 is too little"),
         (["exchange.inline_below_mb=-1"], "exchange.inline_below_mb=-1.0 must be zero or"),
         (["facilities.local_a.gpus_per_node=-1", "+facility=local_a"], "must be zero or greater"),
         (["model.config.hidden_size=65"], "model.config.hidden_size=68"),

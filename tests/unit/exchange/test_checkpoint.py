@@ -196,9 +196,8 @@ def test_what_is_computed_is_written_once(tmp_path, monkeypatch):
     assert source_of(record)._sha256 == sha256_of(path)
 
 
-def test_what_is_in_memory_is_written_as_it_comes(tmp_path, monkeypatch):
+def test_what_is_in_memory_is_written_as_it_comes(tmp_path):
     """Protects memory from a strategy that yields whole tensors: they are not gathered."""
-    monkeypatch.setattr(checkpoint, "HELD", 100)
     alive = []
 
     def tensors():
@@ -209,5 +208,5 @@ def test_what_is_in_memory_is_written_as_it_comes(tmp_path, monkeypatch):
             yield f"w{n}", tensor
             del tensor
 
-    record = FileCheckpoints(tmp_path).put("w", tensors())
+    record = FileCheckpoints(tmp_path, memory=100).put("w", tensors())
     assert [float(record[f"w{n}"].numpy()[9]) for n in range(20)] == list(range(20))

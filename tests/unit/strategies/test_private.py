@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,12 @@ def test_noise_is_the_same_at_every_reading_and_of_no_other_round():
         < 0.15
     )
     assert not np.array_equal(noisy["w"].numpy().reshape(-1)[:30], noisy["b"].numpy())
+    whole, cell = privacy.gaussian(7, 1.0)("w", noisy["w"]), privacy.CELL
+    large = replace(whole, shape=(3 * cell,))
+    parts = [slice(0, 10), slice(10, cell + 5), slice(cell + 5, 3 * cell)]
+    in_parts = np.concatenate([large.reader()(part) for part in parts])
+    np.testing.assert_array_equal(in_parts, large.numpy())
+    assert len(np.unique(in_parts)) == in_parts.size
     rounds = [aggregated(Private(inner(), clip=1.0))[0]["b"] for _ in range(2)]
     assert not np.array_equal(*rounds)
     assert base["w"].numpy().dtype == noisy["w"].numpy().dtype

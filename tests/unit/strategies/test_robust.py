@@ -11,7 +11,7 @@ from worlds.strategies.toy_model import array, as_numpy
 from worlds.strategies.world import ANY_NUMBER, World
 
 from strategies.fedavg import FedAvg
-from strategies.parts import robust
+from strategies.parts import blocks, robust
 from strategies.robust_fedavg import RobustFedAvg
 
 TARGETS = (1.0, 1.5, 0.5, 1.2, -400.0)  # What the sites learn; the last one is wrong
@@ -66,7 +66,7 @@ def test_krum_says_whom_it_took():
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
 def test_blocks_change_nothing(block, monkeypatch):
     """Protects large tensors: they are read some numbers at a time, with the same result."""
-    monkeypatch.setattr(robust, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     rng = np.random.default_rng(0)
     five = [rng.normal(size=(4, 9)).astype(np.float32) for _ in range(5)]
     np.testing.assert_array_equal(robust.median(five), np.median(np.stack(five), axis=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ SHAPE = (7, 3)  # 21 numbers: five blocks of 4 and one of what is left
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 4)
+    monkeypatch.setattr(blocks, "_memory", blocks._memory)
 
 
 def records(count):
@@ -149,3 +151,28 @@ def test_tensors_of_other_shapes_are_not_paired(make):
     for other in ((3, 2), (2, 4)):
         with pytest.raises(ValueError, match="cannot be paired"):
             make(np.add, np.ones((2, 3)), np.ones(other))
+
+
+def test_memory_is_bounded_however_many_arrays_are_read(monkeypatch):
+    """Protects the server: with many sites the blocks are smaller, and so is what they take."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 19)
+    arrays = [np.full(1 << 21, n, np.float32) for n in range(16)]
+    peaks = []
+    for limit in (256 << 20, 6 << 20):
+        monkeypatch.setattr(blocks, "_memory", limit)
+        made = Blocks(lambda *xs: np.median(np.stack(xs), axis=0), *arrays)
+        tracemalloc.start()
+        assert all((block == 7.5).all() for block in made)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] > 2 * limit > 2 * peaks[1]
+
+
+def test_threads_are_fewer_before_blocks_are_too_small(monkeypatch):
+    """Protects a small budget on a node of many cores."""
+    monkeypatch.setattr(blocks.os, "sched_getaffinity", lambda pid: range(128))
+    made = Blocks(np.add, *[np.zeros(1 << 20, np.float32)] * 2)
+    each = 4 * (3 * 2 + 8) * blocks.LEAST
+    for size, threads in ((1 << 40, 128), (5 * each, 5), (1, 1)):
+        blocks.limit_memory(size)
+        assert blocks._schedule(made)[1] == threads
