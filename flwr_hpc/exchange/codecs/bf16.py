@@ -12,15 +12,12 @@ class BFloat16(UpdateCodec):
 
     tolerance = 2**-8
 
-    def packed_size(self, count: int) -> int:
-        return 2 * count
+    def sections(self, count: int) -> tuple[int, ...]:
+        return (2 * count,)
 
     @property
     def period(self) -> int:
         return 1
-
-    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
-        return packed[2 * start : 2 * stop]
 
     def pack(self, values: Values) -> Packed:
         bits = values.view(np.uint32)

@@ -22,17 +22,12 @@ class Int2(UpdateCodec):
 
     tolerance = 0.6
 
-    def packed_size(self, count: int) -> int:
-        return 8 * -(-count // BLOCK) + -(-count // 4)
+    def sections(self, count: int) -> tuple[int, ...]:
+        return 8 * -(-count // BLOCK), -(-count // 4)
 
     @property
     def period(self) -> int:
         return BLOCK
-
-    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
-        codes = packed[8 * -(-count // BLOCK) :]
-        means = packed[8 * (start // BLOCK) : 8 * -(-stop // BLOCK)]
-        return joined(means, codes[start // 4 : -(-stop // 4)])
 
     def pack(self, values: Values) -> Packed:
         rows = in_blocks(values, BLOCK)

@@ -29,17 +29,9 @@ class TopK(UpdateCodec):
         each = self.values.period if self.values else 1  # of the values that are kept
         return BLOCK * math.lcm(each, KEPT) // KEPT
 
-    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
-        kept, first, last = map(_kept, (count, start, stop))
-        rest = packed[2 * kept :]
-        chosen = (
-            self.values.cut(rest, kept, first, last) if self.values else rest[4 * first : 4 * last]
-        )
-        return np.concatenate([packed[2 * first : 2 * last], chosen])
-
-    def packed_size(self, count: int) -> int:
+    def sections(self, count: int) -> tuple[int, ...]:
         kept = _kept(count)
-        return 2 * kept + (self.values.packed_size(kept) if self.values else 4 * kept)
+        return 2 * kept, *(self.values.sections(kept) if self.values else (4 * kept,))
 
     def pack(self, values: Values) -> Packed:
         whole = values.size - values.size % BLOCK

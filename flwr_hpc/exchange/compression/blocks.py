@@ -26,13 +26,8 @@ class BlockCodec(UpdateCodec):
     def period(self) -> int:
         return self.block
 
-    def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
-        codes = packed[4 * -(-count // self.block) :]
-        scales = packed[4 * (start // self.block) : 4 * -(-stop // self.block)]
-        return joined(scales, codes[start * self.bits // 8 : -(-stop * self.bits // 8)])
-
-    def packed_size(self, count: int) -> int:
-        return 4 * -(-count // self.block) + -(-count * self.bits // 8)
+    def sections(self, count: int) -> tuple[int, ...]:
+        return 4 * -(-count // self.block), -(-count * self.bits // 8)
 
     def pack(self, values: Values) -> Packed:
         levels = 2 ** (self.bits - 1) - 1  # on either side of 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from flwr_hpc.exchange.codec import Codec
 from flwr_hpc.exchange.tensorfile import (
+    PIECE,
+    Numbers,
     TensorFile,
     aligned,
     file_size_range,
@@ -46,8 +48,8 @@ class UpdateCodec(Codec):
     # ---- what a codec is --------------------------------------------------------------------
 
     @abstractmethod
-    def packed_size(self, count: int) -> int:
-        """Return how many bytes so many values become."""
+    def sections(self, count: int) -> tuple[int, ...]:
+        """Return how many bytes so many values become: of each array that `pack` puts together."""
 
     @abstractmethod
     def pack(self, values: Values) -> Packed:
@@ -62,15 +64,27 @@ class UpdateCodec(Codec):
 
     @property
     def period(self) -> int:
-        """Values that can be unpacked without the others begin at its multiples; 0: none can."""
+        """Values that are packed without a look at others begin at its multiples; 0: none are.
+
+        Each section is then that of the first values and what others add to it.
+        """
         return 0
+
+    def packed_size(self, count: int) -> int:
+        """Return how many bytes so many values become."""
+        return sum(self.sections(count))
 
     def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
         """Return of the bytes of `count` values those of a range, as if that were all of them.
 
         It begins at a multiple of `period`, and ends at one or with the last value.
         """
-        raise NotImplementedError  # of who has no period
+        parts, at = [], 0
+        ends = (self.sections(number) for number in (start, stop, count))
+        for first, last, size in zip(*ends, strict=True):
+            parts.append(packed[at + first : at + last])
+            at += size
+        return np.concatenate(parts)
 
     # ---- Codec ------------------------------------------------------------------------------
 
@@ -104,11 +118,38 @@ class UpdateCodec(Codec):
             for name, info in layout.items()
         }
 
-    def _encoded(self, name: str, tensors: Tensors, base: Tensors) -> NDArray[Any]:
+    def _encoded(self, name: str, tensors: Tensors, base: Tensors) -> Numbers:
         if not is_packed(name, tensors.layout[name], base.layout):
             return tensors.raw(name)
-        update = tensors.tensor(name).astype(np.float32, copy=False) - base.tensor(name)
-        return self.pack(np.ascontiguousarray(update, np.float32).reshape(-1))
+        return _Update(self, name, tensors, base)
+
+
+class _Update:
+    """A tensor's update, packed some at a time."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, codec: UpdateCodec, name: str, tensors: Tensors, base: Tensors) -> None:
+        self._codec, self._size = codec, tensors.layout[name].size
+        self._readers = tensors.reader(name), base.reader(name)
+        self.shape = (codec.packed_size(self._size),)
+
+    def __iter__(self) -> Iterator[Packed]:
+        """Yield the first section as it is made, and then the others, which wait for it."""
+        period = self._codec.period
+        piece = period * -(-PIECE // period) if period else self._size
+        waiting = []
+        for start in range(0, self._size, piece):
+            part = slice(start, min(start + piece, self._size))
+            new, old = (read(part) for read in self._readers)
+            update = new.astype(np.float32, copy=False) - old
+            packed = self._codec.pack(np.ascontiguousarray(update, np.float32))
+            ends = np.cumsum(self._codec.sections(update.size))
+            first, *others = np.split(packed, ends[:-1])
+            yield first
+            waiting.append(others)
+        for section in zip(*waiting, strict=True):
+            yield from section
 
 
 class Updated(Tensors):
