@@ -45,8 +45,10 @@ class Feedback:
     """A site's error, kept in a folder in shards until its next update.
 
     Any number of ranks may keep it, each its rows, and any other number go on with it. An order
-    that is encoded again, as after a crash, is given the error that it was given before. What the
-    server refuses or never gets is lost, as without feedback.
+    that is encoded again, as after a crash, is given the error that it was given before, and no
+    error is given twice: where an allocation still writes one order while its successor ends the
+    next, one of them goes without. What the server refuses or never gets is lost, as without
+    feedback.
 
     Parameters
     ----------
@@ -61,11 +63,17 @@ class Feedback:
         self._decay = decay
 
     def begin(self, order_id: str) -> str:
-        """Return the order whose error an order is given, or an empty name; delete all others."""
+        """Return the order whose error an order is given, or an empty name; delete old ones."""
         state = read_json(self._folder / STATE) or {}
-        former = str(state.get("before" if state.get("order") == order_id else "order") or "")
+        last, taker = str(state.get("order") or ""), str(state.get("taken_by") or order_id)
+        if last == order_id:
+            former = str(state["before"])
+        else:
+            former = last if taker == order_id else ""
+            publish(self._folder / STATE, json.dumps({**state, "taken_by": taker}))
+        kept = {former, last, taker} - {order_id}
         for error in self._folder.glob("*/"):  # also what a killed job has left of this one
-            if error.name != former:
+            if error.name not in kept:
                 shutil.rmtree(error, ignore_errors=True)
         return former
 

@@ -149,6 +149,23 @@ def test_the_errors_of_two_orders_are_kept(tmp_path):
     assert len(list(found["3"].iterdir())) == 1 + 2
 
 
+def test_a_successor_does_not_take_what_is_being_written(tmp_path, monkeypatch):
+    """Protects error feedback where an allocation that is let go still writes order 1 as its
+    successor ends order 2: neither fails, and the error of order 0 goes with one of them alone."""
+    job, alone, undisturbed = (Job(tmp_path / name) for name in ("job", "alone", "undisturbed"))
+    for site in (job, undisturbed):
+        site.train("0")
+    late = []
+    with monkeypatch.context() as patch:
+        patch.setattr(job.encoder, "publish", lambda *given: late.append(given) or ("", {}))
+        slow = job.train("1", 2)
+    assert_same(job.decoded(job.train("2")), alone.decoded(alone.train("2")))
+    job.encoder.publish(*late[0])
+    assert_same(job.decoded(slow), undisturbed.decoded(undisturbed.train("1")))
+    assert_same(job.error("1"), undisturbed.error("1"))
+    assert job.encoder.start("3", job.base).former == "1"
+
+
 @pytest.mark.parametrize("spoil", [shutil.rmtree, lambda f: (f / "error.json").write_text("{}")])
 def test_an_error_that_is_damaged_is_let_go(spoil, tmp_path):
     """The site goes on without it."""
