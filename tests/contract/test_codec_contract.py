@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
+from worlds.exchange.memory import Model
 from worlds.exchange.shards import even_cuts
 
 from flwr_hpc.exchange.codec import codec_names, make_codec
@@ -169,3 +170,29 @@ def test_a_cut_payload_is_refused(codec, base, keep, tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "payload").read_bytes()[:keep])
     with pytest.raises(BadPayload):
         check(codec.decode(tmp_path / "cut", base), tensors(0).layout)
+
+
+MEMORY_GB = 0.05
+# The largest tensor alone is above the limit.
+SHAPES = {"embed": (16_000, 1000), "head": (4_000, 1000), "norm": (1000,)}
+WITH = {
+    "full": ("Flower's FedAvg", "DiLoCo", "FedBuff", "FedBackfill"),
+    "int4": ("DiLoCo", "median"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return Model(tmp_path_factory.mktemp("weights"), SHAPES)
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_aggregation_stays_within_the_memory_it_is_given(model, name):
+    """Protects the server from models and numbers of sites that it has no memory for, by each
+    strategy in a process of its own."""
+    encoded = list(model.encode(name))
+    for strategy in WITH[name]:
+        found = model.peak(strategy, name, encoded, MEMORY_GB)
+        assert found["rejected"] == 0
+        assert found["moved"] > 1.001
+        assert 0 < found["mb"] < 1e3 * MEMORY_GB < 4 * SHAPES["embed"][0] / 1e3, strategy
