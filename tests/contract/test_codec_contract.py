@@ -177,7 +177,7 @@ MEMORY_GB = 0.05
 SHAPES = {"embed": (16_000, 1000), "head": (4_000, 1000), "norm": (1000,)}
 WITH = {
     "full": ("Flower's FedAvg", "DiLoCo", "FedBuff", "FedBackfill"),
-    "int4": ("DiLoCo", "median"),
+    "int4": ("DiLoCo",),
 }
 
 
