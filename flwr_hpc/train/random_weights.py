@@ -75,7 +75,7 @@ class RandomWeights:
             with torch.no_grad():
                 part.apply(self._owner(name)._initialize_weights)
         for tensor_name, tensor in made.items():
-            if (_bytes(tensor)[: tensor.itemsize] == UNSET).all():
+            if tensor.numel() and (_bytes(tensor)[: tensor.itemsize] == UNSET).all():
                 raise UserError(
                     f"model_type={self._model.config.model_type} cannot begin with random weights: "
                     f"transformers does not say how to draw '{tensor_name}' of a large model. "
