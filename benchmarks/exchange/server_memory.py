@@ -325,7 +325,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = sum(s.nbytes for s in layout(options.hidden, options.layers).values()) / MB
     size = str(options.hidden), str(options.layers), str(options.memory_gb)
     for sites in options.sites:
-        names = [*STRATEGIES, PLAIN] if sites <= options.plain else [*STRATEGIES]
+        names = [*options.strategies, PLAIN] if sites <= options.plain else options.strategies
         for name in names:
             with tempfile.TemporaryDirectory(prefix="aggregation-") as folder:
                 figures = run("server", folder, name, str(sites), *size)
@@ -339,6 +339,7 @@ def main() -> None:
     """Measure, print and record, in addition to what was recorded of other sizes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--strategies", nargs="+", default=[*STRATEGIES], choices=STRATEGIES)
     parser.add_argument("--plain", type=int, default=4, help="inline up to so many sites")
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
