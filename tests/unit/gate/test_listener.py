@@ -343,7 +343,8 @@ def test_what_is_not_tls_is_not_read(world: World) -> None:
 
 def test_ten_thousand_malformed_requests(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Protects memory and disk from a stranger with time: both stay as they were, and the next
-    good request is served."""
+    good request is served. Of the requests of a connection those up to the first that is answered
+    are read: then it is closed."""
     draw = random.Random(1)
     before = psutil.Process().memory_info().rss
     asked = 0
