@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Set
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from flwr_hpc.clock import Clock, SystemClock
-from flwr_hpc.config.schema import Config, FederationConfig
+from flwr_hpc.config.schema import Config
 from flwr_hpc.config.server_memory import ServerMemory
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.codec import make_codec, make_downlink
@@ -49,6 +49,7 @@ from strategies.engine.runtime import FatalSiteError, RunFailed, Runtime, Settin
 
 SITES_S = 600.0  # for all sites to come up
 LAST_S = 180.0  # for those that have joined to hear that the run is over
+HERE_S, AWAY_S = 600.0, 86400.0  # for sites of this machine, and of others, to come back
 
 app = ServerApp()
 log = logging.getLogger("flwr_hpc")
@@ -134,7 +135,7 @@ def _train(
         emit=events.emit,
         checkpoints=checkpoints,
         run_key=run.key,
-        settings=engine_settings(config.federation),
+        settings=engine_settings(config),
         check=None,  # the exchange checks replies
         lost=_signs(run, config, clock).lost,
         restarted=_restarted(run, config),
@@ -250,9 +251,12 @@ def _initial(
     return set_factors_apart(run.frozen_factors, arrays) if freeze_a else arrays
 
 
-def engine_settings(config: FederationConfig) -> Settings:
+def engine_settings(config: Config) -> Settings:
     """Return what the engine is to be patient with: each of its settings is a key of ours."""
-    return Settings(**{f.name: getattr(config, f.name) for f in fields(Settings)})
+    found = Settings(**{f.name: getattr(config.federation, f.name) for f in fields(Settings)})
+    if config.federation.offline_grace_s is None:
+        return replace(found, offline_grace_s=AWAY_S if config.serve.address else HERE_S)
+    return found
 
 
 def _log_to(path: Path) -> None:

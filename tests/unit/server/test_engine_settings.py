@@ -20,7 +20,16 @@ def test_every_setting_of_the_engine_can_be_set(name: str) -> None:
     value = not default if isinstance(default, bool) else 0.25 if "quantile" in name else 17
     text = str(value).lower()
     config = compose_config([f"federation.{name}={text}"])
-    assert getattr(engine_settings(config.federation), name) == value
+    assert getattr(engine_settings(config), name) == value
+
+
+def test_sites_on_other_hosts_may_be_away_for_a_day() -> None:
+    """Protects runs across centres from a night without a line."""
+    across = ["serve.address=vm:8443", "serve.sites=[lumi]"]
+    assert engine_settings(compose_config([])).offline_grace_s == 600
+    assert engine_settings(compose_config(across)).offline_grace_s == 86400
+    given = compose_config([*across, "federation.offline_grace_s=60"])
+    assert engine_settings(given).offline_grace_s == 60
 
 
 @pytest.mark.parametrize("key", ["poll_s", "min_sites", "ttl_s", "round_deadline_s"])

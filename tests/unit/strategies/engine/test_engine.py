@@ -77,6 +77,18 @@ def test_offline_grace_ends_an_order():
     assert 319 <= bench.engine.now() <= 325
 
 
+def test_a_result_is_taken_after_a_night_without_a_line():
+    """What a site has trained meanwhile counts, once, if the grace is longer than it was away."""
+    site = FakeSite("a", step_s=10)
+    bench = ready_bench(site, offline_grace_s=86400)
+    bench.train(steps=100)
+    bench.grid.away("a", 20, 30000)
+    arrival = bench.run()
+    assert isinstance(arrival, SiteResult)
+    assert bench.engine.now() >= 30000
+    assert site.trained == {"run-a-000000": 1}
+
+
 def test_restart_with_a_new_node_id_reattaches():
     """A restarted SuperNode is a new node; the same order is sent there and trained once."""
     site = FakeSite("a", step_s=10)
