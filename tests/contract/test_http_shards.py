@@ -55,7 +55,7 @@ class Site:
 def take(server, content, site, folder):
     """Return what the server makes of a reply."""
     store = FileStore(str(server.root))
-    receiver = Receiver(store, make_codec("full"), folder, lambda name: site.whole)
+    receiver = Receiver(store, make_codec("full"), folder, lambda name: site.whole, 1 << 26)
     expected = Expected(7, {ARRAYS: site.whole.layout})
     return receiver.take(content, expected, Transfer())[ARRAYS]["w"].numpy()
 

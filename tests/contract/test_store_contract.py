@@ -159,7 +159,7 @@ def test_a_reply_in_shards_arrives(store, tmp_path):
     content = RecordDict()
     for _ in range(2):  # an order that is sent again
         SiteExchange(store, codec, 0.0).send(content, ARRAYS, *shards, node_id=7)
-    receiver = Receiver(store.at_server, codec, tmp_path / "server", lambda name: whole)
+    receiver = Receiver(store.at_server, codec, tmp_path / "server", lambda name: whole, 1 << 26)
     parcel = Parcel.from_record(content[PREFIX + ARRAYS], FOLDER)
     taken = receiver.take(content, Expected(7, {ARRAYS: whole.layout}), Transfer())
     for name, array in model.items():

@@ -170,7 +170,7 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 
 def test_ctrl_c_cancels_and_tells_how_to_go_on(tmp_path: Path) -> None:
     """Protects Ctrl-C: exit 130, jobs and processes gone, resumable."""
-    run = Run(tmp_path / "run", "train.steps=70", settings=ONE_SITE)
+    run = Run(tmp_path / "run", "train.steps=200", settings=ONE_SITE)
     run.until_training()
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130
@@ -179,7 +179,7 @@ def test_ctrl_c_cancels_and_tells_how_to_go_on(tmp_path: Path) -> None:
     assert run.summary()["status"] == "interrupted"
     again = Run(tmp_path / "run", resume=True)
     assert again.end() == 0, again.said()
-    assert again.summary()["facilities"]["local_a"]["steps"] == 140
+    assert again.summary()["facilities"]["local_a"]["steps"] == 400
 
 
 def test_data_error_from_the_job_ends_the_run(tmp_path: Path) -> None:
