@@ -1,4 +1,4 @@
-"""What fewer bytes cost in loss: the demo's model under DiLoCo, with every codec.
+"""What fewer bytes cost in loss: the demo's model with every codec.
 
 Two facilities train for 20 rounds from the same start on the demo's data, as in `learning.py`; what
 each sends goes through the codec's file and back, with error feedback and without. The
@@ -38,22 +38,41 @@ sys.path.append(str(Path(__file__).parents[1]))
 from _machine import RESULTS, record
 from learning import Weights, held_out, outer_step, trainers
 
+from strategies.parts import rules
+
 RUNS = RESULTS / "codecs_runs.jsonl"
 SETTINGS = ["rounds=20", "train.steps=10"]
 GAMMA = 0.95
-# Codec, and gamma of its error feedback.
-CASES: list[tuple[list[str], float]] = [
-    (["full"], 0.0), (["int8"], GAMMA), (["int8"], 0.0), (["int4"], GAMMA), (["int4"], 0.0),
-    (["topk", "int2"], GAMMA), (["topk", "int2"], 0.0),
-]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A codec, gamma of its error feedback, and what is made of the updates."""
+
+    codec: tuple[str, ...]
+    gamma: float
+    strategy: str = "diloco"
+
+    def key(self, seed: int, overrides: list[str]) -> str:
+        name = "+".join(self.codec)
+        return " ".join([self.strategy, name, f"gamma={self.gamma:g}", f"seed={seed}", *overrides])
+
+
+FULL = Case(("full",), 0.0)
+SPARSE = ("topk", "int2")
+CASES = (
+    FULL,
+    Case(("int8",), GAMMA), Case(("int8",), 0.0), Case(("int4",), GAMMA), Case(("int4",), 0.0),
+    Case(SPARSE, GAMMA, "sparseloco"), Case(SPARSE, 0.0, "sparseloco"), Case(SPARSE, GAMMA),
+)  # fmt: skip
 
 
 class Sender:
     """What a facility's job does with trained weights, and the server with what it sends."""
 
-    def __init__(self, codec: list[str], gamma: float, folder: Path) -> None:
-        self._codec, self._folder = make_codec(codec), folder
-        self._encoder = make_encoder(codec, gamma, folder / "feedback")
+    def __init__(self, case: Case, folder: Path) -> None:
+        self._codec, self._folder = make_codec(case.codec), folder
+        self._encoder = make_encoder(case.codec, case.gamma, folder / "feedback")
         self.share = 1.0  # of the bytes of the weights
 
     def sent(self, order: str, weights: Path, base: Path) -> Weights:
@@ -68,10 +87,10 @@ class Sender:
         return {name: received.tensor(name).copy() for name in trained.layout}
 
 
-def run(config: Config, group: Group, folder: Path, codec: list[str], gamma: float) -> Any:
+def run(config: Config, group: Group, folder: Path, case: Case) -> Any:
     """Train once; return the mean held-out loss of every round and the share of the bytes."""
     sites = trainers(config, group)
-    senders = {name: Sender(codec, gamma, folder / f"send-{name}") for name in sites}
+    senders = {name: Sender(case, folder / f"send-{name}") for name in sites}
     where, momentum = folder / f"{'0' * 64}.safetensors", Weights()  # named as a version is
     next(iter(sites.values())).save_weights(where)
     theta, losses = load_file(where), []
@@ -82,10 +101,22 @@ def run(config: Config, group: Group, folder: Path, codec: list[str], gamma: flo
             site.train(config.train.steps)
             site.save_weights(folder / f"{name}.safetensors")
             arrived.append(senders[name].sent(f"o{number}", folder / f"{name}.safetensors", where))
-        theta = outer_step(theta, arrived, momentum, config.strategy)
+        if case.strategy == "sparseloco":
+            theta = sparse_step(theta, arrived, config.strategy["outer_lr"])
+        else:
+            theta = outer_step(theta, arrived, momentum, config.strategy)
         save_file(theta, where)
         losses.append(round(statistics.mean(held_out(sites, where).values()), 4))
     return {"losses": losses, "share": next(iter(senders.values())).share}
+
+
+def sparse_step(theta: Weights, arrived: list[Weights], lr: float) -> Weights:
+    """Take SparseLoCo's outer step."""
+    found = {}
+    for name, old in theta.items():
+        deltas = [rules.pseudo_gradient(old, weights[name]) for weights in arrived]
+        found[name] = rules.descend(old, rules.sender_mean(deltas, [1.0] * len(deltas)), lr)
+    return found
 
 
 def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]:
@@ -94,14 +125,16 @@ def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]
     over = {entry["key"]: entry["outcome"] for entry in map(json.loads, lines)}
     until = time.monotonic() + 60.0 * minutes
     for seed in range(seeds):
-        for codec, gamma in CASES:
-            key = _key(codec, gamma, seed, overrides)
+        for case in CASES:
+            key = case.key(seed, overrides)
             if key in over or time.monotonic() > until:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
                 group = join(Path(scratch), Ranks())
-                config = compose_config([*SETTINGS, f"seed={seed}", *overrides])
-                over[key] = run(config, group, Path(scratch), codec, gamma)
+                config = compose_config(
+                    [*SETTINGS, f"strategy={case.strategy}", f"seed={seed}", *overrides]
+                )
+                over[key] = run(config, group, Path(scratch), case)
                 group.close()
             print(f"{key}: {over[key]['losses'][-1]} {over[key]['share']:.4f}", flush=True)
             with open(RUNS, "a") as file:
@@ -112,15 +145,16 @@ def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]
 def table(over: dict[str, Any], overrides: list[str], seeds: int) -> list[dict[str, Any]]:
     """Return a row per case: its loss against that of whole weights with the same seed."""
     rows = []
-    for codec, gamma in CASES:
-        runs = [(over.get(_key(codec, gamma, s, overrides)), s) for s in range(seeds)]
-        there = [(r, over.get(_key(*CASES[0], s, overrides))) for r, s in runs if r]
+    for case in CASES:
+        runs = [(over.get(case.key(seed, overrides)), seed) for seed in range(seeds)]
+        there = [(r, over.get(FULL.key(seed, overrides))) for r, seed in runs if r]
         pairs = [(r["losses"][-1], full["losses"][-1]) for r, full in there if full]
         if pairs:
             worse = [100.0 * (loss / reference - 1.0) for loss, reference in pairs]
             rows.append(
                 {
-                    "codec": "+".join(codec), "feedback": gamma, "seeds": len(pairs),
+                    "strategy": case.strategy, "codec": "+".join(case.codec),
+                    "feedback": case.gamma, "seeds": len(pairs),
                     "share": round(there[0][0]["share"], 4),
                     "loss": round(statistics.mean(p[0] for p in pairs), 4),
                     "percent_worse": round(statistics.mean(worse), 2),
@@ -128,10 +162,6 @@ def table(over: dict[str, Any], overrides: list[str], seeds: int) -> list[dict[s
                 }
             )  # fmt: skip
     return rows
-
-
-def _key(codec: list[str], gamma: float, seed: int, overrides: list[str]) -> str:
-    return " ".join(["+".join(codec), f"gamma={gamma:g}", f"seed={seed}", *overrides])
 
 
 def main() -> None:

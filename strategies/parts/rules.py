@@ -204,6 +204,16 @@ def combined_delta(
     return blockwise(rule, base[name], *(r[name] for r in trained))
 
 
+def sender_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``sum_k w_k delta_k / sum_k w_k [delta_k != 0]``, value by value; zero where none is.
+
+    What a sparse update leaves out has no part in the mean, as in SparseLoCo's code.
+    """
+    total = weighted_sum(deltas, weights)
+    sent = weighted_sum([delta != 0 for delta in deltas], weights)
+    return np.divide(total, sent, out=total, where=sent > 0)
+
+
 def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return ``sum_k w_k delta_k``; the weights are taken as they are."""
     total = np.zeros(deltas[0].shape, dtype=_math(deltas[0]).dtype)

@@ -1,4 +1,4 @@
-"""The largest 1.6 % of an update's values (SparseLoCo, arXiv:2603.08163).
+"""The largest 1.6 % of an update's values (SparseLoCo, arXiv:2508.15706).
 
 What is left out is lost unless it is brought along with later updates: ``exchange.feedback``.
 """
