@@ -1,18 +1,20 @@
 """Two facilities against one: what a second centre's compute brings, and what it costs.
 
 Two real Slurm clusters of one core each (`tests/lab`, as root). A model is trained by the whole
-command at one of them, which has all of the data, and by both, which have half of it each and take
-half of every step's batch each: as many rounds (equal tokens), and twice as many (about equal
-time). All runs are evaluated on the same held-out files. The clusters share this machine with the
-server, so keep it quiet: a run of two needs three cores, and of one, two.
+command at one of them, which has all of the data, and by both, which have half of it each: for
+about equal time, and for equal tokens. Each of both takes the steps of the one with the same batch
+(twice the tokens in as many rounds), or with half of it (the federation's batch is the one's). All
+runs are evaluated on the same held-out files. The clusters share this machine with the server, so
+keep it quiet: a run of two needs three cores, and of one, two.
 
-    python benchmarks/clusters/two_facilities.py [rounds [repetitions]]
+    python benchmarks/clusters/two_facilities.py [--rounds N] [--repetitions N] [--share-batch]
 
-Writes ``benchmarks/results/two_facilities.json``.
+Writes ``benchmarks/results/two_facilities.json``, or ``two_facilities_share_batch.json``.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -37,7 +39,7 @@ from lab.plan import Shape
 ROOT = Path(__file__).parents[2]
 NAMES = ("cross_a", "cross_b")
 HELD_OUT = 20  # One file in so many
-BATCH = 16  # sequences of a step, at all facilities together
+BATCH = 8  # Sequences of a step at each of two
 SETTINGS = (
     "strategy=diloco", "data=text", "train.steps=200", "train.micro_batch=8",
     "train.warmup_steps=20", "data.seq_len=128",
@@ -67,14 +69,16 @@ def write_conf(folder: Path, clusters: Mapping[str, Cluster]) -> Path:
     return folder
 
 
-def train(conf: Path, folder: Path, names: tuple[str, ...], rounds: int) -> dict[str, float]:
+def train(
+    conf: Path, folder: Path, names: tuple[str, ...], rounds: int, batch: int
+) -> dict[str, float]:
     """Run a federation to its end and return its figures."""
     parts = files()
     everything = [path for name in NAMES for path in parts[name]]
     own = {name: parts[name] if len(names) > 1 else everything for name in names}
     settings = [
         f"--config-dir={conf}", f"+facility=[{','.join(names)}]", f"rounds={rounds}",
-        f"run_dir={folder}", f"train.batch_size={BATCH // len(names)}", *SETTINGS,
+        f"run_dir={folder}", f"train.batch_size={batch}", *SETTINGS,
         *(f"+data.paths.{name}={json.dumps(paths)}" for name, paths in own.items()),
         *(f"+data.held_out_paths.{name}={json.dumps(parts['held out'])}" for name in names),
     ]  # fmt: skip
@@ -103,39 +107,46 @@ def figures(folder: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def compare(conf: Path, folder: Path, rounds: int) -> dict[str, Any]:
+def compare(conf: Path, folder: Path, rounds: int, share_batch: bool) -> dict[str, Any]:
     """Train all three ways."""
-    one = train(conf, folder / "one", NAMES[:1], rounds)
-    two = train(conf, folder / "two", NAMES, rounds)
-    twice = train(conf, folder / "two-twice", NAMES, 2 * rounds)
+    alone, longer = (2 * BATCH, 2 * rounds) if share_batch else (BATCH, rounds)
+    one = train(conf, folder / "one", NAMES[:1], rounds, alone)
+    two = train(conf, folder / "two", NAMES, longer, BATCH)
+    half = train(conf, folder / "two-half", NAMES, longer // 2, BATCH)
     return {
-        "one": one, "two": two, "two, twice the rounds": twice,
-        "tokens_per_s_ratio": twice["tokens_per_s"] / one["tokens_per_s"],
-        "loss_ratio_at_equal_tokens": two["held_out_loss"] / one["held_out_loss"],
-        "loss_ratio_at_equal_time": twice["held_out_loss"] / one["held_out_loss"],
+        "one": one, "two, equal time": two, "two, equal tokens": half,
+        "tokens_per_s_ratio": two["tokens_per_s"] / one["tokens_per_s"],
+        "loss_ratio_at_equal_tokens": half["held_out_loss"] / one["held_out_loss"],
+        "loss_ratio_at_equal_time": two["held_out_loss"] / one["held_out_loss"],
     }  # fmt: skip
 
 
-def main(rounds: int, repetitions: int) -> None:
+def main() -> None:
     """Run, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10, help="of the one facility")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--share-batch", action="store_true")
+    options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="two-")))
         shape = Shape(nodes=1, cpus=1, accounting=False)
         clusters = {name: stack.enter_context(Cluster.up(name, shape)) for name in NAMES}
         conf = write_conf(folder / "conf", clusters)
         found = []
-        for k in range(repetitions):
+        for k in range(options.repetitions):
             (folder / str(k)).mkdir()
-            found.append(compare(conf, folder / str(k), rounds))
+            found.append(compare(conf, folder / str(k), options.rounds, options.share_batch))
             print(json.dumps(found[-1], indent=1), flush=True)
     names = [key for key in found[0] if "ratio" in key]
     ratios = {name: median(one[name] for one in found) for name in names}
     print(ratios)
     record(
-        "two_facilities", {"ratios": ratios, "runs": found},
-        {"rounds": rounds, "batch": BATCH, "settings": SETTINGS},
-    )  # fmt: skip
+        "two_facilities" + "_share_batch" * options.share_batch,
+        {"ratios": ratios, "runs": found},
+        {"rounds": options.rounds, "batch": BATCH, "settings": SETTINGS},
+    )
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:]), *(20, 3)[len(sys.argv) - 1 :])
+    main()

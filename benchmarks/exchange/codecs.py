@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.numpy import load_file, save_file
 
 from flwr_hpc.config.compose import compose_config
@@ -71,8 +72,8 @@ class Sender:
     """What a facility's job does with trained weights, and the server with what it sends."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self._codec, self._folder = make_codec(case.codec), folder
-        self._encoder = make_encoder(case.codec, case.gamma, folder / "feedback")
+        self._codec, self._folder = make_codec(list(case.codec)), folder
+        self._encoder = make_encoder(list(case.codec), case.gamma, folder / "feedback")
         self.share = 1.0  # of the bytes of the weights
 
     def sent(self, order: str, weights: Path, base: Path) -> Weights:
@@ -171,6 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
     args = parser.parse_intermixed_args()
+    torch.set_num_threads(1)  # so small a model only waits for more
     rows = table(complete(args.overrides, args.seeds, args.minutes), args.overrides, args.seeds)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
