@@ -194,12 +194,16 @@ def mean_of(name: str, records: Sequence[Record], weights: Sequence[float]) -> L
 
 
 def combined_delta(
-    name: str, base: Record, trained: Sequence[Record], weights: Sequence[float]
+    name: str,
+    base: Record,
+    trained: Sequence[Record],
+    weights: Sequence[float],
+    mean: Callable[[Sequence[Tensor], Sequence[float]], Tensor] = weighted_mean,
 ) -> Lazy:
-    """Return ``sum_k w_k (theta - theta_k)`` of one tensor, weights normalised."""
+    """Return ``sum_k w_k (theta - theta_k)`` of one tensor, weights normalised, or another mean."""
 
     def rule(theta: Tensor, *xs: Tensor) -> Tensor:
-        return weighted_mean([pseudo_gradient(theta, x) for x in xs], weights)
+        return mean([pseudo_gradient(theta, x) for x in xs], weights)
 
     return blockwise(rule, base[name], *(r[name] for r in trained))
 

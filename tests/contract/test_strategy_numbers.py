@@ -16,7 +16,6 @@ from strategies.diloco import DiLoCo
 from strategies.fedavg import FedAvg as OurFedAvg
 from strategies.fedbuff import FedBuff
 from strategies.parts import blocks
-from strategies.sparseloco import SparseLoCo
 
 
 def plain_grid(dtype: str = "float64") -> tuple[FakeGrid, ArrayRecord]:
@@ -78,9 +77,14 @@ def test_the_dtype_of_the_model_is_kept():
         HpcStrategy(),
         OurFedAvg(),
         DiLoCo(outer_lr=1.0, momentum=0.0, weighted_by="num-examples"),
-        SparseLoCo(weighted_by="num-examples"),
+        DiLoCo(outer_lr=1.0, momentum=0.0, weighted_by="num-examples", averaged_over="senders"),
     ],
-    ids=["hpc strategy", "fedavg", "diloco with eta 1 and beta 0", "sparseloco of dense updates"],
+    ids=[
+        "hpc strategy",
+        "fedavg",
+        "diloco with eta 1 and beta 0",
+        "averaged over senders",
+    ],
 )
 def test_flowers_fedavg_and_ours(ours):
     """The same replies, sites of unequal examples: the same weights but for rounding."""
