@@ -32,6 +32,7 @@ from flwr_hpc.train.optim import schedule_steps
 from flwr_hpc.train.rendezvous import Group, join
 from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.ranks import Ranks
+from strategies.diloco import MEANS
 from strategies.parts import rules
 
 BOUND = 2.1  # nats per byte: what the demo promises on each held-out set
@@ -85,10 +86,11 @@ def outer_step(
 ) -> Weights:
     """Take DiLoCo's outer step (all facilities train equally many tokens, so they weigh alike)."""
     lr, beta = float(strategy["outer_lr"]), float(strategy["momentum"])
+    mean = MEANS[strategy.get("averaged_over", "sites")]
     found = {}
     for name, old in theta.items():
         deltas = [rules.pseudo_gradient(old, weights[name]) for weights in trained]
-        delta = rules.weighted_mean(deltas, [1.0] * len(deltas))
+        delta = mean(deltas, [1.0] * len(deltas))
         momentum[name] = rules.momentum_step(momentum.get(name), delta, beta)
         found[name] = np.ascontiguousarray(
             rules.nesterov_step(old, delta, momentum[name], lr, beta)

@@ -26,8 +26,9 @@ class DiLoCo(HpcStrategy):
 
     With eta = 1, beta = 0, ``averaged_over="senders"`` and sparse updates (`exchange.codec`) it is
     SparseLoCo (arXiv 2508.15706): error feedback at the sites stands for the momentum, and each
-    value is averaged over the sites that sent it, as in the authors' code, so that the step does
-    not shrink with the number of sites, of which few send the same values::
+    value is averaged over the sites that sent it, as in the code of the authors' first release
+    (CCLoco), so that the step does not shrink with the number of sites, of which few send the same
+    values::
 
         delta = sum_k w_k (theta - theta_k) / sum_k w_k [theta != theta_k]
 

@@ -1,8 +1,9 @@
 """What fewer bytes cost in loss: the demo's model with every codec.
 
 Two facilities train for 20 rounds from the same start on the demo's data, as in `learning.py`; what
-each sends goes through the codec's file and back, with error feedback and without. The
-trainer, the codecs, the feedback and the outer step are those of a real run.
+each sends goes through the codec's file and back, with error feedback and without, under DiLoCo,
+and sparse updates under SparseLoCo too. The trainer, the codecs, the feedback and the arithmetic
+of the outer step are those of a real run.
 
     python benchmarks/exchange/codecs.py [--seeds N] [--minutes M] [OVERRIDE ...]
 
@@ -38,8 +39,6 @@ from flwr_hpc.worker.ranks import Ranks
 sys.path.append(str(Path(__file__).parents[1]))
 from _machine import RESULTS, record
 from learning import Weights, held_out, outer_step, trainers
-
-from strategies.parts import rules
 
 RUNS = RESULTS / "codecs_runs.jsonl"
 SETTINGS = ["rounds=20", "train.steps=10"]
@@ -102,22 +101,10 @@ def run(config: Config, group: Group, folder: Path, case: Case) -> Any:
             site.train(config.train.steps)
             site.save_weights(folder / f"{name}.safetensors")
             arrived.append(senders[name].sent(f"o{number}", folder / f"{name}.safetensors", where))
-        if case.strategy == "sparseloco":
-            theta = sparse_step(theta, arrived, config.strategy["outer_lr"])
-        else:
-            theta = outer_step(theta, arrived, momentum, config.strategy)
+        theta = outer_step(theta, arrived, momentum, config.strategy)
         save_file(theta, where)
         losses.append(round(statistics.mean(held_out(sites, where).values()), 4))
     return {"losses": losses, "share": next(iter(senders.values())).share}
-
-
-def sparse_step(theta: Weights, arrived: list[Weights], lr: float) -> Weights:
-    """Take SparseLoCo's outer step."""
-    found = {}
-    for name, old in theta.items():
-        deltas = [rules.pseudo_gradient(old, weights[name]) for weights in arrived]
-        found[name] = rules.descend(old, rules.sender_mean(deltas, [1.0] * len(deltas)), lr)
-    return found
 
 
 def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]:

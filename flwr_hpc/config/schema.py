@@ -208,8 +208,8 @@ class FederationConfig:
     acquire_deadline_s: float | None = None
     # Give up on an order so long after it was submitted.
     order_deadline_s: float | None = None
-    # How long a site may be unreachable before its order is given up, and all before the run is;
-    # default: 600, and a day of sites on other hosts, whose line a person may have to mend.
+    # How long a site may be unreachable before its order is given up, and all sites before the run
+    # is; default: 600, or a day where sites are on other hosts: a person may have to mend the line.
     offline_grace_s: float | None = None
     retries: int = 2  # How often an order that failed is sent again
     reply_grace_s: float = 900.0  # A reply later than `wait_s` by so much is taken for lost

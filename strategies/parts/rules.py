@@ -211,7 +211,8 @@ def combined_delta(
 def sender_mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return ``sum_k w_k delta_k / sum_k w_k [delta_k != 0]``, value by value; zero where none is.
 
-    What a sparse update leaves out has no part in the mean, as in SparseLoCo's code.
+    What a sparse update leaves out has no part in the mean, as in CCLoco's code (see
+    `strategies.diloco`).
     """
     total = weighted_sum(deltas, weights)
     sent = weighted_sum([delta != 0 for delta in deltas], weights)

@@ -10,12 +10,15 @@ from worlds.strategies.grid import FakeGrid, FakeSite, name_this_process
 from worlds.strategies.toy_model import as_numpy, initial_arrays, pull_towards
 from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, each, sites
 
+from flwr_hpc.config.compose import compose_config
 from flwr_hpc.protocol import WEIGHT_KEY
+from flwr_hpc.server.strategy_factory import build_strategy
 from strategies import HpcStrategy, Runtime, run_strategy
 from strategies.diloco import DiLoCo
 from strategies.fedavg import FedAvg as OurFedAvg
 from strategies.fedbuff import FedBuff
 from strategies.parts import blocks
+from strategies.parts.blocks import as_is
 
 
 def plain_grid(dtype: str = "float64") -> tuple[FakeGrid, ArrayRecord]:
@@ -79,12 +82,7 @@ def test_the_dtype_of_the_model_is_kept():
         DiLoCo(outer_lr=1.0, momentum=0.0, weighted_by="num-examples"),
         DiLoCo(outer_lr=1.0, momentum=0.0, weighted_by="num-examples", averaged_over="senders"),
     ],
-    ids=[
-        "hpc strategy",
-        "fedavg",
-        "diloco with eta 1 and beta 0",
-        "averaged over senders",
-    ],
+    ids=["hpc strategy", "fedavg", "diloco with eta 1 and beta 0", "averaged over senders"],
 )
 def test_flowers_fedavg_and_ours(ours):
     """The same replies, sites of unequal examples: the same weights but for rounding."""
@@ -142,6 +140,18 @@ def test_diloco_by_hand():
             theta[k] = theta[k] - 0.7 * (delta + 0.9 * m[k])
     for name, tensor in theta.items():
         np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_sparseloco_by_hand():
+    """Its file in `conf` averages each value over those who changed it; the others stay."""
+    strategy = build_strategy(compose_config(["strategy=sparseloco"]).strategy)
+    start, *ends = (
+        ArrayRecord([np.array(values, np.float32)])
+        for values in ([10, 10, 10], [8, 10, 10], [6, 7, 10])
+    )
+    strategy.arrays = start
+    found = dict(strategy.aggregate(1, ends, [1.0, 1.0]))
+    np.testing.assert_array_equal(as_is(*found.values()), [7, 7, 10])
 
 
 def test_fedbuff_takes_the_delta_against_the_version_it_started_from():

@@ -11,6 +11,7 @@ import ssl
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,10 @@ class World:
     def raw(self, text: bytes) -> bytes:
         """Send bytes through TLS and return all that comes back until the other end closes."""
         got = b""
-        with self.connect() as s:
-            try:
-                s.sendall(text)
-                while more := s.recv(65536):
-                    got += more
-            except (ConnectionError, ssl.SSLError):
-                pass
+        with self.connect() as s, suppress(ConnectionError, ssl.SSLError):  # as it may be closed
+            s.sendall(text)
+            while more := s.recv(65536):
+                got += more
         return got
 
 

@@ -44,7 +44,7 @@ def test_integer_tensors_are_rounded():
 
 
 def test_sparse_updates_are_averaged_over_those_who_sent_them():
-    """Weights 1 and 3; what nobody sent stays. SparseLoCo's code takes a mean of what is there."""
+    """Weights 1 and 3; what nobody sent stays. CCLoco's code takes a mean of what is there."""
     sent = [f32(2, 4, 0, 0), f32(6, 0, 8, 0)]
     np.testing.assert_array_equal(rules.sender_mean(sent, [1, 3]), f32(5, 4, 8, 0))
 
