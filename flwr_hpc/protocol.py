@@ -19,6 +19,11 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 T = TypeVar("T")
 
+# Of all that server and site say to each other, over the exchange, too: raised with every change
+# that one side could not understand of the other.
+PROTOCOL = 1
+PROTOCOL_HEADER = "flwr-hpc-protocol"  # Of every request to the exchange
+
 # Flower message types.
 TRAIN = "train"
 EVALUATE = "evaluate"

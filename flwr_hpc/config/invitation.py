@@ -19,6 +19,7 @@ from flwr_hpc import __version__
 from flwr_hpc.config.schema import Config, decode
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import publish, read_json
+from flwr_hpc.protocol import PROTOCOL
 
 FORMAT = 1
 RUN_KEYS = ("rounds", "seed", "model", "train", "exchange")
@@ -29,7 +30,7 @@ DATA_KEYS = (
 )
 # A folder or file of the server's is none of a site's.
 PLACES = ("model.path", "data.tokenizer", "data.chat_template")
-EXACT = {"flwr_hpc": "flwr-hpc", "flwr": "flwr"}
+NAMES = {"flwr_hpc": "flwr-hpc", "flwr": "flwr", "protocol": "the protocol"}
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Invitation:
     versions: dict[str, str]  # The server's, see `versions`
     run: dict[str, Any]  # Settings of the run, as in its configuration
     missing: list[str] = field(default_factory=list)  # Settings that each site gives for itself
+    # What the server does with updates: shown to the site's people, and nothing else there.
+    strategy: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Publish the file, mode 0600."""
@@ -64,14 +67,15 @@ def read_invitation(path: Path) -> Invitation:
         raise UserError(f"others can read the invitation {path}. Fix it with: chmod 600 {path}")
     if raw.get("format", FORMAT) != FORMAT:
         raise UserError(
-            f"{path} is of another version of flwr-hpc. {_install(raw.get('versions', {}))}"
+            f"{path} is of another version of flwr-hpc. "
+            f"{_install(raw.get('versions', {}), {'flwr_hpc'})}"
         )
     return decode(Invitation, raw, str(path))
 
 
 def versions() -> dict[str, str]:
     """Return what has to fit between server and site, and what is recorded beside it."""
-    found = {"flwr_hpc": __version__, "python": sys.version.split()[0]}
+    found = {"flwr_hpc": __version__, "protocol": str(PROTOCOL), "python": sys.version.split()[0]}
     for package in ("flwr", "torch"):
         try:
             found[package] = version(package)
@@ -81,22 +85,27 @@ def versions() -> dict[str, str]:
 
 
 def check_versions(server: dict[str, str], here: dict[str, str] | None = None) -> None:
-    """Refuse a flwr-hpc or Flower that does not fit the server's; Python and torch may differ."""
+    """Refuse a flwr-hpc, protocol or Flower that does not fit; Python and torch may differ."""
     here = versions() if here is None else here
-    same = here.get("flwr_hpc") == server.get("flwr_hpc")
-    if same and _minor(here.get("flwr", "")) == _minor(server.get("flwr", "")):
+    differ = {key for key in ("flwr_hpc", "protocol") if here.get(key) != server.get(key)}
+    if _minor(here.get("flwr", "")) != _minor(server.get("flwr", "")):
+        differ.add("flwr")
+    if not differ:
         return
     pairs = (
         f"{name} {here.get(key, 'is missing')} (the server has {server.get(key)})"
-        for key, name in EXACT.items()
+        for key, name in NAMES.items()
     )
-    raise UserError(f"this site does not fit the server: {', '.join(pairs)}. {_install(server)}")
+    raise UserError(
+        f"this site does not fit the server: {', '.join(pairs)}. {_install(server, differ)}"
+    )
 
 
 def run_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Return what of a run's settings goes to its sites, and which they have to give themselves."""
     whole: Any = OmegaConf.to_container(OmegaConf.structured(config))
     run = {key: whole[key] for key in RUN_KEYS}
+    del run["exchange"]["memory_gb"]  # the server's own
     run["data"] = {key: whole["data"][key] for key in DATA_KEYS}
     missing = []
     for place in PLACES:
@@ -107,9 +116,22 @@ def run_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     return run, missing
 
 
-def _install(server: dict[str, str]) -> str:
-    wanted = " ".join(f"'{name}=={server[key]}'" for key, name in EXACT.items() if key in server)
-    return f"Fix it with: {sys.executable} -m pip install {wanted}"
+def wheel_name(version: str) -> str:
+    """Return the file name of a version's wheel."""
+    return f"flwr_hpc-{version}-py3-none-any.whl"
+
+
+def _install(server: dict[str, str], differ: set[str]) -> str:
+    """Return what to type; the server's wheel lies beside its invitations."""
+    pip, words, ask = f"{sys.executable} -m pip install", [], ""
+    if differ & {"flwr_hpc", "protocol"}:
+        wheel = wheel_name(server.get("flwr_hpc", "VERSION"))
+        anew = "" if "flwr_hpc" in differ else "--force-reinstall --no-deps "  # of the same number
+        words.append(f"{pip} {anew}{wheel}")
+        ask = f"{wheel} lies beside the invitation at the server: ask who sent it for both. "
+    if "flwr" in differ:
+        words.append(f"{pip} 'flwr=={server.get('flwr')}'")
+    return f"{ask}Fix it with: {' && '.join(words)}"
 
 
 def _minor(text: str) -> list[str]:

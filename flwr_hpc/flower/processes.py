@@ -143,6 +143,11 @@ class Processes:
         File descriptor that the helper keeps open until the last process has ended.
     say : callable
         Told of restarts.
+
+    Attributes
+    ----------
+    restarts : int
+        How often one that had ended was started again.
     """
 
     def __init__(
@@ -153,6 +158,7 @@ class Processes:
         token = secrets.token_hex(8)
         self._env = {**os.environ, **env, SESSION_MARK: token}
         self._children: list[Child] = []
+        self.restarts = 0
         clean = {k: v for k, v in os.environ.items() if k != SESSION_MARK}
         self._reaper = subprocess.Popen(
             [sys.executable, "-S", str(Path(reaper.__file__)), f"{SESSION_MARK}={token}"],
@@ -224,6 +230,7 @@ class Processes:
                 child.quick_ends = child.quick_ends + 1 if lived < STABLE_S else 0
                 self._say(f"{child.name} ended (see logs/{child.name}.log); starting it again")
                 self.start(child)
+                self.restarts += 1
         return gone
 
     def wait(self, name: str, timeout_s: float) -> None:

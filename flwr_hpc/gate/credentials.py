@@ -25,6 +25,7 @@ class Credential:
     public_ssh: str  # The same, for Flower's command
     node_id: int = 0  # What Flower calls its SuperNode; 0: not registered yet
     revoked: bool = False
+    settings: str = ""  # sha256 of the run's settings that its invitation brought
 
 
 def sha256(token: str) -> str:
@@ -58,6 +59,12 @@ class Guests:
         self._stamp: tuple[int, int, int] | None = None
         self._by_key: dict[str, str] = {}
         self._by_token: dict[str, tuple[str, Credential]] = {}
+        self._revoked: frozenset[str] = frozenset()
+
+    def revoked(self) -> frozenset[str]:
+        """Return the sites that are out."""
+        self._read()
+        return self._revoked
 
     def site_of_key(self, public_key: bytes) -> str | None:
         """Return the site whose SuperNode has this public key (PEM), unless it is revoked."""
@@ -97,6 +104,7 @@ class Guests:
         except (OSError, ValueError, TypeError):  # none, or no longer to be read: nobody comes in
             self._stamp, self._by_key, self._by_token = None, {}, {}
             return
+        self._revoked = frozenset(site for site, c in credentials.items() if c.revoked)
         valid = {site: c for site, c in credentials.items() if not c.revoked}
         self._by_key = {c.public_key.strip(): site for site, c in valid.items()}
         self._by_token = {c.token_sha256: (site, c) for site, c in valid.items()}

@@ -57,7 +57,8 @@ def site_config(
 
 def run_part(invitation: Invitation) -> dict[str, object]:
     """Return what came with the run, to be shown."""
-    return {"server": invitation.address, "sites": invitation.sites, **invitation.run}
+    who = {"server": invitation.address, "sites": invitation.sites}
+    return {**who, "strategy": invitation.strategy, **invitation.run}
 
 
 def _own_key(override: str) -> str:

@@ -22,6 +22,7 @@ from flwr_hpc.flower.processes import Processes, ignore_signals, reserve_port
 from flwr_hpc.gate import peers
 from flwr_hpc.join import server_door
 from flwr_hpc.join.configure import run_part
+from flwr_hpc.join.server_watch import ServerWatch
 from flwr_hpc.schedulers.accounts import settle_accounts
 from flwr_hpc.schedulers.base import SchedulerUnavailableError
 from flwr_hpc.schedulers.registry import check_facilities, make_scheduler
@@ -36,7 +37,6 @@ from flwr_hpc.tracking.live import LiveView
 
 POLL_S = 0.5
 SPENT_S = 600.0  # between two lines on what the site has spent
-ASK_S = 60.0  # between two questions whether the invitation still holds
 LEAVE_S = 15.0  # for the server to end once it has heard that the site lets go
 
 
@@ -217,7 +217,12 @@ def _session(
             )
         )  # fmt: skip
         progress = SpoolProgress({name: spool.root})
-        _follow(processes, spool, invitation, view, progress, lambda: _spent(folder, config))
+        watch = ServerWatch(
+            partial(server_door.ask, invitation),
+            partial(_at_rest, folder, config),
+            view.print_line,
+        )
+        _follow(processes, spool, watch, view, progress, lambda: _spent(folder, config))
         _take_leave(invitation)
     return 0, "the run is over"
 
@@ -225,13 +230,13 @@ def _session(
 def _follow(
     processes: Processes,
     spool: Spool,
-    invitation: Invitation,
+    watch: ServerWatch,
     view: LiveView,
     progress: SpoolProgress,
     spent: Callable[[], str],
 ) -> None:
     """Show what the site does until the server says that the run is over."""
-    asked = told = time.monotonic()
+    told, restarts = time.monotonic(), 0
     while not spool.released.exists():
         if gone := processes.tend():
             raise UserError(f"{gone[0].name} has ended: see its log in {processes.logs}")
@@ -239,10 +244,8 @@ def _follow(
         if time.monotonic() - told > SPENT_S:
             told = time.monotonic()
             view.print_line(spent())
-        if time.monotonic() - asked > ASK_S:
-            asked = time.monotonic()
-            with suppress(server_door.Away):
-                check_versions(server_door.ask(invitation)["versions"])
+        watch.poll(in_doubt=processes.restarts > restarts)
+        restarts = processes.restarts
         time.sleep(POLL_S)
 
 
@@ -255,6 +258,16 @@ def _take_leave(invitation: Invitation) -> None:
         except (server_door.Away, UserError):
             return
         time.sleep(POLL_S)
+
+
+def _at_rest(folder: RunDir, config: Config) -> str:
+    """Say what the site's jobs have cost once none is left of them."""
+    (site,) = open_sites(folder, config).values()
+    try:
+        over = site.spool.allocations() and not site.live_jobs()
+        return _spent(folder, config) if over else ""
+    except (SchedulerUnavailableError, OSError):
+        return ""
 
 
 def _spent(folder: RunDir, config: Config) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flwr_hpc import files
 from flwr_hpc.config.invitation import FORMAT, Invitation, read_invitation, run_settings, versions
@@ -26,6 +27,7 @@ from flwr_hpc.flower import commands
 from flwr_hpc.gate.certificate import new_certificate, new_key_pair
 from flwr_hpc.gate.credentials import Credential, read_credentials, sha256, write_credentials
 from flwr_hpc.server.run_dir import RunDir
+from flwr_hpc.ssh.wheel import NAME, build_wheel
 
 COMMAND_S = 90.0  # for Flower's commands
 
@@ -33,7 +35,11 @@ Runner = Callable[[Sequence[str]], str]  # Runs a command and returns what it pr
 
 
 def prepare(run: RunDir, config: Config) -> list[Path]:
-    """Make the server's certificate and the invitations of all expected sites, once."""
+    """Make the server's certificate and the invitations of all expected sites, once.
+
+    Who was sent settings that a resume has changed is invited anew: a site cannot go on with others
+    than the run's, and its former invitation is worth nothing.
+    """
     assert config.serve.address is not None
     if not run.certificate_key.exists():
         host = config.serve.address.rpartition(":")[0].strip("[]")
@@ -41,8 +47,17 @@ def prepare(run: RunDir, config: Config) -> list[Path]:
         private_folder(run.certificate.parent)
         publish(run.certificate, certificate)
         publish(run.certificate_key, key)
-    known = read_credentials(run.credentials)
-    return [invite(run, config, site) for site in config.serve.sites if site not in known]
+    known, settings = read_credentials(run.credentials), _digest(run_settings(config))
+    new = [site for site in config.serve.sites if site not in known]
+    changed = [s for s, c in known.items() if not c.revoked and c.settings != settings]
+    return [invite(run, config, site) for site in [*new, *changed]]
+
+
+def put_wheel(run: RunDir) -> Path:
+    """Put what a site with another flwr-hpc installs beside the invitations."""
+    path = run.invitations / NAME
+    publish(path, build_wheel())
+    return path
 
 
 def invite(run: RunDir, config: Config, site: str) -> Path:
@@ -55,7 +70,9 @@ def invite(run: RunDir, config: Config, site: str) -> Path:
     path = run.invitations / f"{site}.json"
     with files.lock(run.invitations):
         credentials = read_credentials(run.credentials)
-        fresh = Credential(sha256(token), keys.public_pem, keys.public_ssh)
+        fresh = Credential(
+            sha256(token), keys.public_pem, keys.public_ssh, settings=_digest((settings, missing))
+        )
         invitation = Invitation(
             format=FORMAT,
             site=site,
@@ -68,6 +85,7 @@ def invite(run: RunDir, config: Config, site: str) -> Path:
             versions=versions(),
             run=settings,
             missing=missing,
+            strategy=dict(config.strategy),
         )
         write_credentials(run.credentials, {**credentials, site: fresh})
         invitation.write(path)
@@ -152,6 +170,10 @@ def run_flower(run: RunDir) -> Runner:
         return done.stdout
 
     return runner
+
+
+def _digest(settings: tuple[dict[str, Any], list[str]]) -> str:
+    return sha256(json.dumps(settings, sort_keys=True, default=str))
 
 
 def _free_port(before: str | None) -> int:

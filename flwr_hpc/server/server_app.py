@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import fields, replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -30,7 +30,7 @@ from flwr_hpc.files import (
     publish,
     wait_until_writable,
 )
-from flwr_hpc.gate.credentials import read_credentials
+from flwr_hpc.gate.credentials import Guests, read_credentials
 from flwr_hpc.server.model_dir import (
     base_options,
     publish_files,
@@ -140,6 +140,7 @@ def _train(
         lost=_signs(run, config, clock).lost,
         restarted=_restarted(run, config),
         may_speak_for=lambda node_id, site: may_speak_for(run, config, node_id, site),
+        revoked=revoked(run),
     )
     strategy = build_strategy(config.strategy)
     engine = Engine(exchange, runtime)
@@ -185,6 +186,13 @@ def may_speak_for(run: RunDir, config: Config, node_id: int, site: str) -> bool:
         return True
     credential = read_credentials(run.credentials).get(site)
     return credential is not None and not credential.revoked and credential.node_id == node_id
+
+
+def revoked(run: RunDir) -> Callable[[], Mapping[str, str]]:
+    """Return what tells which sites were let in and are out again, and why."""
+    guests = Guests(run.credentials)
+    words = "it was revoked; `python -m flwr_hpc.serve invite {0} {1}` lets it in again"
+    return lambda: {site: words.format(site, run.path) for site in guests.revoked()}
 
 
 def _wait_for_sites(engine: Engine, run: RunDir, config: Config, over: bool) -> None:

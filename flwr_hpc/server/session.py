@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -72,9 +72,9 @@ def run(config: Config, resumed: bool, accounts: Mapping[str, Account]) -> int:
             publish(run_dir.jobs / f"{name}.sh", script)
         console.print(f"run directory: {run_dir.path}", soft_wrap=True)
         if config.serve.address:
-            invitations.prepare(run_dir, config)
+            new = invitations.prepare(run_dir, config)
             if not config.facilities:
-                _print_invitations(console, run_dir)
+                _print_invitations(console, run_dir, new if resumed else [])
         _print_accounts(console, config, accounts)
         attendants = connect(console, run_dir, config, resumed)
         with LiveView(console, config.rounds, run_dir.sites(config)) as view:
@@ -226,8 +226,15 @@ def _named(codec: object) -> str:
     return f"[{','.join(map(str, codec))}]" if isinstance(codec, list) else str(codec)
 
 
-def _print_invitations(console: Console, run_dir: RunDir) -> None:
+def _print_invitations(console: Console, run_dir: RunDir, renewed: Sequence[Path]) -> None:
     """Say what each site's person is to get, and to type."""
+    if renewed:
+        line = (
+            "the run's settings have changed, and with them the invitations of "
+            f"{', '.join(path.stem for path in renewed)}: the former are worth nothing"
+        )
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    wheel = invitations.put_wheel(run_dir)
     for site, credential in read_credentials(run_dir.credentials).items():
         path = run_dir.invitations / f"{site}.json"
         if not credential.revoked:
@@ -235,6 +242,8 @@ def _print_invitations(console: Console, run_dir: RunDir) -> None:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
             line = f"  python -m flwr_hpc.join {site}.json +facility=NAME data.paths=/PATH/TO/FILES"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
+    line = f"who has no flwr-hpc, or another, gets {wheel}, too: python -m pip install {wheel.name}"
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_accounts(console: Console, config: Config, accounts: Mapping[str, Account]) -> None:

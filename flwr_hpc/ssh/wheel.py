@@ -13,9 +13,10 @@ from pathlib import Path
 import flwr_hpc
 from flwr_hpc import __version__
 from flwr_hpc.config.folder import conf_dir
+from flwr_hpc.config.invitation import wheel_name
 from flwr_hpc.schedulers.script import templates_dir
 
-NAME = f"flwr_hpc-{__version__}-py3-none-any.whl"
+NAME = wheel_name(__version__)
 _INFO = f"flwr_hpc-{__version__}.dist-info"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: flwr-hpc\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 

@@ -209,6 +209,7 @@ LINES: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "order_note": lambda e: f"{e.get('facility')}: {e.get('note')}",
     "order_rejected": lambda e: f"{e.get('facility')}: reply rejected: {e.get('reason')}",
     "order_failed": lambda e: f"{e.get('facility')}: order failed: {e.get('reason')}",
+    "order_late": lambda e: f"{e.get('facility')}: its order came too late: {e.get('reason')}",
     "evaluated": _evaluated,
     "aggregated": lambda e: (
         f"version {e.get('version')} aggregated from {', '.join(e.get('facilities') or [])}"

@@ -217,12 +217,14 @@ class AsyncStrategy(HpcStrategy):
         options = {**self.default_options, **plan.options, "server-round": self.version + 1}
         steps = plan.steps or self.default_steps
         bind = plan.bind or (lambda running: Binding(self.version, self.arrays))
-        return dataclasses.replace(plan, steps=steps, options=options, bind=bind)
+        return dataclasses.replace(plan, steps=steps, options=options, bind=bind, late=True)
 
     def resume(self, order: Order) -> Plan:
         """Return the plan of an order of an interrupted run."""
         binding = Binding(order.version, self.runtime.checkpoints.get(global_name(order.version)))
-        return Plan(order.steps, order.options, kind=order.kind, bind=lambda running: binding)
+        return Plan(
+            order.steps, order.options, kind=order.kind, bind=lambda running: binding, late=True
+        )
 
     def reported_weight(self, facility: str, staleness: int, updates: int) -> float:
         """Return the weight, among so many, of an update in a version."""

@@ -244,7 +244,11 @@ class Engine:
         while True:
             self.resume(lambda order: plan if order.kind == "initialize" else None)
             self.require(1)
-            able = [n for n, s in sorted(self.sites.items()) if s.launcher and n not in failed]
+            able = [
+                name
+                for name, site in sorted(self.sites.items())
+                if site.launcher and not site.refusal and name not in failed
+            ]
             if self.sites and not able:
                 raise RunFailed(f"no site could make the initial weights: {failed}")
             if not self._tracker.claimed("initialize"):
@@ -285,12 +289,24 @@ class Engine:
         restarted = self.runtime.restarted()  # first: they are online by then, and are heard out
         online = self._transport.online()
         self._registry.roll_call(set(online))
+        self._shut_out()
+        for site in self.sites.values():
+            if site.online:
+                self._tracker.take_up(site)
         received = self._receive(online)
         self._send_again(restarted)
         self._lose(online)
         self._tracker.expire(self.sites)
         if not self._send(online) and not received and not self._tracker.news:
             self.runtime.clock.sleep(self.runtime.settings.poll_s)
+
+    def _shut_out(self) -> None:
+        """Wait no longer for sites that are revoked: what they still say does not come here."""
+        for facility, reason in self.runtime.revoked().items():
+            site = self.sites.get(facility)
+            if site is not None and not site.refusal:
+                self._transport.drop(site.node_id)
+                self._tracker.shut_out(site, reason)
 
     def _moved(self, facility: str, old_node: int) -> None:
         """What was in flight to a node that is gone is sent to its successor."""

@@ -29,6 +29,8 @@ class RequestTracker:
     ----------
     current, prefetched : dict of str to Request
         By facility: what it works on, and what was submitted to wait there for that to end.
+    away : dict of str to list of Request
+        By facility: what was given up since the site was away, and is still wanted of it.
     loose : dict of str to Order
         By id: of an interrupted run, and not asked for again yet.
     news : list of Event
@@ -38,7 +40,9 @@ class RequestTracker:
     def __init__(self, runtime: Runtime, memory: Memory) -> None:
         self.current: dict[str, Request] = {}
         self.prefetched: dict[str, Request] = {}
+        self.away: dict[str, list[Request]] = {}
         self.loose: dict[str, Order] = {}
+        self._missed: dict[str, Order] = {}  # by facility: given up for good, and not told yet
         self.news: list[Event] = []
         self.new_orders = False
         self.telemetry = Telemetry(runtime.emit, runtime.clock.now)
@@ -102,12 +106,18 @@ class RequestTracker:
         """Drop all of a facility's requests."""
         self._drop(self.prefetched, facility)
         self._drop(self.current, facility)
+        for request in self.away.pop(facility, []):
+            self._close(request)
         for order in self.unattached(facility):
             del self._memory.orders[order.id], self.loose[order.id]
 
     def _drop(self, table: dict[str, Request], facility: str) -> None:
         request = table.pop(facility, None)
-        if request is not None and request.order is not None:
+        if request is not None:
+            self._close(request)
+
+    def _close(self, request: Request) -> None:
+        if request.order is not None:
             self._memory.orders.pop(request.order.id, None)
 
     def forget_requests(self, kind: OrderKind) -> None:
@@ -117,9 +127,10 @@ class RequestTracker:
 
     def send_again(self, facility: str) -> None:
         """Submit again what was in flight to a node that is gone."""
-        for table in (self.current, self.prefetched):
-            request = table.get(facility)
-            if request is not None and request.phase != "arrived":
+        tables = (self.current, self.prefetched)
+        found = [table[facility] for table in tables if facility in table]
+        for request in [*found, *self.away.get(facility, [])]:
+            if request.phase != "arrived":
                 self.rewind(request, 0.0)
 
     # ---- outgoing ---------------------------------------------------------------------------
@@ -236,11 +247,25 @@ class RequestTracker:
         if self.prefetched.get(site.facility) is request:  # the running one may still end well
             self._drop(self.prefetched, site.facility)
             return
+        self._leave_out(site, reason)
+
+    def shut_out(self, site: SiteState, reason: str) -> None:
+        """Give up at once what a site has to do that takes part no more; the others go on."""
+        for table in (self.current, self.prefetched):
+            request = table.get(site.facility)
+            if request is not None and request.phase != "arrived":
+                self.telemetry.failed(request, reason, fatal=True)
+        self._leave_out(site, reason)
+
+    def _leave_out(self, site: SiteState, reason: str) -> None:
         site.refusal = reason
         self.telemetry.excluded(site.facility, reason)
-        failure = Failure(site.facility, request.kind, reason, request.order_id, fatal=True)
+        request = self.current.get(site.facility)
         self.abandon(site.facility)
-        self.news.append(failure)
+        if request is not None and request.phase != "arrived":
+            self.news.append(
+                Failure(site.facility, request.kind, reason, request.order_id, fatal=True)
+            )
 
     def alive(self, request: Request) -> bool:
         """Return whether a request is not forgotten."""
@@ -259,12 +284,36 @@ class RequestTracker:
         for request in [r for r in self.current.values() if r.phase != "arrived"]:
             site, since = sites[request.facility], request.submitted_at
             if not site.reachable(now, s.offline_grace_s):
-                self.fail(request, f"offline for more than {s.offline_grace_s:g} s", final=True)
+                self._set_aside(request, f"offline for more than {s.offline_grace_s:g} s")
             elif _over(s.acquire_deadline_s, now, request.created) and request.phase == "acquire":
                 site.release = site.launcher
                 self.fail(request, f"no allocation within {s.acquire_deadline_s:g} s", final=True)
             elif since is not None and _over(s.order_deadline_s, now, since):
                 self.fail(request, f"not done within {s.order_deadline_s:g} s", final=True)
+
+    def _set_aside(self, request: Request, reason: str) -> None:
+        """Wait no longer for a site that is away; what is still wanted of it is taken later."""
+        name = request.facility
+        both = [r for r in (self.current.pop(name), self.prefetched.pop(name, None)) if r]
+        for one in both:
+            self.telemetry.failed(one, reason)
+            if one.order is not None and one.plan.late:
+                self.away.setdefault(name, []).append(one)
+                continue
+            self._close(one)
+            if one.order is not None and one.kind == "train":
+                self._missed[name] = one.order
+        self.news.append(Failure(name, request.kind, reason, request.order_id))
+
+    def take_up(self, site: SiteState) -> None:
+        """Go on with what was given up while a site was away, now that it is back."""
+        name = site.facility
+        if (order := self._missed.pop(name, None)) is not None:
+            self.telemetry.too_late(order, self._settings.offline_grace_s)
+        if name in self.away and name not in self.current:
+            self.current[name], *ahead = self.away.pop(name)
+            if ahead:
+                self.prefetched[name] = ahead[0]
 
 
 def _over(deadline_s: float | None, now: float, since: float) -> bool:

@@ -198,5 +198,8 @@ class Runtime:
     # ``may_speak_for(node id, facility)``: whether a node is who it says. Where sites have keys of
     # their own, one must not answer in another's name.
     may_speak_for: Callable[[int, str], bool] = _anybody
+    # ``revoked() -> why, by facility``: sites that somebody has shut out, until they come back as
+    # another node.
+    revoked: Callable[[], Mapping[str, str]] = dict
     # Once set, the loop ends with `Stopped`.
     stop: threading.Event = field(default_factory=threading.Event)

@@ -45,8 +45,8 @@ class SiteState:
     # question first.
     warm: bool = False
     heard_at: float = 0.0  # When it last answered, on the server's clock
-    # Why it is left out of the run: what it said trying again will not fix. Until it is back as
-    # another node: somebody has fixed it.
+    # Why it is left out of the run: what it said trying again will not fix, or that it is revoked.
+    # Until it is back as another node: somebody has fixed it.
     refusal: str = ""
 
     @property
@@ -79,6 +79,8 @@ class Plan:
     kind: OrderKind = "train"
     # Sent as it is, in place of weights and options: what a hook of Flower's made.
     content: RecordDict | None = None
+    # Its result is wanted also when it comes after the order was given up, since the site was away.
+    late: bool = False
     checked: bool = True  # Hold an ordinary ClientApp's weights to `Runtime.check`, too
 
 

@@ -128,6 +128,17 @@ class Telemetry:
             attempt=request.attempts,
         )
 
+    def too_late(self, order: Order, grace_s: float) -> None:
+        """Tell that a site is back whose order nobody waits for any more."""
+        self._emit(
+            "order_late",
+            facility=order.facility,
+            order_id=order.id,
+            version=order.version,
+            reason=f"the site was away for more than {grace_s:g} s "
+            "(federation.offline_grace_s), and its round has gone on without it",
+        )
+
     def reply_lost(self, facility: str, kind: str, reason: str) -> None:
         """Tell of a message that is not answered any more."""
         self._emit("reply_lost", facility=facility, kind=kind, reason=reason)

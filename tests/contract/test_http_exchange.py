@@ -343,6 +343,15 @@ def test_ranges_are_read_exactly(tmp_path, server, payload):
     assert requests.get(url, headers=auth, timeout=60).content == data
 
 
+def test_another_protocol_is_refused_with_what_to_do(tmp_path, server, payload, monkeypatch):
+    """Protects weights from a site that was updated meanwhile, and means other things by them."""
+    store = site(tmp_path, server.port)
+    monkeypatch.setattr(connection, "PROTOCOL", 9)
+    with pytest.raises(OSError, match=r"speaks protocol 1, and the site 9: .*type it again"):
+        store.put(payload, "node-7")
+    assert not list(server.root.rglob("*.payload"))
+
+
 def test_head_tells_how_far_an_upload_is(tmp_path, server, payload):
     """While it is under way; then how large it is."""
     store, data = site(tmp_path, server.port), payload.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import socket
 import string
 import threading
@@ -109,6 +110,19 @@ def test_who_has_no_credential_is_told_nothing(server, method, lines):
     """Not even whether there is such a thing."""
     assert {ask(server, f"{method} {p}", lines=lines)[0] for p in (OWN, "/x")} == {401}
     assert files(server) <= {"store", "key", "certificate"}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE"])
+def test_anothers_payload_is_as_if_it_were_not_there(server, method):
+    """Not even whether another site has sent something can be learnt: the answers are the same."""
+    (server.root / "node-8").mkdir(parents=True)
+    (server.root / "node-8" / f"{SHA256}.payload").write_bytes(DATA)
+    there, nowhere = (f"/v1/exchange/node-8/{s}.payload" for s in (SHA256, "0" * 64))
+    answers = [ask(server, f"{method} {path}") for path in (there, nowhere)]
+    assert [status for status, _ in answers] == [404, 404]
+    assert len({re.sub(rb"date: .*?\r\n", b"", text) for _, text in answers}) == 1
+    assert (server.root / "node-8" / f"{SHA256}.payload").read_bytes() == DATA
+    assert {ask(server, f"GET {p}")[0] for p in (OWN, OWN.replace("node-7", "global"))} == {404}
 
 
 @pytest.mark.parametrize(

@@ -331,3 +331,22 @@ def test_a_site_leaves_and_returns(make):
     world.grid.away("c", 45.0, 100.0)
     ends_well(world, make)
     assert max(e["at"] for e in world.arrived("c")) > 100.0
+
+
+@each
+def test_a_site_is_back_with_an_order_that_was_given_up(make):
+    """Nobody waits for it beyond the grace, and what it has done meanwhile counts, late; a round of
+    Flower's has gone on without it, and that is told. Nothing is trained twice."""
+    world = World(sites(), Settings(offline_grace_s=15.0), long(make))
+    world.grid.away("c", 20.0, 60.0)
+    ends_well(world, make)
+    given_up = {e["order_id"] for e in world.events("order_failed") if e["facility"] == "c"}
+    arrived = {e["order_id"] for e in world.arrived("c")}
+    told = {e["order_id"] for e in world.events("order_late")}
+    assert given_up
+    if isinstance(make(), AsyncStrategy):
+        assert given_up <= arrived
+        assert told == set()
+    else:
+        assert told == given_up
+        assert arrived.isdisjoint(given_up)

@@ -25,6 +25,7 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.exchange.transfer import Interrupted, Transfer
 from flwr_hpc.files import read_json
+from flwr_hpc.protocol import PROTOCOL, PROTOCOL_HEADER
 
 PREFIX = "/v1/exchange/"
 CONNECT_S = 30.0
@@ -166,6 +167,7 @@ class Connection:
             line.trust_env = False
             line.proxies = get_environ_proxies(self._origin)
             line.headers["Authorization"] = f"Bearer {self._credential.token}"
+            line.headers[PROTOCOL_HEADER] = str(PROTOCOL)
             line.mount("https://", _Adapter(self._context()))
             line.mount("http://", _Adapter(None))
         return line

@@ -43,6 +43,7 @@ from flwr_hpc.exchange.store import GLOBAL, KEY, Reference
 from flwr_hpc.exchange.stores.file import FileStore
 from flwr_hpc.exchange.tensors import BadPayload
 from flwr_hpc.files import is_disk_trouble
+from flwr_hpc.protocol import PROTOCOL, PROTOCOL_HEADER
 
 PREFIX = "/v1/exchange/"
 PIECE = 1 << 19  # bytes a connection holds while as many more are written or sent
@@ -116,6 +117,7 @@ class _Exchange:
     async def _answer_or_refuse(self, request: Request, until_sent: ExitStack) -> Response:
         try:
             site = await self._site(request)
+            _check_protocol(request)
             until_sent.enter_context(self._turn(site))
             return await self._answer(request, site)
         except Refusal as refusal:
@@ -259,6 +261,17 @@ class _Exchange:
     async def _run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: fn(*args, **kwargs))
+
+
+def _check_protocol(request: Request) -> None:
+    """Refuse a site of another version, which may have been updated since it has joined."""
+    theirs = request.headers.get(PROTOCOL_HEADER, str(PROTOCOL))
+    if theirs != str(PROTOCOL):
+        raise Refusal(
+            426,
+            f"the server speaks protocol {PROTOCOL}, and the site {theirs[:20]}: end its join, and "
+            "type it again, which says what to install",
+        )
 
 
 def _content_range(request: Request) -> Part:

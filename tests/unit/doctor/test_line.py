@@ -71,7 +71,7 @@ def test_a_good_line_is_good() -> None:
          "exchange.codec="),
         ({"speed": OSError("the server has no room")}, "throughput", "fail", "no room", "openssl"),
         ({"installed": {**VERSIONS, "flwr": "1.30.0"}}, "versions", "fail",
-         "flwr 1.30.0 (the server has 1.41.0)", "-m pip install 'flwr-hpc=="),
+         "flwr 1.30.0 (the server has 1.41.0)", "-m pip install 'flwr=="),
         ({"env": {"http_proxy": "http://p:3128"}}, "proxy", "warn", "https_proxy is not",
          "export https_proxy=http://p:3128"),
         ({"url": "socks5h://p:1080"}, "proxy", "fail", "no HTTP proxy", "export https_proxy="),

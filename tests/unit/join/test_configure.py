@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shlex
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from flwr_hpc.config.invitation import (
 )
 from flwr_hpc.errors import UserError
 from flwr_hpc.join import __main__ as command
-from flwr_hpc.join.configure import site_config
+from flwr_hpc.join.configure import run_part, site_config
 
 HERE = ["+facility=local_a", "data.paths=[json]"]
 
@@ -122,17 +124,48 @@ def test_a_damaged_invitation_is_no_traceback(
     assert str(path) in capsys.readouterr().err
 
 
+WHEEL = f"flwr_hpc-{__version__}-py3-none-any.whl"
+SERVER = {"flwr_hpc": __version__, "flwr": "1.41.0", "protocol": "1", "python": "3.11.7"}
+
+
 @pytest.mark.parametrize(
-    ("package", "found"), [("flwr_hpc", "9.9.9"), ("flwr", "1.30.0"), ("flwr", "")]
+    ("here", "install"),
+    [
+        ({"flwr_hpc": "9.9.9"}, [WHEEL]),
+        ({"protocol": "2"}, ["--force-reinstall", "--no-deps", WHEEL]),  # of the same number
+        ({"flwr": "1.30.0"}, ["flwr==1.41.0"]),
+        ({"flwr": ""}, ["flwr==1.41.0"]),
+    ],
 )
-def test_versions_that_do_not_fit_are_refused_with_the_command(package: str, found: str) -> None:
+def test_versions_that_do_not_fit_are_refused_with_the_command(
+    here: dict[str, str], install: list[str]
+) -> None:
     """Protects a run from sites that speak another protocol, and their people from guessing."""
-    server = {"flwr_hpc": __version__, "flwr": "1.41.0", "python": "3.11.7"}
-    with pytest.raises(UserError, match=f"pip install 'flwr-hpc=={__version__}' 'flwr==1.41.0'"):
-        check_versions(server, {**server, package: found})
+    with pytest.raises(UserError) as error:
+        check_versions(SERVER, SERVER | here)
+    words, _, command = str(error.value).partition("Fix it with: ")
+    assert shlex.split(command) == [sys.executable, "-m", "pip", "install", *install]
+    assert (f"{WHEEL} lies beside the invitation at the server" in words) == (WHEEL in install)
+
+
+def test_both_are_installed_where_both_differ() -> None:
+    """Protects from a second refusal after the first was mended."""
+    with pytest.raises(UserError, match=rf"install {WHEEL} && .*install 'flwr==1\.41\.0'$"):
+        check_versions(SERVER, SERVER | {"flwr": "1.30.0", "flwr_hpc": "9"})
 
 
 def test_python_and_torch_may_differ() -> None:
     """Protects centres whose modules are older or newer."""
-    server = {"flwr_hpc": __version__, "flwr": "1.41.0", "python": "3.11.7", "torch": "2.6"}
+    server = {**SERVER, "torch": "2.6"}
     check_versions(server, {**server, "python": "3.13.0", "torch": "2.9", "flwr": "1.41.2"})
+
+
+def test_what_is_done_with_its_updates_is_shown_and_is_no_setting_of_the_site() -> None:
+    """Protects a centre's person from joining what they do not know, and the site from a strategy
+    that only the server has."""
+    own = {"_target_": "theirs.Strategy", "mu": 0.5}
+    sent = replace(invitation("train.steps=77"), strategy=own)
+    shown = run_part(sent)
+    assert (shown["strategy"], shown["rounds"]) == (own, sent.run["rounds"])
+    assert shown["train"]["steps"] == 77  # type: ignore[index]
+    assert site_config(sent, HERE).strategy["_target_"] != own["_target_"]

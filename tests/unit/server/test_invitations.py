@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import socket
+import zipfile
 from pathlib import Path
 
 import pytest
 from worlds.hosts.stranger import open_to_others
 
+from flwr_hpc import __version__, serve
 from flwr_hpc import run as run_command
-from flwr_hpc import serve
 from flwr_hpc.config.compose import compose_config
-from flwr_hpc.config.invitation import read_invitation
+from flwr_hpc.config.invitation import read_invitation, wheel_name
 from flwr_hpc.config.schema import Config
 from flwr_hpc.files import private_files
 from flwr_hpc.gate.credentials import Guests, read_credentials
+from flwr_hpc.join.configure import site_config
 from flwr_hpc.server import invitations
 from flwr_hpc.server.run_dir import RunDir
-from flwr_hpc.server.server_app import may_speak_for
+from flwr_hpc.server.server_app import may_speak_for, revoked
 
 ADDRESS = "serve.address=127.0.0.1:8443"
 
@@ -51,7 +53,9 @@ class Flower:
         return f'noise {{"success": true, "node-id": {self.last}}}\n'
 
 
-def test_each_site_gets_an_invitation_of_its_own_and_nobody_else_can_read_it(run: RunDir) -> None:
+def test_each_site_gets_an_invitation_of_its_own_and_nobody_else_can_read_it(
+    run: RunDir, config: Config
+) -> None:
     """Protects credentials on the server's disk, and sites from each other."""
     lumi, vega = (read_invitation(run.invitations / f"{s}.json") for s in ("lumi", "vega"))
     assert (lumi.site, vega.site) == ("lumi", "vega")
@@ -59,6 +63,14 @@ def test_each_site_gets_an_invitation_of_its_own_and_nobody_else_can_read_it(run
     assert lumi.private_key != vega.private_key
     assert open_to_others(run.path) == {}
     assert lumi.token not in run.credentials.read_text()
+    assert lumi.strategy == config.strategy
+
+
+def test_the_servers_wheel_is_put_beside_the_invitations(run: RunDir) -> None:
+    """Protects the command that a site of another version is given: it names this file."""
+    path = invitations.put_wheel(run)
+    assert path == run.invitations / wheel_name(__version__)
+    assert "flwr_hpc/protocol.py" in zipfile.ZipFile(path).namelist()
 
 
 def test_a_resumed_server_keeps_its_invitations(run: RunDir, config: Config) -> None:
@@ -66,6 +78,25 @@ def test_a_resumed_server_keeps_its_invitations(run: RunDir, config: Config) -> 
     before = (run.invitations / "lumi.json").read_text(), run.certificate.read_text()
     assert invitations.prepare(run, config) == []
     assert before == ((run.invitations / "lumi.json").read_text(), run.certificate.read_text())
+
+
+def test_settings_that_a_resume_changes_come_with_new_invitations(run: RunDir) -> None:
+    """Protects a run from sites that go on with its former settings: what they were sent is worth
+    nothing, what they are sent has the new ones. What the server alone uses changes nothing."""
+    before = read_invitation(run.invitations / "lumi.json")
+    invitations.revoke(run, "vega")
+    mine = run.resumed_config(
+        ["exchange.memory_gb=2", "strategy.outer_lr=0.3", "tracking.wandb=true"]
+    )
+    assert invitations.prepare(run, mine) == []
+    config = run.resumed_config(["rounds=99", "train.steps=7", "exchange.codec=bf16"])
+    assert [path.stem for path in invitations.prepare(run, config)] == ["lumi"]
+    after = read_invitation(run.invitations / "lumi.json")
+    assert (after.run["rounds"], after.run["train"]["steps"]) == (99, 7)
+    assert site_config(after, ["+facility=local_a", "data.paths=[json]"]).exchange.codec == "bf16"
+    guests = Guests(run.credentials)
+    assert [guests.site_of_token(i.token) for i in (before, after)] == [None, "lumi"]
+    assert invitations.prepare(run, config) == []
 
 
 def test_nodes_are_registered_and_a_site_speaks_for_itself_alone(
@@ -100,15 +131,19 @@ def test_a_revoked_site_is_out_and_others_stay(run: RunDir, config: Config) -> N
     flower = Flower()
     invitations.register(run, flower, anew=True)
     token = read_invitation(run.invitations / "lumi.json").token
-    guests = Guests(run.credentials)
+    guests, out = Guests(run.credentials), revoked(run)
     assert guests.folder_of_token(token)
+    assert out() == {}
     gone = invitations.revoke(run, "lumi")
+    assert f"serve invite lumi {run.path}" in out()["lumi"]
     assert guests.site_of_token(token) is None
     assert not may_speak_for(run, config, gone.node_id, "lumi")
     assert run.sites(config) == ["vega"]
     flower.asked.clear()
     invitations.register(run, flower, anew=True)
     assert flower.asked == ["--name=vega"]
+    invitations.invite(run, config, "lumi")
+    assert out() == {}
 
 
 def test_a_new_invitation_makes_the_old_one_worthless(run: RunDir, config: Config) -> None:

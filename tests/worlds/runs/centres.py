@@ -78,13 +78,13 @@ class Centres:
         here.mkdir(exist_ok=True)
         return Path(shutil.copy(sent, here / "invitation.json"))
 
-    def join(self, site: str, package: str) -> None:
+    def join(self, site: str, package: str, *more: str) -> None:
         path = self.base / site / "invitation.json"
         if not path.exists():
             self.invitation(site)
         words = ["+facility=local_a", "facilities.local_a.ranks_per_node=1", "site.dir=here"]
         self.commands[site] = Command(
-            self.base / site, "join", path.name, *words, f"data.paths=[{package}]"
+            self.base / site, "join", path.name, *words, f"data.paths=[{package}]", *more
         )
 
     def kill_supernode(self, site: str) -> None:
