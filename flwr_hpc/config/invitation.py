@@ -26,10 +26,10 @@ RUN_KEYS = ("rounds", "seed", "model", "train", "exchange")
 DATA_KEYS = (
     *("kind", "tokenizer", "seq_len", "held_out_fraction", "held_out_sequences"),
     *("objective", "target_len", "document_mask"),
-    *("text_key", "prompt_key", "completion_key", "messages_key", "chat_template"),
+    *("text_key", "prompt_key", "completion_key", "messages_key", "chat_template", "passages"),
 )
 # A folder or file of the server's is none of a site's.
-PLACES = ("model.path", "data.tokenizer", "data.chat_template")
+PLACES = ("model.path", "data.tokenizer", "data.chat_template", "data.passages")
 NAMES = {"flwr_hpc": "flwr-hpc", "flwr": "flwr", "protocol": "the protocol"}
 
 

@@ -19,7 +19,7 @@ from flwr_hpc.errors import UserError
 # Of the run's keys, those that depend on a centre's files and hardware.
 OWN = (
     *("data.kind", "data.text_key", "data.prompt_key", "data.completion_key"),
-    *("data.messages_key", "data.chat_template"),
+    *("data.messages_key", "data.chat_template", "data.passages"),
     *("data.tokenizer", "model.path", "train.micro_batch", "train.accumulation"),
     *("train.precision", "train.activation_checkpointing", "train.replicate", "train.tensor"),
     *("train.tf32", "train.compile", "train.cpu_offload"),

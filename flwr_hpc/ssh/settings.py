@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -54,8 +55,7 @@ def _value(value: object) -> str:
 
 
 def _places(config: Config, own: Sequence[str]) -> list[str]:
-    """Name the folders of this machine that the run reads, to be looked for at the same place."""
-    values = {"model.path": config.model.path, "data.tokenizer": config.data.tokenizer}
+    """Name what the run reads on this machine, to be looked for at the same place there."""
     given = {word.partition("=")[0] for word in own}
     missing = [place for place in run_settings(config)[1] if place not in given]
-    return [f"{place}={quoted(str(values[place]))}" for place in missing]
+    return [f"{place}={quoted(attrgetter(place)(config))}" for place in missing]

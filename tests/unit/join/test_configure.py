@@ -92,6 +92,18 @@ def test_no_path_and_no_account_of_the_server_travels(tmp_path: Path) -> None:
     assert (config.model.path, config.data.tokenizer) == ("/here/model", "/here/tok")
 
 
+@pytest.mark.parametrize("key", ["passages", "chat_template"])
+def test_a_site_names_its_own_copy_of_a_file(tmp_path: Path, key: str) -> None:
+    """Protects a study of memorization, and a format, from a site that trains without."""
+    file = tmp_path / "file"
+    file.write_text('{"text": "a", "repetitions": 3}')
+    sent = invitation(f"data.{key}={file}")
+    with pytest.raises(UserError, match=rf"Add: data\.{key}="):
+        site_config(sent, HERE)
+    data = site_config(sent, [*HERE, f"data.{key}=/here/file"]).data
+    assert getattr(data, key) == "/here/file"
+
+
 def test_limits_are_held_against_the_sites_own_jobs() -> None:
     """Protects a centre from a facility file that asks for more than its people agreed to."""
     with pytest.raises(UserError, match=r"nodes=4 is above site\.limits\.nodes=2"):

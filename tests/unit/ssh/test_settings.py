@@ -61,6 +61,15 @@ def test_a_site_there_has_what_was_set_here(changes: list[str], tmp_path: Path) 
     assert there.site.dir == str(tmp_path / "ein Ort" / "site")
 
 
+@pytest.mark.parametrize("key", ["passages", "chat_template"])
+def test_a_file_of_this_machine_is_looked_for_there(tmp_path: Path, key: str) -> None:
+    """Protects a site over SSH from training without it."""
+    file = tmp_path / "a file"
+    file.write_text('{"text": "a", "repetitions": 3}')
+    config = compose_config([*BY_SSH, f"data.{key}={file}"])
+    assert getattr(_composed_there(config, tmp_path).data, key) == str(file)
+
+
 def test_a_folder_of_this_machine_is_looked_for_there_or_named(tmp_path: Path) -> None:
     """Protects a site whose model lies elsewhere."""
     model = f"model.path={tmp_path}"
