@@ -74,9 +74,9 @@ class SpanCorruption:
 
 def span_corruption(seq_len: int, tokenizer: Any) -> SpanCorruption:
     """Return the corruption whose inputs have `seq_len` tokens, sentinels and end included."""
-    length = next(n for n in range(2 * seq_len, 0, -1) if _input_length(n) <= seq_len)
+    length = _text_length(seq_len)
     noise, runs = _shape(length)
-    if length <= noise or runs < 1:
+    if not length or length <= noise or runs < 1:
         raise UserError(f"data.seq_len={seq_len} is too short for span corruption; 8 are needed")
     known = _sentinels(tokenizer, runs)
     if len(known) < runs:
@@ -86,6 +86,17 @@ def span_corruption(seq_len: int, tokenizer: Any) -> SpanCorruption:
             + ("Lower data.seq_len" if known else "Name that of a T5 or mT5: data.tokenizer=PATH")
         )
     return SpanCorruption(length, np.array(known), noise, tokenizer.eos_token_id)
+
+
+def target_length(seq_len: int) -> int:
+    """Return how many tokens a decoder has to write whose encoder reads `seq_len`."""
+    noise, runs = _shape(max(1, _text_length(seq_len)))
+    return noise + runs + 1
+
+
+def _text_length(seq_len: int) -> int:
+    """Return how many tokens become inputs of `seq_len`; 0 if none do."""
+    return next((n for n in range(2 * seq_len, 0, -1) if _input_length(n) <= seq_len), 0)
 
 
 def _shape(length: int) -> tuple[int, int]:

@@ -64,6 +64,8 @@ def parse(raw: DictConfig) -> PlanConfig:
     within("plan.efficiency", config.plan.efficiency, "(0, 1]")
     within("plan.overlap", config.plan.overlap, "[0, 1]")
     positive("data.seq_len", config.data.seq_len)
+    if config.data.target_len is not None:
+        positive("data.target_len", config.data.target_len)
     one_of("train.precision", config.train.precision, ("auto", "fp32", "bf16"))
     if config.nodes is not None:
         positive("nodes", config.nodes)

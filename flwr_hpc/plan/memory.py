@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from flwr_hpc.plan.parallel import FULL, NONE, ParallelPlan
-from flwr_hpc.plan.shape import Block, ModelShape
+from flwr_hpc.plan.shape import Block, Lengths, ModelShape
 
 ONE_UNIT_BELOW = 30_000_000  # Smaller models are gathered whole, see `parallel.sharding`
 # Of a weight in nf4 with its scales: one byte for 64 of them, whose own are four for 256 bytes.
@@ -59,7 +59,7 @@ def memory(
     """
     if shape.adapter_rank:
         return _below_adapters(shape, plan, seq_len, compute_bytes, offloaded)
-    step = _Step(shape, plan, seq_len, compute_bytes, gloo, offloaded)
+    step = _Step(shape, plan, shape.lengths(seq_len), compute_bytes, gloo, offloaded)
     moments = [step.turning(), step.end()]
     if step.prefetches:
         moments.append(step.backward())
@@ -72,7 +72,7 @@ class _Step:
 
     shape: ModelShape
     plan: ParallelPlan
-    seq_len: int
+    lengths: Lengths
     size: int  # Of a number, in bytes
     gloo: bool
     offloaded: bool
@@ -84,10 +84,10 @@ class _Step:
 
     def turning(self) -> Memory:
         """Between forward and backward pass: all activations but, at first, no gradients."""
-        kept, recomputed = _activations(self.shape, self.plan, self.seq_len, self.size)
-        logits = _logits(self.shape, self.plan, self._tokens, self.size)
+        kept, recomputed = _activations(self.shape, self.plan, self.lengths, self.size)
+        logits = _logits(self.shape, self.plan, self.lengths, self.size)
         # What is recomputed comes after the head's backward pass.
-        activations = self._tokens * kept + max(0.0, self._tokens * recomputed - logits)
+        activations = kept + max(0.0, recomputed - logits)
         # The last gathering's array stays beside the parameters that were copied out of it.
         gathered = self._unit * (2 if self._layerwise or self.plan.shard > 1 else 1)
         buffers = (gathered + self._outside) * self.size
@@ -95,16 +95,16 @@ class _Step:
 
     def backward(self) -> Memory:
         """When the last layer's gradients are reduced, the next works and one more is gathered."""
-        kept, _ = _activations(self.shape, self.plan, self.seq_len, self.size)
+        kept, _ = _activations(self.shape, self.plan, self.lengths, self.size)
         gathered = (2 + self.gloo) * self._unit + 2 * self._outside
         reduced = 4 * self._unit * (1 + 1 / self.plan.shard)
-        activations = self._tokens * kept * (1 - 1 / self.shape.layers)
+        activations = kept * (1 - 1 / self.shape.layers)
         return self._with(self._earlier, activations, 0.0, gathered * self.size + reduced)
 
     def end(self) -> Memory:
         """In the first layer's backward pass, or when the last gradients are reduced."""
-        layer = self._tokens * max(
-            saved_bytes(block, self.plan, self.seq_len, self.size) for block in self.shape.blocks
+        layer = self.plan.micro_batch * max(
+            saved_bytes(block, self.plan, self.lengths, self.size) for block in self.shape.blocks
         )
         working = 2 * self.size * self._unit  # gathered parameters, and gradients
         if self._layerwise:  # the gradients reduced before are let go of after these
@@ -157,35 +157,38 @@ class _Step:
         """Parameters of the unit that is gathered all the time, whole on every tensor rank."""
         return float(self.shape.outside) if self._layerwise else 0.0
 
-    @property
-    def _tokens(self) -> int:
-        return self.plan.micro_batch * self.seq_len
 
-
-def saved_bytes(block: Block, plan: ParallelPlan, seq_len: int, compute_bytes: int) -> float:
-    """Return what a layer keeps per token for the backward pass, nothing recomputed."""
-    split = block.saved_split * (1 - 1 / plan.tensor)
-    pairs = block.saved_pairs * seq_len / plan.tensor
-    return (block.saved - split) * compute_bytes + block.saved_float32 * 4 + pairs
+def saved_bytes(block: Block, plan: ParallelPlan, lengths: Lengths, compute_bytes: int) -> float:
+    """Return what a layer keeps of a sequence for the backward pass, nothing recomputed."""
+    tokens, away = lengths.of(block), 1 - 1 / plan.tensor
+    kept = tokens * (block.saved - block.saved_split * away)
+    kept += lengths.source * block.saved_source / plan.tensor
+    pairs = block.saved_pairs * lengths.pairs(block) / plan.tensor
+    return kept * compute_bytes + tokens * (block.saved_float32 * 4 + pairs)
 
 
 def _activations(
-    shape: ModelShape, plan: ParallelPlan, seq_len: int, compute_bytes: int
+    shape: ModelShape, plan: ParallelPlan, lengths: Lengths, compute_bytes: int
 ) -> tuple[float, float]:
-    """Per token: what is kept of all layers, and of one that is recomputed."""
-    whole = [(b.count, saved_bytes(b, plan, seq_len, compute_bytes)) for b in shape.blocks]
+    """Of a micro batch: what is kept of all layers, and of one that is recomputed."""
+    whole = [(b.count, saved_bytes(b, plan, lengths, compute_bytes)) for b in shape.blocks]
     if plan.checkpointing == NONE:
-        return sum(count * saved for count, saved in whole), 0.0
-    recomputed = max(saved for _, saved in whole)
-    if plan.checkpointing == FULL:
-        return shape.layers * shape.hidden * compute_bytes, recomputed
-    away = 1 - 1 / plan.tensor
-    kept = sum(b.count * (b.selective - b.selective_split * away) for b in shape.blocks)
-    return kept * compute_bytes, recomputed
+        return plan.micro_batch * sum(count * saved for count, saved in whole), 0.0
+    recomputed = plan.micro_batch * max(saved for _, saved in whole)
+    away, elements = 1 - 1 / plan.tensor, 0.0
+    for block in shape.blocks:
+        if plan.checkpointing == FULL:
+            kept = float(lengths.of(block) * shape.hidden)
+        else:
+            kept = lengths.of(block) * (block.selective - block.selective_split * away)
+            kept += lengths.source * block.saved_source / plan.tensor
+        elements += block.count * kept
+    return plan.micro_batch * elements * compute_bytes, recomputed
 
 
-def _logits(shape: ModelShape, plan: ParallelPlan, tokens: float, compute_bytes: int) -> float:
+def _logits(shape: ModelShape, plan: ParallelPlan, lengths: Lengths, compute_bytes: int) -> float:
     """A chunk's logits, their float32 copy, its log-softmax, and the gradients of both."""
+    tokens = plan.micro_batch * lengths.target
     elements = min(tokens * shape.vocabulary, CHUNK_BYTES / 4) / plan.tensor
     return elements * (2 * compute_bytes + 8)
 
@@ -197,13 +200,13 @@ def _below_adapters(
 
     Packed matrices are on every rank; one at a time is unpacked.
     """
-    of_shard, tokens = 4 / (plan.shard * plan.tensor), plan.micro_batch * seq_len
+    of_shard, lengths = 4 / (plan.shard * plan.tensor), shape.lengths(seq_len)
     trained = of_shard * shape.adapters
     packed = shape.matrices if shape.packed else 0
     parameters = of_shard * (shape.parameters - packed) + PACKED_BYTES * packed + trained
-    kept, recomputed = _activations(shape, plan, seq_len, compute_bytes)
-    logits = _logits(shape, plan, tokens, compute_bytes)
-    activations = tokens * kept + max(0.0, tokens * recomputed - logits)
+    kept, recomputed = _activations(shape, plan, lengths, compute_bytes)
+    logits = _logits(shape, plan, lengths, compute_bytes)
+    activations = kept + max(0.0, recomputed - logits)
     layer = max(b.adapters(shape.adapter_rank) for b in shape.blocks)
     if not shape.packed:
         layer += max(b.parameters for b in shape.blocks)

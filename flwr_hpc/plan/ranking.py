@@ -9,6 +9,8 @@ from typing import Any
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
+from flwr_hpc.config.validate import SEQ2SEQ
+from flwr_hpc.data.span_corruption import target_length
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.bandwidth import MeasuredBandwidths, kept, measured_file
 from flwr_hpc.plan.config import PlanConfig, checkpoint_config
@@ -30,6 +32,7 @@ def rank(config: PlanConfig, name: str, overrides: Sequence[str] = ()) -> Rankin
             f"data.seq_len={config.data.seq_len} is longer than the model takes. "
             f"Add to the command: data.seq_len={shape.longest}"
         )
+    shape = replace(shape, target_len=_target_len(shape, config, seq_len))
     options = config.plan
     measured, origin = _measured(name, facility)
     made, assumed = machine(
@@ -70,6 +73,15 @@ def _with_adapters(shape: ModelShape, config: Config) -> ModelShape:
     packed = lora.quantize != "none"
     splits = shape.splits and not (packed or lora.dora or config.train.cpu_offload)
     return replace(shape, adapter_rank=lora.r, packed=packed, splits=splits)
+
+
+def _target_len(shape: ModelShape, config: Config, seq_len: int) -> int | None:
+    """Return how many tokens a decoder behind an encoder writes."""
+    if not shape.encoder_decoder:
+        return None
+    if config.data.objective == SEQ2SEQ:
+        return config.data.target_len or seq_len
+    return target_length(seq_len)  # by span corruption
 
 
 def shape_of(config: Config) -> ModelShape:

@@ -11,6 +11,25 @@ from flwr_hpc.config.validate import ENCODER_DECODERS, SIZES, UNSPLIT, size_key
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.families import Family, family
 
+CAUSAL, ENCODER, DECODER = "causal", "encoder", "decoder"  # The last one writes behind an encoder
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sequence."""
+
+    source: int  # That an encoder reads, or the only ones
+    target: int  # That a decoder behind an encoder writes; else the same
+
+    def of(self, block: Block, projection: Projection | None = None) -> int:
+        """Return the tokens that a layer, or one of its projections, works on."""
+        reads = projection is not None and projection.of_source
+        return self.target if block.kind == DECODER and not reads else self.source
+
+    def pairs(self, block: Block) -> float:
+        """Return the positions that a token's attentions look at, of all and on average."""
+        return (self.source + self.of(block)) / 2
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -24,11 +43,16 @@ class Projection:
     biases: int = 0
     copies: int = 1  # Experts
     active: int = 1  # Of the copies, how many work on a token
+    of_source: bool = False  # A decoder's that reads what the encoder has made
 
     @property
     def weights(self) -> int:
         """Elements of one copy's matrices."""
         return self.inputs * self.outputs
+
+    def adapter(self, rank: int) -> int:
+        """Return the parameters of LoRA on one copy, as on one matrix."""
+        return rank * (self.inputs + self.outputs)
 
 
 @dataclass(frozen=True)
@@ -48,15 +72,25 @@ class Block:
     selective: int
     selective_split: int
     saved_pairs: int  # Bytes per token and position of the sequence
+    kind: str = CAUSAL
+    # Of a decoder, what is kept, and split, in the precision of computing per token of the encoder.
+    saved_source: int = 0
 
     @property
     def parameters(self) -> int:
         """Of one such layer."""
         return self.vectors + sum(p.copies * (p.weights + p.biases) for p in self.projections)
 
+    def attention_flops(self, lengths: Lengths) -> float:
+        """Of the forward pass, per sequence; what looks back alone takes half of all pairs."""
+        own, width = lengths.of(self), self.attention_width
+        if self.kind == DECODER:  # half of the width is that of its second attention
+            return width * own * (own + 2.0 * lengths.source)
+        return width * own * own * (4.0 if self.kind == ENCODER else 2.0)
+
     def adapters(self, rank: int) -> int:
         """Parameters of LoRA on one such layer's matrices, those of one input as one matrix."""
-        return sum(p.copies * rank * (p.inputs + p.outputs) for p in self.projections)
+        return sum(p.copies * p.adapter(rank) for p in self.projections)
 
 
 @dataclass(frozen=True)
@@ -74,6 +108,7 @@ class ModelShape:
     vectors: int  # Parameters outside of blocks and tables: last norms
     longest: int | None  # Positions the model takes
     encoder_decoder: bool
+    target_len: int | None = None  # What a decoder behind an encoder writes; None: as much
     adapter_rank: int = 0  # Of LoRA below which all this is frozen; 0: all is trained
     packed: bool = False  # The layers' frozen matrices are in 4 bit
     splits: bool = True  # Whether the trainer can split its layers over tensor ranks
@@ -117,13 +152,27 @@ class ModelShape:
         )
         return layers + self.vocabulary * self.hidden
 
+    def lengths(self, seq_len: int) -> Lengths:
+        """Return the tokens of a sequence of `seq_len`, those that a decoder writes among them."""
+        return Lengths(seq_len, self.target_len or seq_len)
+
     def flops_per_token(self, seq_len: int) -> float:
-        """``6 N + 12 L d seq_len`` (PaLM, arXiv 2204.02311): what MFU is defined by."""
-        width = sum(b.count * b.attention_width for b in self.blocks)
-        products = 6.0 * self.multiplied
-        if self.adapter_rank:  # frozen weights have no gradient
-            products = 4.0 * self.multiplied + 6.0 * self.adapters
-        return products + 12.0 * width * seq_len
+        """``6 N + 12 L d seq_len`` (PaLM, arXiv 2204.02311): what MFU is defined by.
+
+        Of an encoder-decoder, per token that its encoder reads.
+        """
+        lengths = self.lengths(seq_len)
+        factor = 4.0 if self.adapter_rank else 6.0  # frozen weights have no gradient
+        flops = factor * self.vocabulary * self.hidden * lengths.target
+        for block in self.blocks:
+            products = sum(
+                factor * lengths.of(block, p) * p.active * p.weights
+                + 6.0 * lengths.of(block, p) * p.copies * p.adapter(self.adapter_rank)
+                for p in block.projections
+            )
+            pairs = lengths.of(block) * lengths.pairs(block)
+            flops += block.count * (products + 12.0 * block.attention_width * pairs)
+        return flops / seq_len
 
 
 def model_shape(config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
@@ -233,7 +282,7 @@ def _mlp(
 
 def _block(
     sort: Family, s: _Sizes, count: int, projections: tuple[Projection, ...], vectors: int,
-    attentions: int = 1, active: int = 1,
+    attentions: int = 1, active: int = 1, kind: str = CAUSAL,
 ) -> Block:  # fmt: skip
     """Count what autograd keeps per token.
 
@@ -250,12 +299,14 @@ def _block(
     split += (queries + keys) if sort.query_key_norm else 0
     routed = 2 * active * s.hidden if active > 1 else 0
     selective_split = 2 * queries + 2 * keys + inner * (2 if sort.gated else 1)
+    source = 2 * s.keys if kind == DECODER else 0  # keys and values of what the encoder has made
+    split, selective_split = split - source, selective_split - source
     return Block(
         count, projections, vectors, queries,
         saved=normed * norms * s.hidden + split + routed, saved_float32=float32,
         saved_split=split, selective=s.hidden * (2 + attentions) + selective_split,
         selective_split=selective_split,
-        saved_pairs=8 * s.heads * attentions if sort.eager else 0,
+        saved_pairs=8 * s.heads * attentions if sort.eager else 0, kind=kind, saved_source=source,
     )  # fmt: skip
 
 
@@ -269,14 +320,14 @@ def _encoder_decoder(config: Mapping[str, Any], sort: Family, vocabulary: int | 
     s = _Sizes.of(config, sort, kind)
     own, mlp = _attention(config, sort, s), _mlp(config, sort, s)
     cross = [
-        Projection(s.hidden, s.queries), Projection(s.hidden, 2 * s.keys),
+        Projection(s.hidden, s.queries), Projection(s.hidden, 2 * s.keys, of_source=True),
         Projection(s.queries, s.hidden, reduces=True),
     ]  # fmt: skip
     decoders = config.get("num_decoder_layers") or s.layers
     biases = config.get("relative_attention_num_buckets", 32) * s.heads  # one table per stack
     blocks = (
-        _block(sort, s, s.layers, (*own, *mlp), 2 * s.hidden),
-        _block(sort, s, decoders, (*own, *cross, *mlp), 3 * s.hidden, attentions=2),
+        _block(sort, s, s.layers, (*own, *mlp), 2 * s.hidden, kind=ENCODER),
+        _block(sort, s, decoders, (*own, *cross, *mlp), 3 * s.hidden, attentions=2, kind=DECODER),
     )
     vocab = config.get("vocab_size") or vocabulary
     if not vocab:

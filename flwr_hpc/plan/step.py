@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from flwr_hpc.plan.axonn import Grid, Volumes, layer_volumes
 from flwr_hpc.plan.machine import Machine
 from flwr_hpc.plan.parallel import FULL, NONE, SELECTIVE, ParallelPlan
-from flwr_hpc.plan.shape import Block, ModelShape, Projection
+from flwr_hpc.plan.shape import ModelShape, Projection
 
 OPTIMIZER_BYTES = 40  # Per parameter: clipping and AdamW read and write float32 arrays ten times
 
@@ -49,18 +49,22 @@ def step_time(shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Mach
 
 def _compute(shape: ModelShape, plan: ParallelPlan, seq_len: int, machine: Machine) -> float:
     """Seconds of a micro batch: forward once, backward twice, what is recomputed once more."""
-    tokens = plan.micro_batch * seq_len
+    lengths = shape.lengths(seq_len)
     again = {NONE: 0.0, SELECTIVE: 0.0, FULL: 1.0}[plan.checkpointing]
     rate = machine.peak_flops * machine.efficiency
     passes = 2 if shape.adapter_rank else 3  # forward, gradients of inputs, and of weights
     seconds = 0.0
     for block in shape.blocks:
-        products = 2.0 * sum(p.active * p.weights for p in block.projections)
-        attention = 2 * block.attention_width * seq_len  # causal: half of all pairs
-        if shape.adapter_rank:  # what is frozen has no gradient, what is added has
-            products += 2 * (3 + again) / (2 + again) * block.adapters(shape.adapter_rank)
-        flops = tokens * (products * (passes + again) + attention * (3 + again)) / plan.tensor
+        products = 0.0
+        for p in block.projections:
+            products += 2.0 * lengths.of(block, p) * p.active * p.weights * (passes + again)
+            # What is frozen has no gradient, what is added has.
+            added = p.copies * p.adapter(shape.adapter_rank)
+            products += 2.0 * lengths.of(block, p) * added * (3 + again)
+        attention = block.attention_flops(lengths) * (3 + again)
+        flops = plan.micro_batch * (products + attention) / plan.tensor
         seconds += block.count * max(flops / rate, machine.layer_overhead_s * (3 + again) / 3)
+    tokens = plan.micro_batch * lengths.target
     chunked = tokens * shape.vocabulary * 4 > 2**28  # then the head runs once more
     head = 2 * tokens * shape.vocabulary * shape.hidden * (passes + chunked) / plan.tensor
     return seconds + head / rate
@@ -71,14 +75,14 @@ def _communication(
 ) -> tuple[float, float, float]:
     """Seconds of a micro batch's tensor and shard collectives, and of a step's over replicas."""
     grid = Grid(rows=plan.tensor, depth=plan.shard, data=plan.replicate)
-    tokens = plan.copies * plan.micro_batch * seq_len
+    lengths = shape.lengths(seq_len)
 
-    def volumes(projection: Projection, grid: Grid, packed: bool = False) -> Volumes:
-        added = shape.adapter_rank * (projection.inputs + projection.outputs) / projection.weights
+    def volumes(projection: Projection, length: int, grid: Grid, packed: bool = False) -> Volumes:
+        added = projection.adapter(shape.adapter_rank) / projection.weights
         trained = added if shape.adapter_rank else 1.0
         gathered = added + (not packed)
         return layer_volumes(
-            projection.inputs, projection.outputs, tokens, grid,
+            projection.inputs, projection.outputs, plan.copies * plan.micro_batch * length, grid,
             transposed=projection.reduces, recomputed=plan.checkpointing == FULL,
             activation_bytes=machine.compute_bytes, gather_bytes=gathered * machine.compute_bytes,
             scatter_bytes=4 * trained, gradient_bytes=4 * trained,
@@ -87,14 +91,16 @@ def _communication(
     # Each tensor rank runs the whole head on a share of the positions: it is sharded over them,
     # too, and what it sends is the gradient of these positions to the others.
     own = plan.tensor * plan.shard
-    head = volumes(Projection(shape.hidden, shape.vocabulary), Grid(depth=own, data=plan.replicate))
-    positions = plan.micro_batch * seq_len * (1 - 1 / plan.tensor)
+    spread = Grid(depth=own, data=plan.replicate)
+    head = volumes(Projection(shape.hidden, shape.vocabulary), lengths.target, spread)
+    positions = plan.micro_batch * lengths.target * (1 - 1 / plan.tensor)
     rows, data, depth = positions * shape.hidden * machine.compute_bytes, head.data, 0.0
-    for count, projection in _all(shape.blocks):
-        sent = volumes(projection, grid, shape.packed)
-        rows += count * projection.active * sent.rows
-        depth += count * projection.copies * sent.depth
-        data += count * projection.copies * sent.data
+    for block in shape.blocks:
+        for projection in block.projections:
+            sent = volumes(projection, lengths.of(block, projection), grid, shape.packed)
+            rows += block.count * projection.active * sent.rows
+            depth += block.count * projection.copies * sent.depth
+            data += block.count * projection.copies * sent.data
     layers, table = shape.layers, machine.bandwidths
     return (
         table.seconds(1, plan.tensor, rows / 1e9, collectives=4 * layers + 1),
@@ -102,7 +108,3 @@ def _communication(
         + table.seconds(1, own, head.depth / 1e9, collectives=3),
         table.seconds(own, plan.replicate, data / 1e9, collectives=layers + 1),
     )
-
-
-def _all(blocks: tuple[Block, ...]) -> list[tuple[int, Projection]]:
-    return [(b.count, p) for b in blocks for p in b.projections]

@@ -22,11 +22,11 @@ LAYERS = {
     "config": 2,
     "gate": 5,  # its public socket serves the exchange
     "worker": 3,
-    "plan": 3,
     "schedulers": 4,
     "exchange": 4,
     "data": 4,
     "tracking": 4,
+    "plan": 5,
     "site": 5,
     "ssh": 5,
     "train": 5,

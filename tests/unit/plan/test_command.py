@@ -107,6 +107,27 @@ def test_the_plan_of_an_encoder_decoder_names_its_objective(
     assert "Add to the command: data.objective=span_corruption" in capsys.readouterr().err
 
 
+def test_what_a_decoder_writes_is_planned_for() -> None:
+    """Protects plans of T5 from a decoder as long as its encoder: by hand, and as data say."""
+    t5 = ["model=t5_base", "+facility=leonardo", "data.seq_len=512"]
+    pairs = [*t5, "data.objective=seq2seq", "data=jsonl"]
+    spans, long, short = (
+        rank(compose_plan(o), "leonardo") for o in (t5, pairs, [*pairs, "data.target_len=32"])
+    )
+    # 568 tokens lose 85 in 28 runs: 483 + 28 + 1 are read, and 85 + 28 + 1 are to be written.
+    assert [r.shape.target_len for r in (spans, long, short)] == [114, 512, 32]
+    # 12 layers of queries, keys, values, output and MLP; the decoder's attend once more.
+    layer, cross = 4 * 768**2 + 2 * 768 * 3072, 2 * 768**2
+    halves = 12 * (512 * (layer + cross) + 32 * (layer + cross)) + 32 * 32128 * 768
+    pairs_of_positions = 12 * 768 * (512 * 512 + 32 * 32 + 32 * 512)
+    assert short.shape.flops_per_token(512) * 512 == 6 * halves + 12 * pairs_of_positions
+    assert short.ranked[0].tokens_per_s > 1.5 * long.ranked[0].tokens_per_s
+    most = {c.plan: c.memory.total for c in long.ranked}
+    assert all(c.memory.total <= most[c.plan] for c in short.ranked)
+    kept = [max(c.memory.activations for c in r.ranked) for r in (short, long)]
+    assert kept[0] < 0.6 * kept[1]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

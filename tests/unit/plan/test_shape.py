@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from flwr_hpc.config.folder import conf_dir
@@ -81,7 +83,8 @@ def test_activations_are_what_autograd_keeps(kind: str, dtype: torch.dtype) -> N
     kept = [_kept(kind, KEEPING[kind] | {layers: n}, dtype, seq_len) for n in (2, 4)]
     shape = model_shape(KEEPING[kind] | {"model_type": kind, layers: 1})
     plan = ParallelPlan(1, 1, 1, 1, 1, "none")
-    expected = saved_bytes(shape.blocks[0], plan, seq_len, dtype.itemsize)
+    lengths = shape.lengths(seq_len)
+    expected = saved_bytes(shape.blocks[0], plan, lengths, dtype.itemsize) / seq_len
     assert expected == pytest.approx((kept[1] - kept[0]) / 2, rel=0.04)
 
 
@@ -89,6 +92,12 @@ def _kept(kind: str, config: dict[str, Any], dtype: torch.dtype, seq_len: int) -
     """Return the bytes per token that a forward pass leaves for the backward pass."""
     made = AutoConfig.for_model(kind, **config, use_cache=False)
     model = AutoModelForCausalLM.from_config(made, dtype=dtype).train()
+    ids = torch.zeros(2, seq_len, dtype=torch.long)
+    return _left(model, input_ids=ids) / (2 * seq_len)
+
+
+def _left(model: Any, **inputs: torch.Tensor) -> int:
+    """Return the bytes that a forward pass leaves for the backward pass."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
     alive = []
@@ -101,8 +110,37 @@ def _kept(kind: str, config: dict[str, Any], dtype: torch.dtype, seq_len: int) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.base_model(torch.zeros(2, seq_len, dtype=torch.long))
-    return sum(storages.values()) / (2 * seq_len)
+        model.base_model(**inputs)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["t5", "mt5"])
+def test_a_decoder_works_on_its_own_tokens(kind: str, dtype: torch.dtype) -> None:
+    """Protects plans of encoder-decoders, whose targets are a fraction of what is read: products
+    within 3 %; no layer keeps more than is predicted, nor three quarters of it or less."""
+    sizes = {"d_model": 256, "d_kv": 32, "d_ff": 640, "num_heads": 8, "vocab_size": 128}
+    read = torch.zeros(2, 80, dtype=torch.long)
+    written = torch.ones(2, 28, dtype=torch.long)
+
+    def model(encoders: int, decoders: int) -> Any:
+        made = AutoConfig.for_model(
+            kind, **sizes, num_layers=encoders, num_decoder_layers=decoders, dropout_rate=0.0,
+            use_cache=False, decoder_start_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+        return AutoModelForSeq2SeqLM.from_config(made, dtype=dtype).train()
+
+    def kept(encoders: int, decoders: int) -> float:
+        return _left(model(encoders, decoders), input_ids=read, decoder_input_ids=written) / 2
+
+    shape = replace(model_shape({**sizes, "model_type": kind, "num_layers": 1}), target_len=28)
+    plan, lengths = ParallelPlan(1, 1, 1, 1, 1, "none"), shape.lengths(80)
+    for block, more in zip(shape.blocks, ((2, 1), (1, 2)), strict=True):
+        found = kept(*more) - kept(1, 1)
+        assert found <= 1.01 * saved_bytes(block, plan, lengths, dtype.itemsize) <= 1.33 * found
+    with FlopCounterMode(display=False) as counter:
+        model(1, 1)(input_ids=read, labels=written).loss.backward()
+    assert shape.flops_per_token(80) * 80 == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
 
 
 def test_experts_that_rest_cost_memory_but_no_time() -> None:
