@@ -77,7 +77,7 @@ def load_quantized(kind: Any, path: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     try:
-        from bitsandbytes.nn import Linear4bit  # type: ignore[import-not-found]
+        from bitsandbytes.nn import Linear4bit
     except ImportError as exc:
         raise UserError(
             f"model.lora.quantize=nf4 needs bitsandbytes in the job: {exc}. Fix it with: pip "

@@ -10,8 +10,6 @@ import pytest
 from worlds.train import quantized_scenarios as scenario
 from worlds.train.torch_ranks import Team, start_teams, tiny_model
 
-pytest.importorskip("bitsandbytes")
-
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Team]]:
