@@ -12,8 +12,8 @@ Anonymous memory (what a process must have) and mapped files (which the system t
 needs room) are told apart, every 10 ms. The speed is that of the last version's making, from the
 replies' files to the file of the version, against reading those files once, in the same process.
 The way from a job to the server and back is what a job takes to write its weights and to read new
-ones, its site to send and to fetch them, and the server to make a version (a reply's share of it),
-against `cp` of the reply's file, twice.
+ones into its model, its site to send and to fetch them, and the server to take and check a reply and
+to make a version (a reply's share of it), against `cp` of the reply's file, twice.
 
 Limits: anonymous memory above an idle server's <= half a model and <= --memory-gb. Exit code 1 if
 one is broken.
@@ -223,6 +223,16 @@ def server(
     )  # fmt: skip
     settings = Settings(evaluate_every=0, final_evaluation_s=0.0, poll_s=0.01)
     runtime = Runtime(checkpoints=checkpoints, check=None, settings=settings)
+    take, taken_in = grid._receiver.take, list[Cost]()
+
+    def timed(*args: Any) -> Any:
+        watch = stopwatch()
+        reply = take(*args)
+        if reply.array_records:
+            taken_in.append(watch())
+        return reply
+
+    grid._receiver.take = timed  # type: ignore[method-assign]
     peaks.begin()
     versions = 2 * sites if strategy == "FedBackfill" else 2
     run_strategy(STRATEGIES[strategy](sites), grid, initial, versions, runtime=runtime)
@@ -231,7 +241,7 @@ def server(
     taken = 1 if versions > 2 else sites
     replies = [folder / f"site{n + 1}" / "trained.safetensors" for n in range(taken)]
     read, (version_s, version_cpu_s) = _read_s(replies), checkpoints.took
-    moved = added(min(inner.moved), (version_s / taken, version_cpu_s / taken))
+    moved = added(min(inner.moved), min(taken_in), (version_s / taken, version_cpu_s / taken))
     copied = added(_copied(replies[0]), _copied(replies[0]))
     return {
         "anonymous_mb": peaks.anonymous - peaks.idle,
@@ -301,10 +311,13 @@ def client(folder: Path, node: int) -> dict[str, Any]:
 def trainer(source: Path, target: Path, node: int) -> tuple[str, Cost, Cost]:
     """Stand for the job that trains; return the hash of what it wrote, and what it took.
 
-    Changing the weights is its training and does not count.
+    Changing the weights is its training and does not count; the model is there before.
     """
-    watch, file = stopwatch(), TensorFile(source)
-    weights = {name: file.tensor(name).copy() for name in file.layout}
+    file = TensorFile(source)
+    weights = {name: np.ones(info.shape, np.float32) for name, info in file.layout.items()}
+    watch = stopwatch()
+    for name, array in weights.items():
+        np.copyto(array, file.tensor(name))
     read = watch()
     for array in weights.values():
         array *= np.float32(0.9)

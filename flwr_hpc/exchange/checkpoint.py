@@ -103,8 +103,8 @@ class FileCheckpoints:
                 path.unlink(missing_ok=True)
 
 
-def _write(path: Path, tensors: Iterator[tuple[str, Numbers]], memory: int) -> str | None:
-    """Write tensors; return the sha256 if it came with the writing.
+def _write(path: Path, tensors: Iterator[tuple[str, Numbers]], memory: int) -> str:
+    """Write tensors; return the file's sha256.
 
     Those that are computed as they are read take no memory until then: with all names and shapes
     known beforehand the file is written once.
@@ -116,8 +116,7 @@ def _write(path: Path, tensors: Iterator[tuple[str, Numbers]], memory: int) -> s
             raise ValueError(f"{path}: tensor '{name}' comes twice")
         held += tensor.nbytes if isinstance(tensor, np.ndarray) else 0
         if held > memory:
-            write_stream(path, chain(_emptied(known), [(name, tensor)], tensors))
-            return None
+            return write_stream(path, chain(_emptied(known), [(name, tensor)], tensors))
         # A copy: whoever yields it may use the same array for the next one.
         known[name] = tensor.copy() if isinstance(tensor, np.ndarray) else tensor
     layout = aligned({name: TensorInfo.of(tensor) for name, tensor in known.items()})

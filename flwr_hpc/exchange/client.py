@@ -24,6 +24,7 @@ from flwr_hpc.exchange.shards.parcel import Parcel, Part
 from flwr_hpc.exchange.store import AT_ONCE, PREFIX, Reference, Store, node_folder
 from flwr_hpc.exchange.tensorfile import TensorFile, save
 from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, Layout, Tensors
+from flwr_hpc.spool.folders import mark_received
 
 INLINE = "inline-"  # begins the names of files whose arrays came inside a message
 
@@ -120,7 +121,7 @@ class SiteExchange:
                     payload.rename(path)  # as it is, and hashed already
                 else:
                     save(received, path)
-        path.touch()  # also where it is a link to an older file: not to be pruned before its order
+        mark_received(path)  # it may be a link to an older file: not to be pruned before its order
         return path
 
     def _decoded(self, ref: Reference, payload: Path, folder: Path) -> Tensors:

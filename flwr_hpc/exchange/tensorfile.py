@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from flwr_hpc.exchange.seal import seal, sealed
 from flwr_hpc.exchange.tensors import (
     STORED,
     BadPayload,
@@ -39,6 +40,7 @@ FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
 MAX_HEADER = 8 << 20  # bytes; some 60,000 tensors
 ENTRY, METADATA = 128, 4096  # bytes of a header, at most: for a tensor but its name; for the rest
 PIECE = 1 << 18  # bytes copied, or numbers decoded, at a time
+HASHED = 1 << 20  # bytes written and hashed at a time
 
 
 class Blocks(Shaped, Protocol):
@@ -87,7 +89,7 @@ class TensorFile(Tensors):
         if self._sha256 is None:
             with self._opened() as file:
                 file.seek(0)
-                self._sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                self._sha256 = _sha256_of(file)
         return self._sha256
 
     @property
@@ -122,9 +124,13 @@ class TensorFile(Tensors):
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in small pieces."""
+    """Hex digest of a file: as noted on this host, or read in small pieces."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return _sha256_of(f)
+
+
+def _sha256_of(file: BufferedReader) -> str:
+    return sealed(file.fileno()) or hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, Numbers]], layout: Layout) -> str:
@@ -145,27 +151,25 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, Numbers]], layout
         If the tensors are not those of the layout, or its order would leave one misaligned
         (see `aligned`).
     """
-    header = _header(layout)
-    digest = hashlib.sha256(header)
     expected = iter(layout.items())
-    with draft(path) as temporary, open(temporary, "wb") as f:
-        f.write(header)
-        for name, array in tensors:
-            wanted, info = next(expected, ("no further tensor", TensorInfo("", ())))
-            if name != wanted or (array.dtype, array.shape) != (info.stored, info.shape):
-                found = f"'{name}' {array.dtype} {array.shape}"
-                raise ValueError(f"{path}: found {found}, expected '{wanted}' {info}")
-            for block in _blocks(array):
-                data = _bytes(block)
-                f.write(data)
-                digest.update(data)
-        if rest := next(expected, None):
-            raise ValueError(f"{path}: tensor '{rest[0]}' is missing")
-    return digest.hexdigest()
+    with draft(path) as temporary:
+        with _Hashing(temporary) as f:
+            f.write(_header(layout))
+            for name, array in tensors:
+                wanted, info = next(expected, ("no further tensor", TensorInfo("", ())))
+                if name != wanted or (array.dtype, array.shape) != (info.stored, info.shape):
+                    found = f"'{name}' {array.dtype} {array.shape}"
+                    raise ValueError(f"{path}: found {found}, expected '{wanted}' {info}")
+                for block in _blocks(array):
+                    f.write(_bytes(block))
+            if rest := next(expected, None):
+                raise ValueError(f"{path}: tensor '{rest[0]}' is missing")
+        seal(temporary, f.sha256)
+    return f.sha256
 
 
-def write_stream(path: Path, tensors: Iterable[tuple[str, Numbers]]) -> None:
-    """Write tensors whose names and shapes are not known beforehand.
+def write_stream(path: Path, tensors: Iterable[tuple[str, Numbers]]) -> str:
+    """Write tensors whose names and shapes are not known beforehand; return the file's sha256.
 
     A safetensors file begins with its table of contents, so the numbers go to a second file
     first; it costs the disk twice the writing, and the memory nothing.
@@ -181,11 +185,40 @@ def write_stream(path: Path, tensors: Iterable[tuple[str, Numbers]]) -> None:
             for block in _blocks(array):
                 body.write(_bytes(block))
         ordered = aligned(layout)
-        with draft(path) as temporary, open(temporary, "wb") as f:
-            f.write(_header(ordered))
-            for name, info in ordered.items():
-                body.seek(starts[name])
-                _copy(body, f, info.nbytes)
+        with draft(path) as temporary:
+            with _Hashing(temporary) as f:
+                f.write(_header(ordered))
+                for name, info in ordered.items():
+                    body.seek(starts[name])
+                    _copy(body, f, info.nbytes)
+            seal(temporary, f.sha256)
+    return f.sha256
+
+
+class _Hashing:
+    """A new file, hashed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by `__exit__`
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of what was written."""
+        return self._digest.hexdigest()
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write bytes, some at a time: they are hashed while the processor still has them."""
+        for start in range(0, len(data), HASHED):
+            piece = data[start : start + HASHED]
+            self._file.write(piece)
+            self._digest.update(piece)
 
 
 def save(tensors: Tensors, path: Path) -> str:
@@ -248,7 +281,7 @@ def file_size_range(layout: Layout, accept: Collection[str] = ()) -> tuple[int, 
     return 8 + low, 8 + max_header(layout) + high
 
 
-def _copy(source: IO[bytes], target: IO[bytes], count: int) -> None:
+def _copy(source: IO[bytes], target: _Hashing, count: int) -> None:
     while count > 0:
         piece = source.read(min(count, PIECE))
         if not piece:

@@ -11,6 +11,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
         /released                        launcher: the server said that the run is over
         /job_states.json                 launcher: `SchedulerAnswer`, asked for all jobs at once
         /weights/<sha256>.safetensors    launcher: received weights and extra arrays
+                /<sha256>.received       launcher: as old as their arrival
         /feedback/feedback.json          worker: whose error goes with which order
                  /<order>/error-<k>-of-<n>.safetensors, error.json      worker: what a lossy
                                       codec left out of the order's update, in shards

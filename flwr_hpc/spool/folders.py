@@ -27,6 +27,7 @@ from flwr_hpc.spool.records import (
 )
 
 CHECKPOINT_META = "meta.json"  # Written last
+RECEIVED = ".received"  # Beside weights: as old as their arrival
 
 
 @dataclass(frozen=True)
@@ -324,9 +325,8 @@ class Spool:
         return self.root / "feedback"
 
     def received_weights(self) -> list[Path]:
-        """All files of received weights, newest first."""
-        found = self.weights_folder.glob("*.safetensors")
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        """All files of received weights."""
+        return sorted(self.weights_folder.glob("*.safetensors"))
 
     @property
     def cache(self) -> Path:
@@ -345,6 +345,17 @@ class Spool:
         """Names of the complete ones, sorted: ``<order id>@<step>``."""
         found = self.checkpoints.glob(f"[!.]*@*/{CHECKPOINT_META}")
         return sorted(meta.parent.name for meta in found)
+
+
+def mark_received(weights: Path) -> None:
+    """Note that weights were received now; their file may be a link to one written long ago."""
+    weights.with_suffix(RECEIVED).touch()
+
+
+def received_ns(weights: Path) -> int:
+    """Return when weights were received."""
+    mark = weights.with_suffix(RECEIVED)
+    return (mark if mark.exists() else weights).stat().st_mtime_ns
 
 
 def checkpoint_name(order_id: str, step: int) -> str:

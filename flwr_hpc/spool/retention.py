@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from flwr_hpc.spool.folders import Spool
+from flwr_hpc.spool.folders import RECEIVED, Spool, received_ns
 
 UNSETTLED = 4  # finished orders that stay where no order says which of them are settled
 
@@ -37,14 +37,16 @@ def prune(spool: Spool) -> None:
         needed |= {folder.order()[1], *folder.extra_arrays().values()}
     newest_ns = max((folder.published_ns for folder in left), default=0)
     for weights in spool.received_weights():
-        if weights not in needed and weights.stat().st_mtime_ns < newest_ns:
+        if weights not in needed and received_ns(weights) < newest_ns:
+            weights.with_suffix(RECEIVED).unlink(missing_ok=True)
             weights.unlink(missing_ok=True)
 
 
 def clear(spool: Spool) -> None:
     """Delete all weights, and all checkpoints but the newest: run and jobs are over."""
     folders = [spool.weights_folder, *(folder.path for folder in spool.orders())]
-    kinds = ("*.safetensors", "*.payload", ".*.tmp")  # and drafts, of what was killed
+    # And drafts, of what was killed.
+    kinds = ("*.safetensors", f"*{RECEIVED}", "*.payload", ".*.tmp")
     for path in [p for f in folders for kind in kinds for p in f.glob(kind)]:
         path.unlink(missing_ok=True)
     whole = sorted(spool.complete_checkpoints(), key=lambda name: int(name.rpartition("@")[2]))

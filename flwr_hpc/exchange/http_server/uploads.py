@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr_hpc.clock import Clock
+from flwr_hpc.exchange.seal import seal
 from flwr_hpc.exchange.store import KEY, SHA256, Reference, Store
 from flwr_hpc.files import private_folder, sync_dir
 
@@ -100,6 +101,7 @@ class Upload:
             if (found := self._digest.hexdigest()) != self.ref.sha256:
                 self._path.unlink()
                 raise Refusal(422, f"what came has the sha256 {found}, not {self.ref.sha256}", 0)
+            seal(self._path, found)
             self._path.chmod(0o400)  # what is published is never written to again
             with open(self._path, "rb") as file:
                 os.fsync(file.fileno())

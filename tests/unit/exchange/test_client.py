@@ -14,6 +14,7 @@ from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.spool.folders import received_ns
 
 RECORD = ArrayRecord({"w": Array(np.arange(6, dtype=np.float32)), "b": Array(np.zeros(()))})
 
@@ -44,7 +45,7 @@ def test_what_one_side_sends_the_other_receives(store, weights, tmp_path, inline
         path = site.receive(content, "arrays", tmp_path / "site")
         assert sha256_of(weights) in path.name
         assert path.read_bytes() == weights.read_bytes()
-        assert [p.name for p in (tmp_path / "site").iterdir()] == [path.name]
+        assert [p.name for p in (tmp_path / "site").glob("*.safetensors")] == [path.name]
 
 
 def test_no_arrays_is_no_file(store, tmp_path):
@@ -72,7 +73,7 @@ def test_what_is_received_is_new_where_it_is_a_link_to_an_old_file(store, weight
     os.utime(weights, (0, 0))
     site.send(content, "arrays", weights, sha256_of(weights), node_id=7)
     path = site.receive(content, "arrays", tmp_path / "site")
-    assert path.stat().st_mtime > 0
+    assert received_ns(path) > path.stat().st_mtime_ns
 
 
 def test_a_payload_lies_in_the_folder_of_its_node(store, weights):

@@ -15,6 +15,7 @@ import pytest
 from worlds.site.world import Killed, World, order
 
 from flwr_hpc.spool import retention
+from flwr_hpc.spool.folders import RECEIVED, mark_received
 
 
 def test_old_orders_and_weights_are_pruned(world: World) -> None:
@@ -83,9 +84,15 @@ def test_weights_of_an_order_that_is_not_written_yet_are_kept(world: World) -> N
     arriving = world.spool.weights(f"{7:064d}")
     arriving.write_bytes(b"w")
     newest = world.spool.order(order(0).id).published_ns
-    os.utime(arriving, ns=(newest + 1, newest + 1))
+    os.utime(arriving, (0, 0))  # a link to what was written long ago
+    mark_received(arriving)
+    os.utime(arriving.with_suffix(RECEIVED), ns=(newest + 1, newest + 1))
     retention.prune(world.spool)
     assert arriving.exists()
+    os.utime(arriving.with_suffix(RECEIVED), ns=(newest - 1, newest - 1))
+    retention.prune(world.spool)
+    assert arriving not in arriving.parent.iterdir()
+    assert not arriving.with_suffix(RECEIVED).exists()
 
 
 @pytest.mark.parametrize("moment", range(8))
