@@ -12,8 +12,8 @@ Anonymous memory (what a process must have) and mapped files (which the system t
 needs room) are told apart, every 10 ms. The speed is that of the last version's making, from the
 replies' files to the file of the version, against reading those files once, in the same process.
 The way from a job to the server and back is what a job takes to write its weights and to read new
-ones into its model, its site to send and to fetch them, and the server to take and check a reply and
-to make a version (a reply's share of it), against `cp` of the reply's file, twice.
+ones into its model, its site to send and to fetch them, and the server to take and check a reply
+and to make a version (a reply's share of it), against `cp` of the reply's file, twice.
 
 Limits: anonymous memory above an idle server's <= half a model and <= --memory-gb. Exit code 1 if
 one is broken.

@@ -63,6 +63,9 @@ class FacilityState:
     held_out: dict[int, tuple[float, float]] = field(default_factory=dict)
     # Seconds of the run, optimizer steps so far, loss.
     train_loss: list[tuple[float, int, float]] = field(default_factory=list)
+    # Of orders that a codec has encoded: their number, bytes as a share of the weights', and the
+    # norm of what it left out as a share of the update's, where that is kept.
+    encoded: list[tuple[int, float, float | None]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     steps: int = 0  # Of finished training orders, each counted once
     tokens: int = 0

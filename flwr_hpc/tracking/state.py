@@ -16,7 +16,7 @@ from flwr_hpc.tracking.timeline import ACQUIRING, order_parts
 
 PAST = ("submitted_s", "started_s", "ended_s")  # times that lie in the past once they are told
 MOST_DONE = 1000  # finished orders remembered by name: a resumed session asks for the newest
-MOST_POINTS = 20_000  # of a training curve
+MOST_POINTS = 20_000  # of a curve
 
 
 def fold(state: RunState, event: Event) -> RunState:
@@ -196,6 +196,9 @@ def _order_done(state: RunState, f: FacilityState, e: Event) -> None:
         f.steps += _count(e, "steps")
         f.tokens += _count(e, "tokens")
         f.step = f.order_steps
+        if (share := _number(f.metrics, "sent_share")) is not None:
+            f.encoded.append((f.orders, share, _number(f.metrics, "codec_error")))
+            del f.encoded[:-MOST_POINTS]
         loss = _number(f.metrics, "train_loss")
         if loss is not None and (not f.train_loss or f.train_loss[-1][1] < f.steps):
             _train_point(f, e["s"], f.steps, loss)

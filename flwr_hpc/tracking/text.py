@@ -150,6 +150,8 @@ def _order_done(e: Event) -> str:
         ("train_loss", "loss", "{:.3f}"),
         ("held_out_loss", "held-out", "{:.3f}"),
         ("tokens_per_s", "tokens/s", "{}"),
+        ("sent_share", "sent", "{:.1%} of the bytes"),
+        ("codec_error", "codec error", "{:.1%}"),
     ):
         value = metrics.get(key)
         if value is not None:

@@ -204,11 +204,18 @@ def _charts(state: RunState) -> list[tuple[Chart | None, str]]:
     def train(x: int) -> list[Curve]:
         return [_curve(f, i, f.train_loss, x) for i, f in everyone]
 
+    errors = [
+        Curve(f.name, i, [(n, error) for n, _, error in f.encoded if error is not None])
+        for i, f in everyone
+    ]
+    codec = line_chart("orders of the facility", errors) if any(c.points for c in errors) else None
+    left_out = (codec, "Share of the update that the codec left out, by order")
     return [
         (line_chart("version", held_out(1)), "Held-out loss by version of the global model"),
         (line_chart("time of the run", held_out(0), time=True), "Held-out loss by time"),
         (line_chart("optimizer steps", train(1)), "Training loss by steps of the facility"),
         (line_chart("time of the run", train(0), time=True), "Training loss by time"),
+        *([left_out] if codec else []),
     ]
 
 

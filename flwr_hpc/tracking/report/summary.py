@@ -28,6 +28,8 @@ def summarize(state: RunState, extra: Mapping[str, Any] | None = None) -> dict[s
         orders, ``staleness`` the mean over the replies that were aggregated. ``node_hours`` as
         `Accounts.node_hours` tells; ``queue_wait_s`` by the scheduler's times, before how many
         ``starts`` of a job (the median and the longest of the newest ones).
+    ``codec`` has the orders that one has encoded, their mean ``sent_share`` of the weights' bytes,
+    and ``error_last``, ``error_mean`` and ``error_max``: what it left out of an update, by norm.
     ``lora_inexactness`` is how far averages of adapters were from exact, over the versions, and
     its ``removed`` how far they would have been, in the mean, had the strategy not made them exact.
     """
@@ -80,11 +82,23 @@ def _facility(f: FacilityState) -> dict[str, Any]:
         "failed": f.failed,
         "excluded": f.excluded or None,
         "staleness": f.staleness / f.merged if f.merged else None,
+        "codec": _codec(f),
         "allocations": f.accounts.allocations or None,
         "node_hours": {k: round(v, 4) for k, v in node_hours.items()} if node_hours else None,
         "queue_wait_s": _waits(f),
         "seconds": {k: round(v, 3) for k, v in seconds.items()} if seconds else None,
     }
+
+
+def _codec(f: FacilityState) -> dict[str, float] | None:
+    if not f.encoded:
+        return None
+    shares = [share for _, share, _ in f.encoded]
+    told = {"orders": len(shares), "sent_share": round(statistics.fmean(shares), 6)}
+    if errors := [error for *_, error in f.encoded if error is not None]:
+        figures = {"last": errors[-1], "mean": statistics.fmean(errors), "max": max(errors)}
+        told |= {f"error_{name}": round(value, 6) for name, value in figures.items()}
+    return told
 
 
 def _waits(f: FacilityState) -> dict[str, float] | None:

@@ -80,6 +80,32 @@ def test_the_report_shows_the_numbers(tmp_path: Path) -> None:
     assert len(page.all("line", **{"class": "session"})) == 1
 
 
+def test_the_report_says_what_codecs_made_of_updates(tmp_path: Path) -> None:
+    """Protects the figures by which a codec is chosen; one that leaves nothing out has no error."""
+    events = run_events(2, 12)
+    assert "codec" not in report(tmp_path, events)
+    done = [e for e in events if e["event"] == "order_done"]
+    first, other = sorted({e["facility"] for e in done})
+    kept, unknown = ([e["metrics"] for e in done if e["facility"] == n] for n in (first, other))
+    for number, metrics in enumerate(kept):
+        metrics |= {"sent_share": 0.25, "codec_error": 0.05 if number == 1 else 0.02}
+    for metrics in unknown:
+        metrics["sent_share"] = 0.5
+    page = Page(text := report(tmp_path, events))
+    told = json.loads((tmp_path / "summary.json").read_text())["facilities"]
+    mean = round(0.02 + 0.03 / len(kept), 6)
+    errors = {"error_last": 0.02, "error_mean": mean, "error_max": 0.05}
+    assert told[first]["codec"] == {"orders": len(kept), "sent_share": 0.25, **errors}
+    assert told[other]["codec"] == {"orders": len(unknown), "sent_share": 0.5}
+    row = re.sub(r"\s+", " ", text)
+    shown = f"<td>25.00 %</td> <td>2.00 %</td><td>{100 * mean:.2f} %</td><td>5.00 %</td>"
+    assert shown in row
+    assert "<td>50.00 %</td> <td>–</td><td>–</td><td>–</td>" in row  # noqa: RUF001
+    assert "codec left out" in text
+    lines = [len(page.all("polyline", **{"data-name": name})) for name in (first, other)]
+    assert lines == [5, 4]
+
+
 def test_the_report_says_how_inexact_averaged_adapters_were(tmp_path: Path) -> None:
     """Protects the figure of a run with LoRA; one of whole models has none."""
     events = run_events(2, 3)
