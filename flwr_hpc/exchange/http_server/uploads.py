@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from flwr_hpc.files import private_folder, sync_dir
 PIECE = 1 << 20  # bytes hashed at a time where a partial file is read again
 PARTIAL = re.compile(rf"\.({SHA256.pattern})\.([0-9]{{1,18}})\.partial")
 SWEEP_S = 3600.0
+ABANDONED_S = 3600.0  # the server fetches what a message names long before
 
 
 class Refusal(Exception):
@@ -189,15 +190,27 @@ class Uploads:
     def _check_quota(self, ref: Reference, mine: Path) -> None:
         self.check_size(ref.bytes)
         quota = self._limits.quota_bytes
-        used = sum(total for path, _, total in self._partials(ref.folder) if path != mine)
-        for path in self._files(ref.folder):
-            if path.suffix == ".payload" and path != self._root / ref.key:
-                with suppress(FileNotFoundError):
-                    used += path.stat().st_size
+        others = self._others(ref.folder, {mine, self._root / ref.key})
+        used = sum(size for _, size, _ in others)
+        abandoned = self._clock.wall() - ABANDONED_S
+        for moved_at, size, path in sorted(others):
+            if used + ref.bytes > quota and moved_at < abandoned:
+                path.unlink(missing_ok=True)
+                used -= size
+        self._forget()
         if used + ref.bytes > quota:
             raise Refusal(
                 507, f"{ref.bytes} bytes more than the {used} in use are above the quota of {quota}"
             )
+
+    def _others(self, folder: str, mine: Collection[Path]) -> list[tuple[float, int, Path]]:
+        """Return what a site has, whole or announced: when it last moved, bytes, path."""
+        sizes = {path: total for path, _, total in self._partials(folder)}
+        for path in self._files(folder):
+            if path.suffix == ".payload":
+                with suppress(FileNotFoundError):
+                    sizes[path] = path.stat().st_size
+        return [(_moved_at(path), size, path) for path, size in sizes.items() if path not in mine]
 
     def _check_disk(self, missing: int) -> None:
         if shutil.disk_usage(self._root).free < missing:

@@ -9,7 +9,14 @@ import pytest
 from worlds.clock import FakeClock
 
 from flwr_hpc.exchange import seal
-from flwr_hpc.exchange.http_server.uploads import SWEEP_S, Limits, Refusal, Uploads, adopt
+from flwr_hpc.exchange.http_server.uploads import (
+    ABANDONED_S,
+    SWEEP_S,
+    Limits,
+    Refusal,
+    Uploads,
+    adopt,
+)
 from flwr_hpc.exchange.store import Reference
 from flwr_hpc.exchange.stores.file import FileStore
 
@@ -149,6 +156,31 @@ def test_the_quota_counts_what_is_there_and_what_is_announced(tmp_path):
     with pytest.raises(Refusal, match="above the quota") as caught:
         server.uploads.begin(ref_of(DATA * 3))
     assert caught.value.status == 413
+
+
+def test_what_was_abandoned_makes_room_for_what_comes(tmp_path):
+    """Shards of a killed upload, of which no message tells, fill no quota for ever."""
+    server = Server(tmp_path, quota_bytes=28_100)
+    for extra in (b"1", b"2"):
+        server.put(DATA + extra)
+    server.uploads.begin(ref_of(DATA + b"3"))
+    server.put(DATA + b"1", "node-8")
+    ages = {b"1": 3 * ABANDONED_S, b"2": 2 * ABANDONED_S, b"3": 2.5 * ABANDONED_S}
+    files = {}
+    for extra, age in ages.items():
+        (files[extra],) = (tmp_path / "node-7").glob(f"*{ref_of(DATA + extra).sha256}*")
+        os.utime(files[extra], (1e9 - age, 1e9 - age))
+    server.uploads.begin(ref_of(DATA + b"4"))  # there is room
+    assert all(path.exists() for path in files.values())
+    server.uploads.begin(ref_of(DATA + b"5"))
+    assert [extra for extra, path in files.items() if path.exists()] == [b"2", b"3"]
+    server.uploads.begin(ref_of(DATA + b"6"))
+    assert [extra for extra, path in files.items() if path.exists()] == [b"2"]
+    os.utime(files[b"2"])
+    with pytest.raises(Refusal, match="above the quota"):  # what has just come is fetched
+        server.uploads.begin(ref_of(DATA + b"7"))
+    assert files[b"2"].exists()
+    assert payloads(tmp_path / "node-8") != []
 
 
 def test_a_disk_without_room_for_the_rest_is_full(tmp_path, monkeypatch):
