@@ -10,7 +10,7 @@ from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.records import RecordTensors
 from flwr_hpc.exchange.tensorfile import TensorFile, save
-from flwr_hpc.exchange.tensors import BadPayload, check
+from flwr_hpc.exchange.tensors import BadPayload
 
 TOPK2 = ["topk", "int2"]
 
@@ -73,24 +73,3 @@ def test_positions_that_are_none(codec, where, tmp_path):
     save(RecordTensors(ArrayRecord({n: Array(a) for n, a in spoilt.items()})), tmp_path / "bad")
     with pytest.raises(BadPayload, match="positions"):
         made.decode(tmp_path / "bad", base, base.layout).tensor("w")
-
-
-@pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "int2", "topk", TOPK2], ids=str)
-def test_any_bytes_are_an_update_or_refused(codec, tmp_path):
-    """A thousand payloads with random bytes in them, each well-formed as a file."""
-    base, made, rng = model(0, size=4400), make_codec(codec), np.random.default_rng(3)
-    made.encode(moved(base, 1), tmp_path / "p", base)
-    data = bytearray((tmp_path / "p").read_bytes())
-    start = len(data) - sum(i.nbytes for i in TensorFile(tmp_path / "p").layout.values())
-    refused = 0
-    for _ in range(1000):
-        spoilt = bytearray(data)
-        first = int(rng.integers(start, len(data)))
-        noise = rng.bytes(int(rng.integers(1, 64)))[: len(data) - first]
-        spoilt[first : first + len(noise)] = noise
-        (tmp_path / "bad").write_bytes(spoilt)
-        try:
-            check(made.decode(tmp_path / "bad", base, base.layout), base.layout)
-        except BadPayload:
-            refused += 1
-    assert refused > 0 or codec == "int2"  # its scales are few; the others' had NaNs among them
