@@ -15,6 +15,7 @@ class Family:
     block_norms: int = 2  # Norms of a decoder layer
     query_key_norm: bool = False  # RMSNorm of each head's queries and keys
     qkv_bias: bool = False
+    fused_qkv: bool = False  # Queries, keys and values are one module
     out_bias: bool = False  # Of the attention's last projection
     mlp_bias: bool = False
     gated: bool = True  # The MLP has a gate beside its up projection
@@ -40,12 +41,12 @@ FAMILIES = {
     "gemma": Family(tied=True, head_dim=256, float32_norms=True),
     "gemma2": Family(tied=True, head_dim=256, block_norms=4, float32_norms=True, eager=True),
     "gpt2": Family(
-        layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, mlp_saved=5,
-        learned_positions=True, tied=True, intermediate=4,
+        layer_norm=True, qkv_bias=True, fused_qkv=True, out_bias=True, mlp_bias=True, gated=False,
+        mlp_saved=5, learned_positions=True, tied=True, intermediate=4,
     ),
     "gpt_neox": Family(
-        layer_norm=True, qkv_bias=True, out_bias=True, mlp_bias=True, gated=False, mlp_saved=2,
-        fused_saved=True,
+        layer_norm=True, qkv_bias=True, fused_qkv=True, out_bias=True, mlp_bias=True, gated=False,
+        mlp_saved=2, fused_saved=True,
     ),
     "llama": Family(),
     "mistral": Family(kv_heads=8),

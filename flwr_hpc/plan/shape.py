@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flwr_hpc.config.schema import LoraConfig
 from flwr_hpc.config.validate import ENCODER_DECODERS, SIZES, UNSPLIT, size_key
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.families import Family, family
@@ -44,15 +45,21 @@ class Projection:
     copies: int = 1  # Experts
     active: int = 1  # Of the copies, how many work on a token
     of_source: bool = False  # A decoder's that reads what the encoder has made
+    matrices: int = 1  # Modules that share the outputs, each with an adapter of its own
+    fused: bool = False  # They are one parameter, whose adapter peft gives the rank of all
 
     @property
     def weights(self) -> int:
         """Elements of one copy's matrices."""
         return self.inputs * self.outputs
 
+    def adapter_b(self, rank: int) -> int:
+        """Elements of LoRA's B on one copy's matrices."""
+        return rank * (self.matrices if self.fused else 1) * self.outputs
+
     def adapter(self, rank: int) -> int:
-        """Return the parameters of LoRA on one copy, as on one matrix."""
-        return rank * (self.inputs + self.outputs)
+        """Parameters of LoRA on one copy's matrices."""
+        return rank * self.matrices * self.inputs + self.adapter_b(rank)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class Block:
         return width * own * own * (4.0 if self.kind == ENCODER else 2.0)
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA on one such layer's matrices, those of one input as one matrix."""
+        """Parameters of LoRA on one such layer's matrices."""
         return sum(p.copies * p.adapter(rank) for p in self.projections)
 
 
@@ -136,8 +143,20 @@ class ModelShape:
 
     @property
     def adapters(self) -> int:
-        """Parameters of LoRA on all matrices of the layers."""
+        """Parameters of LoRA on all linear layers, ``target_modules=all-linear``."""
         return sum(b.count * b.adapters(self.adapter_rank) for b in self.blocks)
+
+    @property
+    def adapters_b(self) -> int:
+        """Elements of their B alone."""
+        rank = self.adapter_rank
+        found = (b.count * p.copies * p.adapter_b(rank) for b in self.blocks for p in b.projections)
+        return sum(found)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of all linear layers, of which each has a magnitude with DoRA."""
+        return sum(b.count * p.copies * p.outputs for b in self.blocks for p in b.projections)
 
     @property
     def trained(self) -> int:
@@ -264,9 +283,12 @@ def _attention(config: Mapping[str, Any], sort: Family, s: _Sizes) -> list[Proje
     qkv_bias = config.get("attention_bias", sort.qkv_bias)
     out_bias = config.get("attention_bias", sort.out_bias)
     return [
-        Projection(s.hidden, outputs, biases=outputs if qkv_bias else 0),
+        Projection(
+            s.hidden, outputs, biases=outputs if qkv_bias else 0,
+            matrices=1 if sort.fused_qkv else 3,
+        ),
         Projection(s.queries, s.hidden, reduces=True, biases=s.hidden if out_bias else 0),
-    ]
+    ]  # fmt: skip
 
 
 def _mlp(
@@ -275,9 +297,12 @@ def _mlp(
     outputs = s.intermediate * (2 if sort.gated else 1)
     bias = config.get("mlp_bias", sort.mlp_bias)
     return [
-        Projection(s.hidden, outputs, False, outputs if bias else 0, copies, active),
+        Projection(
+            s.hidden, outputs, False, outputs if bias else 0, copies, active,
+            matrices=2 if sort.gated else 1, fused=sort.experts,
+        ),
         Projection(s.intermediate, s.hidden, True, s.hidden if bias else 0, copies, active),
-    ]
+    ]  # fmt: skip
 
 
 def _block(
@@ -320,7 +345,8 @@ def _encoder_decoder(config: Mapping[str, Any], sort: Family, vocabulary: int | 
     s = _Sizes.of(config, sort, kind)
     own, mlp = _attention(config, sort, s), _mlp(config, sort, s)
     cross = [
-        Projection(s.hidden, s.queries), Projection(s.hidden, 2 * s.keys, of_source=True),
+        Projection(s.hidden, s.queries),
+        Projection(s.hidden, 2 * s.keys, matrices=2, of_source=True),
         Projection(s.queries, s.hidden, reduces=True),
     ]  # fmt: skip
     decoders = config.get("num_decoder_layers") or s.layers
@@ -338,6 +364,13 @@ def _encoder_decoder(config: Mapping[str, Any], sort: Family, vocabulary: int | 
         vectors=2 * s.hidden + 2 * biases, longest=None, encoder_decoder=True,
         splits=kind not in UNSPLIT,
     )  # fmt: skip
+
+
+def adapter_parameters(shape: ModelShape, lora: LoraConfig) -> int:
+    """Return how many parameters of an adapter of `shape` are trained, and travel."""
+    if lora.freeze_a:
+        return shape.adapters_b
+    return shape.adapters + (shape.outputs if lora.dora else 0)
 
 
 def tensor_degrees(shape: ModelShape, most: int) -> list[int]:

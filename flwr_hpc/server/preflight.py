@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from flwr_hpc.exchange.store import make_store
 from flwr_hpc.files import existing, read_json
 from flwr_hpc.gate import peers
 from flwr_hpc.plan.ranking import shape_of
+from flwr_hpc.plan.shape import adapter_parameters
 from flwr_hpc.schedulers.interpreter import check_interpreter
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
@@ -109,6 +111,18 @@ def trained_parameters(config: Config) -> int | None:
         return shape_of(config).parameters
     except UserError:  # the trainer may know it, the planner does not
         return None
+
+
+def sent_parameters(config: Config) -> int | None:
+    """Return how many parameters travel, of an adapter or all; None where that is not known."""
+    lora = config.model.lora
+    if not lora.r:
+        return trained_parameters(config)
+    if lora.target_modules != LoraConfig.target_modules:
+        return None
+    with suppress(UserError):  # the trainer may know the model, the planner does not
+        return adapter_parameters(replace(shape_of(config), adapter_rank=lora.r), lora)
+    return None
 
 
 def site_disk_of(config: Config, parameters: int) -> disk_use.SiteDisk:

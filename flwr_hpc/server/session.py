@@ -193,15 +193,16 @@ def _plan(config: Config) -> Table:
 def _traffic(config: Config) -> str:
     """Say what an order sends between server and site, where the model's shape is known."""
     exchange, codec = config.exchange, make_codec(config.exchange.codec)
-    parameters = preflight.trained_parameters(config)
+    parameters = preflight.sent_parameters(config)
     up = None if parameters is None else codec.payload_gb(parameters)
     if parameters is None or up is None:
         return ""
     whole = 4e-9 * parameters
     downlink = make_downlink(exchange.downlink, codec)
     down = downlink and downlink.payload_gb(parameters)
+    what = "adapter" if config.model.lora.r else "weights"
     return (
-        f"weights: {parameters / 1e9:.3g} B parameters, {whole:.3g} GB in float32. An order brings "
+        f"{what}: {parameters / 1e9:.3g} B parameters, {whole:.3g} GB in float32. An order brings "
         f"{down or whole:.3g} GB to a site (exchange.downlink={_named(exchange.downlink)}) and "
         f"{up:.3g} GB back (exchange.codec={_named(exchange.codec)})"
     )

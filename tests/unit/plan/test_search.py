@@ -46,12 +46,13 @@ def test_recomputing_trades_time_for_memory() -> None:
 def test_below_an_adapter_little_is_trained() -> None:
     """Protects the fit of LoRA and QLoRA: frozen weights have no gradient and no moments.
 
-    By hand: per layer of 8B rank 8 is 8 x (4096 + 6144 + 4096 + 4096 + 4096 + 28672 + 14336 + 4096)
-    for queries, keys and values together and two MLP matrices together.
+    By hand: per layer of 8B rank 8 is 8 x (inputs + outputs) of queries, keys, values, the last
+    of attention, and three MLP matrices.
     """
     lora = replace(SHAPE, adapter_rank=8)
     packed = replace(lora, packed=True)
-    assert lora.adapters == 32 * 8 * (4096 + 6144 + 8192 + 4096 + 28672 + 14336 + 4096)
+    attention = (4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096)
+    assert lora.adapters == 32 * 8 * (attention + 3 * (4096 + 14336)) == 20_971_520
     whole, some, four_bits = (memory(s, PLAN, 4096, 2) for s in (SHAPE, lora, packed))
     assert whole.optimizer == 2 * whole.parameters
     assert some.optimizer == 8 * lora.adapters / 16

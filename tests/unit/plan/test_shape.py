@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -13,12 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from flwr_hpc.config.folder import conf_dir
+from flwr_hpc.config.schema import LoraConfig
 from flwr_hpc.config.validate import ENCODER_DECODERS
 from flwr_hpc.errors import UserError
 from flwr_hpc.plan.memory import saved_bytes
 from flwr_hpc.plan.parallel import ParallelPlan
 from flwr_hpc.plan.ranking import BYTE_VOCABULARY
-from flwr_hpc.plan.shape import model_shape
+from flwr_hpc.plan.shape import adapter_parameters, model_shape
+from flwr_hpc.train.model import _lora
 
 MODELS = sorted((conf_dir() / "model").glob("*.yaml"), key=lambda p: p.stem)
 # As the checkpoints' model cards count them.
@@ -72,6 +75,35 @@ def test_parameters_are_those_of_transformers(path: Path) -> None:
         model = auto.from_config(made)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.parameters == PUBLISHED.get(path.stem, shape.parameters)
+
+
+@pytest.mark.parametrize("kind", ["plain", "freeze_a", "dora"])
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_adapters_are_those_of_peft(path: Path, kind: str) -> None:
+    """Protects what a dry run says of an adapter's way: that of the default targets."""
+    config = _config(path)
+    lora = LoraConfig(r=8, freeze_a=kind == "freeze_a", dora=kind == "dora")
+    shape = replace(model_shape(config, BYTE_VOCABULARY), adapter_rank=lora.r)
+    type_, few = config.pop("model_type"), {}
+    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"):
+        if key in config:  # two layers tell all; peft takes long over eighty
+            few[key] = 2
+    made = AutoConfig.for_model(type_, **{"vocab_size": BYTE_VOCABULARY} | config | few)
+    auto = AutoModelForSeq2SeqLM if type_ in ENCODER_DECODERS else AutoModelForCausalLM
+    if (type_, kind) == ("mixtral", "dora"):
+        pytest.skip("peft has no DoRA on experts")
+    with torch.device("meta"):
+        model = auto.from_config(made)
+        adapted = peft.get_peft_model(model, _lora(lora, lora.r, model, None))
+    parts = {"freeze_a": ["lora_B"], "dora": ["lora_A", "lora_B", "magnitude"]}
+    wanted = parts.get(kind, ["lora_A", "lora_B"])
+    found = sum(
+        p.numel() for n, p in adapted.named_parameters() if any(part in n for part in wanted)
+    )
+    small = model_shape({"model_type": type_} | config | few, BYTE_VOCABULARY)
+    assert adapter_parameters(replace(small, adapter_rank=lora.r), lora) == found
+    per_layer = adapter_parameters(shape, lora) / shape.layers
+    assert per_layer == adapter_parameters(replace(small, adapter_rank=8), lora) / small.layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from flwr_hpc import run
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.errors import UserError
-from flwr_hpc.server import preflight
+from flwr_hpc.server import preflight, session
 
 GB = 10**9
 LLAMA = ("+facility=local_a", "model=llama3_8b")  # 8.03 B parameters, 32.1 GB in float32
@@ -63,6 +64,22 @@ def test_what_is_small_or_not_known_is_not_judged(tmp_path: Path, overrides: lis
     """Protects adapters, whose size is not the model's, and the demo."""
     config = compose_config(overrides)
     assert preflight.check_space(config, tmp_path / "run", lambda path: 10 * GB) == []
+
+
+def test_a_dry_run_says_what_an_adapter_takes_on_its_way(tmp_path: Path) -> None:
+    """Protects the sizing of a slow line: of LoRA the adapter travels, not the model."""
+    shape = compose_config([*LLAMA]).model.config
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    lora = ["+facility=local_a", f"model.path='{tmp_path}'", "model.lora.r=8", "data=jsonl"]
+    lora += ["data.paths.local_a=[x.jsonl]"]
+    config = compose_config([*lora, "exchange.codec=int8"])
+    assert preflight.sent_parameters(config) == 20_971_520  # by hand in plan/test_search.py
+    told = session._traffic(config)
+    assert "adapter: 0.021 B parameters, 0.0839 GB" in told
+    assert "0.0839 GB to a site (exchange.downlink=full) and 0.0211 GB back" in told
+    config = compose_config([*lora, "model.lora.target_modules='q_proj,v_proj'"])
+    assert preflight.sent_parameters(config) is None
+    assert session._traffic(config) == ""
 
 
 def test_the_command_ends_with_2_and_leaves_nothing(
