@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from flwr_hpc.exchange.seal import seal, sealed
 from flwr_hpc.exchange.tensors import (
     STORED,
     BadPayload,
@@ -34,7 +33,7 @@ from flwr_hpc.exchange.tensors import (
     Tensors,
     size_range,
 )
-from flwr_hpc.files import draft
+from flwr_hpc.files import draft, seal, sealed
 
 FORMAT = {"format": "pt"}  # what transformers asks of a checkpoint's metadata
 MAX_HEADER = 8 << 20  # bytes; some 60,000 tensors

@@ -9,8 +9,8 @@ import threading
 from contextlib import suppress
 from typing import IO
 
-from flwr_hpc.exchange.seal import sealed
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.files import sealed
 
 PIECE = 1 << 18  # bytes moved at a time, of each of the payloads that come together
 SENT = 8 << 20  # bytes that the kernel copies at a time

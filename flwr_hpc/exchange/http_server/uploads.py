@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flwr_hpc.clock import Clock
-from flwr_hpc.exchange.seal import seal
 from flwr_hpc.exchange.store import KEY, SHA256, Reference, Store
-from flwr_hpc.files import private_folder, sync_dir
+from flwr_hpc.files import private_folder, seal, sync_dir
 
 PIECE = 1 << 20  # bytes hashed at a time where a partial file is read again
 PARTIAL = re.compile(rf"\.({SHA256.pattern})\.([0-9]{{1,18}})\.partial")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
-from flwr_hpc.exchange import seal, tensorfile, transfer
+from flwr_hpc import files
+from flwr_hpc.exchange import tensorfile, transfer
 from flwr_hpc.exchange.checkpoint import FileCheckpoints
 from flwr_hpc.exchange.client import SiteExchange
 from flwr_hpc.exchange.codec import make_codec
@@ -127,12 +128,12 @@ def copied_without_its_note(path):
 
 
 def after_a_crash(path):
-    note = os.getxattr(path, seal.ATTRIBUTE).decode().split(" ")
-    os.setxattr(path, seal.ATTRIBUTE, " ".join([*note[:-1], "another-boot"]).encode())
+    note = os.getxattr(path, files.SEAL).decode().split(" ")
+    os.setxattr(path, files.SEAL, " ".join([*note[:-1], "another-boot"]).encode())
 
 
 def with_a_note_of_nonsense(path):
-    os.setxattr(path, seal.ATTRIBUTE, b"\xff\xfe")
+    os.setxattr(path, files.SEAL, b"\xff\xfe")
 
 
 DOUBTS = [
@@ -154,10 +155,10 @@ def test_where_there_is_any_doubt_the_bytes_are_hashed(tmp_path, doubt):
     path = tmp_path / "w"
     sha256 = weights(path)
     with open(path, "rb") as file:
-        assert seal.sealed(file.fileno()) == sha256
+        assert files.sealed(file.fileno()) == sha256
     doubt(path)
     with open(path, "rb") as file:
-        assert seal.sealed(file.fileno()) == ""
+        assert files.sealed(file.fileno()) == ""
     assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -223,7 +224,7 @@ def test_it_needs_no_privileges(tmp_path):
     script = """
 import os, sys, numpy as np
 from pathlib import Path
-from flwr_hpc.exchange import seal
+from flwr_hpc import files
 from flwr_hpc.exchange.store import make_store
 from flwr_hpc.exchange.tensorfile import write_stream
 make_store("")
@@ -232,7 +233,7 @@ store, path = make_store("store"), Path("w").absolute()
 ref = store.put(path, "global", write_stream(path, [("w", np.ones((512, 1024), np.float32))]))
 store.get(ref, Path("target").absolute())
 with open("target", "rb") as file:
-    print(seal.sealed(file.fileno()) == ref.sha256, os.access("target", os.W_OK))
+    print(files.sealed(file.fileno()) == ref.sha256, os.access("target", os.W_OK))
 """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)

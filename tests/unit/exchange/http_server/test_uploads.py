@@ -8,7 +8,7 @@ import os
 import pytest
 from worlds.clock import FakeClock
 
-from flwr_hpc.exchange import seal
+from flwr_hpc import files
 from flwr_hpc.exchange.http_server.uploads import (
     ABANDONED_S,
     SWEEP_S,
@@ -65,11 +65,11 @@ def test_what_came_before_a_kill_is_not_sent_again(tmp_path):
 
 def test_what_is_hashed_as_it_comes_is_not_hashed_again(tmp_path):
     """The server's own copy of a payload is made of what its gate has just checked."""
-    data = bytes(seal.WORTH)
+    data = bytes(files.SEALED_BYTES)
     server = Server(tmp_path)
     server.put(data)
     with server.store.open(ref_of(data)) as file:
-        assert seal.sealed(file.fileno()) == ref_of(data).sha256
+        assert files.sealed(file.fileno()) == ref_of(data).sha256
 
 
 def test_a_site_with_another_folder_goes_on_with_what_it_sent_into_the_one_before(tmp_path):
