@@ -14,6 +14,7 @@ from flwr_hpc.exchange.codec import make_codec, make_downlink
 from flwr_hpc.exchange.store import PREFIX
 from flwr_hpc.exchange.tensorfile import TensorFile
 from flwr_hpc.exchange.tensors import BadPayload
+from flwr_hpc.spool.folders import received_ns
 
 SIZE = 100_000
 
@@ -55,7 +56,7 @@ class Line:
     def files(self, node):
         """Return what a site received, oldest first."""
         found = (self.folder / f"site{node}").glob("*.safetensors")
-        return sorted(found, key=lambda path: path.stat().st_mtime_ns)
+        return sorted(found, key=received_ns)
 
     def at(self, node):
         """Return the weights that a site received last."""

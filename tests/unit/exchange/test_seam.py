@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from worlds.exchange.federation import Federation, InProcess, initial, plain_site, values
 
+from flwr_hpc.config.compose import compose_config
 from flwr_hpc.errors import UserError
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.shards.parcel import Parcel
-from flwr_hpc.exchange.store import PREFIX, make_store
+from flwr_hpc.exchange.store import PREFIX, Reference, make_store
 from flwr_hpc.exchange.stores.file import FileStore
 from flwr_hpc.exchange.stores.fsspec import FsspecStore
+from flwr_hpc.server.preflight import trained_parameters
 
 
 def run(federation, rounds=2):
@@ -46,6 +51,20 @@ def _noting(message, content, sizes):
             if k.startswith(PREFIX)
         ]
     return content
+
+
+def test_the_demo_sends_its_weights_through_the_store(tmp_path):
+    """What a newcomer sees is what a large run does: no weights inside Flower's messages."""
+    recipe = (Path(__file__).parents[3] / "Makefile").read_text()
+    assert "\n\t$(PY) -m flwr_hpc.run\n" in recipe.partition("\ndemo:")[2][:80]
+    config = compose_config([])
+    count = trained_parameters(config)
+    federation = Federation(tmp_path, config.exchange.inline_below_mb, config.exchange.codec)
+    weights = ArrayRecord({"w": Array(np.zeros(count, np.float32))})
+    federation.train(11, 12, arrays=weights)
+    for message in federation.inner.pushed:
+        assert not message.content.array_records
+        assert Reference.from_record(message.content[f"{PREFIX}arrays"]).bytes > 4 * count
 
 
 def test_a_codec_may_be_relative_to_what_both_sides_have(tmp_path):
