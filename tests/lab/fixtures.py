@@ -17,7 +17,7 @@ from .plan import Shape
 __all__ = ["FAULTY", "Lab", "REQUIRE", "centres", "lab", "slurm", "slurm_conf", "three_centres"]
 
 _NUMBERS = itertools.count()
-REQUIRE = "FLWR_HPC_REQUIRE_SLURM"
+REQUIRE, REQUIRE_HOSTS = "FLWR_HPC_REQUIRE_SLURM", "FLWR_HPC_REQUIRE_HOSTS"
 # For tests of faults: notices a dead node in half a minute, but no healthy one of a busy machine.
 FAULTY = Shape(nodes=2, cpus=2, slurmd_timeout_s=20)
 
@@ -77,19 +77,18 @@ def three_centres() -> Iterator[Centres]:
 def _connected(sites: Sequence[Site]) -> Centres:
     """Bring hosts up.
 
-    A container without TUN devices may still be one for Slurm: it fails for want of Slurm alone.
+    A container without TUN devices may still be one for Slurm: they are required by themselves.
     """
     _need(missing())
-    if reason := missing_tun():
-        pytest.skip(reason)
+    _need(missing_tun(), "hosts that share nothing", REQUIRE_HOSTS)
     return Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}", sites)
 
 
-def _need(reason: str) -> None:
-    if reason and os.environ.get(REQUIRE) == "1":
-        pytest.fail(f"{REQUIRE}=1, but {reason}")
+def _need(reason: str, what: str = "Slurm", required: str = REQUIRE) -> None:
+    if reason and os.environ.get(required) == "1":
+        pytest.fail(f"{required}=1, but {reason}")
     if reason:
-        pytest.skip(f"no Slurm: {reason}")
+        pytest.skip(f"no {what}: {reason}")
 
 
 @pytest.fixture
