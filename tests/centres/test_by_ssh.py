@@ -26,6 +26,8 @@ STEPS, ROUNDS = 40, 4
 SETTINGS = (
     *("model.lora.r=4", "data.tokenizer=byte", "strategy=diloco"),
     *(f"train.steps={STEPS}", f"rounds={ROUNDS}"),
+    # A message that is lost with its connection is not missed before; allocations are idle so long.
+    "federation.reply_grace_s=60",
 )
 
 
