@@ -45,15 +45,13 @@ def save_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
     trainer = tiny_trainer(group, **options)
     trainer.train(3)
     save(group, folder / "checkpoints", trainer)
-    trainer.train(2)
-    return weights_of(trainer, folder / "weights.safetensors", group)
+    return _go_on(group, folder, trainer)
 
 
 def restore_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
     trainer = tiny_trainer(group, **options)
     restore(group, folder / "checkpoints", trainer)
-    trainer.train(2)
-    return weights_of(trainer, folder / "weights.safetensors", group)
+    return _go_on(group, folder, trainer)
 
 
 def restore_save_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
@@ -64,14 +62,21 @@ def restore_save_then_go_on(group: Group, folder: Path, **options: Any) -> Any:
         shutil.rmtree(folder / "checkpoints")
     group.broadcast(None)
     save(group, folder / "checkpoints", trainer)
-    trainer.train(2)
-    return weights_of(trainer, folder / "weights.safetensors", group)
+    return _go_on(group, folder, trainer)
 
 
 def straight_on(group: Group, folder: Path, **options: Any) -> Any:
     trainer = tiny_trainer(group, **options)
-    trainer.train(5)
-    return weights_of(trainer, folder / "weights.safetensors", group)
+    trainer.train(3)
+    return _go_on(group, folder, trainer)
+
+
+def _go_on(group: Group, folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """Train two steps; return their losses, the last one's gradient norm, and the weights."""
+    losses: list[float] = []
+    done = trainer.train(2, report=lambda _, loss: losses.append(loss()))
+    weights = weights_of(trainer, folder / "weights.safetensors", group)
+    return {"losses": losses, "grad_norm": done.last_grad_norm, "weights": weights}
 
 
 def staged(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
