@@ -17,6 +17,8 @@ import worlds.train.numerics_scenarios as scenario
 from worlds.train.comparing import T5, assert_alike, assert_same
 from worlds.train.torch_ranks import LLAMA, Team, start_teams
 
+pytestmark = pytest.mark.slow  # seven processes, which one worker of the tests starts there
+
 # Of T5 and mT5 transformers ties the three tables, whatever their configuration says.
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {**LLAMA, "tie_word_embeddings": True},
@@ -89,9 +91,7 @@ def test_a_mesh_equals_one_process(
     assert_alike(teams[ranks].run(scenario.trained, tmp_path, **layout, **options(kind)), one)
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(w, marks=[pytest.mark.slow] if "tp2" in w else []) for w in WAYS]
-)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_goes_from_mesh_to_mesh(
     teams: dict[int, Team], tmp_path: Path, alone: Any, kind: tuple[str, bool], way: str
