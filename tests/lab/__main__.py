@@ -17,6 +17,8 @@ from .plan import Shape
 from .remote import Host
 
 WAN = "wan"  # the name of the hosts that are brought up by hand
+PORT = 8443
+ONE_MODEL = "Train one model, line by line"
 CONF = HOME / "conf"  # a folder for --config-dir, with a facility of every cluster's name
 
 
@@ -64,6 +66,9 @@ def up_centres(shape: Shape) -> None:
         if host.cluster:
             print(f"    sinfo; python -m flwr_hpc.doctor --config-dir conf +facility={host.name}")
     first, *others = centres.hosts.values()
+    print(f"{ONE_MODEL} (what goes on takes a terminal of its own):")
+    for host, words in one_model(centres):
+        print(f"  {me} exec {host.name} {shlex.join(words)}")
     print(
         f"""Further:
   {me} exec --user stranger {first.name} bash
@@ -73,6 +78,21 @@ def up_centres(shape: Shape) -> None:
   {me} kill {others[0].name} all    # a reboot
   {me} down {WAN}"""
     )
+
+
+def one_model(centres: Centres) -> list[tuple[Host, list[str]]]:
+    """Return what to type at which host: `serve`, its invitations on their way, `join`s."""
+    server, *sites = centres.hosts.values()
+    names = ",".join(site.name for site in sites)
+    where = [f"serve.address={server.name}:{PORT}", f"serve.sites=[{names}]", "run_dir=run"]
+    module = ["python", "-m"]
+    typed = [(server, [*module, "flwr_hpc.serve", *where, "rounds=2", "train.steps=50"])]
+    for site, package in zip(sites, ("json", "logging"), strict=True):
+        letter = f"run/invitations/{site.name}.json"
+        typed.append((server, ["scp", "-p", letter, f"{site.name}:"]))
+        own = ["--config-dir=conf", f"+facility={site.name}", f"data.paths=[{package}]"]
+        typed.append((site, [*module, "flwr_hpc.join", f"{site.name}.json", *own]))
+    return typed
 
 
 def link(args: argparse.Namespace) -> None:

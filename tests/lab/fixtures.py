@@ -14,7 +14,10 @@ from .cluster import Cluster
 from .host import LabError, missing
 from .plan import Shape
 
-__all__ = ["FAULTY", "Lab", "REQUIRE", "centres", "lab", "slurm", "slurm_conf", "three_centres"]
+__all__ = [
+    *("FAULTY", "Lab", "REQUIRE"),
+    *("centres", "lab", "need_hosts", "slurm", "slurm_conf", "three_centres"),
+]
 
 _NUMBERS = itertools.count()
 REQUIRE, REQUIRE_HOSTS = "FLWR_HPC_REQUIRE_SLURM", "FLWR_HPC_REQUIRE_HOSTS"
@@ -75,13 +78,17 @@ def three_centres() -> Iterator[Centres]:
 
 
 def _connected(sites: Sequence[Site]) -> Centres:
-    """Bring hosts up.
+    need_hosts()
+    return Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}", sites)
+
+
+def need_hosts() -> None:
+    """Skip the test, or fail it where they are required, when no hosts can be made.
 
     A container without TUN devices may still be one for Slurm: they are required by themselves.
     """
     _need(missing())
     _need(missing_tun(), "hosts that share nothing", REQUIRE_HOSTS)
-    return Centres.up(f"w{os.getpid()}_{next(_NUMBERS)}", sites)
 
 
 def _need(reason: str, what: str = "Slurm", required: str = REQUIRE) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def missing(command: str = "") -> str:
 def python() -> str:
     """Return this interpreter as one would type it here."""
     short = os.path.relpath(sys.executable)
-    return sys.executable if short.startswith("..") else short
+    return shlex.quote(sys.executable if short.startswith("..") else short)
 
 
 def as_user(name: str) -> list[str]:
