@@ -105,7 +105,8 @@ def run_settings(config: Config) -> tuple[dict[str, Any], list[str]]:
     """Return what of a run's settings goes to its sites, and which they have to give themselves."""
     whole: Any = OmegaConf.to_container(OmegaConf.structured(config))
     run = {key: whole[key] for key in RUN_KEYS}
-    del run["exchange"]["memory_gb"]  # the server's own
+    for own in ("memory_gb", "quota_gb"):  # the server's
+        del run["exchange"][own]
     run["data"] = {key: whole["data"][key] for key in DATA_KEYS}
     missing = []
     for place in PLACES:

@@ -167,6 +167,7 @@ class ExchangeConfig:
     # What decoding and averaging may take of the server's memory, whatever the model and however
     # many the sites. Pages of mapped files come on top, which the system takes back when it likes.
     memory_gb: float = 1.0
+    quota_gb: float = 1000.0  # What a site's payloads may take of the disk behind the server's port
     # A site's payload of which nothing has come for so many seconds is given up: its order failed.
     stall_s: float = 300.0
 

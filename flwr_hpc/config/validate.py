@@ -36,6 +36,7 @@ POSITIVE = (
     *("allocation.queue_deadline_s", "federation.acquire_deadline_s"),
     *(f"federation.{k}" for k in ("order_deadline_s", "round_deadline_s", "poll_s", "ttl_s")),
     *("federation.min_sites", "federation.max_failed_rounds", "exchange.stall_s"),
+    "exchange.quota_gb",
     *("federation.update_norm_limit", "site.limits.node_hours", "site.limits.nodes"),
     *("site.limits.steps", "federation.clip_update_norm"),
 )

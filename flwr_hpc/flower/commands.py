@@ -37,6 +37,7 @@ class PublicSocket:
     certificate_key: Path
     credentials: Path
     exchange: Path  # The store of payloads
+    quota_gb: float  # Of a site in there
     events: Path  # Where transfers and starts of SuperNodes are reported
     welcome: Mapping[str, object]  # What a site is told that asks what it joins
 
@@ -46,6 +47,7 @@ class PublicSocket:
             f"--public={self.listen}",
             f"--credentials={self.credentials}",
             f"--exchange={self.exchange}",
+            f"--quota-gb={self.quota_gb:g}",
             f"--events={self.events}",
             f"--welcome={json.dumps(dict(self.welcome))}",
         ]

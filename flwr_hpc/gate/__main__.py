@@ -75,7 +75,7 @@ def _outside(args: argparse.Namespace) -> Outside | None:
     """Return the public socket, if one is asked for."""
     if not args.public:
         return None
-    from flwr_hpc.exchange.http_server import exchange_app
+    from flwr_hpc.exchange.http_server import Limits, exchange_app
     from flwr_hpc.gate.door import Outside
     from flwr_hpc.gate.outside import App, PublicApp
     from flwr_hpc.gate.transfers import TransferReport, report_start
@@ -86,7 +86,8 @@ def _outside(args: argparse.Namespace) -> Outside | None:
     report = TransferReport(Path(args.events), Guests(Path(args.credentials)))
 
     def wrap(flower: App) -> App:
-        exchange = exchange_app(Path(args.exchange), guests.folder_of_token, report=report)
+        limits = Limits(int(args.quota_gb * 1e9))
+        exchange = exchange_app(Path(args.exchange), guests.folder_of_token, limits, report=report)
         started = partial(report_start, Path(args.events))
         return PublicApp(flower, guests, exchange, json.loads(args.welcome), started)
 
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--public", metavar="HOST:PORT", help="a second socket, for sites of a run")
     parser.add_argument("--credentials", metavar="FILE", help="who may come in there")
     parser.add_argument("--exchange", metavar="DIR", help="the run's store of payloads")
+    parser.add_argument("--quota-gb", type=float, default=1000.0, help="of each site in there")
     parser.add_argument("--events", metavar="FILE", help="where it reports what it sees")
     parser.add_argument("--welcome", default="{}", help=argparse.SUPPRESS)
     parser.add_argument("program", choices=PROGRAMS)

@@ -263,6 +263,7 @@ def public_socket(run: RunDir, config: Config) -> commands.PublicSocket | None:
         certificate_key=run.certificate_key,
         credentials=run.credentials,
         exchange=run.exchange,
+        quota_gb=config.exchange.quota_gb,
         events=run.events,
         welcome={"run_key": run.key, "versions": versions()},
     )

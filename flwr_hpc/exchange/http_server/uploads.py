@@ -22,6 +22,7 @@ from flwr_hpc.clock import Clock
 from flwr_hpc.exchange.store import KEY, SHA256, Reference, Store
 from flwr_hpc.files import private_folder, seal, sync_dir
 
+SETTING = "exchange.quota_gb"
 PIECE = 1 << 20  # bytes hashed at a time where a partial file is read again
 PARTIAL = re.compile(rf"\.({SHA256.pattern})\.([0-9]{{1,18}})\.partial")
 SWEEP_S = 3600.0
@@ -40,7 +41,7 @@ class Refusal(Exception):
 class Limits:
     """What one site may take of the server."""
 
-    quota_bytes: int = 1 << 40  # in the store and announced
+    quota_bytes: int = 10**12  # in the store and announced
     partials: int = 16  # unfinished uploads: the oldest goes when one more is begun
     partial_age_s: float = 7 * 86400.0  # an upload that has not moved for so long is forgotten
     requests: int = 32  # at once; each holds up to 1 MB
@@ -158,7 +159,7 @@ class Uploads:
     def check_size(self, size: int) -> None:
         """Refuse what a site can never have here, however long it waits for room."""
         if size > (quota := self._limits.quota_bytes):
-            raise Refusal(413, f"{size} bytes are above the quota of {quota}")
+            raise Refusal(413, f"{size} bytes are above the quota of {quota} ({SETTING})")
 
     def publish(self, upload: Upload) -> None:
         """Publish a whole upload; refuse and forget one that is not what its name says."""
@@ -198,9 +199,8 @@ class Uploads:
                 used -= size
         self._forget()
         if used + ref.bytes > quota:
-            raise Refusal(
-                507, f"{ref.bytes} bytes more than the {used} in use are above the quota of {quota}"
-            )
+            more = f"{ref.bytes} bytes more than the {used} in use"
+            raise Refusal(507, f"{more} are above the quota of {quota} ({SETTING})")
 
     def _others(self, folder: str, mine: Collection[Path]) -> list[tuple[float, int, Path]]:
         """Return what a site has, whole or announced: when it last moved, bytes, path."""
