@@ -202,6 +202,7 @@ def _session(
             return stack.enter_context(reserve_port())
 
         spool.released.unlink(missing_ok=True)
+        spool.left_out.remove()
         temporary = TemporaryDirectory(prefix="flwr-hpc-", ignore_cleanup_errors=True)
         own = stack.enter_context(temporary)
         processes = stack.enter_context(
@@ -236,7 +237,7 @@ def _follow(
     spent: Callable[[], str],
 ) -> None:
     """Show what the site does until the server says that the run is over."""
-    told, restarts = time.monotonic(), 0
+    told, restarts, reason = time.monotonic(), 0, ""
     while not spool.released.exists():
         if gone := processes.tend():
             raise UserError(f"{gone[0].name} has ended: see its log in {processes.logs}")
@@ -244,6 +245,9 @@ def _follow(
         if time.monotonic() - told > SPENT_S:
             told = time.monotonic()
             view.print_line(spent())
+        if (left_out := spool.left_out.read()) and left_out.reason != reason:
+            reason = left_out.reason
+            view.print_line(f"the run goes on without this site: {reason}")
         watch.poll(in_doubt=processes.restarts > restarts)
         restarts = processes.restarts
         time.sleep(POLL_S)

@@ -28,6 +28,7 @@ from flwr_hpc.site.limits import LimitReached, check_order
 from flwr_hpc.site.long_poll import once_writable
 from flwr_hpc.site.presence import Presence
 from flwr_hpc.site.settings import NODE_CONFIG, from_node_config
+from flwr_hpc.spool import LeftOut
 
 app = ClientApp()
 
@@ -172,15 +173,18 @@ def _answer(message: Message, context: Context, work: Callable[[Launcher], Statu
     open_many_files()
     began, meta = time.monotonic(), message.metadata
     launcher = make_launcher(from_node_config(context.node_config.get(NODE_CONFIG)))
+    spool, clock = launcher.site.spool, launcher.site.clock
 
     def attempt() -> tuple[Status, RecordDict]:
         try:
             status = work(launcher)
         except LimitReached as exc:
+            launcher.site.release()  # no order will come: a warm job would idle for nothing
             status = Status("failed", order_id=_order_id(message), error=str(exc), fatal=True)
+        if status.fatal:
+            spool.left_out.write(LeftOut(status.error))
         return status, _payload(launcher, status.result, meta.dst_node_id)
 
-    spool, clock = launcher.site.spool, launcher.site.clock
     with Presence(spool, meta.message_id, meta.message_type):
         answer = once_writable(attempt, _patience_s(message), clock, spool.root)
     status, content = (answer, RecordDict()) if isinstance(answer, Status) else answer

@@ -9,6 +9,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
     SITE/lock                            launcher: one at a time
         /answering.json                  launcher: `Answering`, its sign of life
         /released                        launcher: the server said that the run is over
+        /left_out.json                   launcher: `LeftOut`, what the server was told
         /job_states.json                 launcher: `SchedulerAnswer`, asked for all jobs at once
         /weights/<sha256>.safetensors    launcher: received weights and extra arrays
                 /<sha256>.received       launcher: as old as their arrival
@@ -58,6 +59,7 @@ from flwr_hpc.spool.records import (
     Consequence,
     Heartbeat,
     JobTimes,
+    LeftOut,
     QueueCycle,
     RecordFile,
     SchedulerAnswer,
@@ -73,6 +75,7 @@ __all__ = [
     "Consequence",
     "Heartbeat",
     "JobTimes",
+    "LeftOut",
     "OrderDir",
     "QueueCycle",
     "RecordFile",

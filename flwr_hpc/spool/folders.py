@@ -19,6 +19,7 @@ from flwr_hpc.spool.records import (
     Answering,
     Heartbeat,
     JobTimes,
+    LeftOut,
     RecordFile,
     SchedulerAnswer,
     SubmissionMark,
@@ -288,6 +289,10 @@ class Spool:
     def released(self) -> Path:
         """There once the server has said that the run is over."""
         return self.root / "released"
+
+    @property
+    def left_out(self) -> RecordFile[LeftOut]:
+        return RecordFile(self.root / "left_out.json", LeftOut)
 
     def order(self, order_id: str) -> OrderDir:
         return OrderDir(self.root / "orders" / order_id)

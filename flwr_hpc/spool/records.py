@@ -95,6 +95,13 @@ class JobTimes:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Why the run goes on without the site."""
+
+    reason: str  # For its people; the server was told the same
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """A worker's beat, as the launcher saw it."""
 

@@ -325,6 +325,8 @@ class Engine:
 
     def _send_again(self, restarted: Set[int]) -> None:
         """Send what a SuperNode took with it to its successor; a site does nothing twice."""
+        for node_id in restarted:
+            self._registry.take_back(node_id)
         for flight in self._transport.lose(restarted):
             if flight.request is not None:
                 self._tracker.rewind(flight.request, 0.0)

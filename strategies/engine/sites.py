@@ -112,11 +112,18 @@ class SiteRegistry:
                 self._move(site, node_id)
                 return
 
-    def _move(self, site: SiteState, node_id: int) -> None:
-        old, site.node_id = site.node_id, node_id
+    def take_back(self, node_id: int) -> None:
+        """Count again on a site that was left out, now that it was started anew."""
+        site = self.sites.get(self.facility_of.get(node_id, ""))
+        if site is None:
+            return
         if site.refusal and site.online:  # else the roll call will tell
             self._runtime.emit("site_online", facility=site.facility)
         site.refusal = ""
+
+    def _move(self, site: SiteState, node_id: int) -> None:
+        old, site.node_id = site.node_id, node_id
+        self.take_back(node_id)
         self._moved(site.facility, old)
 
 

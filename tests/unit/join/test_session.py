@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from flwr_hpc.join import session
 from flwr_hpc.join.server_door import Away, NotInvited
+from flwr_hpc.spool import LeftOut, Spool
 
 
 class Server:
@@ -48,3 +50,25 @@ def test_a_server_that_stays_is_left(monkeypatch: pytest.MonkeyPatch, end: Excep
     server = Server(monkeypatch, 10**9, end)
     session._take_leave(SimpleNamespace())  # type: ignore[arg-type]
     assert session.LEAVE_S <= server.now < session.LEAVE_S + 1
+
+
+def test_its_people_are_told_once_that_the_run_goes_on_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Protects a centre from waiting for a run that its own limit, or its scheduler, keeps it out
+    of; the server alone was told."""
+    spool, told, slept = Spool(tmp_path), list[str](), list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        spool.left_out.write(LeftOut("more than the site allows"))
+        if len(slept) == 4:
+            spool.released.touch()
+
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    processes = SimpleNamespace(tend=list, restarts=0)
+    watch = SimpleNamespace(poll=lambda in_doubt: None)
+    view = SimpleNamespace(update=lambda events: None, print_line=told.append)
+    parts: list[Any] = [processes, spool, watch, view, SimpleNamespace(poll=list)]
+    session._follow(*parts, str)
+    assert told == ["the run goes on without this site: more than the site allows"]

@@ -174,6 +174,7 @@ class World:
 
         self.checkpoints.moment = moment
         runtime = Runtime(self.grid.clock, emit, self.checkpoints, "k", self.settings)
+        runtime.restarted = self.grid.restarted
         engine = Engine(self.grid, runtime)
         engine.wait_for([s.name for s in self.sites if not s.plain], timeout=1000)
         arrays = ArrayRecord()

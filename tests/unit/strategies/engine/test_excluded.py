@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from worlds.strategies.grid import FakeSite
+from worlds.strategies.grid import FakeGrid, FakeSite
 from worlds.strategies.world import ANY_NUMBER, ROUNDS, World, each
 
 from flwr_hpc.protocol import Status
@@ -82,8 +82,10 @@ def test_failures_of_the_rest_end_the_run_with_every_reason():
         world.serve(FedAsync)
 
 
-def test_a_site_that_was_fixed_takes_part_again():
-    """Protects who mends the account and starts the site anew: it comes back as another node."""
+@pytest.mark.parametrize("anew", [FakeGrid.restart, FakeGrid.come_back], ids=["other", "same"])
+def test_a_site_that_was_fixed_takes_part_again(anew):
+    """Protects who mends the account and starts the site anew: it comes back as another node, or,
+    where it has joined, as the same one."""
     world = World([FakeSite("a", step_s=20.0), refused("b")], rounds=12)
 
     def mend() -> None:
@@ -96,7 +98,7 @@ def test_a_site_that_was_fixed_takes_part_again():
         sleep(seconds)
         if clock.now() > 500.0 and world.sites[1].fail is not None:
             mend()
-            grid.restart("b")
+            anew(grid, "b")
 
     clock.sleep = later  # type: ignore[method-assign]
     world.serve(FedAsync)
