@@ -38,6 +38,11 @@ class SiteExchange:
     inline_below_mb: float = 0.1
     downlink: Codec | None = None  # Of updates that come from the server
 
+    def files(self, content: RecordDict, folder: Path) -> set[Path]:
+        """Return what files the arrays of a message are, or are updates of, once received."""
+        refs = (Reference.from_record(r) for key, r in content.items() if key.startswith(PREFIX))
+        return {_file(folder, name) for ref in refs for name in (ref.version, ref.base) if name}
+
     def receive(self, content: RecordDict, key: str, folder: Path) -> Path | None:
         """Write the arrays of a message to a verified safetensors file.
 

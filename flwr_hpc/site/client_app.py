@@ -28,7 +28,7 @@ from flwr_hpc.site.limits import LimitReached, check_order
 from flwr_hpc.site.long_poll import once_writable
 from flwr_hpc.site.presence import Presence
 from flwr_hpc.site.settings import NODE_CONFIG, from_node_config
-from flwr_hpc.spool import LeftOut
+from flwr_hpc.spool import LeftOut, retention
 
 app = ClientApp()
 
@@ -107,16 +107,24 @@ def _order(message: Message, context: Context, kind: protocol.OrderKind) -> Mess
     def work(launcher: Launcher) -> Status:
         order = _read_order(message, context, launcher, kind)
         check_order(launcher.settings.limits, order)
-        folder = launcher.site.spool.weights_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = launcher.exchange.receive(message.content, protocol.ARRAYS, folder)
-        if weights is None and order.merges:
-            raise BadPayload(f"the message lacks the weights of order {order.id}")
-        extra_arrays = _receive_extra_arrays(message, order, launcher, folder)
-        status = launcher.site.submit(order, weights, extra_arrays)
+        status = _submit(message, order, launcher)
         return status if status.result else _collect(launcher, order.id, message)
 
     return _answer(message, context, work)
+
+
+def _submit(message: Message, order: Order, launcher: Launcher) -> Status:
+    """Receive what an order starts from, in the place of what is settled, and submit it."""
+    spool, exchange = launcher.site.spool, launcher.exchange
+    folder = spool.weights_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with spool.lock():
+        retention.make_room(spool, order, exchange.files(message.content, folder))
+    weights = exchange.receive(message.content, protocol.ARRAYS, folder)
+    if weights is None and order.merges:
+        raise BadPayload(f"the message lacks the weights of order {order.id}")
+    extra_arrays = _receive_extra_arrays(message, order, launcher, folder)
+    return launcher.site.submit(order, weights, extra_arrays)
 
 
 def _read_order(

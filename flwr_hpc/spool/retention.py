@@ -6,9 +6,11 @@ Whoever calls these holds the spool's lock, and may be killed at any moment.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from flwr_hpc.spool.folders import RECEIVED, Spool, received_ns
+from flwr_hpc.protocol import Order
+from flwr_hpc.spool.folders import RECEIVED, OrderDir, Spool, received_ns
 
 UNSETTLED = 4  # finished orders that stay where no order says which of them are settled
 
@@ -31,11 +33,43 @@ def prune(spool: Spool) -> None:
             for alloc in spool.allocations():  # a requeued job reads its inbox again
                 alloc.unassign(folder.id)
             folder.remove()
-    left = spool.orders()
-    needed: set[Path | None] = set()
-    for folder in left:
+    _drop_received(spool, spool.orders())
+
+
+def make_room(spool: Spool, order: Order, keep: Collection[Path] = ()) -> None:
+    """Delete the weights of orders that are settled by the word of one that is about to come.
+
+    Those orders stay, with their results, until it is published: what is settled is known then.
+
+    Parameters
+    ----------
+    spool : Spool
+    order : Order
+    keep : collection of Path
+        Received weights that it needs.
+    """
+    orders = spool.orders()
+    taken = [folder for folder in orders if folder.has_result and _is_settled(folder, order)]
+    _unlink((folder.path for folder in taken), "*.safetensors", "*.payload")
+    _drop_received(spool, (folder for folder in orders if folder not in taken), keep)
+
+
+def _unlink(folders: Iterable[Path], *kinds: str) -> None:
+    for path in [path for folder in folders for kind in kinds for path in folder.glob(kind)]:
+        path.unlink(missing_ok=True)
+
+
+def _is_settled(folder: OrderDir, by: Order) -> bool:
+    order = folder.order()[0]
+    return order.run_key == by.run_key and order.seq < by.settled
+
+
+def _drop_received(spool: Spool, orders: Iterable[OrderDir], keep: Collection[Path] = ()) -> None:
+    """Delete received weights that none of the orders needs."""
+    needed: set[Path | None] = {*keep}
+    newest_ns = max((folder.published_ns for folder in spool.orders()), default=0)
+    for folder in orders:
         needed |= {folder.order()[1], *folder.extra_arrays().values()}
-    newest_ns = max((folder.published_ns for folder in left), default=0)
     for weights in spool.received_weights():
         if weights not in needed and received_ns(weights) < newest_ns:
             weights.with_suffix(RECEIVED).unlink(missing_ok=True)
@@ -46,9 +80,7 @@ def clear(spool: Spool) -> None:
     """Delete all weights, and all checkpoints but the newest: run and jobs are over."""
     folders = [spool.weights_folder, *(folder.path for folder in spool.orders())]
     # And drafts, of what was killed.
-    kinds = ("*.safetensors", f"*{RECEIVED}", "*.payload", ".*.tmp")
-    for path in [p for f in folders for kind in kinds for p in f.glob(kind)]:
-        path.unlink(missing_ok=True)
+    _unlink(folders, "*.safetensors", f"*{RECEIVED}", "*.payload", ".*.tmp")
     whole = sorted(spool.complete_checkpoints(), key=lambda name: int(name.rpartition("@")[2]))
     halves = (path for kind in ("tmp", "old") for path in spool.checkpoints.glob(f".*.{kind}"))
     for path in [*(spool.checkpoints / name for name in whole[:-1]), *halves]:

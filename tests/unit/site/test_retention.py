@@ -9,11 +9,21 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import RecordDict
+from safetensors.numpy import save_file
 from worlds.site.world import Killed, World, order
 
+from flwr_hpc.exchange.client import SiteExchange
+from flwr_hpc.exchange.codec import make_codec
+from flwr_hpc.exchange.store import PREFIX, make_store
+from flwr_hpc.exchange.tensorfile import TensorFile, sha256_of
+from flwr_hpc.protocol import ARRAYS
+from flwr_hpc.site import client_app
 from flwr_hpc.spool import retention
 from flwr_hpc.spool.folders import RECEIVED, mark_received
 
@@ -66,6 +76,61 @@ def test_what_the_server_has_taken_is_deleted(world: World) -> None:
     assert left(world) == ([order(9).id, order(10).id], [f"{9:064d}", f"{10:064d}"])
     assert world.alloc(0).inbox() == [order(9).id, order(10).id]
     assert world.site.collect(order(9).id).state == "done"  # it may be asked for again
+
+
+def test_what_is_settled_goes_before_more_is_received(world: World) -> None:
+    """Protects the facility's disk from holding an order's weights, and the next one's, at once;
+    and what the coming order is an update of."""
+    for seq in range(2):
+        settle(world, seq, settled=0)
+    world.done(order(0))
+    trained = [world.spool.order(order(seq).id).weights for seq in range(2)]
+    for path in trained:
+        path.write_bytes(b"t")
+    coming, received = replace(order(2), settled=1), world.spool.received_weights()
+    retention.make_room(world.spool, coming, {received[0]})
+    assert [path.exists() for path in (*trained, *received)] == [False, True, True, True]
+    retention.make_room(world.spool, replace(coming, run_key="another"))
+    assert all(path.exists() for path in received)
+    retention.make_room(world.spool, coming)
+    assert [path.exists() for path in received] == [False, True]
+    assert world.site.collect(order(0).id).state == "done"  # until the next one is published
+
+
+def test_a_message_brings_weights_in_the_place_of_settled_ones(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the disk as a message comes, and what its weights are an update of."""
+    store, codec = make_store(f"{tmp_path}/store"), make_codec("int8")
+    launcher: Any = SimpleNamespace(
+        site=world.site, exchange=SiteExchange(store, codec, 0.0, downlink=codec)
+    )
+    there, get = list[set[str]](), type(store).get
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        there.append({path.name for path in world.spool.received_weights()})
+        get(*args, **kwargs)
+
+    monkeypatch.setattr(type(store), "get", watched)
+    base, files = "", list[str]()
+    for seq in range(3):
+        path = tmp_path / f"{seq}.safetensors"
+        if base:
+            before = TensorFile(world.spool.weights(base))
+            sha256 = codec.encode(before, path, before)
+        else:
+            save_file({"w": np.full(8, seq, np.float32)}, path)
+            sha256 = sha256_of(path)
+        ref = replace(store.put(path, "global", sha256), base=base)
+        content = RecordDict({f"{PREFIX}{ARRAYS}": ref.to_record()})
+        message: Any = SimpleNamespace(content=content)
+        status = client_app._submit(message, replace(order(seq), settled=seq), launcher)
+        assert status.state == "queued"
+        world.done(order(seq))
+        world.spool.order(order(seq).id).weights.write_bytes(b"t")
+        base = ref.version
+        files.append(world.spool.weights(base).name)
+    assert there == [set(), {files[0]}, {files[1]}]
 
 
 def test_a_settled_order_is_not_worked_on_again(world: World) -> None:
