@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -15,14 +17,22 @@ from flwr_hpc.config.overrides import read, split_resume
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import keep_files_private
-from flwr_hpc.schedulers.registry import check_facilities
+from flwr_hpc.schedulers.accounts import settle_accounts
+from flwr_hpc.schedulers.registry import check_facilities, make_scheduler
 from flwr_hpc.server import preflight
-from flwr_hpc.sweep.drive import Start, command, run_points, visible_devices
+from flwr_hpc.sweep.drive import Say, command, run_points, visible_devices
 from flwr_hpc.sweep.folder import Point, SweepDir
 from flwr_hpc.sweep.options import SweepOptions, split_options
 from flwr_hpc.sweep.points import expand, varied
+from flwr_hpc.sweep.room import Room, room_for
 from flwr_hpc.sweep.show import report
 from flwr_hpc.tracking.text import hours
+
+
+class Drive(Protocol):
+    """Runs points to their ends; returns the signal that ended the sweep, or 0."""
+
+    def __call__(self, points: Sequence[Point], *, say: Say) -> int: ...
 
 
 def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
@@ -43,22 +53,31 @@ def run_sweep(overrides: Sequence[str], config_dir: str | None) -> int:
     else:
         planned = expand(rest)
     _check_number(len(planned), options)
+    ranks = _ranks_per_point(folder, options)
     configs = [_checked(point, config_dir) for point in planned]
+    room = room_for(configs, ranks) if ranks else None
     gpus = max(_gpus_here(config) for config in configs)
     _check_room(gpus, options.parallel)
     _check_one_can_start(configs)
     console = Console()
     if dry_run:
-        _show(console, planned, configs)
+        _show(console, planned, configs, room)
         return 0
+    if room:
+        settle_accounts({room.name: room.job})
     keep_files_private()
     with folder.lock() as lock:
-        points = [p for p in folder.add(planned, config_dir) if p.overrides in planned]
-        return _run(folder, points, options, command(folder, lock, gpus), console)
+        points = [p for p in folder.add(planned, config_dir, ranks) if p.overrides in planned]
+        if room:
+            drive = partial(_in_jobs, folder, room, console)
+        else:
+            start = command(folder, lock, gpus)
+            drive = partial(run_points, folder, parallel=options.parallel, start=start)
+        return _run(folder, points, options, drive, console)
 
 
 def _run(
-    folder: SweepDir, points: Sequence[Point], options: SweepOptions, start: Start, console: Console
+    folder: SweepDir, points: Sequence[Point], options: SweepOptions, drive: Drive, console: Console
 ) -> int:
     def say(what: str, point: Point) -> None:
         reason = f": {point.reason}" if point.reason else ""
@@ -69,11 +88,36 @@ def _run(
     console.print(f"sweep directory: {folder.path}", soft_wrap=True, highlight=False)
     if ended := len(points) - len(todo):
         console.print(f"{ended} of {len(points)} points have ended before", highlight=False)
-    number = run_points(folder, todo, options.parallel, start, say)
+    number = drive(todo, say=say) if todo else 0
     with suppress(KeyboardInterrupt):
         report(folder, console)
     mine = {point.name for point in points}
     return _conclude(folder, [p for p in folder.points() if p.name in mine], number, console)
+
+
+def _in_jobs(
+    folder: SweepDir, room: Room, console: Console, points: Sequence[Point], say: Say
+) -> int:
+    from flwr_hpc.sweep.shared_jobs import SharedJobs  # later: submitit
+
+    def tell(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    tell(str(room))
+    return SharedJobs(folder, room, make_scheduler(room.job), say, tell).run(points)
+
+
+def _ranks_per_point(folder: SweepDir, options: SweepOptions) -> int | None:
+    """Return what a point takes of a job that it shares; a sweep that is there keeps it."""
+    asked = options.ranks_per_point
+    before = folder.ranks_per_point() if folder.exists else asked
+    if asked not in (None, before):
+        raise UserError(
+            f"sweep.ranks_per_point={asked}: the sweep in {folder.path} began with "
+            f"{before or 'jobs for each point'}, and its points keep it. Leave it out, or begin "
+            "another one: sweep.dir=FOLDER"
+        )
+    return before
 
 
 def _conclude(folder: SweepDir, points: Sequence[Point], number: int, console: Console) -> int:
@@ -138,7 +182,12 @@ def _check_one_can_start(configs: Sequence[Config]) -> None:
     raise errors[0]
 
 
-def _show(console: Console, planned: Sequence[Sequence[str]], configs: Sequence[Config]) -> None:
+def _show(
+    console: Console,
+    planned: Sequence[Sequence[str]],
+    configs: Sequence[Config],
+    room: Room | None,
+) -> None:
     settings = varied(planned)
     table = Table(title=f"{len(planned)} points")
     for name in ("point", *settings[0]):
@@ -146,7 +195,7 @@ def _show(console: Console, planned: Sequence[Sequence[str]], configs: Sequence[
     for i, one in enumerate(settings):
         table.add_row(f"{i:03d}", *one.values())
     console.print(table)
-    for line in node_hours(configs):
+    for line in [str(room)] if room else node_hours(configs):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,18 +15,20 @@ from flwr_hpc.files import private_folder, read_json
 from flwr_hpc.sweep.folder import Point, SweepDir
 
 POLL_S = 0.5
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Of a batch system, ahead of a job's end
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
 
 Process = subprocess.Popen[bytes]
 Start = Callable[[Point, int], Process]
+Say = Callable[[str, Point], None]
 
 
 def run_points(
     folder: SweepDir,
-    points: Sequence[Point],
+    points: Iterable[Point],
     parallel: int,
     start: Start,
-    say: Callable[[str, Point], None],
+    say: Say,
     clock: Clock | None = None,
 ) -> int:
     """Run points to their ends; return the signal that ended the sweep, or 0.
@@ -35,7 +36,8 @@ def run_points(
     Parameters
     ----------
     folder : SweepDir
-    points : sequence of Point
+    points : iterable of Point
+        Asked for the next one when there is a slot for it.
     parallel : int
         Points that run at the same time.
     start : callable
@@ -45,16 +47,18 @@ def run_points(
     clock : Clock, optional
     """
     clock = clock or SystemClock()
-    waiting, running = deque(points), dict[int, tuple[Point, Process]]()
+    waiting, running = iter(points), dict[int, tuple[Point, Process]]()
     passed_on = 0
-    with _noted_signals() as signals:
-        while running or (waiting and not signals):
-            while waiting and len(running) < parallel and not signals:
-                point, slot = waiting.popleft(), min({*range(parallel)} - running.keys())
+    with noted_signals() as signals:
+        while True:
+            while not signals and len(running) < parallel and (point := next(waiting, None)):
+                slot = min({*range(parallel)} - running.keys())
                 running[slot] = point, start(point, slot)
                 say("started", point)
+            if not running:
+                return signals[0] if signals else 0
             if signals and not passed_on:
-                passed_on = signals[0]
+                passed_on = signal.SIGTERM if signals[0] in WARNINGS else signals[0]
                 for _, process in running.values():
                     process.send_signal(passed_on)
             for slot, (point, process) in list(running.items()):
@@ -63,19 +67,22 @@ def run_points(
                     say(*_ended(folder, point, code))
             if running:
                 clock.sleep(POLL_S)
-        return signals[0] if signals else 0
 
 
-def command(folder: SweepDir, lock: int, gpus: int = 0) -> Start:
+def command(
+    folder: SweepDir, lock: int | None = None, gpus: int = 0, changes: Sequence[str] = ()
+) -> Start:
     """Return what starts a point's run, or goes on with it, in a session of its own.
 
     Parameters
     ----------
     folder : SweepDir
-    lock : int
+    lock : int, optional
         File descriptor that points keep open until they have ended.
     gpus : int
         Of this machine, that each slot has for itself.
+    changes : sequence of str
+        Overrides after the point's own.
     """
     config_dir = folder.config_dir()
 
@@ -87,9 +94,11 @@ def command(folder: SweepDir, lock: int, gpus: int = 0) -> Start:
         else:
             words += [*point.overrides, f"run_dir={run_dir}"]
             words += [f"--config-dir={config_dir}"] if config_dir else []
+        words += changes
         with open(folder.log(point), "ab") as log:
             return subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,),
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                pass_fds=() if lock is None else (lock,),
                 start_new_session=True, env=os.environ | _devices(slot, gpus) | {"COLUMNS": "200"},
             )  # fmt: skip
 
@@ -131,7 +140,7 @@ def _ended(folder: SweepDir, point: Point, code: int) -> tuple[str, Point]:
 
 
 @contextmanager
-def _noted_signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """Note the signals that ask us to stop; points end cleanly, however often Ctrl-C is pressed."""
     noted: list[int] = []
 

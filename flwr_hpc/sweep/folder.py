@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from flwr_hpc.errors import UserError
 from flwr_hpc.files import private_folder, publish, read_json, try_lock
 
-POINTS, LOCK = "points.json", "lock"
+POINTS, LOCK, END = "points.json", "lock", "end.json"
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class SweepDir:
 
     ::
 
-        points.json     every point: its settings, how it ended     lock
-        NNN/            a run directory per point, and its run.log
+        points.json     every point's settings     lock
+        NNN/            a run directory per point, its run.log and, once it has ended, end.json
+        jobs/NNN/       the jobs that points share
         sweep.json, sweep.csv, sweep.png     the report
     """
 
@@ -56,12 +59,27 @@ class SweepDir:
         raw = read_json(self.path / POINTS)
         if raw is None:
             raise UserError(f"{self.path} is not the folder of a sweep: it holds no {POINTS}")
-        return [Point(**one) for one in raw["points"]]
+        return [self._with_end(Point(**one)) for one in raw["points"]]
 
     def config_dir(self) -> str | None:
         """Return the folder of further configuration that the sweep began with."""
-        raw = read_json(self.path / POINTS) or {}
-        return raw.get("config_dir")
+        config_dir: str | None = self._head().get("config_dir")
+        return config_dir
+
+    def ranks_per_point(self) -> int | None:
+        """Return what a point takes of a node where points share jobs; None: they do not."""
+        ranks: int | None = self._head().get("ranks_per_point")
+        return ranks
+
+    @property
+    def token(self) -> str:
+        """Names the sweep in its jobs."""
+        return str(self._head()["token"])
+
+    @property
+    def jobs(self) -> Path:
+        """Where the jobs that points share have their folders."""
+        return self.path / "jobs"
 
     def run_dir(self, point: Point) -> Path:
         return self.path / point.name
@@ -70,7 +88,12 @@ class SweepDir:
         """Where a point's command writes what it says."""
         return self.run_dir(point) / "run.log"
 
-    def add(self, points: Sequence[Sequence[str]], config_dir: str | None) -> list[Point]:
+    def add(
+        self,
+        points: Sequence[Sequence[str]],
+        config_dir: str | None,
+        ranks_per_point: int | None = None,
+    ) -> list[Point]:
         """Add the points that are not there yet; return all."""
         here = self.points() if self.exists else []
         known = [point.overrides for point in here]
@@ -78,15 +101,23 @@ class SweepDir:
             if list(overrides) not in known:
                 here.append(Point(f"{len(here):03d}", list(overrides)))
         private_folder(self.path)
-        self._write(here, config_dir and str(Path(config_dir).expanduser().absolute()))
+        head = {
+            "token": self._head().get("token") or secrets.token_hex(3),
+            "config_dir": config_dir and str(Path(config_dir).expanduser().absolute()),
+            "ranks_per_point": ranks_per_point,
+        }
+        body = head | {"points": [{"name": p.name, "overrides": p.overrides} for p in here]}
+        publish(self.path / POINTS, json.dumps(body, indent=2) + "\n")
         return here
 
     def end(self, point: Point, code: int | None, reason: str = "") -> Point:
         """Write down how a point ended; None: it is to go on."""
-        ended = dataclasses.replace(point, code=code, reason=reason)
-        points = [ended if p.name == point.name else p for p in self.points()]
-        self._write(points, self.config_dir())
-        return ended
+        path = private_folder(self.run_dir(point)) / END
+        if code is None:
+            path.unlink(missing_ok=True)
+        else:
+            publish(path, json.dumps({"code": code, "reason": reason}) + "\n")
+        return self._with_end(point)
 
     @contextmanager
     def lock(self) -> Iterator[int]:
@@ -100,6 +131,9 @@ class SweepDir:
                 )
             yield file.fileno()
 
-    def _write(self, points: Sequence[Point], config_dir: str | None) -> None:
-        body = {"config_dir": config_dir, "points": [dataclasses.asdict(p) for p in points]}
-        publish(self.path / POINTS, json.dumps(body, indent=2) + "\n")
+    def _head(self) -> dict[str, Any]:
+        return read_json(self.path / POINTS) or {}
+
+    def _with_end(self, point: Point) -> Point:
+        end = read_json(self.run_dir(point) / END) or {"code": None, "reason": ""}
+        return dataclasses.replace(point, **end)

@@ -23,6 +23,9 @@ class SweepOptions:
     # Folder of the sweep; one that is there goes on. Default: sweeps/DATE_TIME.
     dir: str | None = None
     parallel: int = 1  # Points that run at the same time, each in jobs of its own
+    # Ranks of a node that a point takes: points share jobs, as many as have room. Null: each has
+    # jobs of its own.
+    ranks_per_point: int | None = None
     max_points: int = 100  # Ask before more are run
     retry_failed: bool = False  # Go on with the points that have failed before, too
 
@@ -48,4 +51,11 @@ def split_options(overrides: Sequence[str]) -> tuple[SweepOptions, list[str]]:
     assert isinstance(options, SweepOptions)
     positive("sweep.parallel", options.parallel)
     positive("sweep.max_points", options.max_points)
+    if options.ranks_per_point is not None:
+        positive("sweep.ranks_per_point", options.ranks_per_point)
+        if options.parallel != 1:
+            raise UserError(
+                f"sweep.parallel={options.parallel} does not go with sweep.ranks_per_point: a job "
+                "runs as many points at a time as it has room for. For more, give it more nodes"
+            )
     return options, [o for o in overrides if o not in own]

@@ -35,7 +35,7 @@ def test_dry_run_shows_points_and_node_hours(capsys: pytest.CaptureFixture[str])
         (["train.lrr=1,2"], "Did you mean 'lr'?"),
         (["train.lr=1e-3,-1"], "train.lr=-1.0 must be greater than zero"),
         (["seed=1,2", "serve.address=h:1"], "leave serve.address out"),
-        (["seed=1,2", "sweep.size=1"], "Valid keys: dir, parallel, max_points, retry_failed"),
+        (["seed=1,2", "sweep.size=1"], "Valid keys: dir, parallel, ranks_per_point, max_points"),
         (["seed=1,2", "+facility=local_a", "data.paths.local_a=[no_such]"], "no_such"),
         (["seed=1,2", "--cfg", "job"], "--cfg shows one run's settings; leave -m out"),
         (["resume=nowhere"], "nowhere is not the folder of a sweep: it holds no points.json"),
@@ -83,7 +83,7 @@ def test_a_resumed_sweep_needs_no_m_and_takes_no_settings(
     assert f"repeat the whole command with sweep.dir={folder.path}" in capsys.readouterr().err
     assert run.main([f"resume={folder.path}"]) == 0
     assert "2 of 2 points have ended before" in capsys.readouterr().out
-    assert not folder.run_dir(folder.points()[0]).exists()
+    assert not folder.log(folder.points()[0]).exists()
 
 
 def test_a_command_runs_the_points_it_names(
