@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import worlds.train.numerics_scenarios as scenario
-from worlds.train.comparing import assert_same
+from worlds.train.comparing import T5, assert_same
 from worlds.train.torch_ranks import Team, start_teams
-
-from flwr_hpc.train.runtime.compiling import LINKS
-
-pytestmark = pytest.mark.skipif(not LINKS, reason="inductor cannot link at a path with a space")
-T5 = {
-    "model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 44, "num_layers": 2, "num_heads": 2,
-    "dropout_rate": 0.0,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    for teams in start_teams(tmp_path_factory.mktemp, (2,)):
-        yield teams[2]
+    """Two processes that import torch by a path with a space, and have nothing compiled yet."""
+    packages = tmp_path_factory.mktemp("a space") / "site packages"
+    packages.symlink_to(Path(torch.__path__[0]).parent)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
+        m.syspath_prepend(str(packages))
+        m.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        for teams in start_teams(tmp_path_factory.mktemp, (2,)):
+            yield teams[2]
+
+
+def test_torch_lies_at_a_path_with_a_space(pair: Team) -> None:
+    """Protects what the others show: that code is linked there, too."""
+    assert " " in pair.run(scenario.path_of_torch)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def trained(group: Group, folder: Path, steps: int = 4, mu: float = 0.0, **optio
     }
 
 
+def path_of_torch(_: Group) -> str:
+    """Return where this process has torch from."""
+    return torch.__path__[0]
+
+
 def gradients(group: Group, **options: Any) -> dict[str, Any]:
     """Return the first step's gradients: the first moment is (1 - beta1) times them."""
     trainer = tiny_trainer(group, clip=0.0, **options)
