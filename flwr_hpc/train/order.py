@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from flwr_hpc.spool import OrderDir
 from flwr_hpc.train.algorithms.base import Algorithm, Write
 from flwr_hpc.train.algorithms.chosen import chosen
 from flwr_hpc.train.algorithms.local_update_share import LocalUpdate
-from flwr_hpc.train.algorithms.local_weights import missing_start
 from flwr_hpc.train.base_model import check_base
 from flwr_hpc.train.progress import DivergedError, OrderProgress
 from flwr_hpc.train.state.checkpoint import DamagedCheckpointError, Saved
@@ -41,7 +39,7 @@ class OrderRunner:
 
     def __post_init__(self) -> None:
         self.trainer, self.meter = self.state.trainer, self.state.meter
-        self.background, self._local = self.state.background, self.state.local
+        self.background = self.state.background
         self._update = LocalUpdate(self.trainer)
 
     def run(
@@ -117,7 +115,7 @@ class OrderRunner:
         )  # fmt: skip
 
     def _evaluate(self, order: Order, weights: Path | None) -> Result:
-        with self._local.kept() if self.state.keeps else nullcontext():
+        with self.state.kept():
             if weights is not None:
                 with self.meter.phase("transfer", "read"):
                     self.trainer.load_weights(weights)
@@ -148,10 +146,8 @@ class OrderRunner:
     ) -> Result | None:
         # A checkpoint of this very order: the job that worked on it died.
         saved = self.state.checkpoints.newest(order.id)
-        if saved is None:
-            self.state.take_over(with_weights=weights is None or order.merges is not None)
-            if missing := missing_start(order, self.state.position[1]):
-                return Result(order.id, "failed", error=missing, refused=True)
+        if saved is None and (missing := self.state.take_over(order, weights)):
+            return Result(order.id, "failed", error=missing, refused=True)
         active = [*self.algorithms(self.trainer, order, extra_arrays), self._update]
         if saved:
             active, trained, metrics = self._resume(order, saved, active)
@@ -176,11 +172,9 @@ class OrderRunner:
         """Take over what the order starts from; evaluate that version, if the order asks for it."""
         self.state.start(order, weights)
         metrics: dict[str, float] = {}
-        if order.evaluate and order.merges is None:
-            metrics = self._held_out()[0]
-        elif order.evaluate and self._local.has_version:
-            with self._local.version():
-                metrics = self._held_out()[0]
+        if order.evaluate:
+            with self.state.local.version(order) as is_here:
+                metrics = self._held_out()[0] if is_here else {}
         for algorithm in active:
             metrics |= algorithm.begin(order)
         return metrics

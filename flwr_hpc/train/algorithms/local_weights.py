@@ -68,18 +68,19 @@ class LocalWeights:
         """Give the memory back."""
         self._given.clear()
 
-    @property
-    def has_version(self) -> bool:
-        """Whether the version that the order starts from is here, whole."""
-        return bool(self._given)
-
     @contextmanager
-    def version(self) -> Iterator[None]:
-        """Have the trainer hold that version, and this site's weights again after the block."""
+    def version(self, order: Order) -> Iterator[bool]:
+        """Have the trainer hold the version that an order starts from, if that is here, whole.
+
+        After the block the trainer has this site's weights again.
+        """
+        if order.merges is None or not self._given:
+            yield order.merges is None  # it has just been read
+            return
         with self.kept():
             for name, shard in self._shards().items():
                 shard.copy_(self._given[name])
-            yield
+            yield True
 
     @contextmanager
     def kept(self) -> Iterator[None]:

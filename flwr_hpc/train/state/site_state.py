@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import DataCursor
 from flwr_hpc.protocol import Order
 from flwr_hpc.train.algorithms.base import Algorithm, Write
-from flwr_hpc.train.algorithms.local_weights import LocalWeights
+from flwr_hpc.train.algorithms.local_weights import LocalWeights, missing_start
 from flwr_hpc.train.metrics import Meter
 from flwr_hpc.train.progress import OrderProgress
 from flwr_hpc.train.state.background import Background
@@ -58,11 +59,22 @@ class SiteState:
         self.trainer.step, self.trainer.cursor = 0, DataCursor()
         self.position, self._unsaved = (0, ""), None
 
-    def take_over(self, with_weights: bool) -> None:
-        """Go on from where another allocation of this site has got in the meantime."""
+    def take_over(self, order: Order, weights: Path | None) -> str | None:
+        """Go on from where another allocation of this site has got in the meantime.
+
+        Returns
+        -------
+        str or None
+            What an order goes on from and is not here.
+        """
         newest = self.checkpoints.newest()
         if newest is not None and newest.place > self.position:
-            self.load(newest, with_weights=with_weights)
+            self.load(newest, with_weights=weights is None or order.merges is not None)
+        return missing_start(order, self.position[1])
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Have the weights back after the block that are this site's own, and not to be lost."""
+        return self.local.kept() if self.keeps else nullcontext()
 
     def load(
         self, saved: Saved, algorithms: Sequence[Algorithm] = (), with_weights: bool = True
