@@ -3,12 +3,14 @@
 Two facilities train for 20 rounds from the same start on the demo's data, as in `learning.py`; what
 each sends goes through the codec's file and back, with error feedback and without, under DiLoCo,
 and sparse updates under SparseLoCo too. The trainer, the codecs, the feedback and the arithmetic
-of the outer step are those of a real run.
+of the outer step are those of a real run. With ``model.lora.r=8`` adapters are trained so, on a
+model that the first facility has trained alone, all its weights, for as many steps as it then
+trains adapters.
 
     python benchmarks/exchange/codecs.py [--seeds N] [--minutes M] [OVERRIDE ...]
 
 Runs that are over are in ``benchmarks/results/codecs_runs.jsonl`` and are not made again; the table
-is written to ``benchmarks/results/codecs.json``.
+is written to ``benchmarks/results/codecs.json``, of adapters to ``codecs_lora.json``.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from safetensors.numpy import load_file, save_file
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.config.schema import Config
+from flwr_hpc.data.batches import load_corpus
 from flwr_hpc.exchange.codec import make_codec
 from flwr_hpc.exchange.compression.encoder import make_encoder
 from flwr_hpc.exchange.shards.cuts import all_rows
 from flwr_hpc.exchange.tensorfile import TensorFile
+from flwr_hpc.train.model import build
 from flwr_hpc.train.rendezvous import Group, join
+from flwr_hpc.train.trainer import Trainer
 from flwr_hpc.worker.ranks import Ranks
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -42,7 +47,7 @@ from learning import Weights, held_out, outer_step, trainers
 
 RUNS = RESULTS / "codecs_runs.jsonl"
 SETTINGS = ["rounds=20", "train.steps=10"]
-GAMMA = 0.95
+GAMMA, LORA = 0.95, "model.lora."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +92,48 @@ class Sender:
         return {name: received.tensor(name).copy() for name in trained.layout}
 
 
+def mean_loss(sites: dict[str, Trainer], weights: Path) -> float:
+    """Return the mean of the facilities' held-out losses."""
+    return round(statistics.mean(held_out(sites, weights).values()), 4)
+
+
+def base_model(config: Config, folder: Path) -> Path:
+    """Return a checkpoint whose weights the first facility has all trained alone."""
+    if folder.exists():
+        return folder
+    folder.mkdir()
+    group = join(folder, Ranks())
+    name, site = next(iter(trainers(config, group).items()))
+    site.train(config.rounds * config.train.steps)
+    site.save_weights(folder / "model.safetensors")
+    group.close()
+    corpus = load_corpus(config.data, name, list(config.facilities), config.seed)
+    built = build(config.model, corpus.tokenizer, config.seed, config.data.seq_len)
+    for file, text in built.files.items():
+        (folder / file).write_text(text)
+    return folder
+
+
+def composed(case: Case, seed: int, overrides: list[str], bases: Path) -> Config:
+    """Return a run's configuration, with a checkpoint in `bases` below its adapters if any."""
+    settings = [*SETTINGS, f"strategy={case.strategy}", f"seed={seed}"]
+    whole = [o for o in overrides if not o.startswith(LORA)]
+    if len(whole) == len(overrides):
+        return compose_config([*settings, *overrides])
+    base = base_model(compose_config([*settings, *whole]), bases / f"{seed}")
+    return compose_config([*settings, *overrides, f"model.path={base}"])
+
+
 def run(config: Config, group: Group, folder: Path, case: Case) -> Any:
-    """Train once; return the mean held-out loss of every round and the share of the bytes."""
+    """Train once; return the mean held-out loss of every round and the share of the bytes.
+
+    The first loss is that before all rounds.
+    """
     sites = trainers(config, group)
     senders = {name: Sender(case, folder / f"send-{name}") for name in sites}
     where, momentum = folder / f"{'0' * 64}.safetensors", Weights()  # named as a version is
     next(iter(sites.values())).save_weights(where)
-    theta, losses = load_file(where), []
+    theta, losses = load_file(where), [mean_loss(sites, where)]
     for number in range(config.rounds):
         arrived = []
         for name, site in sites.items():
@@ -103,11 +143,11 @@ def run(config: Config, group: Group, folder: Path, case: Case) -> Any:
             arrived.append(senders[name].sent(f"o{number}", folder / f"{name}.safetensors", where))
         theta = outer_step(theta, arrived, momentum, config.strategy)
         save_file(theta, where)
-        losses.append(round(statistics.mean(held_out(sites, where).values()), 4))
+        losses.append(mean_loss(sites, where))
     return {"losses": losses, "share": next(iter(senders.values())).share}
 
 
-def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]:
+def complete(overrides: list[str], seeds: int, minutes: float, bases: Path) -> dict[str, Any]:
     """Make the runs that are missing; return all by their key."""
     lines = RUNS.read_text().splitlines() if RUNS.exists() else []
     over = {entry["key"]: entry["outcome"] for entry in map(json.loads, lines)}
@@ -117,11 +157,9 @@ def complete(overrides: list[str], seeds: int, minutes: float) -> dict[str, Any]
             key = case.key(seed, overrides)
             if key in over or time.monotonic() > until:
                 continue
+            config = composed(case, seed, overrides, bases)
             with tempfile.TemporaryDirectory() as scratch:
                 group = join(Path(scratch), Ranks())
-                config = compose_config(
-                    [*SETTINGS, f"strategy={case.strategy}", f"seed={seed}", *overrides]
-                )
                 over[key] = run(config, group, Path(scratch), case)
                 group.close()
             print(f"{key}: {over[key]['losses'][-1]} {over[key]['share']:.4f}", flush=True)
@@ -160,12 +198,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after these")
     args = parser.parse_intermixed_args()
     torch.set_num_threads(1)  # so small a model only waits for more
-    rows = table(complete(args.overrides, args.seeds, args.minutes), args.overrides, args.seeds)
+    with tempfile.TemporaryDirectory() as bases:
+        over = complete(args.overrides, args.seeds, args.minutes, Path(bases))
+    rows = table(over, args.overrides, args.seeds)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    config = compose_config([*SETTINGS, *args.overrides])
-    used = ("rounds", "strategy", "model", "data", "train")
-    record("codecs", {"rows": rows}, {key: dataclasses.asdict(config)[key] for key in used})
+    whole = [o for o in args.overrides if not o.startswith(LORA)]
+    config = dataclasses.asdict(compose_config([*SETTINGS, *whole]))
+    settings = {key: config[key] for key in ("rounds", "strategy", "model", "data", "train")}
+    adapters = len(whole) < len(args.overrides)
+    name = "codecs_lora" if adapters else "codecs"
+    record(name, {"rows": rows}, settings | {"overrides": args.overrides})
 
 
 if __name__ == "__main__":

@@ -349,7 +349,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print and record, in addition to what was recorded of other sizes."""
+    """Measure, print and record, in addition to what was recorded of others."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--strategies", nargs="+", default=[*STRATEGIES], choices=STRATEGIES)
@@ -386,11 +386,14 @@ def _is_too_much(row: dict[str, Any]) -> bool:
     return row["anonymous_models"] > LIMIT or row["anonymous_mb"] > 1e3 * row["memory_gb"]
 
 
+def _what(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("strategy", "sites", "model_mb"))
+
+
 def _record(rows: list[dict[str, Any]]) -> None:
     path = Path(__file__).parents[1] / "results" / "server_memory.json"
-    size = rows[0]["model_mb"]
     former = json.loads(path.read_text()).get("rows", []) if path.exists() else []
-    kept = [row for row in former if row["model_mb"] != size]
+    kept = [row for row in former if _what(row) not in map(_what, rows)]
     record("server_memory", {"rows": [*kept, *rows]}, {"limit_models": LIMIT, "versions": 2})
 
 
