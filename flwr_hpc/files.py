@@ -144,23 +144,6 @@ def sync_dir(folder: Path) -> None:
     _sync(folder)
 
 
-def can_link(source: Path, target: Path) -> bool:
-    """Whether a file of the folder `source` can have a second name in `target`, which is made."""
-    source.mkdir(parents=True, exist_ok=True)
-    target.mkdir(parents=True, exist_ok=True)
-    probe = f".probe-{uuid.uuid4().hex[:8]}"
-    try:
-        (source / probe).touch()
-        os.link(source / probe, target / probe)
-    except OSError:
-        return False
-    finally:
-        for folder in (source, target):
-            with contextlib.suppress(OSError):
-                (folder / probe).unlink(missing_ok=True)
-    return True
-
-
 def seal(path: Path, sha256: str) -> None:
     """Note the hash of a file that this process has just written, or read whole.
 

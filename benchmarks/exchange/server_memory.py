@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -386,14 +387,11 @@ def _is_too_much(row: dict[str, Any]) -> bool:
     return row["anonymous_models"] > LIMIT or row["anonymous_mb"] > 1e3 * row["memory_gb"]
 
 
-def _what(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("strategy", "sites", "model_mb"))
-
-
 def _record(rows: list[dict[str, Any]]) -> None:
     path = Path(__file__).parents[1] / "results" / "server_memory.json"
     former = json.loads(path.read_text()).get("rows", []) if path.exists() else []
-    kept = [row for row in former if _what(row) not in map(_what, rows)]
+    what = itemgetter("strategy", "sites", "model_mb")
+    kept = [row for row in former if what(row) not in map(what, rows)]
     record("server_memory", {"rows": [*kept, *rows]}, {"limit_models": LIMIT, "versions": 2})
 
 

@@ -25,6 +25,7 @@ moment. Every name in the folder is spelled here, and here alone. Standard libra
                        /weights-<k>-of-<n>.safetensors, /weights.json     written by all ranks,
                                       their shards, and then the manifest (<key> likewise)
                        /weights-<k>-of-<n>.payload, /weights.json     or what a codec makes of it
+                       /result.waits.json     worker: `Result` whose checkpoint is not written yet
                        /result.json      worker, last: `Result`
                        /result.failed.json                 launcher: the order is tried again
                        /request.pkl, reply.pkl, rank-*.pkl      batch mod: message and reply

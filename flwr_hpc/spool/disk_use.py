@@ -1,7 +1,7 @@
 """What a run keeps on disk at its peak, by arithmetic on the model's size.
 
-Upper bounds: hard links are counted on only where every file system of a facility has them. Not in
-them are prepared data, and what a strategy keeps besides (a variate, gathered updates).
+Upper bounds. Not in them are prepared data, what a strategy keeps besides (a variate, gathered
+updates), and the weights of an order that was interrupted, in its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 FLOAT32 = 4  # bytes: what travels and is trained is kept in it
 MOMENTS = 2  # of AdamW, each as large as the model
 CHECKPOINTS = 2  # that a site keeps; one of them may be in the making
+ORDERS = 2  # that a site works on: one runs, or is being taken by the server, and one is next
 
 
 @dataclass(frozen=True)
 class SiteDisk:
     """Bytes of a site's folder."""
 
-    trained: int  # Weights of the order at work; those of earlier ones are in checkpoints
-    received: int  # Versions that the order at work and the next one start from
-    checkpoints: int  # Weights and the optimizer's state
+    trained: int  # What orders have made that the server has not taken
+    received: int  # Versions that orders start from
+    checkpoints: int  # The optimizer's state
     feedback: int  # What a lossy codec has left out, before and after the last order
 
     @property
@@ -41,12 +42,17 @@ def site_disk(parameters: int, *, checkpoints: bool = True, feedback: bool = Fal
         Whether its codec has error feedback.
     """
     model = FLOAT32 * parameters
-    written = CHECKPOINTS * (1 + MOMENTS) * model
-    return SiteDisk(model, 2 * model, written * checkpoints, 2 * model * feedback)
+    payload = model // 2 if feedback else model  # bfloat16 is the largest
+    written = CHECKPOINTS * MOMENTS * model
+    return SiteDisk(ORDERS * payload, ORDERS * model, written * checkpoints, 2 * model * feedback)
 
 
 def least_site_disk(parameters: int, *, checkpoints: bool = True) -> int:
-    """Return the bytes without which a site cannot end a single order: a version, a checkpoint."""
+    """Return the bytes without which a site cannot end a single order, whatever its codec.
+
+    Those are a version, the optimizer's state and, under a lossy codec, what that leaves out; else
+    the trained weights.
+    """
     model = FLOAT32 * parameters
     return model + (1 + MOMENTS) * model * checkpoints
 

@@ -53,8 +53,7 @@ class OrderDir:
 
     def order(self) -> tuple[Order, Path | None]:
         """Return the order and the file of the weights it starts from, if any."""
-        raw = read_json(self._order_file)
-        if raw is None:
+        if (raw := read_json(self._order_file)) is None:
             raise FileNotFoundError(self._order_file)
         order = from_dict(Order, raw["order"])
         return order, Path(raw["weights"]) if raw["weights"] else None
@@ -110,6 +109,16 @@ class OrderDir:
 
     def write_result(self, result: Result) -> None:
         self._result_file.write(result)
+        if result.state == "done":  # a failed one may be set aside, and the answer is still true
+            self._answer_file.path.unlink(missing_ok=True)
+
+    def answer(self) -> Result | None:
+        """Return the result that goes with the order's checkpoint, if that is what it lacks."""
+        return self._answer_file.read()
+
+    def write_answer(self, result: Result) -> None:
+        """Keep a result that is to be seen only once the order's checkpoint is there."""
+        self._answer_file.write(result)
 
     def set_result_aside(self) -> None:
         """Make the order one without a result again."""
@@ -136,6 +145,10 @@ class OrderDir:
     @property
     def _result_file(self) -> RecordFile[Result]:
         return RecordFile(self.path / "result.json", Result)
+
+    @property
+    def _answer_file(self) -> RecordFile[Result]:
+        return RecordFile(self.path / "result.waits.json", Result)
 
 
 @dataclass(frozen=True)

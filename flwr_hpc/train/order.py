@@ -36,6 +36,7 @@ class OrderRunner:
     step_s: float = 0.0
     _weights_s: float = 0.0
     _writes: list[Write] = field(default_factory=list)  # Of the order that has just ended
+    _checkpoint: Callable[[], None] | None = None  # Of it, if one is due
 
     def __post_init__(self) -> None:
         self.trainer, self.meter = self.state.trainer, self.state.meter
@@ -53,7 +54,7 @@ class OrderRunner:
         check_base(order, self.base)
         self.background.check()
         self.meter.begin()
-        self._writes = []
+        self._writes, self._checkpoint = [], None
         self.trainer.set_residual((extra_arrays or {}).get(RESIDUAL))
         if order.kind == "initialize":
             return self._initialize(order, folder)
@@ -67,7 +68,7 @@ class OrderRunner:
         That is done while the next order is trained. A result is not seen before its checkpoint:
         a job that takes over, or one that is killed, lacks nothing of an answered order.
         """
-        writes, self._writes = self._writes, []
+        writes, checkpoint = self._writes, self._checkpoint
         first = self.meter.group.ranks.rank == 0
         if not writes:
             if first:
@@ -80,6 +81,9 @@ class OrderRunner:
                 written = self.background.together(write)
                 metrics = answer.metrics | written.pop("metrics", {})
                 answer = dataclasses.replace(answer, metrics=metrics, **written)
+            if checkpoint:
+                self.background.together(lambda: folder.write_answer(answer) if first else None)
+                self.background.together(checkpoint)
             self.deadline.reserve_s = 2.0 * (self.write_s + self.step_s) + 1.0
             waited = answer.seconds.get("write", 0.0)
             answer.seconds["write_wait"] = waited
@@ -87,6 +91,7 @@ class OrderRunner:
             if first:
                 folder.write_result(answer)
 
+        self._writes, self._checkpoint = [], None
         self.background.start(work)
 
     def restore(self) -> None:
@@ -146,23 +151,34 @@ class OrderRunner:
     ) -> Result | None:
         # A checkpoint of this very order: the job that worked on it died.
         saved = self.state.checkpoints.newest(order.id)
+        if saved and saved.meta["finished"]:
+            if answer := self._answer(folder):
+                self._update.forget()
+                self.state.load(saved)
+                return answer
+            saved = None
         if saved is None and (missing := self.state.take_over(order, weights)):
             return Result(order.id, "failed", error=missing, refused=True)
         active = [*self.algorithms(self.trainer, order, extra_arrays), self._update]
         if saved:
-            active, trained, metrics = self._resume(order, saved, active)
+            trained, metrics = self._resume(order, saved, active)
         else:
             trained, metrics = OrderProgress(), self._begin(order, weights, active)
-        if not (saved and saved.meta["finished"]):
-            trained = self._steps(order, folder, trained, active)
-            if trained.stopped and not trained.steps:
-                return None  # nothing to tell: the next allocation does better
-            finished = trained.stopped != Stop.LEAVE
-            self.state.finish(order, trained, metrics, finished)
-            if not finished:
-                self.state.save(active)
-                return None
+        trained = self._steps(order, folder, trained, active)
+        if trained.stopped and not trained.steps:
+            return None  # nothing to tell: the next allocation does better
+        finished = trained.stopped != Stop.LEAVE
+        self.state.finish(order, trained, metrics, finished)
+        if not finished:
+            self.state.save(active)
+            return None
         return self._end(order, weights, folder, trained, metrics, active)
+
+    def _answer(self, folder: OrderDir) -> Result | None:
+        """Return the result that a job has left behind its order's checkpoint; the same on all."""
+        group = self.meter.group
+        answer: Result | None = group.broadcast(None if group.ranks.rank else folder.answer())
+        return answer
 
     # Phases of a training order
 
@@ -181,14 +197,14 @@ class OrderRunner:
 
     def _resume(
         self, order: Order, saved: Saved, active: list[Algorithm]
-    ) -> tuple[list[Algorithm], OrderProgress, dict[str, float]]:
+    ) -> tuple[OrderProgress, dict[str, float]]:
         """Go on from where an earlier job got: what it trained, and what it measured before."""
         for algorithm in active:
             algorithm.resume(order)
-        active = self.state.load(saved, active)
+        self.state.load(saved, active)
         trained = OrderProgress(**saved.meta["trained"])
         self.meter.seconds["resumed"] = trained.seconds
-        return active, trained, saved.meta["metrics"]
+        return trained, saved.meta["metrics"]
 
     def _steps(
         self, order: Order, folder: OrderDir, trained: OrderProgress, active: list[Algorithm]
@@ -223,8 +239,7 @@ class OrderRunner:
         with self.meter.phase("transfer", "write"):
             for algorithm in active:
                 self._writes += algorithm.end(order, folder, trained.steps)
-        whole = staged.is_plain and order.returns is None
-        self._writes += self.state.stage(active, staged.path if whole else None)
+        self._checkpoint = self.state.stage()
         return Result(
             order.id, "done",
             steps=trained.steps, tokens=trained.tokens, examples=trained.sequences,

@@ -362,10 +362,11 @@ class Trainer:
 
     # Checkpoints
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that a checkpoint holds besides `step`; loading fills them in place."""
+    def tensors(self, with_weights: bool = True) -> dict[str, Tensor]:
+        """Return what a checkpoint holds besides `step`; loading fills them in place."""
         reshard(self._model)
-        found = {f"model.{name}": p.detach() for name, p in self._trained.items()}
+        weights = self._trained if with_weights else {}
+        found = {f"model.{name}": p.detach() for name, p in weights.items()}
         for name, parameter in self._trained.items():
             for key, value in self._optimizer.state[parameter].items():
                 found[f"optimizer.{name}.{key}"] = value

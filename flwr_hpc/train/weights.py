@@ -121,7 +121,6 @@ class Staged:
 
     path: Path  # Of what will name them: their only file, or the manifest of their shards
     publish: Callable[[], str]  # A collective call, from any thread; the path's sha256 on rank 0
-    is_plain: bool = True  # Weights, not payloads of a codec
     metrics: dict[str, float] = field(default_factory=dict)  # Of the codec; once published, rank 0
 
 
@@ -182,7 +181,7 @@ class WeightsWriter:
             metrics.update(found)
             return sha256
 
-        return Staged(path.with_suffix(SUFFIX), publish, plain, metrics)
+        return Staged(path.with_suffix(SUFFIX), publish, metrics)
 
     def _by_all(self, layout: Layout) -> bool:
         several = 1 < self._group.ranks.world_size <= MAX_SHARDS

@@ -15,15 +15,7 @@ Write = Callable[[], dict[str, Any]]
 
 
 class Algorithm:
-    """An algorithm of one order, called on every rank alike; each hook does nothing by itself.
-
-    Attributes
-    ----------
-    name : str
-        Under which a checkpoint knows the algorithm's tensors.
-    """
-
-    name = ""
+    """An algorithm of one order, called on every rank alike; each hook does nothing by itself."""
 
     def begin(self, order: Order) -> dict[str, float]:
         """Begin with the weights that the order starts from; return metrics for its result."""

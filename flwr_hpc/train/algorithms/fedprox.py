@@ -20,8 +20,6 @@ class FedProx(Algorithm):
     mu : float
     """
 
-    name = "fedprox"
-
     def __init__(self, trainer: Trainer, mu: float) -> None:
         self._trained = trainer.trained
         self._mu = mu

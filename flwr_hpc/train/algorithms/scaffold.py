@@ -30,8 +30,6 @@ class Scaffold(Algorithm):
         File of all that travels; what of it is not trained needs no correction.
     """
 
-    name = "scaffold"
-
     def __init__(self, trainer: Trainer, correction: Path | None) -> None:
         self._trainer = trainer
         self._trained = trainer.trained

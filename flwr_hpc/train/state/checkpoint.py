@@ -4,8 +4,7 @@
 
     SITE/checkpoints/<order id>@<cumulative step>/   DCP files and meta.json
 
-A checkpoint can be loaded at another world size than it was saved at. Weights that were written
-as an order's result are not written again: the checkpoint has hard links to them.
+A checkpoint can be loaded at another world size than it was saved at.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from flwr_hpc.exchange.shards.manifest import files_of
-from flwr_hpc.files import can_link, publish, read_json, sync_dir
+from flwr_hpc.files import publish, read_json, sync_dir
 from flwr_hpc.spool import CHECKPOINT_META, checkpoint_name
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.state.background import Staging
@@ -31,8 +29,6 @@ from flwr_hpc.worker.lifeline import RankError, cause_of
 
 # torch derives the former from BaseException, so that it passes every ``except Exception``.
 FAILURES = (CheckpointException, Exception)
-
-MODEL = "model."  # Begins the names of the tensors that an order's result holds, too
 
 
 class DamagedCheckpointError(Exception):
@@ -77,7 +73,6 @@ class Checkpoints:
         self._group = group
         self._keep = keep
         self._staging = Staging()
-        self._links: bool | None = None
 
     def sweep(self, has_ended: Callable[[str], bool]) -> None:
         """Remove what killed jobs have left half-written, or half-removed.
@@ -121,39 +116,19 @@ class Checkpoints:
         meta : dict
             JSON.
         """
-        self._write(checkpoint_name(order_id, step), tensors, meta, None)
+        self._write(checkpoint_name(order_id, step), tensors, meta)
 
     def stage(
-        self,
-        order_id: str,
-        step: int,
-        tensors: dict[str, Tensor],
-        meta: Any,
-        weights: Path | None = None,
+        self, order_id: str, step: int, tensors: dict[str, Tensor], meta: Any
     ) -> Callable[[], None]:
         """Copy the tensors and return what publishes them, from any thread; a collective call.
 
-        Only one checkpoint may be staged at a time.
-
-        Parameters
-        ----------
-        order_id, step, tensors, meta
-            See `save`.
-        weights : Path or None
-            A file, or the manifest of shards, that will hold all of the model's tensors once these
-            are to be published.
+        Only one checkpoint may be staged at a time. Parameters are those of `save`.
         """
-        if weights is not None and self._can_link(weights.parent):
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(MODEL)}
-            meta = meta | {"weights": weights.name}
-        else:
-            weights = None
         name, copies = checkpoint_name(order_id, step), self._staging.copy(tensors)
-        return lambda: self._write(name, copies, meta, weights)
+        return lambda: self._write(name, copies, meta)
 
-    def _write(
-        self, name: str, tensors: dict[str, Tensor], meta: Any, weights: Path | None
-    ) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], meta: Any) -> None:
         target, group = self._root / name, self._group
         draft = target.with_name(f".{name}.{self._writer}.tmp")
         first = group.ranks.rank == 0
@@ -167,9 +142,6 @@ class Checkpoints:
         try:
             state_dict_saver.save(tensors, checkpoint_id=draft, process_group=group.background)
             if first:
-                if weights is not None:
-                    for file in files_of(weights):
-                        os.link(file, draft / file.name)
                 publish(draft / CHECKPOINT_META, json.dumps(meta, allow_nan=False))
                 draft.rename(target)
                 sync_dir(self._root)
@@ -179,41 +151,16 @@ class Checkpoints:
             words = f"checkpoint {target} cannot be written: {_reason(exc)}"
             raise RankError(words, cause=cause_of(exc)) from exc
 
-    def _can_link(self, folder: Path) -> bool:
-        """Whether files of `folder` can have a second name here; not every file system has that."""
-        if self._links is None:
-            first = self._group.ranks.rank == 0
-            self._links = bool(self._group.broadcast(first and can_link(folder, self._root)))
-        return self._links
-
-    def load(
-        self,
-        saved: Saved,
-        tensors: dict[str, Tensor],
-        load_weights: Callable[[Path], None] | None = None,
-    ) -> None:
+    def load(self, saved: Saved, tensors: dict[str, Tensor]) -> None:
         """Fill `tensors` in place; a collective call.
-
-        Parameters
-        ----------
-        saved : Saved
-        tensors : dict of str to Tensor
-        load_weights : callable or None
-            Takes over the model's tensors where they lie in a file of their own; None: they stay
-            as they are then.
 
         Raises
         ------
         DamagedCheckpointError
             On every rank. The next newest is another.
         """
-        apart = saved.meta.get("weights")  # their name, beside the rest
-        if apart:
-            tensors = {name: t for name, t in tensors.items() if not name.startswith(MODEL)}
         try:
             state_dict_loader.load(tensors, checkpoint_id=saved.path)
-            if apart and load_weights is not None:
-                load_weights(saved.path / apart)
         except FAILURES as exc:
             if (cause := cause_of(exc)) != "work":
                 raise RankError(_reason(exc), cause=cause) from exc

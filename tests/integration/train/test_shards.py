@@ -95,7 +95,6 @@ def test_updates_are_encoded_by_any_number_of_ranks(
         )
         assert len(found["payloads"]) == ranks
         assert found["names"] == sorted([*found["payloads"], "weights.json"])
-        assert not found["plain"]
         trained = {n: trained[n] + by[n] for n in base}
         sent = {n: sent[n] + (found["sent"][n] - base[n]) for n in base}
     together = {n: sent[n] + found["error"][n] for n in base}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 from worlds.train.worker_site import FAST, SLOW, Site
 
 from flwr_hpc.protocol import Result
@@ -256,16 +257,25 @@ def test_a_finished_checkpoint_without_result_is_only_written_out(
     before = site.done(order)
     allocation.release()
     site.ended()
-    kept = order.weights.rename(order.path / "kept.safetensors")
+    (saved,) = site.spool.checkpoints.iterdir()
+    names = FileSystemReader(saved).read_metadata().state_dict_metadata
+    assert {name.partition(".")[0] for name in names} == {"optimizer"}, "and no weights"
+    written = order.weights.stat().st_mtime_ns
     (order.path / "result.json").unlink()
+    order.write_answer(before)  # as it is until the checkpoint is there
 
     allocation = site.start(ranks=1)
     allocation.assign("run-a-000001")
     after = site.done(order)
-    assert "train" not in after.seconds
-    assert (after.steps, after.tokens, after.sha256) == (before.steps, before.tokens, before.sha256)
-    assert after.metrics["train_loss"] == before.metrics["train_loss"]
-    assert_equal(order.weights, kept)
+    assert after == before
+    assert order.weights.stat().st_mtime_ns == written
+    assert order.answer() is None
+    two = site.order(allocation, 2, kind="train", steps=4, start=order.weights)
+    site.done(two)
+    allocation.release()
+    site.ended()
+    meta = json.loads((max(site.spool.checkpoints.iterdir()) / "meta.json").read_text())
+    assert meta["step"] == 8, "it has gone on from there"
 
 
 HURRIED = """

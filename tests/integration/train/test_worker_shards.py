@@ -12,7 +12,7 @@ from worlds.exchange.decoding import decoded
 from worlds.train.torch_ranks import read_back
 from worlds.train.worker_site import FAST, SLOW, Site
 
-from flwr_hpc.exchange.shards.manifest import WeightFiles, files_of
+from flwr_hpc.exchange.shards.manifest import WeightFiles
 from flwr_hpc.exchange.tensorfile import save
 from flwr_hpc.spool import OrderDir
 
@@ -22,7 +22,7 @@ SHARDED = dataclasses.replace(FAST, shards_above_mb=0.0)
 
 def test_shards_survive_a_kill_and_a_change_of_ranks(site: Site) -> None:
     """kill -9 when the shards are written and the checkpoint is not: the order is trained again by
-    one rank, from the shards in the checkpoint before, and nothing of the others' is left."""
+    one rank, from the shards of the order before, and nothing of the others' is left."""
     allocation = site.start(train=SHARDED, program=SLOW)
     first = site.done(site.order(allocation, 0, kind="initialize"))
     assert first.weights == "weights.json"
@@ -31,8 +31,6 @@ def test_shards_survive_a_kill_and_a_change_of_ranks(site: Site) -> None:
     result = site.done(one)
     manifest = one.path / "weights.json"
     assert result.sha256 == hashlib.sha256(manifest.read_bytes()).hexdigest()
-    (saved,) = site.spool.checkpoints.iterdir()
-    assert all(path.samefile(saved / path.name) for path in files_of(manifest))
 
     (allocation.path / "slow").touch()
     two = site.order(allocation, 2, kind="train", steps=4, start=manifest)
@@ -73,8 +71,6 @@ def test_updates_survive_a_kill_and_a_change_of_ranks(site: Site, shards_above_m
     assert result.weights == "weights.json"
     assert 0.005 < result.metrics["sent_share"] < 0.1
     assert 0 < result.metrics["codec_error"] < 1
-    (saved,) = site.spool.checkpoints.iterdir()
-    assert not weight_files(saved)  # its own, in the ranks' shards
 
     (allocation.path / "slow").touch()
     two = site.order(allocation, 2, kind="train", steps=4, start=start)

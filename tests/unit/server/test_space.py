@@ -34,9 +34,9 @@ def test_a_disk_without_room_for_one_order_is_refused(tmp_path: Path) -> None:
 
 def test_a_disk_that_may_fill_up_is_warned_of(tmp_path: Path) -> None:
     """Protects from a stop in the third round; site and server are on one disk here."""
-    (warning,) = space(tmp_path, 500 * GB)
+    (warning,) = space(tmp_path, 480 * GB)
     assert warning.startswith("warning: ")
-    assert "up to 514 GB" in warning  # 9 models of the site and 7 of the server
+    assert "up to 482 GB" in warning  # 8 models of the site and 7 of the server
     assert space(tmp_path, 600 * GB) == []
 
 
@@ -52,7 +52,7 @@ def test_a_site_that_joins_is_judged_without_the_server(tmp_path: Path) -> None:
     """Protects a centre from a run that its disk does not hold; the server's is elsewhere."""
     config = compose_config([*LLAMA])
     (warning,) = preflight.check_space(config, tmp_path, lambda path: 200 * GB, joins=True)
-    assert "up to 289 GB" in warning
+    assert "up to 257 GB" in warning
     assert "site.dir=/other/path" in warning
     assert preflight.check_space(config, tmp_path, lambda path: 300 * GB, joins=True) == []
 

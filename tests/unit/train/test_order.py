@@ -26,6 +26,7 @@ from flwr_hpc.worker.phase_timer import PhaseTimer
 @pytest.fixture
 def shelf() -> Shelf:
     RESULTS.clear()
+    ANSWERS.clear()
     return Shelf()
 
 
@@ -50,18 +51,26 @@ class Folder(OrderDir):
     def write_result(self, result: Result) -> None:
         RESULTS[self] = result
 
+    def write_answer(self, result: Result) -> None:
+        ANSWERS[self] = result
 
+    def answer(self) -> Result | None:
+        return ANSWERS.get(self)
+
+
+START = Path("/nowhere/start")
 RESULTS: dict[OrderDir, Result] = {}
+ANSWERS: dict[OrderDir, Result] = {}
 
 
 def run(made: OrderRunner, seq: int, steps: int = 4) -> Result | None:
     return carry_out(made, Order("run", "a", seq, "train", steps=steps))
 
 
-def carry_out(made: OrderRunner, order: Order, *extra: Any) -> Result | None:
+def carry_out(made: OrderRunner, order: Order, weights: Path | None = None) -> Result | None:
     """Return the result as it is published, after all that belongs to it."""
     folder = Folder(Path("/nowhere") / order.id)
-    result = made.run(order, None, folder, *extra)
+    result = made.run(order, weights, folder)
     if result is None:
         return None
     made.publish(folder, result)
@@ -69,19 +78,39 @@ def carry_out(made: OrderRunner, order: Order, *extra: Any) -> Result | None:
     return RESULTS.pop(folder)
 
 
-@pytest.mark.parametrize("start", [None, Path("/nowhere/start")], ids=["weights", "payloads"])
-def test_a_checkpoint_links_weights_and_no_payloads(shelf: Shelf, start: Path | None) -> None:
-    """Protects the checkpoint where a codec has encoded the result: it holds weights of its own."""
-    made, linked, stage = runner(shelf), [], shelf.stage
-    shelf.stage = lambda *args: linked.append(args[-1]) or stage(*args)  # type: ignore[assignment, func-returns-value, method-assign]
-    folder = Folder(Path("/nowhere/run-a-000000"))
-    result = made.run(Order("run", "a", 0, "train", steps=4), start, folder)
+@pytest.mark.parametrize(
+    ("weights", "parts", "stops", "kept"),
+    [
+        (START, {}, [Stop.NO], False),
+        (None, {}, [Stop.NO], True),
+        (START, {"returns": []}, [Stop.NO], True),
+        (START, {}, [Stop.NO, Stop.LEAVE], True),
+    ],
+    ids=["whole", "none came", "a part", "under way"],
+)
+def test_weights_are_in_a_checkpoint_that_needs_them(
+    shelf: Shelf, weights: Path | None, parts: dict[str, Any], stops: list[Stop], kept: bool
+) -> None:
+    """Protects a third of a checkpoint's disk, and weights that are nowhere else."""
+    made = runner(shelf)
+    made.deadline = Answers(*stops)
+    carry_out(made, Order("run", "a", 0, "train", steps=4, **parts), weights)
+    ((meta, tensors),) = shelf.kept.values()
+    assert (meta["weights"], "weights" in tensors) == (kept, kept)
+    again = runner(shelf)
+    again.restore()
+    assert again.state.left_by == ("run-a-000000" if kept else "")
+
+
+def test_what_a_codec_sends_is_told(shelf: Shelf) -> None:
+    """Protects the report of a codec's rate, which is known only once all is encoded."""
+    made, folder = runner(shelf), Folder(Path("/nowhere/run-a-000000"))
+    order = Order("run", "a", 0, "train", steps=4)
+    result = made.run(order, START, folder)
     assert result is not None
     made.publish(folder, result)
     made.background.wait()
-    assert linked == [None if start else folder.weights]
-    assert ("sent_share" in RESULTS.pop(folder).metrics) is (start is not None)
-    assert shelf.kept
+    assert RESULTS.pop(folder).metrics["sent_share"] == 0.1
 
 
 def moments(made: OrderRunner) -> tuple[int, int]:
@@ -185,10 +214,22 @@ def test_an_algorithm_goes_on_in_another_job(shelf: Shelf) -> None:
     other = run(after, 1)
     assert other is not None
     assert other.extra_arrays == {}
-    assert "count" not in shelf.kept["run-a-000001@0000000008"][1]
-    died = carry_out(runner(shelf), order)  # ahead of its result; the sum was kept
-    assert died is not None
-    assert died.extra_arrays == result.extra_arrays
+    finished = [tensors for meta, tensors in shelf.kept.values() if meta["finished"]]
+    assert finished
+    assert not any("count" in tensors for tensors in finished)
+
+
+def test_an_order_is_answered_by_the_job_after(shelf: Shelf) -> None:
+    """Protects from training twice where a job dies between an order's checkpoint and result."""
+    order = Order("run", "a", 0, "train", steps=4, options={"count": True})
+    first = carry_out(runner(shelf), order)
+    after = runner(shelf)
+    assert carry_out(after, order) == first  # its answer, found with the checkpoint
+    assert moments(after) == (4, 4)
+    ANSWERS.clear()
+    after = runner(shelf)
+    assert carry_out(after, order) is not None  # trained again: better than no result for ever
+    assert moments(after) == (8, 8)
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_not_the_site(shelf: Shelf) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed.checkpoint as checkpoint
 from worlds.train.torch_ranks import tiny_trainer, weights_of
 
-from flwr_hpc.exchange.shards.manifest import files_of
 from flwr_hpc.train.parallel.tensors import full
 from flwr_hpc.train.rendezvous import Group
 from flwr_hpc.train.state.background import Background
@@ -79,28 +78,24 @@ def _go_on(group: Group, folder: Path, trainer: Trainer) -> dict[str, Any]:
     return {"losses": losses, "grad_norm": done.last_grad_norm, "weights": weights}
 
 
-def staged(group: Group, folder: Path, **options: Any) -> dict[str, Any]:
+def staged(group: Group, folder: Path, with_weights: bool, **options: Any) -> dict[str, Any]:
     """Stage an order's end, train on, write it down beside that, and restore it elsewhere."""
     trainer, checkpoints = tiny_trainer(group, **options), Checkpoints(folder / "c", group)
     trainer.train(2)
-    file = folder / "order" / "weights.safetensors"
-    staged = trainer.stage_weights(file)
-    write = checkpoints.stage("run-a-000001", 2, trainer.tensors(), place(trainer), staged.path)
-    states = [{n: full(t).numpy() for n, t in trainer.tensors().items()}]
+    tensors = trainer.tensors(with_weights)
+    write = checkpoints.stage("run-a-000001", 2, tensors, place(trainer))
+    states = [{n: full(t).numpy() for n, t in tensors.items()}]
     trainer.train(1)
     background = Background(group)
-    background.start(lambda: (staged.publish(), write(), None)[-1])
+    background.start(write)
     trainer.train(1)
     background.wait()
     again = tiny_trainer(group, **options)
     saved = checkpoints.newest()
     assert saved is not None
-    checkpoints.load(saved, again.tensors(), again.load_weights)
-    states.append({n: full(t).numpy() for n, t in again.tensors().items()})
-    names = [name for t in saved.path.glob("*.distcp") for name in [t.name]]
-    linked = [(f.name, f.samefile(saved.path / f.name)) for f in files_of(staged.path)]
-    held = checkpoint.FileSystemReader(saved.path).read_metadata().state_dict_metadata
-    return {"states": states, "files": names, "linked": linked, "held": sorted(held)}
+    checkpoints.load(saved, again.tensors(with_weights))
+    states.append({n: full(t).numpy() for n, t in again.tensors(with_weights).items()})
+    return {"states": states, "files": [path.name for path in saved.path.glob("*.distcp")]}
 
 
 def failing_in_the_background(

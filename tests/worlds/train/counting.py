@@ -22,10 +22,11 @@ Array = np.ndarray
 
 
 class CountingTrainer:
-    """Each step adds one to a state that checkpoints hold."""
+    """Each step adds one to a state that checkpoints hold, and to weights."""
 
     def __init__(self) -> None:
         self.step, self.state = 0, {"moments": np.zeros(())}
+        self.weights = np.zeros(())
         self.cursor, self.diverges = DataCursor(), 0
         self.lr_scale = 1.0
 
@@ -41,12 +42,13 @@ class CountingTrainer:
             self.step += 1
             self.cursor.advance(1, 4)
             self.state["moments"] += 1
+            self.weights += 1
             for algorithm in algorithms:
                 algorithm.gradients()
         return done if done.steps == steps else dataclasses.replace(done, stopped=stop)
 
-    def tensors(self) -> dict[str, Array]:
-        return self.state
+    def tensors(self, with_weights: bool = True) -> dict[str, Array]:
+        return self.state | ({"weights": self.weights} if with_weights else {})
 
     def reset_optimizer(self) -> None:
         self.state["moments"].fill(0)
@@ -56,18 +58,22 @@ class CountingTrainer:
     def load_weights(self, path: Path, *_: object) -> None:
         """Take them as they are."""
 
+    def layout(self, *_: object) -> dict[str, Any]:
+        return {}
+
+    def shards(self) -> list[Any]:
+        return []
+
     def start(self, order_id: str, weights: Path | None) -> Start | None:
         return Start(order_id, weights) if weights else None
 
     def stage_weights(self, path: Path, names: object, start: Start | None) -> Staged:
         """A codec's payloads where they are an update of something."""
-        return Staged(path, lambda: "sha", start is None, {"sent_share": 0.1} if start else {})
+        return Staged(path, lambda: "sha", {"sent_share": 0.1} if start else {})
 
 
 class Counter(Algorithm):
     """Counts the steps of an order, over all jobs that worked on it."""
-
-    name = "counter"
 
     def __init__(self) -> None:
         self.count = np.zeros(())
@@ -117,9 +123,7 @@ class Shelf:
     def save(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> None:
         self.stage(order_id, step, tensors, meta)()
 
-    def stage(
-        self, order_id: str, step: int, tensors: dict[str, Array], meta: Any, weights: Any = None
-    ) -> Any:
+    def stage(self, order_id: str, step: int, tensors: dict[str, Array], meta: Any) -> Any:
         state = meta, {k: v.copy() for k, v in tensors.items()}
 
         def write() -> None:
@@ -134,7 +138,7 @@ class Shelf:
         found = [saved for saved in all_ if order_id in (None, saved.order_id)]
         return max(found, key=lambda saved: saved.place, default=None)
 
-    def load(self, saved: Saved, tensors: dict[str, Array], load_weights: Any) -> None:
+    def load(self, saved: Saved, tensors: dict[str, Array]) -> None:
         self.loads += 1
         if saved.path.name in self.damaged:
             del self.kept[saved.path.name]

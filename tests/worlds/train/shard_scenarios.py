@@ -101,5 +101,5 @@ def encoded(
     return {
         "sent": decoded(codec, staged.path, base), "error": error, "payloads": payloads,
         "names": sorted(path.name for path in staged.path.parent.iterdir()),
-        "plain": staged.is_plain, **staged.metrics,
+        **staged.metrics,
     }  # fmt: skip

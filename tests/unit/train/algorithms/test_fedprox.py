@@ -11,6 +11,7 @@ import torch
 from flwr_hpc.protocol import Order
 from flwr_hpc.train.algorithms.chosen import chosen
 from flwr_hpc.train.algorithms.fedprox import FedProx
+from flwr_hpc.train.algorithms.scaffold import Scaffold
 
 ORDER = Order("run", "a", 0, "train")
 
@@ -42,5 +43,5 @@ def test_an_order_brings_the_algorithms_it_asks_for() -> None:
     pulled = Order("run", "a", 0, "train", options={"proximal-mu": 0.1})
     both = Order("run", "a", 0, "train", options={"proximal-mu": 0.1, "mean-gradient": True})
     assert chosen(plain, ORDER, {}) == []
-    assert [a.name for a in chosen(plain, pulled, {})] == ["fedprox"]
-    assert [a.name for a in chosen(plain, both, {})] == ["scaffold", "fedprox"]
+    assert [type(a) for a in chosen(plain, pulled, {})] == [FedProx]
+    assert [type(a) for a in chosen(plain, both, {})] == [Scaffold, FedProx]
