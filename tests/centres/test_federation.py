@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,9 +11,19 @@ import pytest
 from lab.centres import Centres
 from lab.host import LabError
 from lab.place import STRANGER
-from lab.remote import Host, Listener
+from lab.remote import Listener
 from worlds.hosts.pbs import bring_pbs
 from worlds.hosts.stranger import open_to_others
+from worlds.hosts.visitors import (
+    EVERYTHING,
+    LOOPBACK,
+    PRIVATE,
+    PUBLIC,
+    Address,
+    Opened,
+    Requests,
+    knock,
+)
 from worlds.runs.across import DATA, Tensors, on_one_host
 from worlds.runs.joined import PORT, Joined
 
@@ -23,16 +31,10 @@ from flwr_hpc.config.invitation import Invitation, read_invitation
 from flwr_hpc.gate.certificate import new_certificate
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-LOOPBACK = "127.0.0.1"
 STEPS, ROUNDS = 80, 3
 SETTINGS = (f"train.steps={STEPS}", f"rounds={ROUNDS}", "strategy=diloco")
-KNOCK = (sys.executable, "-I", str(Path(__file__).parents[1] / "worlds" / "hosts" / "knock.py"))
 PROTOBUF = {"content-type": "application/protobuf"}  # else Flower looks no further
 PAYLOAD = f"{'b' * 64}.payload"
-FLOWER = ("/v1/control/start-run", "/v1/runtime/pull-app-inputs", "/v1/fleet/pull-messages", "/")
-
-Requests = Sequence[tuple[str, str, dict[str, str]]]
-Address = tuple[str, str, int]  # with http or https
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +56,21 @@ def joined(three_centres: Centres, tmp_path: Path) -> Joined:
 def test_reboots_and_strangers_change_no_bit(joined: Joined, alone: Tensors) -> None:
     """Protects the promise: one model over 20 Mbit/s, 80 ms and 1 % loss, bit by bit that of one
     host, also when the server's and the sites' hosts are rebooted, whoever else is on them."""
-    hosts = [joined.server, *joined.sites]
-    before = {host.name: set(host.listening()) for host in hosts}
+    opened = Opened([joined.server, *joined.sites])
     with_slurm, with_own_ranks, with_pbs = joined.sites
-
-    def opened() -> dict[str, set[Listener]]:
-        return {host.name: set(host.listening()) - before[host.name] for host in hosts}
-
     joined.serve()
     joined.deliver()
     for site in (with_slurm, with_own_ranks):
         joined.join(site)
     started = {with_slurm.name, with_own_ranks.name}
     joined.until(lambda: {e["facility"] for e in joined.events("supernode_started")} == started)
-    _check_strangers(joined, opened())  # the run waits for the third site, however long it takes
+    # The run waits for the third site, however long it takes.
+    _check_strangers(joined, opened.now())
     _check_credentials(joined)
     _check_certificate(joined)
     joined.join(with_pbs)
     joined.until(lambda: all(0 in joined.orders(site) for site in joined.sites))
-    _check_ports(opened())
+    _check_ports(opened.now())
     joined.reboot(joined.server)
     joined.resume()
     joined.until(lambda: 1 in joined.orders(with_slurm))
@@ -102,15 +100,13 @@ def _check_strangers(joined: Joined, opened: dict[str, set[Listener]]) -> None:
     """Come with what opens nothing: as another user of each host, and from another host."""
     server, elsewhere = joined.server, joined.sites[1]
     outside: Address = ("https", server.address, PORT)
-    posts: Requests = [("POST", path, {}) for path in FLOWER]
-    exchange: Requests = [("GET", path, {}) for path in ("/v1/exchange/own", "/v1/join")]
     for host in (server, elsewhere):
-        assert _knock(host, outside, [*posts, *exchange]) == [404, 404, 401, 404, 401, 401]
+        assert knock(host, outside, EVERYTHING) == PUBLIC
     for host, scheme in ((server, "https"), (joined.sites[0], "http")):
         (port,) = (entry.port for entry in opened[host.name] if entry.address == LOOPBACK)
-        assert _knock(host, (scheme, LOOPBACK, port), posts) == [403] * 4
+        assert knock(host, (scheme, LOOPBACK, port), EVERYTHING) == PRIVATE
         # Nor does its address lead there from elsewhere.
-        assert _knock(elsewhere, (scheme, host.address, port), posts[:1], wait_s=3.0) == [0]
+        assert knock(elsewhere, (scheme, host.address, port), EVERYTHING[:1], wait_s=3.0) == [0]
 
 
 def _check_files(joined: Joined) -> None:
@@ -141,7 +137,7 @@ def _check_credentials(joined: Joined) -> None:
         ("POST", "/v1/fleet/pull-messages", {"flwr-public-key": base64.b64encode(b"me").decode()}),
     ]
     outside: Address = ("https", server.address, PORT)
-    joined_as, *others, as_first, as_nobody = _knock(second, outside, asked, user=second.user)
+    joined_as, *others, as_first, as_nobody = knock(second, outside, asked, user=second.user)
     assert (joined_as, others, as_nobody) == (200, [404] * 3, 401)
     assert as_first in (401, 403)  # by Flower
 
@@ -151,9 +147,9 @@ def _check_credentials(joined: Joined) -> None:
 
     old, new = invited("invite"), invited("invite")
     asks: Requests = [("GET", "/v1/join", _bearer(letter)) for letter in (old, new)]
-    assert _knock(second, outside, asks) == [401, 200]
+    assert knock(second, outside, asks) == [401, 200]
     _serve(joined, "revoke")
-    assert _knock(second, outside, asks) == [401, 401]
+    assert knock(second, outside, asks) == [401, 401]
 
 
 def _check_certificate(joined: Joined) -> None:
@@ -178,12 +174,3 @@ def _letter(joined: Joined, site: str) -> Invitation:
 
 def _bearer(letter: Invitation) -> dict[str, str]:
     return {"Authorization": f"Bearer {letter.token}"}
-
-
-def _knock(
-    host: Host, where: Address, requests: Requests, user: str = STRANGER, wait_s: float = 120.0
-) -> list[int]:
-    """Return what a user of a host is answered."""
-    found = host.run(*KNOCK, *map(str, (*where, wait_s)), user=user, stdin=json.dumps(requests))
-    statuses: list[int] = json.loads(found)
-    return statuses

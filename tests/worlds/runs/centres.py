@@ -24,6 +24,12 @@ from flwr_hpc.tracking.events import read
 T = TypeVar("T")
 OF_A_SITE = ("data.paths", "+facility", "facilities.")
 RUN = [setting for setting in SMALL if not setting.startswith(OF_A_SITE)]
+OWN = ("+facility=local_a", "facilities.local_a.ranks_per_node=1", "site.dir=here")
+
+
+def environment() -> dict[str, str]:
+    """Return what our commands find here, in any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 class Command:
@@ -32,11 +38,10 @@ class Command:
     def __init__(self, folder: Path, module: str, *words: str) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.output = folder, folder / f"{module}.out"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(self.output, "ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", f"flwr_hpc.{module}", *words],
-                stdout=out, stderr=out, cwd=folder, env=env, start_new_session=True,
+                stdout=out, stderr=out, cwd=folder, env=environment(), start_new_session=True,
             )  # fmt: skip
 
     def said(self) -> str:
@@ -82,10 +87,8 @@ class Centres:
         path = self.base / site / "invitation.json"
         if not path.exists():
             self.invitation(site)
-        words = ["+facility=local_a", "facilities.local_a.ranks_per_node=1", "site.dir=here"]
-        self.commands[site] = Command(
-            self.base / site, "join", path.name, *words, f"data.paths=[{package}]", *more
-        )
+        words = (path.name, *OWN, f"data.paths=[{package}]", *more)
+        self.commands[site] = Command(self.base / site, "join", *words)
 
     def kill_supernode(self, site: str) -> None:
         """Kill a site's SuperNode while it has a message in hand; the site starts another."""
