@@ -77,6 +77,10 @@ class AsyncDiLoCo(AsyncStrategy):
         self._sum: StoredTensors | None = None
         self._m: StoredTensors | None = None
 
+    def models_kept(self, sites: int) -> int:
+        """Return those of its parts, and the sum and the momentum, each once more when replaced."""
+        return super().models_kept(sites) + 4
+
     def plan(self, site: SiteState) -> Plan:
         """Return fewer steps for a slower site."""
         if self.size_steps:

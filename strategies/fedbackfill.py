@@ -97,6 +97,11 @@ class FedBackfill(AsyncStrategy):
         # Facility -> the version that it is to train on.
         self._bound: dict[str, tuple[int, StoredTensors]] = {}
 
+    def models_kept(self, sites: int) -> int:
+        """Return those of its parts, the update at hand, and what it keeps of each site."""
+        own = sites * (int(self.overlap) + int(not self.late_binding))
+        return super().models_kept(sites) + 1 + own
+
     # ---- how much work ----------------------------------------------------------------------
 
     def plan(self, site: SiteState) -> Plan:

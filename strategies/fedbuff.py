@@ -80,6 +80,10 @@ class FedBuff(AsyncStrategy):
         """Return s(tau)."""
         return self._decay(staleness)
 
+    def models_kept(self, sites: int) -> int:
+        """Return those of its parts and K updates."""
+        return super().models_kept(sites) + self.buffer_size
+
     def on_result(self, result: SiteResult, staleness: int) -> Tensors | None:
         """Buffer the update; the K-th makes a new version."""
         weight = self.staleness_weight(staleness) * self._frequency_weight(result)

@@ -101,6 +101,10 @@ class FedCompass(AsyncStrategy):
         """Return s(tau)."""
         return self._decay(staleness)
 
+    def models_kept(self, sites: int) -> int:
+        """Return those of its parts; of each site an update is late or waits in its group."""
+        return super().models_kept(sites) + sites
+
     # ---- grouping ---------------------------------------------------------------------------
 
     def plan(self, site: SiteState) -> Plan | None:

@@ -72,6 +72,10 @@ class Scaffold(FedAvg):
         self.variates: dict[str, ControlVariate] = {}  # c_i, by facility
         self.control: StoredTensors | None = None  # c of the present version
 
+    def models_kept(self, sites: int) -> int:
+        """Return those of its parts, each site's variate, and their mean, old and new."""
+        return super().models_kept(sites) + sites + 3
+
     def order(self, site: SiteState) -> Plan:
         """Correct the site's gradients and ask for their mean; a plain ClientApp knows neither."""
         plan = super().order(site)

@@ -106,6 +106,10 @@ class StreamingDiLoCo(AsyncStrategy):
         self._opened = False  # somebody has been asked since the last window closed
         self._closes_at: float | None = None
 
+    def models_kept(self, sites: int) -> int:
+        """Return those of its parts, the version before the newest, and two windows' updates."""
+        return super().models_kept(sites) + 1 + -(-2 * sites // self.fragments)
+
     # ---- fragments --------------------------------------------------------------------------
 
     @property

@@ -24,8 +24,7 @@ from typing import Any
 
 from flwr_hpc.config.compose import compose_config
 from flwr_hpc.exchange.tensorfile import TensorFile
-from flwr_hpc.server.preflight import site_disk_of, trained_parameters
-from flwr_hpc.spool.disk_use import server_disk
+from flwr_hpc.server.preflight import server_disk_of, site_disk_of, trained_parameters
 
 sys.path.append(str(Path(__file__).parents[1]))
 from _machine import record
@@ -125,7 +124,8 @@ def measure(name: str) -> dict[str, Any]:
     config = compose_config(settings)
     parameters = trained_parameters(config)
     assert parameters is not None
-    said = {"site": site_disk_of(config, parameters).total, "server": server_disk(parameters, 2)}
+    site, server = site_disk_of(config, parameters).total, server_disk_of(config, parameters)
+    said = {"site": site, "server": server}
     peaks = {
         place: {kind: round(size / model, 2) for kind, size in kinds.items()}
         for place, kinds in usage.peaks.items()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvgM, FedYogi, Strategy
 
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config, LoraConfig
@@ -29,6 +29,7 @@ from flwr_hpc.schedulers.interpreter import check_interpreter
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.strategy_factory import build_strategy
 from flwr_hpc.spool import disk_use
+from strategies import HpcStrategy
 
 JOB_PACKAGES = ("submitit", "flwr")
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "datasets")
@@ -132,6 +133,22 @@ def site_disk_of(config: Config, parameters: int) -> disk_use.SiteDisk:
     return disk_use.site_disk(parameters, checkpoints=checkpoints, feedback=lossy)
 
 
+def server_disk_of(config: Config, parameters: int) -> int:
+    """Return what the run directory keeps at most."""
+    sites = len({*config.facilities, *config.serve.sites})
+    kept = models_kept(build_strategy(config.strategy), sites)
+    return disk_use.server_disk(parameters, sites, kept)
+
+
+def models_kept(strategy: Strategy, sites: int) -> int:
+    """Return how many sets of tensors a strategy, ours or Flower's, keeps beside its versions."""
+    if isinstance(strategy, HpcStrategy):
+        return strategy.models_kept(sites)
+    if isinstance(strategy, FedAdam | FedAdagrad | FedYogi):
+        return 6  # the weights, two moments, and the next ones
+    return 4 * isinstance(strategy, FedAvgM)  # the weights, momentum, and the next ones
+
+
 def gb(size: float) -> str:
     """Return bytes in GB."""
     return f"{size / 1e9:.3g} GB"
@@ -141,13 +158,15 @@ def _rooms(config: Config, folder: Path, joins: bool) -> list[Room]:
     """Return what is taken of each file system that this host sees."""
     if (parameters := trained_parameters(config)) is None:
         return []
-    run, sites = RunDir(folder), len({*config.facilities, *config.serve.sites})
+    run = RunDir(folder)
     checkpoints = config.train.checkpoint_every_orders > 0
     least = disk_use.least_site_disk(parameters, checkpoints=checkpoints)
     most = site_disk_of(config, parameters).total
     own = "site.dir" if joins else "run_dir"
-    server = disk_use.server_disk(parameters, sites)
-    taken = [] if joins else [(own, run.path, disk_use.FLOAT32 * parameters, server)]
+    taken = []
+    if not joins:
+        server = server_disk_of(config, parameters)
+        taken.append((own, run.path, disk_use.FLOAT32 * parameters, server))
     for name, facility in config.here.items():
         key = own if facility.workdir is None else f"facilities.{name}.workdir"
         taken.append((key, run.site_root(config, name, "RUN"), least, most))

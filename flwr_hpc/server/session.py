@@ -26,7 +26,6 @@ from flwr_hpc.server.driver import SessionOutcome, drive
 from flwr_hpc.server.run_dir import RunDir
 from flwr_hpc.server.sites import site_settings
 from flwr_hpc.site.launcher import job_spec
-from flwr_hpc.spool.disk_use import server_disk
 from flwr_hpc.ssh.attendant import Attendant, Attendants, remote_sites
 from flwr_hpc.ssh.host import SshLostError
 from flwr_hpc.tracking.live import LiveView
@@ -213,12 +212,12 @@ def _disk(config: Config) -> str:
     if (parameters := preflight.trained_parameters(config)) is None:
         return ""
     site, gb = preflight.site_disk_of(config, parameters), preflight.gb
-    sites = len({*config.facilities, *config.serve.sites})
+    server = preflight.server_disk_of(config, parameters)
     parts = f"checkpoints {gb(site.checkpoints)}, weights {gb(site.trained + site.received)}"
     parts += f", error feedback {gb(site.feedback)}" * bool(site.feedback)
     return (
         f"disk: at most {gb(site.total)} at each site ({parts}; prepared data beside it) and "
-        f"{gb(server_disk(parameters, sites))} in the run directory. Of the server's memory "
+        f"{gb(server)} in the run directory. Of the server's memory "
         f"weights take {config.exchange.memory_gb:g} GB at most (exchange.memory_gb)"
     )
 

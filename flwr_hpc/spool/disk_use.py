@@ -1,7 +1,7 @@
 """What a run keeps on disk at its peak, by arithmetic on the model's size.
 
-Upper bounds. Not in them are prepared data, what a strategy keeps besides (a variate, gathered
-updates), and the weights of an order that was interrupted, in its checkpoint.
+Upper bounds. Not in them are prepared data, and the weights of an order that was interrupted, in
+its checkpoint.
 """
 
 from __future__ import annotations
@@ -57,10 +57,18 @@ def least_site_disk(parameters: int, *, checkpoints: bool = True) -> int:
     return model + (1 + MOMENTS) * model * checkpoints
 
 
-def server_disk(parameters: int, sites: int) -> int:
+def server_disk(parameters: int, sites: int, kept: int) -> int:
     """Return what the run directory keeps at most.
 
-    Two versions with the outer optimizer's state, and of each site a version that its order
+    Two versions, what the strategy keeps beside them, and of each site a version that its order
     started from, a reply, and the reply before it, until the memory that maps it is freed.
+
+    Parameters
+    ----------
+    parameters : int
+        That are trained and travel.
+    sites : int
+    kept : int
+        The strategy's `models_kept`.
     """
-    return (4 + 3 * sites) * FLOAT32 * parameters
+    return (2 + kept + 3 * sites) * FLOAT32 * parameters

@@ -93,6 +93,14 @@ class HpcStrategy(Strategy):
         name = f"{label}-{self.kept}"
         return StoredTensors(name, self.runtime.checkpoints.put(name, tensors))
 
+    def models_kept(self, sites: int) -> int:
+        """Return how many sets of tensors, as large as the model, lie on disk beside its versions.
+
+        At most, with so many sites. Those of its parts are in it; a subclass adds its own.
+        """
+        parts = (getattr(part, "models_kept", None) for part in vars(self).values())
+        return sum(count(sites) for count in parts if count)
+
     # ---- Flower's hooks ---------------------------------------------------------------------
 
     def configure_train(

@@ -38,6 +38,10 @@ class PublishedAverage:
         self.mean: StoredTensors | None = None
         self._rounds = 0.0  # t
 
+    def models_kept(self, sites: int) -> int:
+        """Return 2 if there is a mean: the former one is deleted when the new one is kept."""
+        return 2 * (self.gamma is not None)
+
     def add(self, keep: Keep, former: Record, new: Record, rho: float) -> None:
         """Take a version in.
 

@@ -38,6 +38,10 @@ class Buffer:
     def __iter__(self) -> Iterator[Update]:
         return iter(self._updates)
 
+    def models_kept(self, sites: int) -> int:
+        """Return one for each site's update."""
+        return sites
+
     def add(self, keep: Keep, result: SiteResult) -> Update:
         """Store a result's pseudo-gradient against the weights it STARTED from."""
         assert result.base is not None

@@ -79,6 +79,10 @@ class Fragments:
         self._outers = [OuterSGD(lr, momentum, nesterov) for _ in range(count)]
         self._parts: list[list[str]] = []
 
+    def models_kept(self, sites: int) -> int:
+        """Return what the momenta of all fragments are together."""
+        return self._outers[0].models_kept(sites)
+
     def parts(self, arrays: Mapping[str, Array]) -> list[list[str]]:
         """Return the names of every fragment's tensors."""
         if not self._parts:

@@ -36,6 +36,10 @@ class OuterSGD:
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
         self._m: StoredTensors | None = None
 
+    def models_kept(self, sites: int) -> int:
+        """Return 2 if there is momentum: the former one is deleted when the new one is kept."""
+        return 2 * (self.momentum > 0)
+
     def step(
         self,
         keep: Keep,
@@ -109,6 +113,10 @@ class PartialNesterov:
         _check(lr, momentum)
         self.lr, self.momentum, self.rho = lr, momentum, 0.0
         self._m: StoredTensors | None = None
+
+    def models_kept(self, sites: int) -> int:
+        """Return 2 if there is momentum: the former one is deleted when the new one is kept."""
+        return 2 * (self.momentum > 0)
 
     def step(
         self,

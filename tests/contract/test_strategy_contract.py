@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 from worlds.strategies.grid import FakeSite
-from worlds.strategies.toy_model import as_numpy
+from worlds.strategies.toy_model import as_numpy, initial_arrays
 from worlds.strategies.world import ROUNDS, Killed, World, each, finite, sites
+
+from flwr_hpc.server.preflight import models_kept
 
 
 @each
@@ -40,6 +42,17 @@ def test_a_version_is_evaluated_once(make):
     world.serve(make)
     seen = [(e["facility"], e["version"]) for e in world.events("evaluated")]
     assert len(seen) == len(set(seen))
+
+
+@each
+def test_no_more_is_kept_on_disk_than_is_said(make):
+    """Protects a run that does not fit from beginning: that is what its disk is checked for."""
+    world = World(sites())
+    world.serve(make)
+    bases = len(world.sites)  # versions that their orders started from
+    most = 2 + models_kept(make(), len(world.sites)) + bases
+    model = sum(array.numpy().nbytes for array in initial_arrays().values())
+    assert world.checkpoints.most <= most * model
 
 
 @each

@@ -25,5 +25,5 @@ def test_one_order_takes_a_version_and_a_checkpoint() -> None:
 
 
 def test_the_server_keeps_replies_of_its_sites() -> None:
-    """Protects the server's disk: two versions with momentum, and three models for each site."""
-    assert [server_disk(1, sites) for sites in (1, 8)] == [7 * MODEL, 28 * MODEL]
+    """Protects the server's disk: two versions, its momentum, and three models for each site."""
+    assert [server_disk(1, sites, kept=2) for sites in (1, 8)] == [7 * MODEL, 28 * MODEL]

@@ -131,9 +131,11 @@ class MortalCheckpoints(MemoryCheckpoints):
     """Tells before and after everything it does."""
 
     moment: Callable[[], None] = staticmethod(lambda: None)
+    most = 0  # bytes that it has had at once
 
     def put(self, name: str, tensors: Any) -> ArrayRecord:
         record = super().put(name, tensors)
+        self.most = max(self.most, sum(map(_size, self._records.values())))
         self.moment()
         return record
 
@@ -141,6 +143,10 @@ class MortalCheckpoints(MemoryCheckpoints):
         self.moment()
         super().commit(state)
         self.moment()
+
+
+def _size(record: ArrayRecord) -> int:
+    return sum(array.numpy().nbytes for array in record.values())
 
 
 @dataclass
