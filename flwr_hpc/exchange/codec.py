@@ -28,8 +28,9 @@ class Codec(ABC):
 
     relative: ClassVar[bool] = False  # Makes use of a base
     # By how much of its norm an update may change on the way (without a base: the weights).
-    tolerance: ClassVar[float] = 0.0
+    tolerance: float = 0.0
     dtypes: ClassVar[tuple[str, ...]] = ()  # Of decoded floats, besides the model's own
+    varies: ClassVar[bool] = False  # Payloads of one layout are of unlike sizes
 
     @abstractmethod
     def encode(self, tensors: Tensors, target: Path, base: Tensors | None = None) -> str:
@@ -56,7 +57,10 @@ class Codec(ABC):
         return 1, file_size_range(layout, accept)[1]
 
     def payload_gb(self, parameters: int) -> float | None:
-        """Return what so many float32 values become on their way, None where that is unknown."""
+        """Return what so many float32 values become on their way, None where that is unknown.
+
+        At most, where that `varies`.
+        """
         low, _ = self.size_range({"": TensorInfo("F32", (parameters,))})
         return low / 1e9 if low > 1 else None
 
@@ -80,11 +84,15 @@ def stages(setting: object, key: str = KEY) -> list[str]:
 def make_codec(setting: object, key: str = KEY) -> Codec:
     """Return the codec that ``exchange.codec`` names.
 
-    Of several names each takes the values that the one before it selects.
+    Of several names each takes the values that the one before it selects; a lossless one, at the
+    end, the bytes that all before it make.
     """
-    *selecting, last = stages(setting, key)
-    made: Codec = registry.find(key, last, codecs, Codec)()
-    for name in reversed(selecting):
+    *before, last = stages(setting, key)
+    found = registry.find(key, last, codecs, Codec)
+    if getattr(found, "lossless", False):
+        return _compressed(found, last, before, key)
+    made: Codec = found()
+    for name in reversed(before):
         made = _followed(registry.find(key, name, codecs, Codec), name, made, key)
     return made
 
@@ -111,8 +119,25 @@ def _followed(found: type[Codec], name: str, values: Codec, key: str) -> Codec:
     """Return a codec whose values another one packs."""
     if not getattr(found, "selective", False) or not values.relative:
         raise UserError(
-            f"{key}: nothing can follow '{name}' but what packs the values that a codec selects. "
-            f"Example: {key}=[topk,int2]"
+            f"{key}: nothing can follow '{name}' but what packs the values that a codec selects, "
+            f"and at the end zstd. Examples: {key}=[topk,int2] {key}=[bf16,zstd]"
+        )
+    composed: Codec = found(values)  # type: ignore[call-arg]
+    return composed
+
+
+def _compressed(found: type[Codec], name: str, before: list[str], key: str) -> Codec:
+    """Return a codec whose bytes a lossless one compresses."""
+    examples = f"Examples: {key}=[bf16,{name}] {key}=[int4,{name}] {key}=[topk,int2,{name}]"
+    if not before:
+        raise UserError(f"{key}={name} compresses what other stages make. {examples}")
+    values, those = make_codec(before, key), ",".join(before)
+    if why := found.refused.get(those):  # type: ignore[attr-defined]
+        raise UserError(f"{key}=[{those},{name}] does not pay: {why}. {examples}")
+    if getattr(values, "lossless", False) or not getattr(values, "period", 0):
+        raise UserError(
+            f"{key}: {name} cannot follow [{those}]. It packs updates in frames: once, and what "
+            f"subclasses UpdateCodec and has a period. {examples}"
         )
     composed: Codec = found(values)  # type: ignore[call-arg]
     return composed

@@ -16,7 +16,7 @@ from rich.table import Table
 from flwr_hpc.config.facility import FacilityConfig
 from flwr_hpc.config.schema import Config
 from flwr_hpc.errors import UserError
-from flwr_hpc.exchange.codec import make_codec, make_downlink
+from flwr_hpc.exchange.codec import Codec, make_codec, make_downlink
 from flwr_hpc.files import keep_files_private, publish, read_json
 from flwr_hpc.gate.credentials import read_credentials
 from flwr_hpc.schedulers.accounts import Account
@@ -193,18 +193,23 @@ def _traffic(config: Config) -> str:
     """Say what an order sends between server and site, where the model's shape is known."""
     exchange, codec = config.exchange, make_codec(config.exchange.codec)
     parameters = preflight.sent_parameters(config)
-    up = None if parameters is None else codec.payload_gb(parameters)
-    if parameters is None or up is None:
+    if parameters is None or codec.payload_gb(parameters) is None:
         return ""
     whole = 4e-9 * parameters
     downlink = make_downlink(exchange.downlink, codec)
-    down = downlink and downlink.payload_gb(parameters)
     what = "adapter" if config.model.lora.r else "weights"
     return (
         f"{what}: {parameters / 1e9:.3g} B parameters, {whole:.3g} GB in float32. An order brings "
-        f"{down or whole:.3g} GB to a site (exchange.downlink={_named(exchange.downlink)}) and "
-        f"{up:.3g} GB back (exchange.codec={_named(exchange.codec)})"
+        f"{_sent(downlink, parameters)} to a site (exchange.downlink={_named(exchange.downlink)}) "
+        f"and {_sent(codec, parameters)} back (exchange.codec={_named(exchange.codec)})"
     )
+
+
+def _sent(codec: Codec | None, parameters: int) -> str:
+    """Say how much so many values become; all of them without a codec that knows."""
+    size = codec and codec.payload_gb(parameters)
+    most = "at most " if codec and size and codec.varies else ""
+    return f"{most}{size or 4e-9 * parameters:.3g} GB"
 
 
 def _disk(config: Config) -> str:

@@ -18,12 +18,14 @@ from flwr_hpc.exchange.shards.cuts import Joined, Sliced, slice_layout
 from flwr_hpc.exchange.tensorfile import TensorFile, save, sha256_of
 from flwr_hpc.exchange.tensors import BadPayload, TensorInfo, check
 
-COMPOSED = [["topk", "int2"], ["topk", "int8"]]
-PACKING = [name for name in codec_names() if make_codec(name).relative]
+ALONE = [name for name in codec_names() if name != "zstd"]
+COMPRESSED = [["bf16", "zstd"], ["int4", "zstd"], ["topk", "zstd"], ["topk", "int2", "zstd"]]
+COMPOSED = [["topk", "int2"], ["topk", "int8"], *COMPRESSED]
+PACKING = [name for name in ALONE if make_codec(name).relative]
 
 
 @pytest.fixture(
-    params=[*codec_names(), *COMPOSED, "worlds.exchange.codecs.Half", "worlds.exchange.codecs.Xor"],
+    params=[*ALONE, *COMPOSED, "worlds.exchange.codecs.Half", "worlds.exchange.codecs.Xor"],
     ids=str,
 )
 def codec(request):
@@ -178,6 +180,7 @@ SHAPES = {"embed": (16_000, 1000), "head": (4_000, 1000), "norm": (1000,)}
 WITH = {
     "full": ("Flower's FedAvg", "DiLoCo", "FedBuff", "FedBackfill"),
     "int4": ("DiLoCo",),
+    "bf16+zstd": ("DiLoCo",),
 }
 
 
@@ -190,9 +193,10 @@ def model(tmp_path_factory):
 def test_aggregation_stays_within_the_memory_it_is_given(model, name):
     """Protects the server from models and numbers of sites that it has no memory for, by each
     strategy in a process of its own."""
-    encoded = list(model.encode(name))
+    codec = name.split("+")
+    encoded = list(model.encode(codec))
     for strategy in WITH[name]:
-        found = model.peak(strategy, name, encoded, MEMORY_GB)
+        found = model.peak(strategy, codec, encoded, MEMORY_GB)
         assert found["rejected"] == 0
         assert found["moved"] > 1.001
         assert 0 < found["mb"] < 1e3 * MEMORY_GB < 4 * SHAPES["embed"][0] / 1e3, strategy

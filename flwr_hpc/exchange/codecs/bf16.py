@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flwr_hpc.exchange.compression.update import Packed, UpdateCodec, Values, joined
+from flwr_hpc.exchange.compression.update import Packed, Section, UpdateCodec, Values, joined, split
 
 
 class BFloat16(UpdateCodec):
@@ -12,8 +12,8 @@ class BFloat16(UpdateCodec):
 
     tolerance = 2**-8
 
-    def sections(self, count: int) -> tuple[int, ...]:
-        return (2 * count,)
+    def sections(self, count: int) -> tuple[Section, ...]:
+        return (("<u2", count),)
 
     @property
     def period(self) -> int:
@@ -25,5 +25,5 @@ class BFloat16(UpdateCodec):
         return joined(((bits + half) >> np.uint32(16)).astype(np.uint16))
 
     def unpack(self, packed: Packed, count: int) -> Values:
-        bits = np.frombuffer(packed.tobytes(), "<u2").astype(np.uint32)
-        return (bits << np.uint32(16)).view(np.float32)
+        (bits,) = split(packed, *self.sections(count))
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -7,6 +7,7 @@ import numpy as np
 from flwr_hpc.exchange.compression.blocks import pack_bits, unpack_bits
 from flwr_hpc.exchange.compression.update import (
     Packed,
+    Section,
     UpdateCodec,
     Values,
     in_blocks,
@@ -22,8 +23,8 @@ class Int2(UpdateCodec):
 
     tolerance = 0.6
 
-    def sections(self, count: int) -> tuple[int, ...]:
-        return 8 * -(-count // BLOCK), -(-count // 4)
+    def sections(self, count: int) -> tuple[Section, ...]:
+        return ("<f4", 2 * -(-count // BLOCK)), ("u1", -(-count // 4))
 
     @property
     def period(self) -> int:
@@ -41,8 +42,7 @@ class Int2(UpdateCodec):
         return joined(np.stack(means, axis=1), pack_bits(codes, 2, values.size))
 
     def unpack(self, packed: Packed, count: int) -> Values:
-        blocks = -(-count // BLOCK)
-        means, bits = split(packed, ("<f4", 2 * blocks), ("u1", -(-count // 4)))
+        means, bits = split(packed, *self.sections(count))
         codes = unpack_bits(bits, 2, count)
         sizes = means.reshape(-1, 2)[np.arange(count) // BLOCK, codes >> 1]
         values: Values = np.where(codes & 1, -sizes, sizes).astype(np.float32)

@@ -8,6 +8,7 @@ import numpy as np
 
 from flwr_hpc.exchange.compression.update import (
     Packed,
+    Section,
     UpdateCodec,
     Values,
     in_blocks,
@@ -26,8 +27,8 @@ class BlockCodec(UpdateCodec):
     def period(self) -> int:
         return self.block
 
-    def sections(self, count: int) -> tuple[int, ...]:
-        return 4 * -(-count // self.block), -(-count * self.bits // 8)
+    def sections(self, count: int) -> tuple[Section, ...]:
+        return ("<f4", -(-count // self.block)), ("u1", -(-count * self.bits // 8))
 
     def pack(self, values: Values) -> Packed:
         levels = 2 ** (self.bits - 1) - 1  # on either side of 0
@@ -39,9 +40,7 @@ class BlockCodec(UpdateCodec):
 
     def unpack(self, packed: Packed, count: int) -> Values:
         levels = 2 ** (self.bits - 1) - 1
-        scales, rest = split(
-            packed, ("<f4", -(-count // self.block)), ("u1", -(-count * self.bits // 8))
-        )
+        scales, rest = split(packed, *self.sections(count))
         codes = (unpack_bits(rest, self.bits, count) - np.uint8(levels)).view(np.int8)
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
             values: Values = codes * np.repeat(scales, self.block)[:count]

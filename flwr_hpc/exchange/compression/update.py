@@ -17,6 +17,7 @@ from flwr_hpc.exchange.tensorfile import (
     TensorFile,
     aligned,
     file_size_range,
+    max_header,
     save,
     write_safetensors,
 )
@@ -24,6 +25,7 @@ from flwr_hpc.exchange.tensors import FLOATS, HALVES, BadPayload, Layout, Tensor
 
 Values = NDArray[np.float32]
 Packed = NDArray[np.uint8]
+Section = tuple[str, int]  # dtype and count of numbers that lie together
 
 
 class UpdateCodec(Codec):
@@ -48,8 +50,8 @@ class UpdateCodec(Codec):
     # ---- what a codec is --------------------------------------------------------------------
 
     @abstractmethod
-    def sections(self, count: int) -> tuple[int, ...]:
-        """Return how many bytes so many values become: of each array that `pack` puts together."""
+    def sections(self, count: int) -> tuple[Section, ...]:
+        """Return what so many values become: the arrays that `pack` puts together."""
 
     @abstractmethod
     def pack(self, values: Values) -> Packed:
@@ -72,7 +74,7 @@ class UpdateCodec(Codec):
 
     def packed_size(self, count: int) -> int:
         """Return how many bytes so many values become."""
-        return sum(self.sections(count))
+        return sum(map(section_bytes, self.sections(count)))
 
     def cut(self, packed: Packed, count: int, start: int, stop: int) -> Packed:
         """Return of the bytes of `count` values those of a range, as if that were all of them.
@@ -80,21 +82,62 @@ class UpdateCodec(Codec):
         It begins at a multiple of `period`, and ends at one or with the last value.
         """
         parts, at = [], 0
-        ends = (self.sections(number) for number in (start, stop, count))
+        ends = (map(section_bytes, self.sections(number)) for number in (start, stop, count))
         for first, last, size in zip(*ends, strict=True):
             parts.append(packed[at + first : at + last])
             at += size
         return np.concatenate(parts)
+
+    # ---- how packed values lie in a payload: section after section of the whole tensor --------
+
+    def written(self, read: Callable[[slice], Values], count: int) -> Iterator[Packed]:
+        """Yield the bytes of `count` values that are read some at a time.
+
+        The first section comes as it is made; the others wait for its end.
+        """
+        period = self.period
+        piece = period * -(-PIECE // period) if period else count
+        waiting = []
+        for start in range(0, count, piece):
+            values = read(slice(start, min(start + piece, count)))
+            ends = np.cumsum([section_bytes(section) for section in self.sections(values.size)])
+            first, *others = np.split(self.pack(values), ends[:-1])
+            yield first
+            waiting.append(others)
+        for section in zip(*waiting, strict=True):
+            yield from section
+
+    def written_size(self, count: int) -> tuple[int, int]:
+        """Return how many bytes that are, at least and at most."""
+        return self.packed_size(count), self.packed_size(count)
+
+    def reader(self, written: Packed, count: int) -> Callable[[int, int], Values]:
+        """Return what unpacks a range of them, from the first to before the second number."""
+        period = self.period
+        if not period:
+            values = self.unpack(written, count)
+            return lambda start, stop: values[start:stop]
+
+        def read(start: int, stop: int) -> Values:
+            low, high = start - start % period, min(stop + -stop % period, count)
+            found = self.cut(written, count, low, high)
+            return self.unpack(found, high - low)[start - low : stop - low]
+
+        return read
 
     # ---- Codec ------------------------------------------------------------------------------
 
     def encode(self, tensors: Tensors, target: Path, base: Tensors | None = None) -> str:
         if base is None:
             return save(tensors, target)
-        layout = aligned(self._payload_layout(tensors.layout, base.layout))
-        return write_safetensors(
-            target, ((name, self._encoded(name, tensors, base)) for name in layout), layout
-        )
+        layout = {
+            name: TensorInfo("U8", (self.packed_size(info.size),))
+            if is_packed(name, info, base.layout)
+            else info
+            for name, info in tensors.layout.items()
+        }
+        numbers = ((name, self._numbers(name, tensors, base)) for name in aligned(layout))
+        return write_safetensors(target, numbers, aligned(layout))
 
     def decode(
         self, path: Path, base: Tensors | None = None, layout: Layout | None = None
@@ -106,25 +149,21 @@ class UpdateCodec(Codec):
         return not relative
 
     def size_range(self, layout: Layout, accept: Collection[str] = ()) -> tuple[int, int]:
-        low, high = file_size_range(layout, accept)
-        packed = self._payload_layout(layout, layout).values()
-        return min(low, 8 + sum(info.nbytes for info in packed)), high
-
-    def _payload_layout(self, layout: Layout, base: Layout) -> dict[str, TensorInfo]:
-        return {
-            name: TensorInfo("U8", (self.packed_size(info.size),))
-            if is_packed(name, info, base)
-            else info
+        sizes = [
+            self.written_size(info.size) if is_packed(name, info, layout) else (info.nbytes,) * 2
             for name, info in layout.items()
-        }
+        ]
+        least, most = (8 + sum(size) for size in zip((0, max_header(layout)), *sizes, strict=True))
+        low, high = file_size_range(layout, accept)  # without a base
+        return min(low, least), max(high, most)
 
-    def _encoded(self, name: str, tensors: Tensors, base: Tensors) -> Numbers:
+    def _numbers(self, name: str, tensors: Tensors, base: Tensors) -> Numbers:
         if not is_packed(name, tensors.layout[name], base.layout):
             return tensors.raw(name)
-        return _Update(self, name, tensors, base)
+        return PackedUpdate(self, name, tensors, base)
 
 
-class _Update:
+class PackedUpdate:
     """A tensor's update, packed some at a time."""
 
     dtype = np.dtype(np.uint8)
@@ -135,21 +174,11 @@ class _Update:
         self.shape = (codec.packed_size(self._size),)
 
     def __iter__(self) -> Iterator[Packed]:
-        """Yield the first section as it is made, and then the others, which wait for it."""
-        period = self._codec.period
-        piece = period * -(-PIECE // period) if period else self._size
-        waiting = []
-        for start in range(0, self._size, piece):
-            part = slice(start, min(start + piece, self._size))
-            new, old = (read(part) for read in self._readers)
-            update = new.astype(np.float32, copy=False) - old
-            packed = self._codec.pack(np.ascontiguousarray(update, np.float32))
-            ends = np.cumsum(self._codec.sections(update.size))
-            first, *others = np.split(packed, ends[:-1])
-            yield first
-            waiting.append(others)
-        for section in zip(*waiting, strict=True):
-            yield from section
+        return self._codec.written(self._read, self._size)
+
+    def _read(self, part: slice) -> Values:
+        new, old = (read(part) for read in self._readers)
+        return np.ascontiguousarray(new.astype(np.float32, copy=False) - old, np.float32)
 
 
 class Updated(Tensors):
@@ -162,17 +191,16 @@ class Updated(Tensors):
         self, codec: UpdateCodec, payload: TensorFile, base: Tensors, layout: Layout
     ) -> None:
         self._codec, self._payload, self._base = codec, payload, base
-        expected = codec._payload_layout(layout, base.layout)
-        self._packed = {n for n, info in expected.items() if info is not layout[n]}
-        wrong = {n for n in expected if n in self._packed and payload.layout.get(n) != expected[n]}
-        if wrong or payload.layout.keys() != expected.keys():
-            names = sorted(wrong or payload.layout.keys() ^ expected.keys())
+        self._packed = {n for n, info in layout.items() if is_packed(n, info, base.layout)}
+        wrong = {n for n in self._packed if not self._is_written(n, layout[n].size)}
+        if wrong or payload.layout.keys() != layout.keys():
+            names = sorted(wrong or payload.layout.keys() ^ layout.keys())
             raise BadPayload(f"not an update of the model: {names[0]!r} is missing or misshapen")
         self.layout = {
-            n: TensorInfo(_decoded_dtype(layout[n]), layout[n].shape)
+            n: TensorInfo(_decoded_dtype(info), info.shape)
             if n in self._packed
             else payload.layout[n]
-            for n in expected
+            for n, info in layout.items()
         }
 
     def raw(self, name: str) -> NDArray[Any]:
@@ -180,30 +208,33 @@ class Updated(Tensors):
         if name not in self._packed:
             return self._payload.raw(name)
         info = self.layout[name]
-        update = self._codec.unpack(self._payload.raw(name), info.size).reshape(info.shape)
-        return _moved(self._base.tensor(name), update, info)
+        update = self._codec.reader(self._payload.raw(name), info.size)(0, info.size)
+        return _moved(self._base.tensor(name), update.reshape(info.shape), info)
 
     def reader(self, name: str) -> Callable[[slice], NDArray[Any]]:
         """Return what unpacks ranges of a tensor, where the codec can."""
-        period, info = self._codec.period, self.layout[name]
-        if name not in self._packed or not period:
+        if name not in self._packed:
             return super().reader(name)
-        packed, base = self._payload.raw(name), self._base.reader(name)
+        info, base = self.layout[name], self._base.reader(name)
+        update = self._codec.reader(self._payload.raw(name), info.size)
 
         def read(part: slice) -> NDArray[Any]:
             start, stop, _ = part.indices(info.size)
             if stop <= start:
                 return np.empty(0, info.stored)
-            low, high = start - start % period, min(stop + -stop % period, info.size)
-            found = self._codec.cut(packed, info.size, low, high)
-            update = self._codec.unpack(found, high - low)[start - low : stop - low]
-            return _moved(base(slice(start, stop)), update, info)
+            return _moved(base(slice(start, stop)), update(start, stop), info)
 
         return read
 
     def let_go(self) -> None:
         """Keep the payload closed; the base is another's."""
         self._payload.let_go()
+
+    def _is_written(self, name: str, count: int) -> bool:
+        found, (low, high) = self._payload.layout.get(name), self._codec.written_size(count)
+        if found is None or found.dtype != "U8" or len(found.shape) != 1:
+            return False
+        return low <= found.size <= high
 
 
 def _moved(base: NDArray[Any], update: Values, info: TensorInfo) -> NDArray[Any]:
@@ -220,6 +251,11 @@ def is_packed(name: str, info: TensorInfo, base: Layout) -> bool:
 
 def _decoded_dtype(info: TensorInfo) -> str:
     return "F32" if info.dtype in HALVES else info.dtype
+
+
+def section_bytes(section: Section) -> int:
+    """Return how many bytes an array takes."""
+    return np.dtype(section[0]).itemsize * section[1]
 
 
 # ---- blocks of values ---------------------------------------------------------------------------
@@ -241,11 +277,11 @@ def joined(*parts: NDArray[Any]) -> Packed:
     return np.concatenate([p.view(np.uint8) for p in little])
 
 
-def split(packed: Packed, *parts: tuple[str, int]) -> list[NDArray[Any]]:
-    """Undo `joined`, given dtype and count of each array; the last may be what is left."""
+def split(packed: Packed, *sections: Section) -> list[NDArray[Any]]:
+    """Undo `joined`."""
     arrays, start = [], 0
-    for dtype, count in parts:
-        stop = start + np.dtype(dtype).itemsize * count
+    for dtype, count in sections:
+        stop = start + section_bytes((dtype, count))
         arrays.append(np.frombuffer(packed[start:stop].tobytes(), np.dtype(dtype)))
         start = stop
     return arrays

@@ -110,10 +110,10 @@ def test_a_finished_run_goes_on_for_more_rounds(undisturbed: Run, tmp_path: Path
 
 
 def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
-    """Protects FedBuff end to end, and weights that travel as 8-bit updates there and back: those
-    of the site with two ranks in shards."""
+    """Protects FedBuff end to end, and weights that travel as compressed 8-bit updates there and
+    back: those of the site with two ranks in shards."""
     few = ("rounds=3", "train.steps=40", "exchange.inline_below_mb=0", "train.shards_above_mb=0")
-    small = ("exchange.codec=int8", "exchange.downlink=int8")
+    small = ("exchange.codec=[int8,zstd]", "exchange.downlink=[int8,zstd]")
     run = Run(tmp_path / "run", "strategy=fedbuff", *few, *small)
     assert run.end() == 0, run.said()
     trained = [e["metrics"] for e in run.events("order_done") if e["kind"] == "train"]

@@ -42,6 +42,7 @@ L405B = [
         (["model=llama3_70b"], "int4", "37.5"),
         (["model=llama3_70b"], "[topk,int2]", "2.62"),
         (L405B, "[topk,int2]", "15.1"),
+        (["model=llama3_8b"], "[bf16,zstd]", "at most 16.1"),
     ],
 )
 def test_a_dry_run_says_what_travels(
