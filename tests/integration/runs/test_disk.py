@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pathlib import Path
 
+import pytest
 from worlds.hosts.disk import small_disk
 from worlds.runs.run import ONE_SITE, Run, kill
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 import signal
 from pathlib import Path
 
 import psutil
+import pytest
 from worlds.jobs import below, command_line, send
 from worlds.runs.run import ONE_SITE, Run, kill
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 import json
 import os
 import signal
@@ -12,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from worlds.jobs import until
 from worlds.runs.run import ONE_SITE, ROOT
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-
 import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from worlds.runs.run import ONE_SITE, Run
 
 pytestmark = pytest.mark.slow

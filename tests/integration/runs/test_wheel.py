@@ -13,7 +13,6 @@ from worlds.runs.run import ROOT
 
 from flwr_hpc.ssh.wheel import NAME, build_wheel
 
-
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 

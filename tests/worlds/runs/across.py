@@ -84,7 +84,7 @@ class Across:
         return [p for p in paths_under(site.outside(self.home(site))) if p.name == name]
 
     def orders(self, site: Host) -> list[int]:
-        """Return the versions of the training orders that a site works on, or has worked on since."""
+        """Return the versions of the training orders that a site works or has worked on."""
         found = (read_json(path) for path in self.files(site, "order.json"))
         orders = (value["order"] for value in found if value)  # else: pruned
         return [order["version"] for order in orders if order["kind"] == "train"]
@@ -146,4 +146,3 @@ def living(host: Host, word: str) -> list[str]:
     """Return the commands of a host's user that hold a word; one that has ended is none."""
     lines = host.run("ps", "-U", host.user, "-o", "stat=", "-o", "args=").splitlines()
     return [line for line in lines if word in line and not line.startswith("Z")]
-

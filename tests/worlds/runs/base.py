@@ -11,7 +11,7 @@ from flwr_hpc.data.batches import load_tokenizer
 
 
 def save_base(folder: Path) -> Path:
-    """Write a checkpoint with random weights of the byte tokenizer's vocabulary; return `folder`."""
+    """Write a checkpoint of random weights for the byte tokenizer; return `folder`."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}

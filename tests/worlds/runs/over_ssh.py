@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 from worlds.files import paths_under
 from worlds.jobs import command_line
-from worlds.runs.run import SMALL, Run
 from worlds.network.sshd import Sshd
+from worlds.runs.run import SMALL, Run
 
 # Small payloads, too, travel through the port; a site that is away is waited for.
 THROUGH_THE_PORT = "exchange.inline_below_mb=0"
