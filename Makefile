@@ -11,7 +11,7 @@ demo: $(VENV)/.train
 	$(PY) -m flwr_hpc.run
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -m "not slow" --numprocesses=3 --dist=worksteal
+	$(PY) -m pytest -m "not slow" --numprocesses=4 --dist=worksteal
 
 test-slow: $(VENV)/.dev
 	$(PY) -m pytest -m slow --numprocesses=4 --dist=loadfile --no-loadscope-reorder \

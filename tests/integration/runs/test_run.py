@@ -129,8 +129,8 @@ def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "freeze_a"),
-    [("fedadam", False), ("fedadam", True), ("fedex_lora", False), ("flora", False)],
-    ids=["lora", "ffa-lora", "fedex-lora", "flora"],
+    [("fedadam", True), ("fedex_lora", False), ("flora", False)],
+    ids=["ffa-lora", "fedex-lora", "flora"],
 )
 def test_adapters_of_a_checkpoint(
     undisturbed: Run, tmp_path: Path, strategy: str, freeze_a: bool
@@ -140,6 +140,7 @@ def test_adapters_of_a_checkpoint(
     base = undisturbed.dir / "model"
     lora = ["model.lora.r=4", f"model.path={base}", f"data.tokenizer={base}"]
     lora.append(f"model.lora.freeze_a={str(freeze_a).lower()}")
+    lora.append("facilities.local_a.ranks_per_node=1")
     if strategy == "flora":
         lora.append("facilities.local_b.lora_r=2")
     run = Run(tmp_path / "run", f"strategy={strategy}", *lora, "train.lr=0.01", "train.steps=40")
@@ -147,12 +148,9 @@ def test_adapters_of_a_checkpoint(
     for site in run.summary()["facilities"].values():
         assert site["held_out_loss_last"] < site["held_out_loss_first"]
     inexact = [e["lora_inexactness"] for e in run.events("aggregated")]
-    assert inexact
-    stacks = strategy in ("fedex_lora", "flora")
-    exact = freeze_a or stacks
-    assert all((value < 1e-8) is exact for value in inexact)
+    assert max(inexact) < 1e-8
     config = json.loads((run.dir / "model" / "adapter_config.json").read_text())
-    assert (config["r"] > 4) is stacks
+    assert (config["r"] > 4) is not freeze_a
     assert not (run.dir / "model" / "model.safetensors").exists()
     code = (
         "import sys; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
