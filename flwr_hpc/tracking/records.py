@@ -47,8 +47,9 @@ class FacilityState:
     queue_wait_s: float | None = None
     queue_wait_high_s: float | None = None
     reason: str = ""
-    # What is on its way to the site or from it, by way: bytes, of how many, MB per second.
-    transfers: dict[str, tuple[int, int, float]] = field(default_factory=dict)
+    # What is on its way to the site or from it, by way and payload (weights in shards have one
+    # each): bytes, of how many, MB per second.
+    transfers: dict[tuple[str, str], tuple[int, int, float]] = field(default_factory=dict)
     trouble: str = ""  # What keeps the site from working
     told_s: float = 0.0
     order_id: str = ""

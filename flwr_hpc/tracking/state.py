@@ -117,10 +117,11 @@ def _site_trouble(_: RunState, f: FacilityState, e: Event) -> None:
 
 
 def _transfer(_: RunState, f: FacilityState, e: Event) -> None:
-    way, done, total = str(e.get("way")), _count(e, "bytes"), _count(e, "total")
-    f.transfers.pop(way, None)
+    which = str(e.get("way")), str(e.get("payload"))
+    done, total = _count(e, "bytes"), _count(e, "total")
+    f.transfers.pop(which, None)
     if done < total:
-        f.transfers[way] = done, total, _number(e, "mb_per_s") or 0.0
+        f.transfers[which] = done, total, _number(e, "mb_per_s") or 0.0
 
 
 def _allocation(_: RunState, f: FacilityState, e: Event) -> None:

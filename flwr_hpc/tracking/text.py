@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flwr_hpc.protocol import Forecast
@@ -73,7 +73,7 @@ def outlook(f: FacilityState, now_s: float) -> str:
     if f.trouble:
         return f.trouble
     if f.transfers:
-        return ", ".join(_moving(way, *transfer) for way, transfer in sorted(f.transfers.items()))
+        return ", ".join(_moving(way, *together) for way, together in _by_way(f))
     passed = max(0.0, now_s - f.told_s)
     if f.state == "queued":
         starts = forecast(_later(f.queue_wait_s, passed), _later(f.queue_wait_high_s, passed))
@@ -83,6 +83,14 @@ def outlook(f: FacilityState, now_s: float) -> str:
     line = f"{about(max(0.0, f.walltime_left_s - passed))} of walltime left"
     successor = f.accounts.successor(f.allocation)
     return f"{line}, successor {successor}" if successor else line
+
+
+def _by_way(f: FacilityState) -> Iterator[tuple[str, tuple[int, int, float]]]:
+    """Yield what is on its way, its shards together."""
+    for way in sorted({way for way, _ in f.transfers}):
+        shards = [transfer for (its_way, _), transfer in f.transfers.items() if its_way == way]
+        done, total, mb_per_s = zip(*shards, strict=True)
+        yield way, (sum(done), sum(total), sum(mb_per_s))
 
 
 def _moving(way: str, done: int, total: int, mb_per_s: float) -> str:

@@ -99,6 +99,9 @@ def test_payloads_on_their_way_are_told_with_their_rate() -> None:
     assert describe(whole) == "a: 40 MB to the site in 16 s, 2.5 MB/s, 0.3 MB of it twice"
     lost = ev(5, "order_failed", order_id="k-a-0", reason="no reply")
     assert outlook(a([started(), part, lost]), 9.0) == ""
+    shards = [ev(3, "transfer", way="to_site", **half, payload=name) for name in ("one", "other")]
+    together = "40 of 80 MB to the site at 5.0 MB/s, 8 s left"
+    assert outlook(a([started(), *shards]), 9.0) == together
 
 
 def test_totals_count_each_finished_order_once() -> None:
