@@ -20,6 +20,14 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _own_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a rank in this process tells gloo from the jobs that later tests submit."""
+    name = "GLOO_SOCKET_IFNAME"
+    monkeypatch.setenv(name, "")  # so that it is put back afterwards
+    monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
 def _own_umask() -> Iterator[None]:
     """Keep the umask that a command sets in this process from the tests after it."""
     before = os.umask(0o022)

@@ -90,7 +90,7 @@ class _Step:
         activations = kept + max(0.0, recomputed - logits)
         # The last gathering's array stays beside the parameters that were copied out of it.
         gathered = self._unit * (2 if self._layerwise or self.plan.shard > 1 else 1)
-        buffers = (gathered + self._outside) * self.size
+        buffers = 0.0 if self._plain else (gathered + self._outside) * self.size
         return self._with(self._earlier, activations, logits, buffers)
 
     def backward(self) -> Memory:
@@ -106,6 +106,10 @@ class _Step:
         layer = self.plan.micro_batch * max(
             saved_bytes(block, self.plan, self.lengths, self.size) for block in self.shape.blocks
         )
+        # A tied table's gradient comes twice, and is added up.
+        table = self.size * self.shape.vocabulary * self.shape.hidden * self.shape.tied
+        if self._plain:
+            return self._with(self._own, 0.0, 0.0, max(layer, table))
         working = 2 * self.size * self._unit  # gathered parameters, and gradients
         if self._layerwise:  # the gradients reduced before are let go of after these
             works = max(working + layer, self._reducing(self._unit)) + 2 * self.size * self._outside
@@ -113,11 +117,9 @@ class _Step:
             whole = self._unit + self._outside / self.plan.tensor
             made = max(0.0, self._own - 4 * whole / self.plan.shard)
             return self._with(self._earlier or made, 0.0, 0.0, buffers)
-        # A tied table's gradient comes twice, and is added up.
-        table = 2 * self.size * self.shape.vocabulary * self.shape.hidden * self.shape.tied
         reducing = self._reducing(self._unit)
         reducing += 4 * self._unit / self.plan.shard if self.plan.shard > 1 else 0.0
-        buffers = max(working + max(layer, table / self.plan.tensor), reducing)
+        buffers = max(working + max(layer, 2 * table / self.plan.tensor), reducing)
         return self._with(self._earlier, 0.0, 0.0, buffers)
 
     def _reducing(self, parameters: float) -> float:
@@ -143,6 +145,10 @@ class _Step:
         return self._own if self.plan.accumulation > 1 else 0.0
 
     @property
+    def _plain(self) -> bool:
+        return _plain(self.plan, self.size, self.offloaded)
+
+    @property
     def _layerwise(self) -> bool:
         return self.shape.parameters >= ONE_UNIT_BELOW or self.plan.tensor > 1
 
@@ -156,6 +162,11 @@ class _Step:
     def _outside(self) -> float:
         """Parameters of the unit that is gathered all the time, whole on every tensor rank."""
         return float(self.shape.outside) if self._layerwise else 0.0
+
+
+def _plain(plan: ParallelPlan, compute_bytes: int, offloaded: bool) -> bool:
+    """Whether nothing is sharded, gathered or cast, see `parallel.sharding`."""
+    return plan.copies * plan.tensor == 1 and compute_bytes == 4 and not offloaded
 
 
 def saved_bytes(block: Block, plan: ParallelPlan, lengths: Lengths, compute_bytes: int) -> float:
@@ -211,7 +222,10 @@ def _below_adapters(
     if not shape.packed:
         layer += max(b.parameters for b in shape.blocks)
     unpacked = max(p.weights for b in shape.blocks for p in b.projections) if packed else 0
-    gathered = (2 * layer / plan.tensor + shape.outside + unpacked) * compute_bytes
+    whole = (
+        0.0 if _plain(plan, compute_bytes, offloaded) else 2 * layer / plan.tensor + shape.outside
+    )
+    gathered = (whole + unpacked) * compute_bytes
     if offloaded:  # and pass in two layers' shards
         return Memory(0.0, 0.0, 0.0, activations, logits, gathered + 2 * of_shard * layer)
     return Memory(parameters, trained, 2 * trained, activations, logits, gathered)

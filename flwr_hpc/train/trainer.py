@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from flwr_hpc.config.schema import TrainConfig
 from flwr_hpc.data.batches import Batch, Corpus, DataCursor
@@ -291,8 +292,9 @@ class Trainer:
         for i in range(config.accumulation):
             part = slice(i * config.micro_batch, (i + 1) * config.micro_batch)
             last = i == config.accumulation - 1
-            self._model.set_requires_gradient_sync(config.sync_every_micro_batch or last)  # type: ignore[operator]
-            self._model.set_requires_all_reduce(last)  # type: ignore[operator]
+            if isinstance(self._model, FSDPModule):
+                self._model.set_requires_gradient_sync(config.sync_every_micro_batch or last)
+                self._model.set_requires_all_reduce(last)
             loss = self._loss(batch.part(part))
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach()

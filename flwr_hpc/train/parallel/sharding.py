@@ -85,9 +85,10 @@ def shard(
     """Split and shard the model in place, and move it to the device.
 
     A decoder layer is one unit of communication and the rest, tied embeddings included,
-    another; a small model that is not split is one unit altogether. Also at world size 1, so
-    that mixed precision and checkpoints are the same there. With `compiled` the layers are compiled
-    as they first run. `draw` gives each unit the weights that it has not got, before it is cut.
+    another; a small model that is not split is one unit altogether. Also at world size 1, for
+    mixed precision and offloading; but one rank that computes in float32 has nothing to gather or
+    to cast. With `compiled` the layers are compiled as they first run. `draw` gives each
+    unit the weights that it has not got, before it is cut.
     With `cpu_offload` the shards, their gradients and so the optimizer's state stay on the CPU.
 
     Returns
@@ -95,7 +96,8 @@ def shard(
     set of str
         Names of the parameters whose gradients have yet to be summed over the tensor ranks.
     """
-    options: dict[str, Any] = {"mp_policy": precision_policy(precision, device)}
+    policy = precision_policy(precision, device)
+    options: dict[str, Any] = {"mp_policy": policy}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     if whole := quantized(model):  # on every rank, where they are
@@ -108,12 +110,17 @@ def shard(
     if over.tensor:
         unit_of = {module: unit for unit in units for module in unit.modules()}
         unsummed = split(model, over.tensor, lambda block: draw(unit_of.get(block, model)))
-    if large or over.tensor:
-        for layer in units:
-            draw(layer)
-            fully_shard(in_float32(layer), mesh=over.layers, **options)
-    draw(model)
-    fully_shard(in_float32(model), mesh=over.rest, **options)
+    if policy.param_dtype is None and not cpu_offload and over.rest.size() == 1:
+        for part in (*units, model):
+            draw(part)
+        in_float32(model).to(device)
+    else:
+        if large or over.tensor:
+            for layer in units:
+                draw(layer)
+                fully_shard(in_float32(layer), mesh=over.layers, **options)
+        draw(model)
+        fully_shard(in_float32(model), mesh=over.rest, **options)
     if compiled:
         compile_layers(units)
     return unsummed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def test_packed_weights_are_not_cut(tmp_path: Path) -> None:
     built = tiny_model(lora=True)
     packed = torch.nn.Parameter(torch.arange(8, dtype=torch.uint8), requires_grad=False)
     built.model.get_submodule("base_model.model.lm_head").register_parameter("packed", packed)
-    trainer = Trainer(built, TinyCorpus(), TRAIN, TRAIN.steps, group, 0)
+    train = replace(TRAIN, precision="bf16")
+    trainer = Trainer(built, TinyCorpus(), train, TRAIN.steps, group, 0)
     names = {type(p).__name__ for p in built.model.parameters()}
     assert (names, quantized(built.model)) == ({"DTensor", "Parameter"}, {packed})
     assert "packed" not in " ".join(trainer.exchanged)

@@ -143,7 +143,7 @@ def test_gpus_are_fed_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     over = sharding.Meshes(None, None, None)  # type: ignore[arg-type]
     for kind, offload in (("cuda", True), ("cpu", True), ("cuda", False)):
-        sharding.shard(tiny_model().model, over, torch.device(kind), "fp32", cpu_offload=offload)
+        sharding.shard(tiny_model().model, over, torch.device(kind), "bf16", cpu_offload=offload)
     assert [getattr(policy, "pin_memory", None) for policy in policies] == [True, False, None]
 
 
