@@ -3,13 +3,16 @@
 Two real Slurm clusters of one core each (`tests/lab`, as root). A model is trained by the whole
 command at one of them, which has all of the data, and by both, which have half of it each: for
 about equal time, and for equal tokens. Each of both takes the steps of the one with the same batch
-(twice the tokens in as many rounds), or with half of it (the federation's batch is the one's). All
-runs are evaluated on the same held-out files. The clusters share this machine with the server, so
-keep it quiet: a run of two needs three cores, and of one, two.
+(twice the tokens in as many rounds), or with half of it (the federation's batch is the one's). With
+`--continued` all start from a checkpoint that one of them trained before, on other sequences, for
+as many rounds. All runs are evaluated on the same held-out files. The clusters share this machine
+with the server, so keep it quiet: a run of two needs three cores, and of one, two.
 
-    python benchmarks/clusters/two_facilities.py [--rounds N] [--repetitions N] [--share-batch]
+    python benchmarks/clusters/two_facilities.py [--rounds N] [--batch N] [--repetitions N]
+        [--share-batch] [--continued] [--skip-equal-time]
 
-Writes ``benchmarks/results/two_facilities.json``, or ``two_facilities_share_batch.json``.
+Writes ``benchmarks/results/two_facilities.json``; ``_share_batch`` and ``_continued`` are in the
+name where they are asked for.
 """
 
 from __future__ import annotations
@@ -39,7 +42,6 @@ from lab.plan import Shape
 ROOT = Path(__file__).parents[2]
 NAMES = ("cross_a", "cross_b")
 HELD_OUT = 20  # One file in so many
-BATCH = 8  # Sequences of a step at each of two
 SETTINGS = (
     "strategy=diloco", "data=text", "train.steps=200", "train.micro_batch=8",
     "train.warmup_steps=20", "data.seq_len=128",
@@ -70,7 +72,7 @@ def write_conf(folder: Path, clusters: Mapping[str, Cluster]) -> Path:
 
 
 def train(
-    conf: Path, folder: Path, names: tuple[str, ...], rounds: int, batch: int
+    conf: Path, folder: Path, names: tuple[str, ...], rounds: int, batch: int, *more: str
 ) -> dict[str, float]:
     """Run a federation to its end and return its figures."""
     parts = files()
@@ -78,7 +80,7 @@ def train(
     own = {name: parts[name] if len(names) > 1 else everything for name in names}
     settings = [
         f"--config-dir={conf}", f"+facility=[{','.join(names)}]", f"rounds={rounds}",
-        f"run_dir={folder}", f"train.batch_size={batch}", *SETTINGS,
+        f"run_dir={folder}", f"train.batch_size={batch}", *SETTINGS, *more,
         *(f"+data.paths.{name}={json.dumps(paths)}" for name, paths in own.items()),
         *(f"+data.held_out_paths.{name}={json.dumps(parts['held out'])}" for name in names),
     ]  # fmt: skip
@@ -107,18 +109,27 @@ def figures(folder: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def compare(conf: Path, folder: Path, rounds: int, share_batch: bool) -> dict[str, Any]:
-    """Train all three ways."""
-    alone, longer = (2 * BATCH, 2 * rounds) if share_batch else (BATCH, rounds)
-    one = train(conf, folder / "one", NAMES[:1], rounds, alone)
-    two = train(conf, folder / "two", NAMES, longer, BATCH)
-    half = train(conf, folder / "two-half", NAMES, longer // 2, BATCH)
-    return {
-        "one": one, "two, equal time": two, "two, equal tokens": half,
-        "tokens_per_s_ratio": two["tokens_per_s"] / one["tokens_per_s"],
+def compare(conf: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in all ways."""
+    batch, rounds, start = options.batch, options.rounds, []
+    if options.continued:
+        before = train(conf, folder / "before", NAMES[:1], rounds, batch, "seed=1")
+        start = [f"model.path={folder / 'before' / 'model'}", "data.tokenizer=byte"]
+    alone, longer = (2 * batch, 2 * rounds) if options.share_batch else (batch, rounds)
+    one = train(conf, folder / "one", NAMES[:1], rounds, alone, *start)
+    half = train(conf, folder / "two-half", NAMES, longer // 2, batch, *start)
+    found = {
+        "one": one, "two, equal tokens": half,
+        "tokens_per_s_ratio": half["tokens_per_s"] / one["tokens_per_s"],
         "loss_ratio_at_equal_tokens": half["held_out_loss"] / one["held_out_loss"],
-        "loss_ratio_at_equal_time": two["held_out_loss"] / one["held_out_loss"],
     }  # fmt: skip
+    if options.continued:
+        found["before"] = before
+    if not options.skip_equal_time:
+        two = found["two, equal time"] = train(conf, folder / "two", NAMES, longer, batch, *start)
+        found["tokens_per_s_ratio"] = two["tokens_per_s"] / one["tokens_per_s"]
+        found["loss_ratio_at_equal_time"] = two["held_out_loss"] / one["held_out_loss"]
+    return found
 
 
 def main() -> None:
@@ -126,7 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="of the one facility")
     parser.add_argument("--repetitions", type=int, default=1)
-    parser.add_argument("--share-batch", action="store_true")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step, at each of two")
+    for name in ("--share-batch", "--continued", "--skip-equal-time"):
+        parser.add_argument(name, action="store_true")
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="two-")))
@@ -136,15 +149,15 @@ def main() -> None:
         found = []
         for k in range(options.repetitions):
             (folder / str(k)).mkdir()
-            found.append(compare(conf, folder / str(k), options.rounds, options.share_batch))
+            found.append(compare(conf, folder / str(k), options))
             print(json.dumps(found[-1], indent=1), flush=True)
     names = [key for key in found[0] if "ratio" in key]
     ratios = {name: median(one[name] for one in found) for name in names}
     print(ratios)
     record(
-        "two_facilities" + "_share_batch" * options.share_batch,
+        "two_facilities" + "_share_batch" * options.share_batch + "_continued" * options.continued,
         {"ratios": ratios, "runs": found},
-        {"rounds": options.rounds, "batch": BATCH, "settings": SETTINGS},
+        {"rounds": options.rounds, "batch": options.batch, "settings": SETTINGS},
     )
 
 
