@@ -7,6 +7,7 @@ settings. Paths, accounts and whatever else belongs to one centre never travel, 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -124,7 +125,7 @@ def wheel_name(version: str) -> str:
 
 def _install(server: dict[str, str], differ: set[str]) -> str:
     """Return what to type; the server's wheel lies beside its invitations."""
-    pip, words, ask = f"{sys.executable} -m pip install", [], ""
+    pip, words, ask = f"{shlex.quote(sys.executable)} -m pip install", [], ""
     if differ & {"flwr_hpc", "protocol"}:
         wheel = wheel_name(server.get("flwr_hpc", "VERSION"))
         anew = "" if "flwr_hpc" in differ else "--force-reinstall --no-deps "  # of the same number
