@@ -135,8 +135,8 @@ def test_asynchronous_strategy_with_updates_both_ways(tmp_path: Path) -> None:
 def test_adapters_of_a_checkpoint(
     undisturbed: Run, tmp_path: Path, strategy: str, freeze_a: bool
 ) -> None:
-    """Protects LoRA from end to end: only the adapter travels, with what makes its average exact
-    where that is asked for, and peft loads what the run leaves."""
+    """Protects LoRA from end to end: only the adapter travels, with what makes its average exact,
+    and peft loads what the run leaves."""
     base = undisturbed.dir / "model"
     lora = ["model.lora.r=4", f"model.path={base}", f"data.tokenizer={base}"]
     lora.append(f"model.lora.freeze_a={str(freeze_a).lower()}")
