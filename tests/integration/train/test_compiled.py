@@ -24,7 +24,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         m.setenv("PYTHONPATH", str(packages), prepend=os.pathsep)
         m.syspath_prepend(str(packages))
         m.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-        for teams in start_teams(tmp_path_factory.mktemp, (2,)):
+        for teams in start_teams(tmp_path_factory.mktemp, (2,), fresh=True):
             yield teams[2]
 
 

@@ -61,7 +61,7 @@ def test_a_released_allocation_ends_in_order(undisturbed: Site) -> None:
     assert state is not None
     assert (state.state, state.error) == ("closed", "")
     assert set(state.seconds) == {"startup", "load", "train", "evaluate", "transfer", "idle"}
-    assert state.seconds["startup"] > 0.5
+    assert state.seconds["startup"] > 0
     assert state.seconds["train"] > 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from worlds.jobs import STALLED_S
+from worlds.train import forked
 
 from flwr_hpc.config.schema import LoraConfig, ModelConfig, TrainConfig
 from flwr_hpc.data.batches import Batch
@@ -168,16 +169,18 @@ class Team:
             process.join(STALLED_S)
 
 
-def start_teams(folders: Callable[[str], Path], sizes: Sequence[int]) -> Iterator[dict[int, Team]]:
-    """Yield teams by size, for a fixture: started once, as importing torch takes longest."""
-    teams = {size: start_team(folders(f"team{size}"), size) for size in sizes}
+def start_teams(
+    folders: Callable[[str], Path], sizes: Sequence[int], fresh: bool = False
+) -> Iterator[dict[int, Team]]:
+    """Yield teams by size, for a fixture; `fresh` ones read torch themselves."""
+    teams = {size: start_team(folders(f"team{size}"), size, fresh) for size in sizes}
     yield teams
     for team in teams.values():
         team.close()
 
 
-def start_team(folder: Path, size: int) -> Team:
-    context = multiprocessing.get_context("spawn")
+def start_team(folder: Path, size: int, fresh: bool = False) -> Team:
+    context = multiprocessing.get_context("spawn") if fresh else forked.context()
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = context.Pipe()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from worlds.jobs import until
+from worlds.train.forked import Forked
 
 from flwr_hpc.config.schema import DataConfig, ModelConfig, TrainConfig
 from flwr_hpc.protocol import Order, Result
@@ -55,7 +54,7 @@ class Site:
     def __init__(self, spool: Spool, text: Path) -> None:
         self.spool = spool
         self.text = text
-        self.processes: list[list[subprocess.Popen[bytes]]] = []
+        self.processes: list[list[Forked]] = []
 
     def start(
         self,
@@ -71,17 +70,14 @@ class Site:
         allocation.write_settings(self._settings(train) | settings)
         env = os.environ | {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         env["FLWR_HPC_ATTEMPT"] = number
-        log = open(allocation.path / "log", "wb")  # noqa: SIM115
+        log = allocation.path / "log"
+        log.write_bytes(b"")
         self.processes.append(
             [
-                subprocess.Popen(
-                    [sys.executable, "-c", program, str(allocation.path)],
-                    env=env | {"RANK": str(rank)}, stdout=log, stderr=log,
-                )
+                Forked(program, str(allocation.path), env | {"RANK": str(rank)}, log)
                 for rank in range(ranks)
             ]
-        )  # fmt: skip
-        log.close()
+        )
         return allocation
 
     def _settings(self, train: TrainConfig) -> dict[str, Any]:
