@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Literal
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +17,7 @@ from flwr_hpc.tracking.text import compact, duration
 
 PLOTS = "sweep.png"
 NOTHING = "–"  # noqa: RUF001
+NUMBERS = ("train", "wall", "tokens/s", "loss", "peak memory", "MFU")
 
 
 def report(folder: SweepDir, console: Console) -> None:
@@ -35,16 +38,27 @@ def report(folder: SweepDir, console: Console) -> None:
 
 
 def table(results: Sequence[PointResult]) -> Table:
-    """Return a row per point; ``*`` marks the Pareto front of loss against training time."""
-    made = Table(title="sweep (* no other point has both a lower loss and a shorter training)")
+    """Return a row per point; ``*`` marks the Pareto front of loss against training time.
+
+    In a narrow terminal the headings are wrapped, and no number is cut.
+    """
+    title = "sweep (* no other point has both a lower loss and a shorter training)"
+    made = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     keys = list(results[0].settings) if results else []
-    for name in ("point", *short(keys)):
-        made.add_column(name)
-    for name in ("train", "wall", "tokens/s", "loss", "peak memory", "MFU"):
-        made.add_column(name, justify="right")
-    made.add_column("")
-    for one in results:
-        made.add_row(one.name, *(one.settings[key] for key in keys), *_numbers(one), _mark(one))
+    headings = ["point", *(name.replace("_", " ") for name in short(keys)), *NUMBERS, ""]
+    rows = [
+        [one.name, *(one.settings[key] for key in keys), *_numbers(one), _mark(one)]
+        for one in results
+    ]
+    if all(one.mfu is None for one in results):  # of no GPU that is known
+        for row in (headings, *rows):
+            del row[-2]
+    for at, heading in enumerate(headings):
+        widest = max((len(row[at]) for row in rows), default=0)
+        justify: Literal["right", "left"] = "right" if heading in NUMBERS else "left"
+        made.add_column(heading, justify=justify, min_width=widest, overflow="fold")
+    for row in rows:
+        made.add_row(*row)
     return made
 
 
