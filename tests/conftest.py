@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+
+# Several of these processes share the cores: their threads would wait for each other, busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from lab.fixtures import centres, lab, slurm, slurm_conf, three_centres
 
 __all__ = ["centres", "lab", "slurm", "slurm_conf", "three_centres"]
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported by now, torch among it, from being looked at by each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
