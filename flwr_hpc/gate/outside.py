@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr_hpc.gate.credentials import Guests
+from flwr_hpc.gate.replies import PUSH, in_own_name, once_more, read_body
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -87,7 +88,8 @@ class PublicApp:
         headers = _headers(scope)
         if FLEET.fullmatch(path):
             site = self._check_node(scope["method"], headers)
-            return self._activation(site) if path == ACTIVATE else self._flower
+            own = {ACTIVATE: self._activation(site), PUSH: self._replies}
+            return own.get(path, self._flower)
         if path == JOIN and scope["method"] == "GET":
             return self._join(*self._site(headers))
         if EXCHANGE.fullmatch(path) and self._exchange is not None:
@@ -127,6 +129,16 @@ class PublicApp:
             await self._flower(scope, receive, heard)
 
         return app
+
+    async def _replies(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have Flower take a node's replies, unless they are in another's name."""
+        body = await read_body(receive)
+        if body is None:
+            return
+        if in_own_name(body):
+            await self._flower(scope, once_more(body, receive), send)
+        else:
+            await _answer(send, 403, b"a node replies in its own name alone\n")
 
     def _site(self, headers: dict[bytes, list[bytes]]) -> tuple[str, str]:
         """Return the site whose token a request bears, and the token."""

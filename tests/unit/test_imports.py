@@ -45,7 +45,8 @@ LAYERS = {
     "watch": 9,
 }
 REACH_STRATEGIES = ("server", "simulate")
-FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+# The last is what SuperNodes of other versions say over the wire, which stays as it is.
+FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.proto.fleet_pb2")
 LIGHT = [
     "flwr_hpc.run",
     "flwr_hpc.server.session",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from worlds.hosts.signed import Signer, heartbeat
+from worlds.hosts.signed import Signer, heartbeat, reply
 from worlds.runs.centres import Centres
 
 from flwr_hpc.config.invitation import read_invitation
@@ -64,3 +64,15 @@ def test_what_another_has_signed_is_refused(world: World) -> None:
     nobody = world.b.headers() | {"flwr-public-key": "AAAA"}
     bare = {k: v for k, v in world.a.headers().items() if k != "flwr-signature"}
     assert [world.ask(h) for h in (posing.headers(), world.b.headers(), nobody, bare)] == [401] * 4
+
+
+def test_a_node_replies_in_its_own_name_alone(world: World) -> None:
+    """Protects a site from another one that signs well: Flower looks at who signed a request and
+    not at whom its messages say they are from."""
+    a, b = world.nodes["a"], world.nodes["b"]
+    status, said = reply(world.port, world.b.headers(), b, source=a, run_id=1)
+    assert (status, said) == (403, "a node replies in its own name alone\n")
+    assert reply(world.port, world.b.headers(), a, source=a, run_id=1)[0] == 401  # Flower's
+    status, said = reply(world.port, world.b.headers(), b, source=b, run_id=1)
+    assert "own name" not in said  # Flower has looked at it
+    assert status not in (401, 403)

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import uvicorn
+from worlds.hosts.signed import reply_body
 
 from flwr_hpc.gate import door, listener
 from flwr_hpc.gate.certificate import new_certificate, new_key_pair
@@ -170,6 +171,16 @@ def test_the_start_of_a_supernode_is_noticed(world: World) -> None:
     assert world.started == []
     assert world.ask("POST", activate, b"", node())[0] == 200
     assert world.started == ["lumi"]
+
+
+@pytest.mark.parametrize(("source", "served"), [(7, 200), (8, 403), (0, 403)])
+def test_a_node_replies_in_its_own_name_alone(world: World, source: int, served: int) -> None:
+    """Protects a site from another, whose signature Flower would find right; nothing of a reply
+    that is let through changes."""
+    push, body = PULL.replace("pull", "push"), reply_body(7, source, run_id=1)
+    assert world.ask("POST", push, body, node())[0] == served
+    assert world.flower.asked == [(push, len(body))] * (served == 200)
+    assert world.ask("POST", push, b"\xff" + body, node())[0] == 403  # no such message
 
 
 @pytest.mark.parametrize("headers", [{}, node(new_key_pair().public_pem), {"flwr-public-key": "?"}])
