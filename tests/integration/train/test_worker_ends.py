@@ -13,7 +13,7 @@ from flwr_hpc.config.schema import DataConfig
 
 def test_a_walltime_that_loading_uses_up_is_told(site: Site) -> None:
     """Protects from one job after the other that never gets to work: it counts as a failure."""
-    allocation = site.start(ranks=1, walltime_s=1.0)
+    allocation = site.start(ranks=1, walltime_s=0.01)
     assert site.ended() == [0], site.logs()
     state = allocation.state()
     assert state is not None
