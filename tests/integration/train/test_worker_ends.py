@@ -80,7 +80,7 @@ def test_warm_orders_load_nothing(site: Site) -> None:
     state = allocation.state()
     assert state is not None
     cold = state.seconds["startup"] + state.seconds["load"]
-    assert min(r.seconds["first_step"] for r in results[1:]) < 0.2 * cold  # one may be held up
+    assert min(r.seconds["first_step"] for r in results[1:]) < 0.5 * cold  # one may be held up
 
 
 FAILING = """
