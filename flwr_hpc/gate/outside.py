@@ -16,8 +16,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.requests import ClientDisconnect, Request
+
 from flwr_hpc.gate.credentials import Guests
-from flwr_hpc.gate.replies import PUSH, in_own_name, once_more, read_body
+from flwr_hpc.gate.replies import in_own_name
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -30,6 +32,7 @@ FLEET = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 EXCHANGE = re.compile(rb"/v1/exchange(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 JOIN = b"/v1/join"
 ACTIVATE = b"/v1/fleet/activate-node"  # which a SuperNode of Flower's says once, as it starts
+PUSH = b"/v1/fleet/push-messages"  # a node's replies
 PUBLIC_KEY = b"flwr-public-key"  # by which a SuperNode of Flower's shows who it is
 MAX_HEADERS = 16 << 10  # bytes
 MAX_FLEET_BYTES = 64 << 20  # Flower sends arrays in pieces of 5 MB
@@ -88,8 +91,9 @@ class PublicApp:
         headers = _headers(scope)
         if FLEET.fullmatch(path):
             site = self._check_node(scope["method"], headers)
-            own = {ACTIVATE: self._activation(site), PUSH: self._replies}
-            return own.get(path, self._flower)
+            if path == ACTIVATE:
+                return self._activation(site)
+            return self._replies if path == PUSH else self._flower
         if path == JOIN and scope["method"] == "GET":
             return self._join(*self._site(headers))
         if EXCHANGE.fullmatch(path) and self._exchange is not None:
@@ -132,11 +136,12 @@ class PublicApp:
 
     async def _replies(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Have Flower take a node's replies, unless they are in another's name."""
-        body = await read_body(receive)
-        if body is None:
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
             return
         if in_own_name(body):
-            await self._flower(scope, once_more(body, receive), send)
+            await self._flower(scope, _once_more(body, receive), send)
         else:
             await _answer(send, 403, b"a node replies in its own name alone\n")
 
@@ -170,6 +175,20 @@ def _headers(scope: Scope) -> dict[bytes, list[bytes]]:
     for name, value in scope.get("headers", []):
         headers.setdefault(name, []).append(value)
     return headers
+
+
+def _once_more(body: bytes, receive: Receive) -> Receive:
+    """Give a body that has been read, and then whatever comes."""
+    given = False
+
+    async def received() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return received
 
 
 def _impatient(receive: Receive) -> Receive:

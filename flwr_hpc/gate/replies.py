@@ -6,28 +6,8 @@ key's; not at the node that the messages in it say they come from, by which a re
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
-
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from google.protobuf.message import DecodeError
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-
-PUSH = b"/v1/fleet/push-messages"
-
-
-async def read_body(receive: Receive) -> bytes | None:
-    """Return a request's body, whose length is limited; None if its sender has gone."""
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return bytes(body)
 
 
 def in_own_name(body: bytes) -> bool:
@@ -38,17 +18,3 @@ def in_own_name(body: bytes) -> bool:
         return False
     node = request.node.node_id
     return all(message.metadata.src_node_id == node for message in request.messages_list)
-
-
-def once_more(body: bytes, receive: Receive) -> Receive:
-    """Return what gives a body that has been read, and then whatever comes."""
-    given = False
-
-    async def received() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return received

@@ -23,10 +23,8 @@ from strategies.fedavg import FedAvg
 from strategies.fedbackfill import FedBackfill
 from strategies.fedbuff import FedBuff
 
-EVERY = 3  # moments, of which there are 50 to 500: what they are of differs from round to round
 
-
-def killed_everywhere(make, sites_of, rounds=ROUNDS, every=EVERY):
+def killed_everywhere(make, sites_of, rounds=ROUNDS, every=1):
     """Compare every resumed run with the one that was never killed, bit by bit."""
     whole = World(sites_of(), rounds=rounds)
     expected = as_numpy(whole.serve(make).arrays)
@@ -43,17 +41,17 @@ def killed_everywhere(make, sites_of, rounds=ROUNDS, every=EVERY):
 
 
 @each_exact
-def test_kill_at_many_moments_and_resume(make):
+def test_kill_at_every_moment_and_resume(make):
     """Wherever the server dies, the resumed run ends with the same bits and trains no more."""
     killed_everywhere(make, apart if make in LATE.values() else sites)
 
 
 @each_late
-def test_kill_at_many_moments_about_a_deadline(make):
+def test_kill_at_every_moment_about_a_deadline(make):
     """A death shifts a deadline, and who is late with it: all versions come, none counts twice."""
     whole = World(sites())
     whole.serve(make)
-    for k in range(0, whole.moments, EVERY):
+    for k in range(whole.moments):
         world = World(sites())
         with pytest.raises(Killed):
             world.serve(make, die_at=k)
@@ -95,7 +93,7 @@ def test_orders_handed_in_ahead():
         most = max(most, *(sum(f == name for f, _ in under_way) for name in "abc"))
     assert most == 2
     assert whole.grid.violations == []
-    for k in range(0, whole.moments, EVERY):
+    for k in range(whole.moments):
         world = World(sites())
         with pytest.raises(Killed):
             world.serve(make, die_at=k)

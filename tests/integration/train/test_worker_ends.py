@@ -68,7 +68,7 @@ run(sys.argv[1])
 def test_warm_orders_load_nothing(site: Site) -> None:
     """From the second order on no module is imported any more, and the first step begins
     within a fraction of what a cold start takes."""
-    allocation = site.start(ranks=1, program=COUNTING)
+    allocation = site.start(ranks=1, program=COUNTING, fresh=True)
     results = [
         site.done(site.order(allocation, seq, kind="train", steps=2, evaluate=True))
         for seq in range(3)
@@ -79,8 +79,9 @@ def test_warm_orders_load_nothing(site: Site) -> None:
     assert imported[1:] == ["NEW []", "NEW []"], imported
     state = allocation.state()
     assert state is not None
+    assert state.seconds["startup"] > 0.5  # reading torch is part of it
     cold = state.seconds["startup"] + state.seconds["load"]
-    assert min(r.seconds["first_step"] for r in results[1:]) < 0.5 * cold  # one may be held up
+    assert min(r.seconds["first_step"] for r in results[1:]) < 0.2 * cold  # one may be held up
 
 
 FAILING = """

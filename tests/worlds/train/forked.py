@@ -6,22 +6,24 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Mapping
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
 # Others' packages alone: what programs change of ours is not read yet.
 READ = (
-    *(
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint",
-        "torch.distributed.tensor.parallel",
-    ),
-    *("transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "peft"),
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "peft",
 )
 
 
-def context() -> ForkServerContext:
-    """Return the way to start such processes; the one they fork from starts with the first."""
+def context(fresh: bool = False) -> ForkServerContext | SpawnContext:
+    """Return the way to start such processes; `fresh` ones read all of it themselves."""
+    if fresh:
+        return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(list(READ))
     return found
@@ -38,10 +40,15 @@ class Forked:
         Its environment; torch computes in one thread.
     log : Path
         Where its output and errors are appended.
+    fresh : bool
+        See `context`.
     """
 
-    def __init__(self, program: str, argument: str, env: Mapping[str, str], log: Path) -> None:
-        self._process = context().Process(target=_be, args=(program, argument, dict(env), log))
+    def __init__(
+        self, program: str, argument: str, env: Mapping[str, str], log: Path, fresh: bool = False
+    ) -> None:
+        args = program, argument, dict(env), log
+        self._process = context(fresh).Process(target=_be, args=args)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -70,8 +77,7 @@ def _be(program: str, argument: str, env: dict[str, str], log: Path) -> None:
     with open(log, "ab") as out:
         for number in (1, 2):
             os.dup2(out.fileno(), number)
-    import torch
-
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):  # which has read the environment of before
+        torch.set_num_threads(1)
     sys.argv = ["-c", argument]
     exec(program, {"__name__": "__main__"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -180,7 +179,7 @@ def start_teams(
 
 
 def start_team(folder: Path, size: int, fresh: bool = False) -> Team:
-    context = multiprocessing.get_context("spawn") if fresh else forked.context()
+    context = forked.context(fresh)
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = context.Pipe()

@@ -62,6 +62,7 @@ class Site:
         train: TrainConfig = FAST,
         program: str = RUN,
         requeued: AllocationDir | None = None,
+        fresh: bool = False,
         **settings: Any,
     ) -> AllocationDir:
         """Start the ranks of a new allocation, or of one once more."""
@@ -74,7 +75,7 @@ class Site:
         log.write_bytes(b"")
         self.processes.append(
             [
-                Forked(program, str(allocation.path), env | {"RANK": str(rank)}, log)
+                Forked(program, str(allocation.path), env | {"RANK": str(rank)}, log, fresh)
                 for rank in range(ranks)
             ]
         )
